@@ -16,10 +16,11 @@ from typing import ClassVar
 from torch import nn
 
 from detdistill.detectors.contract import CAPABILITIES, Detector, Teacher
+from detdistill.errors import DetdistillError
 from detdistill.structures import Batch, Clock, Losses, Observation, Taught, TaughtTogether
 
 
-class PairError(ValueError):
+class PairError(DetdistillError):
     """This teacher, this student and this method cannot work together; the message says why and what would."""
 
 
