@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from detdistill.detectors.contract import CAPABILITIES, Detector, Teacher
@@ -86,6 +87,8 @@ class Method(nn.Module):
         super().__init__()
         check_pair(self.slug, self.needs, teacher, student)
         self._teacher = teacher
+        self.strength = 1.0
+        """Factor on what ``learn`` returns; the run's ``dis``."""
 
     @property
     def teacher(self) -> Teacher:
@@ -112,11 +115,19 @@ class Method(nn.Module):
         return student.loss(seen.prediction, batch)
 
     def step(self, student: Detector, batch: Batch, clock: Clock) -> Losses:
-        """Teach, one student pass, supervise, learn: the step of the stage ``distill``."""
+        """Teach, one student pass, supervise, learn: the step of the stage ``distill``.
+
+        The networks run in the caller's precision; all losses, and the method's own modules, in float32.
+        """
         taught = self.teach(batch)
         seen = student(batch)
-        supervised = self.supervise(student, seen, taught, batch)
-        return Losses.merge([supervised, self.learn(student, seen, taught, batch, clock)])
+        with torch.autocast(batch.images.device.type, enabled=False):
+            seen, taught = seen.float(), None if taught is None else taught.float()
+            supervised = self.supervise(student, seen, taught, batch)
+            learned = self.learn(student, seen, taught, batch, clock)
+        if self.strength != 1.0:
+            learned = Losses({name: self.strength * term for name, term in learned.terms.items()}, learned.monitors)
+        return Losses.merge([supervised, learned])
 
     def stages(self, student: Detector) -> tuple[Stage, ...]:
         """By default one."""

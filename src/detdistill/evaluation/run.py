@@ -1,0 +1,107 @@
+"""Run a detector over a data set and score it: one code for teacher, baseline and student, for one process or many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from detdistill.data.loader import DetectionLoader
+from detdistill.data.records import DetectionSet
+from detdistill.data.transforms import ViewSettings
+from detdistill.detectors.contract import Detector
+from detdistill.errors import ModelError
+from detdistill.evaluation.scores import Scores, coco_scores
+from detdistill.structures import Batch, Detections
+
+
+@torch.no_grad()
+def evaluate(
+    detector: Detector,
+    data: DetectionSet,
+    settings: ViewSettings,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    workers: int = 0,
+    precision: torch.dtype = torch.float32,
+    loader: DetectionLoader | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Score ``detector`` on ``data``; under several processes each takes its share and all get the same scores.
+
+    Args:
+        detector: any; it is put in eval mode for the time.
+        data: the set; boxes are compared in pixels of the original images.
+        settings: how images are made; augmentation is off.
+        batch_size: images at a time.
+        device: where to run; None: where the detector is.
+        workers: loading processes.
+        precision: float32, or bfloat16/float16 for autocast.
+        loader: to be used again, instead of making one (keeps images in memory between evaluations).
+        progress: called with images done and all images of this process.
+
+    Raises:
+        ModelError: the detector's classes are not those of the data.
+    """
+    started = time.monotonic()
+    check_classes(detector, data)
+    where = torch.device(device) if device is not None else next(detector.parameters()).device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if loader is None:
+        loader = DetectionLoader(data, settings, batch_size, train=False, rank=rank, world=world, workers=workers)
+    was_training = detector.training
+    detector.eval().to(where)
+    column = [data.classes.index(name) if name in data.classes else -1 for name in detector.spec.classes]
+    results: list[dict[str, Any]] = []
+    done, everything = 0, (len(data.records) + world - 1 - rank) // world
+    for batch in loader:
+        moved = batch.to(where)
+        with torch.autocast(where.type, dtype=precision, enabled=precision != torch.float32):
+            features = detector.features(moved)
+            prediction = detector.predict(features, moved)
+        for index, found in enumerate(detector.detect(prediction, moved)):
+            results += coco_results(found, batch, index, column)
+        done += len(batch)
+        if progress is not None:
+            progress(done, everything)
+    detector.train(was_training)
+    if world > 1:
+        gathered: list[list[dict[str, Any]]] = [[] for _ in range(world)]
+        dist.all_gather_object(gathered, results)
+        results = [result for part in gathered for result in part]
+    scores = coco_scores(data.coco_ground_truth(), results, data.classes)
+    return Scores(scores.metrics, scores.per_class, scores.images, time.monotonic() - started)
+
+
+def check_classes(detector: Detector, data: DetectionSet) -> None:
+    """Detector and data must speak of the same things.
+
+    Raises:
+        ModelError: a class of the data is unknown to the detector; shows both lists.
+    """
+    unknown = [name for name in data.classes if name not in detector.spec.classes]
+    if unknown:
+        raise ModelError(
+            f"{detector.spec.name} does not know {len(unknown)} of the data's {len(data.classes)} classes "
+            f"({', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}); it knows {len(detector.spec.classes)}: "
+            f"{', '.join(detector.spec.classes[:10])}{' ...' if len(detector.spec.classes) > 10 else ''}"
+        )
+
+
+def coco_results(found: Detections, batch: Batch, index: int, column: list[int]) -> list[dict[str, Any]]:
+    """COCO result dicts of one image, in pixels of the original, clipped to it."""
+    view = batch.views[index]
+    boxes = view.to_original(found.boxes_xyxy.detach().float().cpu())
+    height, width = view.original_hw
+    boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
+    boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
+    boxes[:, 2:] -= boxes[:, :2]
+    return [
+        {"image_id": batch.ids[index], "category_id": column[label] + 1, "bbox": box, "score": score}
+        for box, score, label in zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+        if column[label] >= 0
+    ]

@@ -1,0 +1,159 @@
+"""The settings of a run: typed, flat, checked, and light to import (the command line is built from these classes)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from detdistill.errors import RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a detector is trained, alone or under a teacher.
+
+    Args:
+        epochs: passes over the training images.
+        steps: optimizer steps; when given, training ends there instead of after ``epochs``.
+        seed: of weights, order and augmentation.
+        batch: images per step and process.
+        accumulate: batches per optimizer step.
+        optimizer: AdamW, or SGD with momentum 0.9.
+        lr: peak learning rate.
+        weight_decay: not applied to biases and norms.
+        schedule: one_cycle (torch's, 15 % warm-up), cosine, step (x0.1 at 2/3 and 11/12 of the run) or constant.
+        warmup_steps: linear warm-up for cosine, step and constant.
+        clip: largest norm of the gradient; 0 turns clipping off.
+        ema: decay of an exponential moving average of the student, which is then what is evaluated and exported; 0: off.
+        precision: bf16 or 16 compute the networks in half precision; losses stay in float32.
+        channels_last: memory layout; faster for convolutions in half precision.
+        device: auto, cpu or cuda.
+        devices: processes (GPUs, or CPU processes) per node.
+        nodes: number of machines; start the same command on each with torchrun's environment variables.
+        threads: torch threads of each process; 0 leaves torch's choice.
+        workers: processes that load images; 0 loads in the training process.
+        in_memory: keep decoded, resized images in memory (small sets).
+        deterministic: forbid operations that differ from run to run.
+        size: side of the images the detector sees (short side for resize=short_side).
+        resize: letterbox keeps the aspect and pads, stretch does not, short_side keeps it and pads in the batch.
+        max_size: longest side for resize=short_side.
+        flip: probability of a horizontal flip.
+        colour: strength of colour jitter, 0..1.
+        scale_jitter: smallest and largest zoom, e.g. 0.5,1.5; none turns it off.
+        mosaic: probability of putting four images into one.
+        evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        checkpoint_every: steps between checkpoints beside the one of each epoch; 0: none.
+        log_every: steps between rows of metrics.csv.
+        monitor_every: steps between measurements of each loss term's share of the gradient; 0: never.
+        track: also log to these services, which must be installed.
+        strict: refuse data with defects instead of skipping them.
+        out: run folder; none makes a new one under runs/.
+        resume: go on with the run folder ``out``.
+    """
+
+    epochs: int = 12
+    steps: int | None = None
+    seed: int = 0
+    batch: int = 16
+    accumulate: int = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    schedule: Literal["one_cycle", "cosine", "step", "constant"] = "one_cycle"
+    warmup_steps: int = 0
+    clip: float = 5.0
+    ema: float = 0.0
+    precision: Literal["32", "bf16", "16"] = "32"
+    channels_last: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1
+    nodes: int = 1
+    threads: int = 0
+    workers: int = 0
+    in_memory: bool = False
+    deterministic: bool = False
+    size: int = 640
+    resize: Literal["letterbox", "stretch", "short_side"] = "letterbox"
+    max_size: int | None = None
+    flip: float = 0.5
+    colour: float = 0.0
+    scale_jitter: tuple[float, float] | None = None
+    mosaic: float = 0.0
+    evaluate_every: int = 1
+    checkpoint_every: int = 0
+    log_every: int = 10
+    monitor_every: int = 200
+    track: tuple[Literal["wandb", "mlflow"], ...] = ()
+    strict: bool = False
+    out: Path | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every number.
+
+        Raises:
+            RunError: one line naming the setting, its value and what it may be.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RunError(f"{field.name}: {value} is not a number that training can use")
+            if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
+                raise RunError(f"{field.name}: {value} is negative; it must be {_LOWEST.get(field.name, 0)} or more")
+            if field.name in _LOWEST and value is not None and value < _LOWEST[field.name]:
+                raise RunError(f"{field.name}: {value} is too small; it must be {_LOWEST[field.name]} or more")
+        if self.lr == 0:
+            raise RunError("lr: 0 would train nothing; give a positive learning rate")
+        for name in ("flip", "colour", "mosaic", "ema"):
+            if getattr(self, name) > 1:
+                raise RunError(f"{name}: {getattr(self, name)} must lie between 0 and 1")
+        if self.ema == 1:
+            raise RunError("ema: 1 would never change the average; use e.g. 0.999")
+        if self.scale_jitter is not None:
+            low, high = self.scale_jitter
+            if not (0 < low <= high < math.inf):
+                raise RunError(f"scale_jitter: {low},{high} must be two positive numbers, smaller first")
+
+
+_LOWEST = {
+    "epochs": 1, "steps": 1, "batch": 1, "accumulate": 1, "devices": 1, "nodes": 1, "size": 32, "evaluate_every": 1, "log_every": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(TrainSettings):
+    """A training run with a teacher.
+
+    Args:
+        method: one method or several joined by ``+``, each with its own settings after commas: ``fgd,tau=0.8+pkd``.
+        dis: factor on all distillation losses together.
+        inherit: copy the teacher's neck and head into the student where names and shapes agree, before training.
+        baseline: also train the student alone, same seeds and schedule, and compare.
+        seeds: run once for each of these seeds instead of ``seed`` alone.
+        jobs: runs at a time; each is a process of its own.
+        score_teacher: evaluate the teacher before anything is trained.
+    """
+
+    method: str = "pkd"
+    dis: float = 1.0
+    inherit: bool = False
+    baseline: bool = False
+    seeds: tuple[int, ...] = ()
+    jobs: int = 1
+    score_teacher: bool = True
+
+
+def as_plain(settings: Any) -> dict[str, Any]:
+    """The settings as YAML and JSON can hold them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return value
+
+    return {field.name: plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)}

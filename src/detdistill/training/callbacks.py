@@ -1,0 +1,161 @@
+"""What happens around the steps: evaluation, logging, checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import Logger
+
+from detdistill.detectors.contract import Detector
+from detdistill.errors import RunError
+from detdistill.evaluation.scores import Scores
+from detdistill.structures import Batch
+from detdistill.training.module import StageModule
+from detdistill.training.records import MetricsTable
+
+Evaluate = Callable[[Detector], Scores]
+
+
+class Evaluation(L.Callback):
+    """Scores the detector every few epochs and at the end; remembers the best."""
+
+    def __init__(self, evaluate: Evaluate, every: int) -> None:
+        """``evaluate`` runs on every process of a distributed run, and returns the same on each."""
+        self.evaluate, self.every = evaluate, every
+        self.latest: Scores | None = None
+        self.best_ap = float("-inf")
+        self.step = -1
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Every ``every`` epochs."""
+        if (trainer.current_epoch + 1) % self.every == 0:
+            self.run(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """The last state is always scored."""
+        if self.step != trainer.global_step:
+            self.run(trainer, module)
+
+    def run(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Score now, and tell the other callbacks (``on_scores``)."""
+        assert isinstance(module, StageModule)
+        if module.detector is None or self.step == trainer.global_step:
+            return
+        self.step = trainer.global_step
+        training = module.detector.training
+        self.latest = self.evaluate(module.detector.eval())
+        module.detector.train(training)
+        best = self.latest.metrics["AP"] > self.best_ap
+        self.best_ap = max(self.best_ap, self.latest.metrics["AP"])
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Listener):
+                callback.on_scores(trainer, module, self.latest, best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"best_ap": self.best_ap, "step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+        self.best_ap, self.step = state_dict["best_ap"], state_dict["step"]
+
+
+class Listener(L.Callback):
+    """A callback that hears of new scores."""
+
+    def on_scores(self, trainer: L.Trainer, module: StageModule, scores: Scores, best: bool) -> None:
+        """Called after each evaluation, on every process; ``best``: the highest AP of this stage so far."""
+
+
+class Records(Listener):
+    """Losses and scores into metrics.csv and the other loggers."""
+
+    def __init__(self, table: MetricsTable, every: int) -> None:
+        """A row every ``every`` steps."""
+        self.table, self.every = table, every
+        self._logged = -1
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Log each ``every``-th step once."""
+        assert isinstance(module, StageModule)
+        step = trainer.global_step
+        if not trainer.is_global_zero or module.last is None or step == self._logged:
+            return
+        watched = any(name.startswith("share/") for name in module.last.monitors)
+        if step % self.every and not watched and step != 1:
+            return
+        self._logged = step
+        row: dict[str, float | int | str] = {f"train/{name}": float(term) for name, term in module.last.terms.items()}
+        row = {"loss": sum(float(value) for value in row.values()), **row}
+        row |= {name: float(value) for name, value in module.last.monitors.items()}
+        self._write(trainer, module, row)
+
+    def on_scores(self, trainer: L.Trainer, module: StageModule, scores: Scores, best: bool) -> None:
+        """Log the 12 numbers."""
+        if trainer.is_global_zero:
+            self._write(trainer, module, {f"val/{name}": value for name, value in scores.metrics.items()})
+
+    def _write(self, trainer: L.Trainer, module: StageModule, row: dict[str, float | int | str]) -> None:
+        rate = float(trainer.optimizers[0].param_groups[0]["lr"])
+        base = {"stage": module.stage.name, "step": trainer.global_step, "epoch": trainer.current_epoch, "lr": rate}
+        self.table.add({**base, "seconds": module.seconds, **row})
+        numbers = {name: value for name, value in row.items() if not isinstance(value, str)}
+        for logger in trainer.loggers:
+            assert isinstance(logger, Logger)
+            logger.log_metrics({**numbers, "lr": rate}, step=trainer.global_step)
+
+
+class Checkpoints(Listener):
+    """``last.ckpt`` after each epoch (and every few steps), ``best.ckpt`` at each new best AP; never half-written."""
+
+    def __init__(self, folder: Path, every: int) -> None:
+        """``every`` steps, beside the end of each epoch; 0: only there."""
+        self.folder, self.every = folder, every
+        self._saved = 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Every ``every`` optimizer steps."""
+        step = trainer.global_step
+        if self.every and step % self.every == 0 and step != self._saved:
+            self.save(trainer, "last.ckpt")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """After the epoch's evaluation (this callback comes after ``Evaluation``)."""
+        self.save(trainer, "last.ckpt")
+
+    def on_scores(self, trainer: L.Trainer, module: StageModule, scores: Scores, best: bool) -> None:
+        """Keep the best."""
+        if best:
+            self.save(trainer, "best.ckpt")
+
+    def save(self, trainer: L.Trainer, name: str) -> None:
+        """Write beside, then rename.
+
+        Raises:
+            RunError: the disk is full or not writable; what was saved before is untouched.
+        """
+        self._saved = trainer.global_step
+        path = self.folder / name
+        temporary = path.with_suffix(".tmp")
+        try:
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero:
+                os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+            temporary.unlink(missing_ok=True)
+            kept = "the one before is kept" if path.exists() else "none was saved before"
+            raise RunError(f"cannot save {path}: {_reason(error)}; {kept}. Make space and go on with --resume true") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,192 @@
+"""One LightningModule for every method: it runs a stage's step, sums what comes back, and watches it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from detdistill.detectors.contract import Detector
+from detdistill.errors import RunError
+from detdistill.methods.contract import Method, Stage
+from detdistill.settings import TrainSettings
+from detdistill.structures import Batch, Clock, Losses
+from detdistill.training.optimizers import build_optimizer, build_schedule
+
+
+class NonFiniteLoss(RunError):
+    """A loss term became NaN or infinite."""
+
+
+class StageModule(L.LightningModule):
+    """Student and method, trained by one stage. The teacher is in neither's state dict."""
+
+    def __init__(self, student: Detector, method: Method | None, stage: Stage, settings: TrainSettings, total: int) -> None:
+        """Put a stage into Lightning's hands; ``total`` is its number of optimizer steps."""
+        super().__init__()
+        self.student, self.method = student, method
+        self.stage, self.settings, self.total = stage, settings, total
+        average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+        self.average: AveragedModel | None = average if settings.ema else None
+        self.last: Losses | None = None
+        """The latest losses, detached: what the progress bar shows."""
+        # What its owner froze (early layers of a pretrained backbone, say) stays frozen.
+        self._trainable = [p for p in nn.ModuleList(filter(None, (student, method))).parameters() if p.requires_grad]
+        self._trained: tuple[int, ...] = ()
+        self._random_state: Mapping[str, Any] | None = None
+        self._averaged_step = -1
+        self._started = time.monotonic()
+        self._seconds_before = 0.0
+
+    @property
+    def clock(self) -> Clock:
+        """Where this stage stands."""
+        return Clock(step=self.global_step, total=self.total, epoch=self.current_epoch)
+
+    @property
+    def seconds(self) -> float:
+        """Training time of this stage, earlier parts of a resumed run included."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    @property
+    def detector(self) -> Detector | None:
+        """What is evaluated and exported: the moving average when there is one."""
+        if self.stage.evaluates is self.student and self.average is not None:
+            averaged = self.average.module
+            assert isinstance(averaged, Detector)
+            return averaged
+        return self.stage.evaluates
+
+    # ------------------------------------------------------------------------------------------------- the step
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """The stage's step; stops at the first term that is not finite."""
+        self._freeze()
+        losses = self.stage.step(batch, self.clock)
+        total = losses.total()
+        if not bool(torch.isfinite(total.detach())):
+            raise NonFiniteLoss(self._blame(losses, batch))
+        every = self.settings.monitor_every
+        if every and self.global_step % every == 0 and index % self.settings.accumulate == 0 and len(losses.terms) > 1:
+            losses = Losses(losses.terms, {**losses.monitors, **self._shares(losses)})
+        self.last = Losses(
+            {name: term.detach() for name, term in losses.terms.items()},
+            {name: value.detach() for name, value in losses.monitors.items()},
+        )
+        if self.method is not None:
+            for teacher in self.method.teachers():
+                teacher.forget()
+        return total
+
+    def _freeze(self) -> None:
+        """Gradients for what the stage trains at this moment, for nothing else."""
+        trained = tuple(dict.fromkeys(id(module) for module in self.stage.trains(self.clock)))
+        if trained == self._trained:
+            return
+        self._trained = trained
+        wanted = {id(p) for module in self.stage.trains(self.clock) for p in module.parameters()}
+        for parameter in self._trainable:
+            parameter.requires_grad_(id(parameter) in wanted)
+
+    def _blame(self, losses: Losses, batch: Batch) -> str:
+        bad = [name for name, term in losses.terms.items() if not bool(torch.isfinite(term.detach()).all())]
+        return (
+            f"loss {', '.join(bad) or 'sum'} is not finite at step {self.global_step} (epoch {self.current_epoch}) "
+            f"on images {list(batch.ids)}; lower lr (now {self.trainer.optimizers[0].param_groups[0]['lr']:.3g}) or the loss's "
+            f"weight, or use precision=32. The last good checkpoint is kept"
+        )
+
+    def _shares(self, losses: Losses) -> dict[str, Tensor]:
+        """Each term's share of the student's gradient (norms over all parameters, summing to 1)."""
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        norms: dict[str, Tensor] = {}
+        for name, term in losses.terms.items():
+            if not term.requires_grad:
+                norms[name] = torch.zeros((), device=term.device)
+                continue
+            grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            squares = [grad.float().square().sum() for grad in grads if grad is not None]
+            norms[name] = torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=term.device)
+        whole = torch.stack(list(norms.values())).sum().clamp(min=1e-30)
+        return {f"share/{name}": norm / whole for name, norm in norms.items()}
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Move the average along, once per optimizer step."""
+        if self.average is not None and self.global_step != self._averaged_step:
+            self._averaged_step = self.global_step
+            self.average.update_parameters(self.student)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Batches move as one."""
+        return batch.to(device, non_blocking=True)
+
+    def setup(self, stage: str) -> None:
+        """The teacher is no submodule, so it is moved here."""
+        if self.method is not None:
+            for teacher in self.method.teachers():
+                teacher.to(self.trainer.strategy.root_device)
+                if self.settings.channels_last:
+                    teacher.detector.to(memory_format=torch.channels_last)
+        if self.settings.channels_last:
+            self.student.to(memory_format=torch.channels_last)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Student and method in one optimizer."""
+        optimizer = build_optimizer([module for module in (self.student, self.method) if module is not None], self.settings)
+        schedule = build_schedule(optimizer, self.settings, self.total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ----------------------------------------------------------------------------------------- random states on disk
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning leaves out: all random states, the stage, and the time used."""
+        checkpoint["detdistill"] = {
+            "stage": self.stage.name,
+            "seconds": self.seconds,
+            "averaged_step": self._averaged_step,
+            "random": random_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the random states until training starts (building the loaders must not use them up)."""
+        mine = checkpoint["detdistill"]
+        self._seconds_before, self._averaged_step = mine["seconds"], mine["averaged_step"]
+        self._random_state = mine["random"]
+
+    def on_train_start(self) -> None:
+        """Put the random states back, after all else is ready."""
+        self._started = time.monotonic()
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+            self._random_state = None
+
+
+def random_state() -> dict[str, Any]:
+    """States of torch, CUDA, numpy and python, as tensors and plain numbers (loadable with ``weights_only``)."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """The inverse of ``random_state``."""
+    torch.set_rng_state(state["torch"].cpu())
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, numbers, cached = state["python"]
+    random.setstate((version, tuple(numbers), cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda"]])
