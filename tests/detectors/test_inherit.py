@@ -1,0 +1,121 @@
+import torch
+
+from detdistill.detectors.inherit import inherit_head
+from tests.tiny import TinyDense, TinyQueries, tiny_batch
+
+
+class Rows(TinyDense):
+    """Tells which rows of its output layer are which class."""
+
+    def class_rows(self, name):
+        return torch.arange(len(self.spec.classes))[:, None] if name.startswith("head.logits") else None
+
+
+class SoftmaxRows(Rows):
+    """An output layer of two anchors, each with a background row in front."""
+
+    def __init__(self, classes, seed=0):
+        super().__init__(classes, seed=seed)
+        torch.manual_seed(seed)
+        self.head.logits = torch.nn.Conv2d(8, 2 * (len(classes) + 1), 1)
+
+    def class_rows(self, name):
+        count = len(self.spec.classes)
+        first = torch.arange(1, count + 1)[:, None]
+        return torch.cat([first, first + count + 1], dim=1) if name.startswith("head.logits") else None
+
+
+def state(detector):
+    return {name: value.clone() for name, value in detector.state_dict().items()}
+
+
+def test_neck_and_head_get_the_teachers_values_and_the_backbone_keeps_its_own():
+    student, teacher = TinyDense(seed=1), TinyDense(seed=2)
+    before = state(student)
+    inherited = inherit_head(student, teacher)
+    assert inherited.skipped == ()
+    for name, value in student.state_dict().items():
+        if name.startswith(("neck.", "head.")):
+            assert name in inherited.copied
+            assert torch.equal(value, teacher.state_dict()[name])
+            assert value.data_ptr() != teacher.state_dict()[name].data_ptr()
+        else:
+            assert torch.equal(value, before[name])
+    batch = tiny_batch()
+    student.backbone.load_state_dict(teacher.backbone.state_dict())
+    assert torch.equal(student(batch).prediction.logits, teacher(batch).prediction.logits)
+
+
+def test_values_are_not_shared():
+    student, teacher = TinyDense(seed=1), TinyDense(seed=2)
+    inherit_head(student, teacher)
+    before = state(teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_other_shapes_and_missing_tensors_are_named():
+    student, teacher = TinyDense(channels=(4, 4, 4), strides=(8, 16, 32)), TinyDense(channels=(8, 8))
+    inherited = inherit_head(student, teacher)
+    reasons = dict(inherited.skipped)
+    assert reasons["neck.convs.0.weight"] == "its shape is [4, 6, 1, 1], the teacher's [8, 6, 1, 1]"
+    assert reasons["neck.convs.2.weight"] == "the teacher has no such tensor"
+    # The box layer's bias does not depend on the width.
+    assert inherited.copied == ("head.logits.bias", "head.deltas.bias")
+    assert str(inherited).startswith("2 tensors of neck and head inherited from the teacher; 16 skipped, the first is neck.")
+
+
+def test_detectors_of_different_kinds_share_nothing():
+    student, teacher = TinyDense(seed=1), TinyQueries(seed=2)
+    before = state(student)
+    inherited = inherit_head(student, teacher)
+    assert inherited.copied == ()
+    assert str(inherited) == (
+        "nothing inherited: the student tinydense:patches and the teacher tinyqueries:patches are different kinds of detector"
+    )
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_classes_are_matched_by_name():
+    student, teacher = Rows(("cat", "emu", "dog"), seed=1), Rows(("dog", "cow", "cat", "pig"), seed=2)
+    before = state(student)
+    inherited = inherit_head(student, teacher)
+    assert inherited.skipped == ()
+    for name in ("head.logits.weight", "head.logits.bias"):
+        mine, theirs = student.state_dict()[name], teacher.state_dict()[name]
+        assert torch.equal(mine[0], theirs[2])
+        assert torch.equal(mine[1], before[name][1])
+        assert torch.equal(mine[2], theirs[0])
+    assert torch.equal(student.head.deltas.weight, teacher.head.deltas.weight)
+
+
+def test_same_number_of_classes_in_another_order():
+    student, teacher = Rows(("a", "b"), seed=1), Rows(("b", "a"), seed=2)
+    inherit_head(student, teacher)
+    assert torch.equal(student.head.logits.bias, teacher.head.logits.bias.flip(0))
+
+
+def test_background_rows_of_every_anchor_are_copied():
+    student, teacher = SoftmaxRows(("a", "b"), seed=1), SoftmaxRows(("x", "b", "y"), seed=2)
+    before = state(student)["head.logits.bias"]
+    inherit_head(student, teacher)
+    mine, theirs = student.head.logits.bias, teacher.head.logits.bias
+    assert torch.equal(mine, torch.stack([theirs[0], before[1], theirs[2], theirs[4], before[4], theirs[6]]))
+
+
+def test_no_common_class_leaves_the_outputs_alone():
+    student, teacher = Rows(("a", "b"), seed=1), Rows(("c", "d"), seed=2)
+    before = state(student)
+    inherited = inherit_head(student, teacher)
+    reason = "the class lists have no name in common"
+    assert inherited.skipped == (("head.logits.weight", reason), ("head.logits.bias", reason))
+    assert torch.equal(student.head.logits.bias, before["head.logits.bias"])
+    assert torch.equal(student.head.deltas.bias, teacher.head.deltas.bias)
+
+
+def test_unknown_rows_with_other_classes_share_nothing():
+    inherited = inherit_head(TinyDense(("a", "b")), TinyDense(("b", "a")))
+    assert inherited.copied == ()
+    assert "does not tell which outputs belong to which class" in str(inherited)
