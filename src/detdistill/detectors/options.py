@@ -1,0 +1,158 @@
+"""Model strings: ``detector:backbone[,key=value]...``, read into typed options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from detdistill.errors import ModelError, nearest
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a model string may say after the backbone. None: the detector's own default."""
+
+    neck: int = 256
+    """Channels of the feature pyramid."""
+    levels: tuple[int, int] | None = None
+    """First and last pyramid level; level l has stride 2^l. Levels above the backbone's deepest are added."""
+    width: float = 1.0
+    """Multiplier of the backbone's channels (timm's resnet family)."""
+    channels: tuple[int, ...] | None = None
+    """Channels of the backbone's stages (timm's resnet family), written ``16-32-64-128``."""
+    stem: int | None = None
+    """timm's ``stem_width`` (resnets with a deep stem)."""
+    convs: int | None = None
+    """Convolutions in the head before the output layers."""
+    pretrained: bool = False
+    """Start from timm's backbone weights."""
+    norm: str = "bn"
+    """``bn``: BatchNorm trains; ``frozen``: it is constant."""
+    score: float | None = None
+    """Detections below this score are dropped."""
+    topk: int | None = None
+    """Candidates of each level (or image) before non-maximum suppression."""
+    dets: int | None = None
+    """Detections of an image at most."""
+    weights: str | None = None
+    """Name of torchvision's weights (``torchvision:`` only), e.g. ``COCO_V1``."""
+
+    def refuse(self, detector: str, *names: str) -> None:
+        """Say that a detector has no use for some options, if they were given.
+
+        Raises:
+            ModelError: one of ``names`` differs from its default.
+        """
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        given = [name for name in names if getattr(self, name) != defaults[name]]
+        if given:
+            raise ModelError(f"{detector} has no option {', '.join(given)}; leave it out of the model string")
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model string in parts."""
+
+    text: str
+    """As it was written: the detector's name everywhere."""
+    detector: str
+    backbone: str
+    options: ModelOptions
+
+
+def parse_model(text: str) -> ModelName:
+    """Read a model string.
+
+    Raises:
+        ModelError: it is malformed, or has an unknown key or an impossible value.
+
+    Example:
+        >>> parse_model("fcos:resnet10t,channels=16-32-64-128,levels=3-5").options.levels
+        (3, 5)
+    """
+    head, *parts = [part.strip() for part in text.split(",")]
+    detector, colon, backbone = head.partition(":")
+    if not (detector and colon and backbone):
+        raise ModelError(f"model {text!r}: expected detector:backbone[,key=value]..., e.g. retinanet:resnet18")
+    values: dict[str, Any] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if key not in READERS:
+            raise ModelError(f"model {text!r}: unknown option {key!r}{nearest(key, READERS)}; known: {', '.join(READERS)}")
+        if not equals or not value:
+            raise ModelError(f"model {text!r}: option {key} needs a value, {key}=...")
+        if key in values:
+            raise ModelError(f"model {text!r}: option {key} is given twice")
+        reader, wanted = READERS[key]
+        try:
+            values[key] = reader(value)
+        except ValueError:
+            raise ModelError(f"model {text!r}: {key}={value} is no {wanted}") from None
+    return ModelName(text, detector, backbone, ModelOptions(**values))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _factor(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError(text)
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise ValueError(text)
+    return number
+
+
+def _levels(text: str) -> tuple[int, int]:
+    first, last = map(int, text.split("-"))
+    if not 0 < first <= last < 12:
+        raise ValueError(text)
+    return first, last
+
+
+def _channels(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split("-"))
+
+
+def _truth(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else bool(_fail(text))
+
+
+def _norm(text: str) -> str:
+    return text if text in ("bn", "frozen") else _fail(text)
+
+
+def _convs(text: str) -> int:
+    return int(text) if int(text) >= 0 else int(_fail(text))
+
+
+def _fail(text: str) -> str:
+    raise ValueError(text)
+
+
+READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "neck": (_positive, "positive whole number"),
+    "levels": (_levels, "range of levels a-b such as 3-7"),
+    "width": (_factor, "positive number"),
+    "channels": (_channels, "list of channels such as 16-32-64-128"),
+    "stem": (_positive, "positive whole number"),
+    "convs": (_convs, "whole number"),
+    "pretrained": (_truth, "truth value (true or false)"),
+    "norm": (_norm, "known norm (bn or frozen)"),
+    "score": (_share, "number from 0 to 1"),
+    "topk": (_positive, "positive whole number"),
+    "dets": (_positive, "positive whole number"),
+    "weights": (str, "name of weights"),
+}
+"""Options of the model string: how each is read, and what it should have been."""

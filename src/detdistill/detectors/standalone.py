@@ -1,0 +1,182 @@
+"""Builds a detector from the plain description stored beside it. Needs torch, torchvision, timm and safetensors only.
+
+This file is copied as ``load_student.py`` into every exported folder, so it imports nothing of the library that made it:
+
+    from load_student import load
+    model = load("path/to/student")            # a torchvision detector in eval mode
+    model([image])                             # image: [3, H, W] RGB in 0..1, resized as for training
+
+A description is a tree of calls, ``{"call": "torchvision.models.detection.FCOS", "num_classes": 11, ...}``: a dotted name
+of torchvision, or a function of this file, with its keyword arguments, which may be calls themselves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors.torch import load_file
+from timm.utils.model import freeze_batch_norm_2d
+from torch import Tensor, nn
+from torchvision.models.detection._utils import overwrite_eps
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
+
+
+def load(folder: str | Path) -> nn.Module:
+    """The detector of an exported folder (``model.json``, ``model.safetensors``), in eval mode.
+
+    ``model.classes`` are the names of its labels: label ``i`` of torchvision (0 is the background) is ``classes[i]``.
+    """
+    folder = Path(folder)
+    description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    model = build(description["model"])
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.classes = description["labels"]
+    return model.eval()
+
+
+def build(tree: Mapping[str, Any]) -> nn.Module:
+    """A freshly initialised detector from its description; images keep their size (see ``KeepSize``)."""
+    model = make(tree)
+    if isinstance(model.transform, GeneralizedRCNNTransform) and model.transform.fixed_size is None:
+        model.transform = KeepSize(model.transform)
+    return model
+
+
+def make(node: Any) -> Any:
+    """Turn a description into what it describes: calls are made from the inside out, lists and numbers stay.
+
+    Raises:
+        ValueError: a call names neither a part of torchvision nor a function of this file.
+    """
+    if isinstance(node, Mapping):
+        arguments = {key: make(value) for key, value in node.items() if key != "call"}
+        if "call" not in node:
+            return arguments
+        module, _, name = node["call"].rpartition(".")
+        if module and module.split(".")[0] != "torchvision":
+            raise ValueError(f"{node['call']!r} is no part of torchvision; refusing to call it")
+        if not module and name not in CALLS:
+            raise ValueError(f"{node['call']!r} is unknown here; known: {', '.join(CALLS)}")
+        call = getattr(importlib.import_module(module), name) if module else CALLS[name]
+        return call(**arguments)
+    if isinstance(node, (list, tuple)):
+        return tuple(make(item) for item in node)
+    return node
+
+
+class KeepSize(GeneralizedRCNNTransform):
+    """torchvision's transform without its resizing: a detector sees the pixels it is given, as it did in training."""
+
+    def __init__(self, original: GeneralizedRCNNTransform) -> None:
+        super().__init__(original.min_size, original.max_size, original.image_mean, original.image_std, original.size_divisible)
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """As they are."""
+        return image, target
+
+
+class TimmPyramid(nn.Module):
+    """A timm backbone (``body``) under torchvision's feature pyramid (``fpn``)."""
+
+    def __init__(
+        self,
+        name: str,
+        indices: Sequence[int],
+        out_channels: int,
+        extra: Sequence[int] = (),
+        top: Literal["conv", "pool"] = "conv",
+        norm: Literal["bn", "frozen"] = "bn",
+        **timm_options: Any,
+    ) -> None:
+        """Build with random weights.
+
+        Args:
+            name: of the timm model.
+            indices: which of its maps enter the pyramid (timm's ``out_indices``).
+            out_channels: of every level.
+            extra: numbers of the levels above the backbone's deepest, e.g. (6, 7) for P6 and P7.
+            top: how they are made: stride-2 convolutions, or torchvision's subsampling (one level, without weights).
+            norm: ``frozen`` turns the backbone's BatchNorm into constants.
+            timm_options: for ``timm.create_model``.
+        """
+        super().__init__()
+        body = timm.create_model(name, features_only=True, pretrained=False, out_indices=tuple(indices), **timm_options)
+        self.body = freeze_batch_norm_2d(body) if norm == "frozen" else body
+        self.channels = tuple(body.feature_info.channels())
+        self.reductions = tuple(body.feature_info.reduction())
+        self.channels_last = str(getattr(body, "output_fmt", None)).upper().endswith("NHWC")
+        blocks = None
+        if extra:
+            blocks = LastLevelMaxPool() if top == "pool" else StridedLevels(out_channels, extra)
+        self.fpn = FeaturePyramidNetwork(list(self.channels), out_channels, extra_blocks=blocks)
+        self.out_channels = out_channels
+
+    def maps(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """The backbone's maps [B, C_l, H_l, W_l], finest first."""
+        maps = self.body(images)
+        if self.channels_last:  # swin and its relatives: [B, H, W, C]
+            maps = [level.permute(0, 3, 1, 2).contiguous() for level in maps]
+        return OrderedDict((str(index), level) for index, level in enumerate(maps))
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """Levels [B, out_channels, H_l, W_l], finest first."""
+        return self.fpn(self.maps(images))
+
+
+class StridedLevels(ExtraFPNBlock):
+    """Any number of levels by stride-2 convolutions above the highest one (two: torchvision's ``LastLevelP6P7``)."""
+
+    def __init__(self, channels: int, levels: Sequence[int]) -> None:
+        super().__init__()
+        self.names = [f"p{level}" for level in levels]
+        for name in self.names:
+            convolution = nn.Conv2d(channels, channels, 3, 2, 1)
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
+            nn.init.zeros_(convolution.bias)
+            self.add_module(name, convolution)
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """Add the levels; each but the first reads the one below through a ReLU."""
+        for index, name in enumerate(self.names):
+            below = results[-1] if index == 0 else F.relu(results[-1])
+            results.append(self.get_submodule(name)(below))
+        return results, names + self.names
+
+
+def retinanet_head(in_channels: int, num_anchors: int, num_classes: int, num_convs: int = 4) -> RetinaNetHead:
+    """The RetinaNet head of torchvision, cut down to its first ``num_convs`` blocks on both sides."""
+    head = RetinaNetHead(in_channels, num_anchors, num_classes)
+    for side in (head.classification_head, head.regression_head):
+        side.conv = side.conv[:num_convs]
+    return head
+
+
+def torchvision_model(name: str, num_classes: int, frozen_eps: float | None = None) -> nn.Module:
+    """A detector of torchvision by name, with random weights; ``frozen_eps`` as its pretrained weights want it."""
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
+    if frozen_eps is not None:
+        overwrite_eps(model, frozen_eps)
+    return model
+
+
+CALLS = {"TimmPyramid": TimmPyramid, "retinanet_head": retinanet_head, "torchvision_model": torchvision_model}
+"""What a description may call beside torchvision."""
+
+
+if __name__ == "__main__":
+    student = load(Path(__file__).parent)
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    print(f"{type(student).__name__}, {parameters:,} parameters, labels: {', '.join(map(str, student.classes))}")
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}")
