@@ -27,6 +27,8 @@ def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
         return cast(T, tuple(map_tensors(item, change) for item in value))
     if isinstance(value, list):
         return cast(T, [map_tensors(item, change) for item in value])
+    if isinstance(value, list):
+        return cast(T, [map_tensors(item, change) for item in value])
     if isinstance(value, Mapping):
         return cast(T, {key: map_tensors(item, change) for key, item in value.items()})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -212,13 +214,17 @@ def _cut(value: Any, index: int, count: int, axis: int) -> Any:
         return value.split(count)[index]
     if isinstance(value, tuple):
         return tuple(_cut(item, index, count, axis) for item in value)
-    return value
+    if value is None:
+        return None
+    raise TypeError(
+        f"a {type(value).__name__} cannot be split by image; use tensors, tuples or PerImage, or mark the field SHARED"
+    )
 
 
 def _join(values: Sequence[Any], axis: int) -> Any:
     first = values[0]
     if isinstance(first, Tensor):
-        if first.ndim == 4 and len({tuple(value.shape[-2:]) for value in values}) > 1:
+        if axis == 0 and first.ndim == 4 and len({tuple(value.shape[-2:]) for value in values}) > 1:
             height, width = (max(value.shape[dim] for value in values) for dim in (-2, -1))
             values = [
                 torch.nn.functional.pad(value, (0, width - value.shape[-1], 0, height - value.shape[-2])) for value in values
@@ -251,6 +257,24 @@ class Features(PerImage):
         """The pyramid of some levels (indices), in the order given."""
         padding = None if self.padding is None else tuple(self.padding[level] for level in levels)
         return Features(tuple(self.maps[level] for level in levels), tuple(self.strides[level] for level in levels), padding)
+
+    @classmethod
+    def stack(cls, pieces: Sequence[Self]) -> Self:
+        """The inverse of ``split``; where maps of different sizes are zero-padded, the mask says so."""
+        joined = super().stack([replace(piece, padding=None) for piece in pieces])
+        sizes = {tuple(level.shape[-2:] for level in piece.maps) for piece in pieces}
+        if len(sizes) == 1 and all(piece.padding is None for piece in pieces):
+            return joined
+        padding = []
+        for index, level in enumerate(joined.maps):
+            mask = torch.ones_like(level[:, 0], dtype=torch.bool)
+            first = 0
+            for piece in pieces:
+                count, _, height, width = piece.maps[index].shape
+                mask[first : first + count, :height, :width] = False if piece.padding is None else piece.padding[index]
+                first += count
+            padding.append(mask)
+        return replace(joined, padding=tuple(padding))
 
 
 @dataclass(frozen=True)
@@ -302,7 +326,7 @@ class Origin(Movable):
         """The origin of boxes that came from the caller: only their image is known."""
         image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
         nowhere = torch.full_like(image, -1)
-        return Origin(image, nowhere, nowhere[:, None].expand(-1, 2), nowhere, nowhere)
+        return Origin(image, nowhere, nowhere[:, None].repeat(1, 2), nowhere, nowhere)
 
     def __getitem__(self, index: Tensor) -> Origin:
         return map_tensors(self, lambda tensor: tensor[index])
@@ -432,7 +456,7 @@ class Assignment(Movable):
     """Which prediction answers for which ground-truth box. A value, so that it can come from anyone."""
 
     matched: Tensor
-    """int64; index of the ground-truth box within its image, -1 negative, -2 ignored.
+    """int64; index of the ground-truth box within its image's ``Target`` (crowd boxes counted), -1 negative, -2 ignored.
     [B, P] for ``Dense``, [R] for ``Regions``, [L, B, N] for ``Queries``."""
     weights: Tensor | None = None
     """Same shape, or None for all ones."""

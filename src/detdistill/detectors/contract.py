@@ -359,7 +359,8 @@ class Teacher:
         if prediction and predicted is None:
             predicted = self.detector.predict(features, batch)
         self._seen = (batch, Observation(features, backbone_features, predicted))
-        return self._seen[1]
+        # Only what was asked: the knowledge of a method (and its size in a cache) must not depend on the other methods.
+        return Observation(features, backbone_features if backbone else None, predicted if prediction else None)
 
     def forget(self) -> None:
         """Let go of the last batch's observation (the loop calls this after each step)."""

@@ -1,0 +1,244 @@
+"""What every method must keep, in one call: ``check_method(PKD)``, on every pair of tiny detectors that it accepts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detdistill.detectors.contract import Detector, Teacher
+from detdistill.methods.contract import Method, PairError, Stage
+from detdistill.structures import Batch, Clock, Losses, Target, Taught
+from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
+
+MIDDLE = Clock(step=5, total=10, epoch=1)
+"""Past every warm-up's zero."""
+
+
+def check_method(method_class: type[Method], **hyperparameters: Any) -> list[str]:
+    """Assert the contract of ``methods/contract.py`` on all pairs of tiny detectors that the method does not refuse.
+
+    Returns:
+        The pairs that were checked, e.g. ``dense 16 -> regions 8`` (teacher's family and channels, then the student's);
+        a test may assert what is in it, so that a method does not pass by refusing.
+    """
+    checked = []
+    students: list[type[Detector]] = [TinyDense, TinyRegions, TinyQueries]
+    teachers: list[type[Detector] | None] = [*students] if method_class.needs.teacher else [None]
+    for teacher_class in teachers:
+        for student_class in students:
+            for channels in (8, 16) if teacher_class else (8,):
+                pair = _Pair(method_class, hyperparameters, teacher_class, student_class, channels)
+                try:
+                    pair.build()
+                except PairError:
+                    continue
+                name = f"{pair.teacher.spec.family} {channels} -> " if pair.teacher else ""
+                name += f"{pair.student.spec.family} 8"
+                try:
+                    _check_pair(pair)
+                except Exception as error:
+                    error.add_note(f"{method_class.slug}: {name}")
+                    raise
+                checked.append(name)
+    assert checked, f"{method_class.slug} refuses every pair of tiny detectors"
+    return checked
+
+
+@dataclasses.dataclass
+class _Pair:
+    method_class: type[Method]
+    hyperparameters: Mapping[str, Any]
+    teacher_class: type[Detector] | None
+    student_class: type[Detector]
+    channels: int
+    teacher: Teacher | None = None
+    student: Detector | None = None
+
+    def build(self, seed: int = 2) -> Method:
+        """A new student and method on the same teacher, the same for equal seeds."""
+        with torch.random.fork_rng(devices=[]):
+            if self.teacher is None and self.teacher_class is not None:
+                self.teacher = Teacher(self.teacher_class(channels=(self.channels, self.channels), seed=1))
+            self.student = self.student_class(seed=seed)
+            torch.manual_seed(seed)
+            return self.method_class(self.teacher, self.student, **self.hyperparameters)
+
+    def forget(self) -> None:
+        if self.teacher is not None:
+            self.teacher.forget()
+
+
+def _check_pair(pair: _Pair) -> None:
+    check_teach_is_independent_of_student(pair)
+    check_gradients(pair)
+    check_state_dict(pair)
+    check_images_without_boxes(pair)
+    check_half_precision(pair)
+    check_split_and_stack(pair)
+
+
+def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a nested structure with their paths."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors(item, f"{path}[{key!r}]")
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from tensors(item, f"{path}[{index}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            yield from tensors(getattr(value, f.name), f"{path}.{f.name}")
+
+
+def assert_same(first: Any, second: Any, message: str, rtol: float = 0.0, atol: float = 0.0) -> None:
+    """Every tensor of two nested structures is equal."""
+    mine, theirs = dict(tensors(first)), dict(tensors(second))
+    assert mine.keys() == theirs.keys(), message
+    for path, tensor in mine.items():
+        torch.testing.assert_close(
+            tensor, theirs[path], rtol=rtol, atol=atol, equal_nan=True, msg=lambda text, path=path: f"{message}{path}: {text}"
+        )
+
+
+def learn(method: Method, student: Detector, batch: Batch, taught: Taught | None, clock: Clock = MIDDLE) -> Losses:
+    """One seeded student pass and what the method makes of it."""
+    torch.manual_seed(7)
+    return method.learn(student, student(batch), taught, batch, clock)
+
+
+def check_teach_is_independent_of_student(pair: _Pair) -> None:
+    """``teach`` depends on the batch and on frozen weights only, and its randomness on image ids and views."""
+    method, batch = pair.build(), tiny_batch(3)
+    student = pair.student
+    torch.manual_seed(0)
+    before = method.teach(batch)
+    for path, tensor in tensors(before):
+        assert not tensor.requires_grad, f"teach{path} carries a gradient"
+    kept = copy.deepcopy(before)
+    losses = Losses.merge([method.supervise(student, student(batch), before, batch), learn(method, student, batch, before)])
+    losses.total().backward()
+    assert_same(before, kept, "supervise or learn changed what was taught in place: ")
+    with torch.no_grad():
+        learning = [parameter for parameter in (*student.parameters(), *method.parameters()) if parameter.grad is not None]
+        for parameter in learning:
+            parameter.add_(1.0)
+    pair.forget()
+    torch.manual_seed(1)
+    assert_same(method.teach(batch), kept, "teach changed with the student, the method's trainables or the random state: ")
+
+
+def check_gradients(pair: _Pair) -> None:
+    """Of ``learn`` alone to the student; of all stages to everything trainable; none to the teacher."""
+    method, batch = pair.build(), tiny_batch(3)
+    student = pair.student
+    teacher_state = copy.deepcopy(pair.teacher.detector.state_dict()) if pair.teacher else {}
+    total = learn(method, student, batch, method.teach(batch)).total()
+    own = [p for p in student.parameters() if p.requires_grad]
+    reached = [g for g in torch.autograd.grad(total, own, allow_unused=True) if g is not None]
+    assert any(float(g.abs().sum()) > 0 for g in reached), "no gradient of learn() reaches the student"
+    trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
+    missed = set(trainable)
+    for stage in method.stages(student):
+        pair.forget()
+        run_stage(stage, student, method, batch)
+        missed -= {name for name, p in trainable.items() if p.grad is not None}
+        for name, p in (*student.named_parameters(), *trainable.items()):
+            assert p.grad is None or bool(torch.isfinite(p.grad).all()), f"gradient of {name} in stage {stage.name} is not finite"
+    assert not missed, f"no gradient reaches the method's own {sorted(missed)}"
+    if pair.teacher is not None:
+        detector = pair.teacher.detector
+        assert not any(module.training for module in detector.modules()), "the teacher left eval mode"
+        assert all(p.grad is None and not p.requires_grad for p in detector.parameters()), "a gradient reached the teacher"
+        assert_same(detector.state_dict(), teacher_state, "training changed the teacher: ")
+
+
+def run_stage(stage: Stage, student: Detector, method: Method, batch: Batch, clock: Clock = MIDDLE) -> Losses:
+    """One step and its gradients, with only that trainable which the stage says (and which was so before)."""
+    before = {p: p.requires_grad for p in (*student.parameters(), *method.parameters())}
+    open_to: list[nn.Module] = list(stage.trains(clock))
+    chosen = {p for module in open_to for p in module.parameters()}
+    for parameter, required in before.items():
+        parameter.requires_grad_(required and parameter in chosen)
+        parameter.grad = None
+    losses = stage.step(batch, clock)
+    losses.total().backward()
+    for parameter, required in before.items():
+        parameter.requires_grad_(required)
+    return losses
+
+
+def check_state_dict(pair: _Pair) -> None:
+    """Without the teacher's own tensors; loading it gives the same losses."""
+    method, batch = pair.build(), tiny_batch(3)
+    first_student = pair.student
+    if pair.teacher is not None:
+        theirs = {tensor.data_ptr() for tensor in pair.teacher.detector.state_dict().values()}
+        inside = [name for name, tensor in method.state_dict().items() if tensor.data_ptr() in theirs]
+        assert not inside, f"the state dict holds the teacher's {inside[:3]}; keep a copy of what learning needs"
+    expected = learn(method, first_student, batch, method.teach(batch)).terms
+    state = copy.deepcopy(pair.build(seed=2).state_dict())
+    other = pair.build(seed=3)
+    other.load_state_dict(state)
+    pair.student.load_state_dict(first_student.state_dict())
+    pair.forget()
+    assert_same(learn(other, pair.student, batch, other.teach(batch)).terms, expected, "a loaded method learns otherwise: ")
+
+
+def without_boxes(batch: Batch, images: range) -> Batch:
+    """The batch with no boxes in some images."""
+    empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+    return batch.with_targets([empty if index in images else target for index, target in enumerate(batch.targets)])
+
+
+def check_images_without_boxes(pair: _Pair) -> None:
+    """One image, then the whole batch without boxes; at the first and the last step: finite, with finite gradients."""
+    for images in (range(1), range(3)):
+        for clock in (Clock(0, 10), Clock(9, 10, 1)):
+            method, batch = pair.build(), without_boxes(tiny_batch(3), images)
+            student = pair.student
+            pair.forget()
+            taught = method.teach(batch)
+            supervised = method.supervise(student, student(batch), taught, batch)
+            losses = Losses.merge([supervised, learn(method, student, batch, taught, clock)])
+            for name, value in (*losses.terms.items(), *losses.monitors.items()):
+                assert bool(torch.isfinite(value).all()), f"{name} is {float(value)} with {len(images)} images without boxes"
+            losses.total().backward()
+            for name, p in (*student.named_parameters(), *method.named_parameters()):
+                finite = p.grad is None or bool(torch.isfinite(p.grad).all())
+                assert finite, f"gradient of {name} is not finite with {len(images)} images without boxes"
+
+
+def check_half_precision(pair: _Pair) -> None:
+    """Under bf16 autocast the losses are float32 scalars and finite, also when what was taught was saved in bf16."""
+    method, batch = pair.build(), tiny_batch(3)
+    student = pair.student
+    pair.forget()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = learn(method, student, batch, method.teach(batch))
+    for name, value in losses.terms.items():
+        assert value.dtype == torch.float32, f"{name} is {value.dtype} under bf16 autocast; cast before the loss"
+        assert value.shape == (), f"{name} is no scalar: {tuple(value.shape)}"
+        assert bool(torch.isfinite(value)), f"{name} is {float(value)} under bf16 autocast"
+    losses.total().backward()
+
+
+def check_split_and_stack(pair: _Pair) -> None:
+    """What was taught, split by image and stacked again (as a cache does), gives the same loss."""
+    method, batch = pair.build(), tiny_batch(3)
+    pair.forget()
+    taught = method.teach(batch)
+    if taught is None:
+        return
+    again = type(taught).stack([copy.deepcopy(piece) for piece in taught.split(len(batch))])
+    state = copy.deepcopy(method.state_dict())
+    expected = learn(method, pair.student, batch, taught).terms
+    method.load_state_dict(state)
+    actual = learn(method, pair.student, batch, again).terms
+    assert_same(actual, expected, "split and stacked knowledge gives another loss: ", rtol=1e-6, atol=1e-7)
