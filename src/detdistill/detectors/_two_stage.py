@@ -1,0 +1,384 @@
+"""What Faster R-CNN and Mask R-CNN share: torchvision's region proposal network and RoI heads, called part by part.
+
+Shape letters: B images, L levels, A anchors of a cell, P anchors of an image, R regions of the batch, K classes.
+
+torchvision counts the background as class 0 and drops where a proposal came from. Here the background is the last logit,
+labels are 0 .. K-1, and each box keeps its ``Origin``. The random draws keep the library's order (anchors of all images,
+then regions of all images), so that under one seed ``predict`` and ``loss`` give what ``model(images, targets)`` gives.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops.poolers import initLevelMapper
+
+from detdistill.detectors.contract import region_positives
+from detdistill.errors import DataError, ModelError
+from detdistill.structures import (
+    IGNORED,
+    NEGATIVE,
+    Assignment,
+    Batch,
+    Dense,
+    Detections,
+    Features,
+    Losses,
+    Movable,
+    Origin,
+    Regions,
+    Target,
+)
+
+SMOOTH_L1_BETA = 1 / 9
+"""Of both stages, as in torchvision (written into its losses)."""
+
+
+@dataclass(frozen=True)
+class AnchorSamples(Movable):
+    """The anchors that the first stage's loss looks at, drawn in ``predict`` to keep the library's order of draws."""
+
+    targets: tuple[Target, ...]
+    """The ground truth they were drawn for."""
+    labels: Tensor
+    """[B * P] 1 object, 0 background, -1 between the thresholds."""
+    regression: Tensor
+    """[B * P, 4] encoded targets; meaningful where ``labels`` is 1."""
+    positive: Tensor
+    """[S+] indices into B * P."""
+    negative: Tensor
+    """[S-] indices into B * P."""
+
+
+class TwoStageHead(nn.Module):
+    """A region proposal network and RoI heads: a ``DetectionHead`` that runs on any pyramid of its channels.
+
+    In training mode (that of ``roi_heads``) ``predict`` adds the ground truth to the proposals and samples; in eval mode
+    it does neither and needs no targets.
+    """
+
+    def __init__(self, rpn: RegionProposalNetwork, roi_heads: RoIHeads, level_names: Sequence[str]) -> None:
+        """Take the library's two modules as they are.
+
+        Args:
+            rpn: the first stage.
+            roi_heads: the second stage, with or without a mask branch.
+            level_names: the library's name of each pyramid level, finest first (``"0"``, ``"1"``, ..., ``"pool"``).
+        """
+        super().__init__()
+        self.rpn, self.roi_heads = rpn, roi_heads
+        self.level_names = tuple(level_names)
+        self.train(roi_heads.training)
+
+    def copied(self, fresh: bool) -> TwoStageHead:
+        """An equal head on its own, trainable parameters; ``fresh``: initialised anew as torchvision does."""
+        head = TwoStageHead(copy.deepcopy(self.rpn), copy.deepcopy(self.roi_heads), self.level_names).requires_grad_(True)
+        if fresh:
+            _initialize(head)
+        return head
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    def predict(self, features: Features, batch: Batch) -> Regions:
+        """Both stages.
+
+        Raises:
+            DataError: in training mode without targets.
+        """
+        features = features.float()
+        rpn = self._first_stage(features)
+        boxes, origins = self._propose(rpn, batch)
+        if self.roi_heads.training:
+            if len(batch.targets) != len(batch):
+                raise DataError(
+                    f"a two-stage detector samples its regions by ground truth in training, but the batch has "
+                    f"{len(batch.targets)} targets for {len(batch)} images; give targets, or call eval() first"
+                )
+            rpn = replace(rpn, own=self._sample_anchors(rpn, batch))
+            boxes, origins = self._sample_regions(boxes, origins, batch)
+        return replace(self._second_stage(features, boxes, Origin.cat(origins), batch), rpn=rpn)
+
+    def regions(self, features: Features, boxes_xyxy: Sequence[Tensor], batch: Batch) -> Regions:
+        """The second stage on given boxes."""
+        features = features.float()
+        boxes = [given.detach().to(features.maps[0]) for given in boxes_xyxy]
+        origin = Origin.given([len(given) for given in boxes], features.maps[0].device)
+        return self._second_stage(features, boxes, origin, batch)
+
+    def proposals(self, features: Features, batch: Batch) -> tuple[list[Tensor], list[Origin]]:
+        """The first stage's boxes, best first, and their origins; as many as the mode (train or eval) keeps."""
+        return self._propose(self._first_stage(features.float()), batch)
+
+    def _first_stage(self, features: Features) -> Dense:
+        maps = list(features.maps)
+        count, strides = maps[0].shape[0], features.strides
+        objectness, deltas = self.rpn.head(maps)
+        shapes = [(level.shape[-2], level.shape[-1], level.shape[1]) for level in objectness]
+        flat_logits, flat_deltas = concat_box_prediction_layers([_full(x) for x in objectness], [_full(x) for x in deltas])
+        # The generator reads nothing but the padded size of the images, a multiple of the finest stride.
+        padded = (3, maps[0].shape[-2] * strides[0], maps[0].shape[-1] * strides[0])
+        images = ImageList(maps[0].new_empty(()).expand(count, *padded), [padded[1:]] * count)
+        anchors = self.rpn.anchor_generator(images, maps)
+        boxes = self.rpn.box_coder.decode(flat_deltas, anchors)
+        levels, cells, of_cell = _positions(shapes, maps[0].device)
+        return Dense(
+            logits=flat_logits.view(count, -1, 1),
+            deltas=flat_deltas.view(count, -1, 4),
+            boxes_xyxy=boxes.view(count, -1, 4),
+            priors_xyxy=torch.stack(anchors),
+            levels=levels,
+            cells=cells,
+            anchors=of_cell,
+        )
+
+    def _propose(self, rpn: Dense, batch: Batch) -> tuple[list[Tensor], list[Origin]]:
+        """``RegionProposalNetwork.filter_proposals``, with the index of each proposal carried along."""
+        objectness, decoded = rpn.logits.detach().squeeze(-1), rpn.boxes_xyxy.detach()
+        per_level = torch.bincount(rpn.levels).tolist()
+        # top n of each level, before suppression
+        ranked = self.rpn._get_top_n_idx(objectness, per_level)
+        kept_boxes, origins = [], []
+        for image, (index, size) in enumerate(zip(ranked, _sizes(batch), strict=True)):
+            boxes = clip_boxes_to_image(decoded[image, index], size)
+            scores = torch.sigmoid(objectness[image, index])
+            keep = remove_small_boxes(boxes, self.rpn.min_size)
+            keep = keep[scores[keep] >= self.rpn.score_thresh]
+            boxes, scores, index = boxes[keep], scores[keep], index[keep]
+            keep = batched_nms(boxes, scores, rpn.levels[index], self.rpn.nms_thresh)[: self.rpn.post_nms_top_n()]
+            kept_boxes.append(boxes[keep])
+            index = index[keep]
+            nowhere = torch.full_like(index, -1)
+            origins.append(
+                Origin(torch.full_like(index, image), rpn.levels[index], rpn.cells[index], rpn.anchors[index], nowhere)
+            )
+        return kept_boxes, origins
+
+    def _second_stage(self, features: Features, boxes: Sequence[Tensor], origin: Origin, batch: Batch) -> Regions:
+        flat = torch.cat(list(boxes))
+        pooled = self._pool(self.roi_heads.box_roi_pool, features, boxes, batch)
+        embedding = self.roi_heads.box_head(pooled)
+        logits, deltas = (_full(output) for output in self.roi_heads.box_predictor(embedding))
+        deltas = deltas.reshape(len(flat), -1, 4)[:, 1:]  # the background, class 0, has no box of its own
+        refined = self.roi_heads.box_coder.decode_single(deltas.flatten(1), flat).reshape(deltas.shape)
+        return Regions(
+            boxes_xyxy=flat,
+            origin=origin,
+            logits=torch.cat([logits[:, 1:], logits[:, :1]], dim=1),
+            deltas=deltas,
+            refined_xyxy=refined,
+            pooled=pooled,
+            embedding=embedding,
+            own=features if self.roi_heads.has_mask() else None,
+        )
+
+    def _pool(self, pool: MultiScaleRoIAlign, features: Features, boxes: Sequence[Tensor], batch: Batch) -> Tensor:
+        """[R, C, h, w]. The library guesses scales from the first images it ever sees; the pyramid's strides are known."""
+        strides = [stride for name, stride in zip(self.level_names, features.strides, strict=True) if name in pool.featmap_names]
+        coarsest, finest = strides[-1].bit_length() - 1, strides[0].bit_length() - 1
+        pool.scales = [1 / stride for stride in strides]
+        pool.map_levels = initLevelMapper(
+            finest, coarsest, canonical_scale=pool.canonical_scale, canonical_level=pool.canonical_level
+        )
+        maps = dict(zip(self.level_names, features.maps, strict=True))
+        return cast(Tensor, pool(maps, list(boxes), _sizes(batch)))
+
+    # ----------------------------------------------------------------------------------------------- training
+
+    def assign(self, prediction: Regions, batch: Batch) -> Assignment:
+        """IoU with the regions' boxes, by the library's matcher and threshold (0.5). Crowd boxes match nothing."""
+        matched = torch.full_like(prediction.origin.image, NEGATIVE)
+        for image, target in enumerate(batch.targets):
+            mine = prediction.origin.image == image
+            matched[mine] = self._match(prediction.boxes_xyxy[mine], target)
+        return Assignment(matched)
+
+    def loss(self, prediction: Regions, batch: Batch, assignment: Assignment | None = None) -> Losses:
+        """The library's terms; those of the first stage only where the prediction has one.
+
+        A foreign ``assignment`` is that of the regions: its weights multiply each region's terms, ignored regions count
+        nowhere, and its normaliser replaces the number of regions. The first stage keeps the anchors sampled by
+        ``predict`` if the batch still has the targets they were drawn for, else it samples anew.
+
+        Raises:
+            DataError: a mask branch and a target without masks.
+            ModelError: a mask branch and a prediction that has lost the features it was made from.
+        """
+        terms: dict[str, Tensor] = {}
+        if prediction.rpn is not None:
+            terms |= self._first_stage_losses(prediction.rpn, batch)
+        assignment = assignment or self.assign(prediction, batch)
+        terms |= self._second_stage_losses(prediction, batch, assignment)
+        if self.roi_heads.has_mask():
+            terms["loss_mask"] = self._mask_loss(prediction, batch, assignment)
+        return Losses(terms)
+
+    def _match(self, boxes: Tensor, target: Target) -> Tensor:
+        """[n] index of each box's ground truth among ALL of the target's boxes, -1 negative, -2 between thresholds."""
+        usable = torch.nonzero(~target.crowd).flatten()
+        if len(usable) == 0 or len(boxes) == 0:
+            return torch.full((len(boxes),), NEGATIVE, device=boxes.device)
+        matched = self.roi_heads.proposal_matcher(box_iou(target.boxes_xyxy[usable].to(boxes.dtype), boxes))
+        return torch.where(matched >= 0, usable[matched.clamp(min=0)], matched)
+
+    def _sample_regions(
+        self, boxes: Sequence[Tensor], origins: Sequence[Origin], batch: Batch
+    ) -> tuple[list[Tensor], list[Origin]]:
+        """``RoIHeads.select_training_samples``, with origins: ground truth is appended, then both are sampled."""
+        all_boxes, all_origins, labels = [], [], []
+        for image, (proposals, origin, target) in enumerate(zip(boxes, origins, batch.targets, strict=True)):
+            usable = torch.nonzero(~target.crowd).flatten()
+            nowhere = torch.full_like(usable, -1)
+            inserted = Origin(torch.full_like(usable, image), nowhere, nowhere[:, None].expand(-1, 2), nowhere, usable)
+            all_boxes.append(torch.cat([proposals, target.boxes_xyxy[usable].to(proposals.dtype)]))
+            all_origins.append(Origin.cat([origin, inserted]))
+            matched = self._match(all_boxes[-1], target)
+            # as the sampler reads them: 1 positive, 0 negative, -1 left out
+            labels.append((matched >= 0).long() - (matched == IGNORED).long())
+        sampled = self.roi_heads.subsample(labels)
+        chosen = [given[index] for given, index in zip(all_boxes, sampled, strict=True)]
+        return chosen, [origin[index] for origin, index in zip(all_origins, sampled, strict=True)]
+
+    def _sample_anchors(self, rpn: Dense, batch: Batch) -> AnchorSamples:
+        anchors = list(rpn.priors_xyxy)
+        boxes = [{"boxes": target.without_crowd().boxes_xyxy.to(rpn.priors_xyxy)} for target in batch.targets]
+        labels, matched = self.rpn.assign_targets_to_anchors(anchors, boxes)
+        regression = self.rpn.box_coder.encode(matched, anchors)
+        positive, negative = self.rpn.fg_bg_sampler(labels)
+        return AnchorSamples(
+            batch.targets,
+            torch.cat(labels),
+            torch.cat(regression),
+            torch.where(torch.cat(positive))[0],
+            torch.where(torch.cat(negative))[0],
+        )
+
+    def _first_stage_losses(self, rpn: Dense, batch: Batch) -> dict[str, Tensor]:
+        """``RegionProposalNetwork.compute_loss`` on anchors that are already drawn."""
+        samples = rpn.own
+        if not isinstance(samples, AnchorSamples) or not _same_boxes(samples.targets, batch.targets):
+            samples = self._sample_anchors(rpn, batch)
+        sampled = torch.cat([samples.positive, samples.negative])
+        objectness, deltas = rpn.logits.flatten()[sampled], rpn.deltas.reshape(-1, 4)[samples.positive]
+        box = F.smooth_l1_loss(deltas, samples.regression[samples.positive], beta=SMOOTH_L1_BETA, reduction="sum")
+        return {
+            "loss_objectness": F.binary_cross_entropy_with_logits(objectness, samples.labels[sampled]),
+            "loss_rpn_box_reg": box / sampled.numel(),
+        }
+
+    def _second_stage_losses(self, prediction: Regions, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
+        """``fastrcnn_loss`` under any assignment: both terms are divided by the number of regions that count."""
+        logits, deltas = prediction.logits, prediction.deltas
+        positives = region_positives(prediction, assignment, batch)
+        labels = torch.full_like(assignment.matched, logits.shape[1] - 1)  # background, last
+        labels[positives.index] = positives.labels
+        counts = (assignment.matched != IGNORED).to(logits.dtype)
+        weights = counts if assignment.weights is None else counts * assignment.weights
+        divisor = counts.sum().clamp(min=1) if assignment.normalizer is None else assignment.normalizer
+        classifier = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+        encoded = self.roi_heads.box_coder.encode_single(
+            positives.targets_xyxy.to(deltas.dtype), prediction.boxes_xyxy[positives.index]
+        )
+        column = positives.labels if deltas.shape[1] > 1 else torch.zeros_like(positives.labels)
+        box = F.smooth_l1_loss(deltas[positives.index, column], encoded, beta=SMOOTH_L1_BETA, reduction="none").sum(dim=1)
+        return {
+            "loss_classifier": classifier / divisor,
+            "loss_box_reg": (box * weights[positives.index]).sum() / divisor,
+        }
+
+    def _mask_loss(self, prediction: Regions, batch: Batch, assignment: Assignment) -> Tensor:
+        """``maskrcnn_loss`` on the positive regions: their mean, so weights and normaliser have no part in it."""
+        features = prediction.own
+        if not isinstance(features, Features):
+            raise ModelError("Mask R-CNN's loss needs the prediction as predict() made it, not one that was cut or cached")
+        masks, labels, boxes, matched = [], [], [], []
+        for image, (target, (height, width)) in enumerate(zip(batch.targets, _sizes(batch), strict=True)):
+            if target.masks is None and len(target) > 0:
+                raise DataError(
+                    f"Mask R-CNN needs instance masks, but image {batch.ids[image]} has none; "
+                    f"use data with segmentations, or faster_rcnn for boxes alone"
+                )
+            given = batch.images.new_zeros(0, height, width) if target.masks is None else target.masks
+            mine = torch.nonzero((prediction.origin.image == image) & (assignment.matched >= 0)).flatten()
+            masks.append(given[:, :height, :width])
+            labels.append(target.labels + 1)  # the library's own, whose background is 0
+            boxes.append(prediction.boxes_xyxy[mine])
+            matched.append(assignment.matched[mine])
+        pooled = self._pool(self.roi_heads.mask_roi_pool, features, boxes, batch)
+        logits = _full(self.roi_heads.mask_predictor(self.roi_heads.mask_head(pooled)))
+        return cast(Tensor, maskrcnn_loss(logits, boxes, masks, labels, matched))
+
+    # ---------------------------------------------------------------------------------------------- inference
+
+    @torch.no_grad()
+    def detect(self, prediction: Regions, batch: Batch) -> list[Detections]:
+        """``RoIHeads.postprocess_detections``, with the origin of each detection's region."""
+        heads, classes = self.roi_heads, prediction.logits.shape[1] - 1
+        # The library's order of logits, so that the softmax adds up in the same order and is equal to the last bit.
+        scores = F.softmax(torch.cat([prediction.logits[:, -1:], prediction.logits[:, :-1]], dim=1), dim=1)[:, 1:]
+        found = []
+        for image, size in enumerate(_sizes(batch)):
+            region = torch.nonzero(prediction.origin.image == image).flatten().repeat_interleave(classes)
+            label = torch.arange(classes, device=region.device).repeat(len(region) // classes)
+            score = scores[region, label]
+            box = clip_boxes_to_image(prediction.refined_xyxy[region, label], size)
+            keep = torch.nonzero(score > heads.score_thresh).flatten()
+            keep = keep[remove_small_boxes(box[keep], min_size=1e-2)]
+            # + 1: suppression moves the boxes of each label apart by its number, and the library counts from 1
+            best = batched_nms(box[keep], score[keep], label[keep] + 1, heads.nms_thresh)[: heads.detections_per_img]
+            keep = keep[best]
+            found.append(Detections(box[keep], score[keep], label[keep], prediction.origin[region[keep]]))
+        return found
+
+
+def _positions(shapes: Sequence[tuple[int, int, int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Level [P], cell [P, 2] and anchor [P] of the library's flat order: level, row, column, anchor of the cell."""
+    levels, cells, anchors = [], [], []
+    for level, (height, width, per_cell) in enumerate(shapes):
+        axes = (torch.arange(size, device=device) for size in (height, width, per_cell))
+        row, column, anchor = (grid.flatten() for grid in torch.meshgrid(*axes, indexing="ij"))
+        levels.append(torch.full_like(row, level))
+        cells.append(torch.stack([row, column], dim=1))
+        anchors.append(anchor)
+    return torch.cat(levels), torch.cat(cells), torch.cat(anchors)
+
+
+def _sizes(batch: Batch) -> list[tuple[int, int]]:
+    return [(height, width) for height, width in batch.sizes.tolist()]
+
+
+def _full(output: Tensor) -> Tensor:
+    """At least single precision: boxes decoded in half precision are pixels off (autocast)."""
+    return output if output.dtype == torch.float64 else output.float()
+
+
+def _same_boxes(first: Sequence[Target], second: Sequence[Target]) -> bool:
+    if len(first) != len(second):
+        return False
+    for mine, theirs in zip(first, second, strict=True):
+        if mine is not theirs and not torch.equal(mine.boxes_xyxy.to(theirs.boxes_xyxy), theirs.boxes_xyxy):
+            return False
+    return True
+
+
+def _initialize(head: TwoStageHead) -> None:
+    """Draw all weights anew, by torchvision's rules for these modules."""
+    for module in head.modules():
+        if isinstance(module, nn.Linear | nn.BatchNorm2d):
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in head.rpn.head.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01)
