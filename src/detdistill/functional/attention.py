@@ -27,7 +27,8 @@ def spatial_attention(maps: Tensor, temperature: float) -> Tensor:
     batch, channels, height, width = maps.shape
     # The L1 norm is |maps| summed in one pass: no second map, forward or kept for backward.
     strength = torch.linalg.vector_norm(maps, ord=1, dim=1, dtype=_wide(maps.dtype)) / channels
-    return height * width * (strength.flatten(1) / temperature).softmax(dim=1).view(batch, height, width)
+    attention: Tensor = height * width * (strength.flatten(1) / temperature).softmax(dim=1)
+    return attention.view(batch, height, width)
 
 
 def channel_attention(maps: Tensor, temperature: float) -> Tensor:
@@ -46,7 +47,8 @@ def channel_attention(maps: Tensor, temperature: float) -> Tensor:
     """
     _, channels, height, width = maps.shape
     strength = torch.linalg.vector_norm(maps, ord=1, dim=(2, 3), dtype=_wide(maps.dtype)) / (height * width)
-    return channels * (strength / temperature).softmax(dim=1)
+    attention: Tensor = channels * (strength / temperature).softmax(dim=1)
+    return attention
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

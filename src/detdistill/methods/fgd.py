@@ -1,0 +1,237 @@
+"""FGD: foreground and background apart, weighted by the teacher's attention, plus the relation between cells.
+
+Yang et al., "Focal and Global Knowledge Distillation for Detectors", CVPR 2022, arXiv 2111.11837.
+
+Shape letters: B images, C channels of the teacher, H x W cells of one level, G boxes of one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from detdistill.detectors.contract import Detector, Teacher
+from detdistill.functional.attention import channel_attention, spatial_attention
+from detdistill.functional.masks import box_cells, cell_regions
+from detdistill.methods._settings import check_choice, check_temperatures, check_weights
+from detdistill.methods.align import ChannelAdapters, float32, pair_levels, resize_like
+from detdistill.methods.contract import Method
+from detdistill.structures import Batch, Clock, Losses, Observation, Taught
+
+
+class FGDTerms(NamedTuple):
+    """The four losses of one level, unweighted; each [] is a sum over channels and cells, divided by B."""
+
+    foreground: Tensor
+    background: Tensor
+    attention: Tensor
+    relation: Tensor
+
+
+def fgd_masks(
+    boxes_xyxy: Sequence[Tensor], image_hw: Sequence[tuple[float, float]], map_hw: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Weights of foreground and background cells (Eq. 2 to 4): every box, and all background, adds up to about 1.
+
+    A foreground cell has 1 / (rows * columns) of the smallest box region that covers it (the region as ``box_cells``
+    counts it, before clipping by the map's edge), a background cell 1 / their number. Every box counts on every level.
+
+    Args:
+        boxes_xyxy: B tensors [G, 4] in pixels. Without a box all cells are background.
+        image_hw: B pairs, height and width in pixels of what the map shows.
+        map_hw: rows and columns of the map.
+
+    Returns:
+        Foreground and background, [B, H, W] each, in the boxes' dtype, at least float32.
+
+    Example:
+        >>> foreground, background = fgd_masks([torch.tensor([[0.0, 0.0, 7.0, 7.0]])], [(32, 32)], (4, 4))
+        >>> foreground[0, :2, :2].tolist(), round(background.sum().item(), 6)
+        ([[0.25, 0.25], [0.25, 0.25]], 1.0)
+    """
+    foreground = torch.stack(
+        [
+            _smallest_region(box_cells(boxes, size, map_hw), map_hw, boxes)
+            for boxes, size in zip(boxes_xyxy, image_hw, strict=True)
+        ]
+    )
+    background = (foreground == 0).to(foreground.dtype)
+    return foreground, background / background.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+
+
+def _smallest_region(cells: Tensor, map_hw: tuple[int, int], like: Tensor) -> Tensor:
+    """[H, W] the largest 1 / area of the regions [G, 4] that cover a cell, else 0."""
+    covered = torch.zeros(map_hw, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    for first in range(0, len(cells), 64):  # many boxes at once, but never [1000, H, W] for a crowded image
+        some = cells[first : first + 64]
+        wmin, hmin, wmax, hmax = some.to(covered.dtype).unbind(-1)
+        value = 1 / (hmax + 1 - hmin) / (wmax + 1 - wmin)
+        regions = torch.where(cell_regions(some, map_hw), value[:, None, None], value.new_zeros(()))
+        covered = torch.maximum(covered, regions.amax(dim=0))
+    return covered
+
+
+def fgd_terms(
+    student: Tensor,
+    teacher: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    student_context: Tensor,
+    teacher_context: Tensor,
+    temperature: float = 0.5,
+) -> FGDTerms:
+    """The losses of one level (Eq. 5 to 11), unweighted.
+
+    With ``D = (student - teacher)^2 * spatial attention * channel attention`` (both the teacher's), sums over channels
+    and cells, all divided by B: foreground ``sum D * foreground``; background ``sum D * background``; attention the L1
+    distances between both attentions of student and teacher (gradient through the student's); relation
+    ``sum ((student + student_context) - (teacher + teacher_context))^2``.
+
+    Args:
+        student: [B, C, H, W] in the teacher's channels; gradient flows.
+        teacher: [B, C, H, W], treated as constant.
+        foreground: [B, H, W] weights, see ``fgd_masks``.
+        background: [B, H, W] likewise.
+        student_context: [B, C] what the student's ``ContextBlock`` adds to every cell.
+        teacher_context: [B, C] what the teacher's adds; gradient flows to that block.
+        temperature: of both attentions.
+    """
+    fixed = teacher.detach()
+    images = student.shape[0]
+    cells, channels = spatial_attention(fixed, temperature), channel_attention(fixed, temperature)
+    difference = student - fixed
+    weighted = torch.einsum("bchw,bc->bhw", difference.square(), channels) * cells
+    attention = (spatial_attention(student, temperature) - cells).abs().sum()
+    attention = attention + (channel_attention(student, temperature) - channels).abs().sum()
+    relation = (difference + (student_context - teacher_context)[:, :, None, None]).square().sum()
+    return FGDTerms(
+        foreground=(weighted * foreground).sum() / images,
+        background=(weighted * background).sum() / images,
+        attention=attention / images,
+        relation=relation / images,
+    )
+
+
+def fgd_loss(
+    terms: FGDTerms, foreground: float = 1e-3, background: float = 5e-4, attention: float = 5e-4, relation: float = 5e-6
+) -> Tensor:
+    """[] the weighted sum (Eq. 12); the letters of the paper are alpha, beta, gamma and lambda."""
+    return foreground * terms.foreground + background * terms.background + attention * terms.attention + relation * terms.relation
+
+
+class ContextBlock(nn.Module):
+    """What the whole map says to every cell (GcBlock of Eq. 10, without its residual).
+
+    Cells are pooled with a learned softmax, then go through a bottleneck of half the channels. The last convolution
+    starts at zero, so at first nothing is added.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = max(1, channels // 2)
+        self.mask = nn.Conv2d(channels, 1, 1)
+        nn.init.kaiming_normal_(self.mask.weight)
+        nn.init.zeros_(self.mask.bias)  # type: ignore[arg-type]
+        self.transform = nn.Sequential(
+            nn.Conv2d(channels, inner, 1), nn.LayerNorm([inner, 1, 1]), nn.ReLU(inplace=True), nn.Conv2d(inner, channels, 1)
+        )
+        for parameter in self.transform[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C], to be added to every cell."""
+        attention = self.mask(maps).flatten(1).softmax(dim=1)
+        context = torch.einsum("bcn,bn->bc", maps.flatten(2), attention)
+        added: Tensor = self.transform(context[:, :, None, None])
+        return added[:, :, 0, 0]
+
+
+_PROFILES = {
+    "one_stage": (1e-3, 5e-4, 5e-4, 5e-6),
+    "two_stage": (5e-5, 2.5e-5, 5e-5, 5e-7),
+    "anchor_free": (1.6e-3, 8e-4, 8e-4, 8e-6),
+}
+
+
+class FGD(Method):
+    """FGD between necks, paired by stride. Backbones and heads may differ; crowd boxes are not foreground.
+
+    Departs from the released code in the masks of padded images, see ``box_norm``, and in boxes that begin outside the
+    image, which are clamped there and counted from the map's far side in the code.
+    """
+
+    slug = "fgd"
+    title = "Focal and Global Knowledge Distillation for Detectors (CVPR 2022)"
+    bibtex = """@inproceedings{yang2022fgd,
+  title={Focal and Global Knowledge Distillation for Detectors},
+  author={Yang, Zhendong and Li, Zhe and Jiang, Xiaohu and Gong, Yuan and Yuan, Zehuan and Zhao, Danpei and Yuan, Chun},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2022}
+}"""
+
+    def __init__(
+        self,
+        teacher: Teacher | None,
+        student: Detector,
+        *,
+        profile: Literal["one_stage", "two_stage", "anchor_free"] = "one_stage",
+        foreground_weight: float | None = None,
+        background_weight: float | None = None,
+        attention_weight: float | None = None,
+        relation_weight: float | None = None,
+        temperature: float = 0.5,
+        box_norm: Literal["padded", "image"] = "padded",
+        levels: Sequence[int] | None = None,
+    ) -> None:
+        """Pair the levels; channels that differ get a 1x1 convolution on the student, as in the paper.
+
+        Args:
+            teacher: any detector.
+            student: any detector.
+            profile: the released weights for anchor-based one-stage, two-stage, or anchor-free students.
+            foreground_weight: alpha; None: the profile's.
+            background_weight: beta; None: the profile's.
+            attention_weight: gamma; None: the profile's (the configs'; the paper prints 1e-3 and 8e-3).
+            relation_weight: lambda; None: the profile's.
+            temperature: of the attention (the released FCOS config uses 0.8, the paper 0.5 everywhere).
+            box_norm: what a map is taken to show when boxes are laid on it: ``padded``, the whole tensor, which is
+                right; ``image``, the part without padding, as in the released code, which stretches the masks of images
+                that are smaller than their batch.
+            levels: student levels to use, as indices; None: all that have a partner (the paper leaves out a pooled P6).
+
+        Raises:
+            DetdistillError: a hyper-parameter is out of range.
+        """
+        super().__init__(teacher, student)
+        check_choice(self.slug, "profile", profile, _PROFILES)
+        check_choice(self.slug, "box_norm", box_norm, ("padded", "image"))
+        check_temperatures(self.slug, temperature=temperature)
+        given = (foreground_weight, background_weight, attention_weight, relation_weight)
+        published = zip(given, _PROFILES[profile], strict=True)
+        self.weights = dict(zip(FGDTerms._fields, (other if mine is None else mine for mine, other in published), strict=True))
+        check_weights(self.slug, **{f"{name}_weight": weight for name, weight in self.weights.items()})
+        self.temperature, self.box_norm = temperature, box_norm
+        self.pairs = pair_levels(self.slug, student.spec, self.teacher.spec, levels)
+        self.adapters = ChannelAdapters(self.pairs)
+        self.student_context = nn.ModuleList(ContextBlock(pair.teacher_channels) for pair in self.pairs)
+        self.teacher_context = nn.ModuleList(ContextBlock(pair.teacher_channels) for pair in self.pairs)
+
+    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+        """Terms ``fgd_foreground``, ``fgd_background``, ``fgd_attention`` and ``fgd_relation``, summed over levels."""
+        assert isinstance(taught, Observation)
+        boxes = [target.without_crowd().boxes_xyxy for target in batch.targets]
+        sizes = [batch.padding_hw] * len(batch) if self.box_norm == "padded" else [(h, w) for h, w in batch.sizes.tolist()]
+        theirs = float32([taught.features.maps[pair.teacher] for pair in self.pairs])
+        levels = []
+        with torch.autocast(batch.images.device.type, enabled=False):
+            mine = self.adapters(float32([seen.features.maps[pair.student] for pair in self.pairs]))
+            for index, (student_map, teacher_map) in enumerate(zip(mine, theirs, strict=True)):
+                student_map = resize_like(student_map, teacher_map)
+                foreground, background = fgd_masks(boxes, sizes, (teacher_map.shape[-2], teacher_map.shape[-1]))
+                contexts = self.student_context[index](student_map), self.teacher_context[index](teacher_map.detach())
+                levels.append(fgd_terms(student_map, teacher_map, foreground, background, *contexts, self.temperature))
+        terms = dict(zip(FGDTerms._fields, map(torch.stack, zip(*levels, strict=True)), strict=True))
+        return Losses({f"fgd_{name}": self.weights[name] * values.sum() for name, values in terms.items()})
