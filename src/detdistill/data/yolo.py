@@ -1,0 +1,210 @@
+"""YOLO: a ``data.yaml`` and one text file of rows ``class cx cy width height`` (fractions of the image) for each image.
+
+Rows of more than five values are polygons; their tight box is used and the polygon kept. An image without a label file,
+or with an empty one, has no objects; that is no defect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from detdistill.data.records import (
+    IMAGE_SUFFIXES,
+    Defect,
+    DetectionSet,
+    RawBox,
+    RawImage,
+    SplitName,
+    assemble,
+    image_ids,
+    listed,
+    relative,
+)
+from detdistill.errors import DataError
+
+KEYS: dict[SplitName, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+
+
+def find_yolo(path: Path) -> Path | None:
+    """The YAML file that a folder (or a file) stands for: the one that has ``train`` and ``names`` or ``nc``.
+
+    Raises:
+        DataError: several such files in the folder.
+    """
+    if path.is_file():
+        return path if _looks_like_yolo(path) else None
+    found = [file for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml") and _looks_like_yolo(file)]
+    if len(found) > 1:
+        raise DataError(f"{path}: several YOLO files, {listed(file.name for file in found)}; pass the one to use")
+    return found[0] if found else None
+
+
+def _looks_like_yolo(file: Path) -> bool:
+    """By its first columns, so that a broken file is recognised and gets its error."""
+    if file.stat().st_size > 10_000_000:
+        return False
+    keys = {line.split(":")[0].strip("'\" ") for line in file.read_text("utf-8", "replace").splitlines() if ":" in line}
+    return bool(keys & {"train", "val"}) and bool(keys & {"names", "nc"})
+
+
+def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
+    """Read the splits that a ``data.yaml`` names.
+
+    Args:
+        file: with ``train``, ``val`` and perhaps ``test`` (a folder, a text file that lists images, or a list of these),
+            ``names`` (list or dict) or ``nc``, and perhaps ``path``, the folder that the others are relative to.
+
+    Returns:
+        The sets by split, and notes.
+
+    Raises:
+        DataError: broken YAML, names and nc that disagree, a folder that does not exist or holds no images.
+    """
+    config = _load(file)
+    classes = _classes(file, config)
+    root, notes = file.parent, []
+    bases = [root / str(config["path"])] if config.get("path") else []
+    bases = [base.resolve() for base in dict.fromkeys((*bases, root)) if base.is_dir()]
+    sets: dict[SplitName, DetectionSet] = {}
+    for name, keys in KEYS.items():
+        entry = next((config[key] for key in keys if config.get(key)), None)
+        if entry is None:
+            continue
+        paths = sorted(dict.fromkeys(_image_paths(file, name, entry, bases)))
+        if not paths:
+            raise DataError(f"{file}: {name}: no images in {entry!r}; looked for {listed(sorted(IMAGE_SUFFIXES))}")
+        keypoints = bool(config.get("kpt_shape"))
+        defects: list[Defect] = []
+        images = [
+            _raw_image(number, path, root, len(classes), keypoints, defects)
+            for number, path in zip(image_ids(paths), paths, strict=True)
+        ]
+        sets[name] = assemble(name, "yolo", root, classes, images, defects)
+    return sets, notes
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise DataError(f"{file}: not valid YAML{place}: {error.problem}; mend that line") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: not valid YAML: {' '.join(str(error).split())}; save it as UTF-8 text") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{file}: not a mapping; a data.yaml has the keys train, val and names")
+    return config
+
+
+def _classes(file: Path, config: dict[str, Any]) -> tuple[str, ...]:
+    names, count = config.get("names"), config.get("nc")
+    if isinstance(names, dict):
+        if set(names) != set(range(len(names))):
+            raise DataError(
+                f"{file}: names must be numbered 0 to {len(names) - 1} without gaps; they are {listed(map(str, names))}"
+            )
+        names = [names[index] for index in range(len(names))]
+    elif names is None and isinstance(count, int):
+        names = [f"class{index}" for index in range(count)]
+    if not isinstance(names, list) or not names:
+        raise DataError(f"{file}: names is {names!r}; it must be a list of class names or a mapping from 0, 1, ... to them")
+    if count is not None and count != len(names):
+        raise DataError(f"{file}: nc says {count} classes but names has {len(names)}; mend one of them")
+    classes = tuple(map(str, names))
+    if len(set(classes)) < len(classes):
+        twice = sorted({name for name in classes if classes.count(name) > 1})
+        raise DataError(f"{file}: class names stand twice: {listed(twice)}; make them unique")
+    return classes
+
+
+def _image_paths(file: Path, split: SplitName, entry: Any, bases: list[Path]) -> Iterable[Path]:
+    """All images of a split's entry."""
+    for part in entry if isinstance(entry, list) else [entry]:
+        place = _resolve(file, split, str(part), bases)
+        if place.is_dir():
+            yield from (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+            continue
+        for line in place.read_text(encoding="utf-8-sig").splitlines():
+            if line.strip():
+                # Lines are relative to the list's folder when they begin with a dot, else to the data set's.
+                listed_path = Path(line.strip().replace("\\", "/"))
+                choices = [place.parent / listed_path, *(base / listed_path for base in bases)]
+                yield next((choice for choice in choices if choice.is_file()), choices[0 if line.startswith(".") else -1])
+
+
+def _resolve(file: Path, split: SplitName, entry: str, bases: list[Path]) -> Path:
+    """An entry of the YAML file as an existing path.
+
+    Roboflow writes ``../train/images`` for the folder ``train/images`` beside the file, so leading dots are dropped when
+    nothing lies where they point.
+    """
+    text = entry.replace("\\", "/")
+    bare = text
+    while bare.startswith(("../", "./")):
+        bare = bare.split("/", 1)[1]
+    tried = list(dict.fromkeys(base / choice for choice in (text, bare) for base in bases))
+    for place in tried:
+        if place.exists():
+            return place.resolve()
+    raise DataError(f"{file}: {split}: {entry} does not exist; looked at {listed(map(str, tried), 4)}; mend 'path' or '{split}'")
+
+
+def label_path(image: Path) -> Path:
+    """The label file of an image: the last folder called ``images`` replaced by ``labels``; else beside the image."""
+    parts = list(image.parts)
+    for index in range(len(parts) - 2, -1, -1):
+        if parts[index] == "images":
+            parts[index] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def _raw_image(number: int, path: Path, root: Path, num_classes: int, keypoints: bool, defects: list[Defect]) -> RawImage:
+    """Read an image's label file; rows that are no boxes go to ``defects``."""
+    labels = label_path(path)
+    where = relative(labels, root)
+    try:
+        text = labels.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        text = ""
+    except UnicodeDecodeError as error:
+        raise DataError(f"{labels}: not UTF-8 text at byte {error.start}; export the labels again") from error
+    boxes = []
+    for row, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        record = f"row {row}"
+        try:
+            label, *values = map(float, line.split())
+        except ValueError:
+            values = []
+        if keypoints:
+            values = values[:4]
+        if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+            message = f"{line.strip()[:40]!r} is neither 'class cx cy width height' nor 'class x1 y1 x2 y2 x3 y3 ...'"
+            defects.append(Defect("malformed record", where, f"image {number}, {record}", message, "box"))
+            continue
+        if not label.is_integer() or not 0 <= label < num_classes:
+            message = f"class {label:g} is not in 0 .. {num_classes - 1}"
+            defects.append(Defect("unknown class", where, f"image {number}, {record}", message, "box"))
+            continue
+        if max(values) > 2 and all(map(math.isfinite, values)):
+            message = f"values up to {max(values):g}: coordinates must be fractions of width and height, not pixels"
+            defects.append(Defect("not normalised", where, f"image {number}, {record}", message, "box"))
+            continue
+        boxes.append(_raw_box(values, int(label), record))
+    return RawImage(number, path, boxes, where, fractions=True)
+
+
+def _raw_box(values: list[float], label: int, record: str) -> RawBox:
+    if len(values) == 4:
+        cx, cy, width, height = values
+        return RawBox((cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2), label, record)
+    xs, ys = values[0::2], values[1::2]
+    return RawBox((min(xs), min(ys), max(xs), max(ys)), label, record, segmentation=[values])
