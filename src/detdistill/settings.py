@@ -118,9 +118,9 @@ class TrainSettings:
                 raise RunError(f"scale_jitter: {low},{high} must be two positive numbers, smaller first")
 
 
-_LOWEST = {
-    "epochs": 1, "steps": 1, "batch": 1, "accumulate": 1, "devices": 1, "nodes": 1, "size": 32, "evaluate_every": 1, "log_every": 1,
-}  # fmt: skip
+_LOWEST = dict.fromkeys(
+    ("epochs", "steps", "batch", "accumulate", "devices", "nodes", "evaluate_every", "log_every"), 1
+) | {"size": 32}
 
 
 @dataclass(frozen=True, kw_only=True)

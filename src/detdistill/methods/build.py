@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import math
@@ -98,10 +99,8 @@ def _convert(slug: str, key: str, raw: str, wanted: Any) -> Any:
     """A value of the type the constructor declares; numbers must be finite and not negative."""
     value: Any = tuple(yaml.safe_load(item) for item in raw.split("/")) if _is_sequence(wanted) else yaml.safe_load(raw)
     if isinstance(value, str) and _allows(wanted, float):
-        try:  # YAML 1.1 reads 1e-3 as text
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
             value = float(value)
-        except ValueError:
-            pass
     if _is_sequence(wanted):
         if value == (None,):
             value = None
@@ -123,10 +122,7 @@ def _is_sequence(wanted: Any) -> bool:
 
 
 def _allows(wanted: Any, kind: type) -> bool:
-    for member in _members(wanted):
-        if member is kind or (typing.get_origin(member) is typing.Literal and kind is str):
-            return True
-    return False
+    return any(m is kind or (typing.get_origin(m) is typing.Literal and kind is str) for m in _members(wanted))
 
 
 def _describe(wanted: Any) -> str:

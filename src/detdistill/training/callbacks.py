@@ -103,8 +103,8 @@ class Records(Listener):
 
     def _write(self, trainer: L.Trainer, module: StageModule, row: dict[str, float | int | str]) -> None:
         rate = float(trainer.optimizers[0].param_groups[0]["lr"])
-        base = {"stage": module.stage.name, "step": trainer.global_step, "epoch": trainer.current_epoch, "lr": rate}
-        self.table.add({**base, "seconds": module.seconds, **row})
+        base = {"stage": module.stage.name, "step": trainer.global_step, "total": module.total, "epoch": trainer.current_epoch}
+        self.table.add({**base, "lr": rate, "seconds": module.seconds, **row})
         numbers = {name: value for name, value in row.items() if not isinstance(value, str)}
         for logger in trainer.loggers:
             assert isinstance(logger, Logger)

@@ -170,7 +170,7 @@ class StageModule(L.LightningModule):
 
 def random_state() -> dict[str, Any]:
     """States of torch, CUDA, numpy and python, as tensors and plain numbers (loadable with ``weights_only``)."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - libraries below may still use it
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)],
@@ -185,7 +185,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     """The inverse of ``random_state``."""
     torch.set_rng_state(state["torch"].cpu())
     name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
     version, numbers, cached = state["python"]
     random.setstate((version, tuple(numbers), cached))
     if "cuda" in state and torch.cuda.is_available():

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-FIRST = ("stage", "step", "epoch", "lr", "seconds", "loss")
+FIRST = ("stage", "step", "total", "epoch", "lr", "seconds", "loss")
 
 
 class MetricsTable:

@@ -1,0 +1,53 @@
+"""The progress bar of a training stage: each loss term, AP, time left."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+
+from detdistill.evaluation.scores import Scores
+from detdistill.progress import Progress
+from detdistill.structures import Batch
+from detdistill.training.callbacks import Listener
+from detdistill.training.module import StageModule
+
+
+class TrainingBar(Listener):
+    """Smoothed losses and the latest AP beside the bar."""
+
+    def __init__(self, progress: Progress, title: str, total: int) -> None:
+        """``total`` optimizer steps."""
+        self.bar = progress.bar(title, total)
+        self.smooth: dict[str, float] = {}
+        self.ap = ""
+        self._drawn = 0.0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Redraw at most four times a second."""
+        if not trainer.is_global_zero or time.monotonic() - self._drawn < 0.25:
+            return
+        self._drawn = time.monotonic()
+        self.draw(trainer, module)
+
+    def on_scores(self, trainer: L.Trainer, module: StageModule, scores: Scores, best: bool) -> None:
+        """A line for each evaluation."""
+        self.ap = f"AP {100 * scores.metrics['AP']:.1f}"
+        if trainer.is_global_zero:
+            self.draw(trainer, module)
+            losses = " ".join(f"{name} {value:.3f}" for name, value in self.smooth.items())
+            ap, ap50 = 100 * scores.metrics["AP"], 100 * scores.metrics["AP50"]
+            self.bar.say(f"epoch {trainer.current_epoch + 1}  AP {ap:5.1f}  AP50 {ap50:5.1f}{'  best' if best else ''}  {losses}")
+
+    def draw(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Move the bar."""
+        assert isinstance(module, StageModule)
+        if module.last is not None:
+            for name, term in module.last.terms.items():
+                value = float(term)
+                self.smooth[name] = 0.8 * self.smooth.get(name, value) + 0.2 * value
+        losses = " ".join(f"{name} {value:.2f}" for name, value in self.smooth.items())
+        self.bar.update(trainer.global_step, f"{self.ap} {losses}".strip())

@@ -1,0 +1,159 @@
+"""Several runs that belong together: distilled and baseline students over the same seeds, side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from detdistill.data.records import DataSplits
+from detdistill.detectors.build import build_detector
+from detdistill.detectors.contract import Teacher
+from detdistill.errors import RunError
+from detdistill.evaluation import Scores
+from detdistill.methods.build import build_method
+from detdistill.progress import Progress
+from detdistill.settings import DistillSettings
+from detdistill.training.folder import new_folder
+from detdistill.training.run import Plan, note_teacher, run
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The folders of a finished experiment, and what the teacher reached."""
+
+    folder: Path
+    runs: tuple[Path, ...]
+    teacher_scores: Scores | None
+
+
+def plans_of(plan: Plan, parent: Path) -> list[Plan]:
+    """One plan for each seed, with a baseline for each when asked."""
+    settings = plan.settings
+    assert isinstance(settings, DistillSettings)
+    plans = []
+    for seed in settings.seeds or (settings.seed,):
+        alone = replace(settings, seed=seed, seeds=(), baseline=False, jobs=1, score_teacher=False)
+        roles = ("baseline", "distilled") if settings.baseline else ("distilled",)
+        for role in roles:
+            folder = parent / f"{role}-seed{seed}"
+            mine = replace(alone, out=folder, resume=settings.resume and (folder / "config.yaml").exists())
+            teacher = plan.teacher if role == "distilled" else None
+            plans.append(replace(plan, settings=mine, role=role, teacher=teacher, title=f"{role}, seed {seed}"))
+    return plans
+
+
+def run_experiment(
+    plan: Plan, splits: DataSplits, teacher: Teacher, teacher_scores: Scores | None, progress: Progress
+) -> Experiment:
+    """Run a plan once for each seed, and a baseline for each when asked.
+
+    Raises:
+        RunError: a run failed; the finished ones are kept, and ``resume`` goes on from there.
+        PairError: teacher, student and method cannot work together (before anything is trained).
+    """
+    settings = plan.settings
+    assert isinstance(settings, DistillSettings)
+    # Say what cannot work before the first baseline has cost an hour.
+    build_method(settings.method, teacher, build_detector(plan.student, splits.train.classes))
+    if settings.resume:
+        if settings.out is None:
+            raise RunError("--resume true needs --out with the folder to go on with")
+        parent = settings.out
+    else:
+        parent = new_folder(settings.out, f"distill-{settings.method.split(',')[0]}")
+    parent.mkdir(parents=True, exist_ok=True)
+    plans = plans_of(plan, parent)
+    waiting = [p for p in plans if not (p.settings.out is not None and (p.settings.out / "summary.json").exists())]
+    if settings.jobs > 1:
+        _run_side_by_side(waiting, settings.jobs, progress)
+    else:
+        for single in waiting:
+            run(single, splits, teacher if single.teacher else None, progress)
+    folders = tuple(p.settings.out for p in plans if p.settings.out is not None)
+    if teacher_scores is not None:
+        for folder in folders:
+            note_teacher(folder, teacher_scores)
+    return Experiment(parent, folders, teacher_scores)
+
+
+def _run_side_by_side(plans: Sequence[Plan], jobs: int, progress: Progress) -> None:
+    """Each plan in a process of its own with one torch thread, ``jobs`` at a time, followed by their metrics.csv."""
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        waiting, running = list(enumerate(plans)), list[_Child]()
+        stack.callback(lambda: [child.process.kill() for child in running if child.process.poll() is None])
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                index, plan = waiting.pop(0)
+                running.append(_Child(plan, scratch / str(index), progress))
+            for child in list(running):
+                if not child.follow():
+                    running.remove(child)
+            time.sleep(0.25)
+
+
+class _Child:
+    """A run in its own process."""
+
+    def __init__(self, plan: Plan, scratch: Path, progress: Progress) -> None:
+        assert plan.settings.out is not None
+        self.plan, self.folder = plan, plan.settings.out
+        scratch.mkdir()
+        config = scratch / "config.yaml"
+        config.write_text(yaml.safe_dump(plan.config(), sort_keys=False))
+        verb = "distill" if plan.teacher else "train"
+        self.log = scratch / "log.txt"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "detdistill", verb, "--config", str(config)],
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self.bar = progress.bar(plan.title, total=1)
+        self.progress, self._position, self._columns = progress, 0, list[str]()
+
+    def follow(self) -> bool:
+        """Show what is new; False when the run has ended.
+
+        Raises:
+            RunError: it failed, with its last line.
+        """
+        self._read()
+        code = self.process.poll()
+        if code is None:
+            return True
+        if code != 0:
+            lines = [line for line in self.log.read_text().splitlines() if line.strip()]
+            raise RunError(f"{self.plan.title} failed: {lines[-1] if lines else f'exit code {code}'}")
+        summary = json.loads((self.folder / "summary.json").read_text())
+        self.bar.update(self.bar.total, f"AP {100 * summary['metrics']['AP']:.1f}")
+        self.bar.say(f"AP {100 * summary['metrics']['AP']:.1f}  AP50 {100 * summary['metrics']['AP50']:.1f}")
+        return False
+
+    def _read(self) -> None:
+        path = self.folder / "metrics.csv"
+        if not path.exists():
+            return
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        if not rows:
+            return
+        steps = [row for row in rows if row.get("loss")]
+        scored = [row for row in rows if row.get("val/AP")]
+        text = f"AP {100 * float(scored[-1]['val/AP']):.1f}  " if scored else ""
+        if steps:
+            text += f"loss {float(steps[-1]['loss']):.2f}"
+        total = int(rows[0]["total"])
+        self.bar.resize(total)
+        self.bar.update(int(rows[-1]["step"]), text)

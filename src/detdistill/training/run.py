@@ -1,0 +1,414 @@
+"""One run: build, train stage by stage, evaluate, export, and write down what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import random
+import time
+import warnings
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+
+from detdistill.data.loader import DetectionLoader
+from detdistill.data.records import DataSplits, DetectionSet
+from detdistill.data.transforms import ViewSettings
+from detdistill.detectors.build import build_detector
+from detdistill.detectors.contract import Detector, Teacher
+from detdistill.detectors.inherit import inherit_head
+from detdistill.detectors.saved import save_student
+from detdistill.errors import RunError
+from detdistill.evaluation import Scores, evaluate
+from detdistill.methods.build import build_method
+from detdistill.methods.contract import Method, Stage
+from detdistill.progress import Progress
+from detdistill.settings import DistillSettings, TrainSettings, as_plain
+from detdistill.structures import Batch, Clock, Losses
+from detdistill.training.bar import TrainingBar
+from detdistill.training.callbacks import Checkpoints, Evaluation, Records
+from detdistill.training.folder import RunFolder, new_folder, resume_folder, start_folder
+from detdistill.training.module import StageModule
+from detdistill.training.records import MetricsTable
+
+NEAR_ZERO_AP = 0.02
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides a run."""
+
+    student: str
+    data: str
+    settings: TrainSettings
+    role: str = "train"
+    """train, teacher, baseline or distilled: what reports call it."""
+    teacher: str | None = None
+    title: str = ""
+    """What the progress bar calls it."""
+
+    @property
+    def distilling(self) -> DistillSettings | None:
+        """The settings of a distilled run."""
+        return self.settings if isinstance(self.settings, DistillSettings) and self.teacher is not None else None
+
+    def config(self) -> dict[str, Any]:
+        """What ``config.yaml`` holds: the arguments of ``detdistill train`` or ``detdistill distill``, all of them."""
+        if self.distilling is None:
+            plain = as_plain(self.settings)
+            plain = {name: plain[name] for name in as_plain(TrainSettings())}
+            return {"model": self.student, "data": self.data, "role": self.role, **plain}
+        return {"teacher": self.teacher, "student": self.student, "data": self.data, **as_plain(self.settings)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    summary: dict[str, Any]
+    scores: Scores
+    student: Detector = field(repr=False)
+
+
+def view_settings(settings: TrainSettings, **changes: Any) -> ViewSettings:
+    """How this run makes images."""
+    names = ("size", "resize", "max_size", "flip", "colour", "scale_jitter", "mosaic")
+    return ViewSettings(**{**{name: getattr(settings, name) for name in names}, **changes})
+
+
+def run(plan: Plan, splits: DataSplits, teacher: Teacher | None = None, progress: Progress | None = None) -> Run:
+    """Carry out a plan.
+
+    Args:
+        plan: what to do.
+        splits: the data of ``plan.data``, loaded.
+        teacher: the loaded teacher of a distilled run.
+        progress: where to show it.
+
+    Raises:
+        RunError: the folder exists, nothing to resume, disk full, or a loss that is not finite.
+        PairError: teacher, student and method cannot work together.
+        ModelError: a model cannot be built.
+    """
+    settings = plan.settings
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    if progress is None:
+        progress = Progress()
+    path = settings.out if settings.resume else _folder_for(plan)
+    seed_everything(settings.seed)
+    student = build_detector(plan.student, splits.train.classes)
+    method = None
+    inherited = None
+    if plan.distilling is not None:
+        assert teacher is not None
+        if plan.distilling.inherit:
+            inherited = inherit_head(student, teacher.detector)
+            progress.say(
+                f"inherited {len(inherited.copied)} tensors of the teacher's neck and head, skipped {len(inherited.skipped)}"
+            )
+            if not inherited.copied:
+                raise RunError(f"inherit: nothing of {teacher.spec.name} fits {student.spec.name}; leave out --inherit")
+        method = build_method(plan.distilling.method, teacher, student)
+        method.strength = plan.distilling.dis
+    # Both sides of a comparison draw the same numbers from here on, whatever the method drew to initialise itself.
+    seed_everything(settings.seed)
+    folder = _open(plan, path)
+    stages = method.stages(student) if method is not None else (plain_stage(student),)
+    loop = _Loop(plan, splits, folder, student, method, progress)
+    for index, stage in enumerate(stages):
+        loop.fit(stage, done_before=[earlier.name for earlier in stages[:index]])
+    return loop.finish(teacher, inherited)
+
+
+def plain_stage(student: Detector) -> Stage:
+    """Training without a teacher."""
+
+    def step(batch: Batch, clock: Clock) -> Losses:
+        seen = student(batch)
+        with torch.autocast(batch.images.device.type, enabled=False):
+            seen = seen.float()
+            assert seen.prediction is not None
+            return student.loss(seen.prediction, batch)
+
+    return Stage("train", step, lambda clock: (student,), student)
+
+
+def seed_everything(seed: int) -> None:
+    """torch, numpy and python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries below may still use the global generator
+    random.seed(seed)
+
+
+def is_main_process() -> bool:
+    """False in the further processes of a distributed run."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0))) == 0
+
+
+def _folder_for(plan: Plan) -> Path:
+    name = f"{plan.role}-{plan.student.split(',')[0].replace(':', '-').replace('/', '-')}-seed{plan.settings.seed}"
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and plan.settings.out is None:
+        told = os.environ.get("DETDISTILL_OUT")
+        if told is None:
+            raise RunError("several processes need one folder: give --out")
+        return Path(told)
+    if not is_main_process():
+        assert plan.settings.out is not None
+        return plan.settings.out
+    path = new_folder(plan.settings.out, name)
+    os.environ["DETDISTILL_OUT"] = str(path)
+    return path
+
+
+def _open(plan: Plan, path: Path | None) -> RunFolder:
+    config = plan.config()
+    if plan.settings.resume:
+        return resume_folder(path, config)
+    assert path is not None
+    if not is_main_process():
+        return RunFolder(path)
+    return start_folder(path, config)
+
+
+class _Loop:
+    """The stages of one run, one after the other, in one folder."""
+
+    def __init__(
+        self, plan: Plan, splits: DataSplits, folder: RunFolder, student: Detector, method: Method | None, progress: Progress
+    ) -> None:
+        self.plan, self.splits, self.folder, self.student, self.method = plan, splits, folder, student, method
+        self.settings, self.progress = plan.settings, progress
+        self.validation: DetectionLoader | None = None
+        self.trained_steps = self.images_seen = 0
+        self.seconds = 0.0
+        self.module: StageModule | None = None
+        self.evaluation: Evaluation | None = None
+        self.resume_from = self._checkpoint()
+        step = self.resume_from["global_step"] if self.resume_from else None
+        self.table = MetricsTable(folder.metrics, keep_until=step) if is_main_process() else None
+
+    def _checkpoint(self) -> dict[str, Any] | None:
+        path = self.folder.checkpoints / "last.ckpt"
+        if not self.settings.resume or not path.exists():
+            return None
+        return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+
+    def loader(self, data: DetectionSet, train: bool, rank: int, world: int) -> DetectionLoader:
+        settings = self.settings
+        return DetectionLoader(
+            data,
+            view_settings(settings, masks=train and self.student.spec.needs_masks),
+            settings.batch,
+            train=train,
+            seed=settings.seed,
+            rank=rank,
+            world=world,
+            workers=settings.workers,
+            in_memory=settings.in_memory,
+        )
+
+    def evaluate(self, detector: Detector) -> Scores:
+        if self.validation is None:
+            assert self.module is not None
+            trainer = self.module.trainer
+            self.validation = self.loader(self.splits.val, False, trainer.global_rank, trainer.world_size)
+        return evaluate(detector, self.splits.val, view_settings(self.settings), loader=self.validation)
+
+    def fit(self, stage: Stage, done_before: list[str]) -> None:
+        """Train one stage, or skip it when the checkpoint shows it finished."""
+        settings = self.settings
+        if self.resume_from is not None and self.resume_from["detdistill"]["stage"] not in (*done_before, stage.name):
+            return
+        resuming = self.resume_from is not None and self.resume_from["detdistill"]["stage"] == stage.name
+        world = settings.devices * settings.nodes
+        batches = -(-len(self.splits.train.records) // (settings.batch * world))
+        per_epoch = -(-batches // settings.accumulate)
+        epochs = max(1, round(settings.epochs * stage.share))
+        total = settings.steps if settings.steps is not None else per_epoch * epochs
+        self.module = StageModule(self.student, self.method, stage, settings, total)
+        train_set = self.splits.train
+
+        def train_dataloader() -> DetectionLoader:
+            assert self.module is not None
+            return self.loader(train_set, True, self.module.trainer.global_rank, self.module.trainer.world_size)
+
+        self.module.train_dataloader = train_dataloader  # type: ignore[method-assign]
+        self.evaluation = Evaluation(self.evaluate, settings.evaluate_every)
+        callbacks: list[L.Callback] = [TrainingBar(self.progress, self.plan.title or self.plan.role, total)]
+        if self.table is not None:
+            callbacks.append(Records(self.table, settings.log_every))
+        callbacks += [self.evaluation, Checkpoints(self.folder.checkpoints, settings.checkpoint_every)]
+        trainer = self._trainer(callbacks, total, epochs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*defined a `validation_step`.*")
+            warnings.filterwarnings("ignore", message=".*not been set for this class.*")
+            last = self.folder.checkpoints / "last.ckpt"
+            trainer.fit(self.module, ckpt_path=str(last) if resuming else None, weights_only=True if resuming else None)
+        self.trained_steps += trainer.global_step
+        self.images_seen += trainer.global_step * settings.batch * settings.accumulate * world
+        self.seconds += self.module.seconds
+        self.resume_from = None
+
+    def _trainer(self, callbacks: list[L.Callback], total: int, epochs: int) -> L.Trainer:
+        settings = self.settings
+        accelerator = {"auto": "gpu" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "cuda": "gpu"}[settings.device]
+        several = settings.devices * settings.nodes > 1
+        # Some methods and stages leave parameters without a gradient; DDP must look for them.
+        strategy = DDPStrategy(find_unused_parameters=True) if several else "auto"
+        return L.Trainer(
+            accelerator=accelerator,
+            devices=settings.devices,
+            num_nodes=settings.nodes,
+            strategy=strategy,
+            precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[settings.precision],  # type: ignore[arg-type]
+            max_epochs=-1 if settings.steps is not None else epochs,
+            max_steps=total if settings.steps is not None else -1,
+            accumulate_grad_batches=settings.accumulate,
+            gradient_clip_val=settings.clip or None,
+            deterministic=settings.deterministic or None,
+            callbacks=callbacks,
+            logger=self._loggers(),
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=str(self.folder.path),
+        )
+
+    def _loggers(self) -> list[Logger]:
+        loggers: list[Logger] = [TensorBoardLogger(self.folder.path, name="", version="tensorboard")]
+        for service in self.settings.track:
+            loggers.append(_service(service, self.folder, self.plan))
+        return loggers
+
+    def finish(self, teacher: Teacher | None, inherited: Any) -> Run:
+        """Export the student and write ``summary.json``."""
+        assert self.module is not None
+        assert self.evaluation is not None
+        detector = self.module.detector or self.student
+        scores = self.evaluation.latest
+        if scores is None:  # the run was finished before it was resumed
+            scores = evaluate(detector, self.splits.val, view_settings(self.settings), batch_size=self.settings.batch)
+        summary = self.summary(scores, teacher, inherited)
+        if is_main_process():
+            save_student(detector.cpu(), self.folder.student)
+            self.folder.write_json("summary.json", summary)
+        return Run(self.folder.path, summary, scores, detector)
+
+    def summary(self, scores: Scores, teacher: Teacher | None, inherited: Any) -> dict[str, Any]:
+        """What later readers need to know of this run."""
+        plan, settings, splits = self.plan, self.settings, self.splits
+        distilling = plan.distilling
+        assert self.evaluation is not None
+        config = {key: value for key, value in plan.config().items() if key not in ("out", "resume", "jobs")}
+        return {
+            "name": self.folder.path.name,
+            "role": plan.role,
+            "student": plan.student,
+            "teacher": plan.teacher,
+            "teacher_metrics": None,
+            "method": distilling.method if distilling else None,
+            "inherit": bool(inherited and inherited.copied),
+            "seed": settings.seed,
+            "epochs": settings.epochs,
+            "steps": self.trained_steps,
+            "images_seen": self.images_seen,
+            "batch": settings.batch,
+            "metrics": scores.metrics,
+            "per_class": scores.per_class,
+            "best_ap": max(self.evaluation.best_ap, scores.metrics["AP"]),
+            "seconds": round(self.seconds, 2),
+            "evaluation_seconds": round(scores.seconds, 2),
+            "parameters": sum(p.numel() for p in self.student.parameters()),
+            "teacher_parameters": sum(p.numel() for p in teacher.detector.parameters()) if teacher else None,
+            "versions": versions(),
+            "hardware": hardware(),
+            "data": {
+                "path": plan.data,
+                "fingerprint": splits.train.fingerprint,
+                "val_fingerprint": splits.val.fingerprint,
+                "train_images": len(splits.train.records),
+                "val_images": len(splits.val.records),
+                "classes": list(splits.train.classes),
+            },
+            "config_fingerprint": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        }
+
+
+def _service(service: str, folder: RunFolder, plan: Plan) -> Logger:
+    """A logger of somebody's service.
+
+    Raises:
+        RunError: it is not installed.
+    """
+    try:
+        if service == "wandb":
+            from lightning.pytorch.loggers import WandbLogger
+
+            return WandbLogger(project="detdistill", name=folder.path.name, save_dir=folder.path, config=plan.config())
+        from lightning.pytorch.loggers import MLFlowLogger
+
+        return MLFlowLogger(
+            experiment_name="detdistill", run_name=folder.path.name, tracking_uri=f"file:{folder.path / 'mlruns'}"
+        )
+    except ModuleNotFoundError as error:
+        raise RunError(f"--track {service}: {service} is not installed; pip install detdistill[track]") from error
+
+
+def versions() -> dict[str, str]:
+    """Of all that numbers depend on."""
+    names = ("detdistill", "torch", "torchvision", "timm", "lightning", "faster-coco-eval", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def hardware() -> str:
+    """One line."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings, progress: Progress) -> Scores | None:
+    """Evaluate the teacher before anything is trained, and say loudly when it knows nothing.
+
+    Returns:
+        Its scores, or None when its classes are not those of the data.
+    """
+    unknown = [name for name in splits.val.classes if name not in teacher.spec.classes]
+    if unknown:
+        progress.say(f"[yellow]teacher {teacher.spec.name} does not know {', '.join(unknown[:5])}: it is not scored[/yellow]")
+        return None
+    bar = progress.bar("score the teacher", len(splits.val.records))
+    device = "cuda" if torch.cuda.is_available() and settings.device != "cpu" else "cpu"
+    scores = evaluate(
+        teacher.detector, splits.val, view_settings(settings), batch_size=settings.batch, device=device, progress=bar.update
+    )
+    ap = scores.metrics["AP"]
+    bar.say(f"AP {100 * ap:.1f}  AP50 {100 * scores.metrics['AP50']:.1f} on {scores.images} images")
+    if ap < NEAR_ZERO_AP:
+        progress.say(
+            f"[bold red]WARNING: the teacher's AP is {100 * ap:.2f} of 100 on {splits.val.root}: it knows next to nothing of "
+            f"this data, and a student cannot learn from it. Wrong weights, wrong classes, or wrong --size?[/bold red]"
+        )
+    return scores
+
+
+def note_teacher(folder: Path, scores: Scores) -> None:
+    """Add the teacher's numbers to the summary of a finished run."""
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"teacher_metrics": scores.metrics, "teacher_per_class": scores.per_class}
+    RunFolder(folder).write_json("summary.json", summary)
