@@ -30,6 +30,17 @@ def check_temperatures(slug: str, **temperatures: float) -> None:
             raise DetdistillError(f"{slug}: {name}={value} must be a finite number above 0")
 
 
+def check_fractions(slug: str, **fractions: float) -> None:
+    """Parts of a whole lie in 0..1, ends included.
+
+    Raises:
+        DetdistillError: naming the first that does not.
+    """
+    for name, value in fractions.items():
+        if not 0 <= value <= 1:
+            raise DetdistillError(f"{slug}: {name}={value} must lie between 0 and 1")
+
+
 def check_choice(slug: str, name: str, value: str, choices: Iterable[str]) -> None:
     """One of a few words.
 

@@ -1,0 +1,286 @@
+"""FitNet: the student's maps should equal the teacher's.
+
+Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, in the three forms detector papers compare with:
+
+- ``plain``: mean squared difference, the baseline of most papers;
+- ``normalized``: each image's map scaled to unit length first, the baseline of mmrazor and United-Perception;
+- ``modified``: Lao et al., "UniKD", ICCV 2023: foreground cells only, and an adapter with deformable attention over all levels.
+
+Results called "FitNet" differ between papers because the form, the levels and the weight do: say which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from detdistill.detectors.contract import Detector, Teacher
+from detdistill.errors import DetdistillError
+from detdistill.functional.deformable import DeformableEncoder
+from detdistill.functional.masks import foreground_mask
+from detdistill.functional.similarity import mean_cosine
+from detdistill.methods._settings import check_choice, check_weights
+from detdistill.methods.align import ChannelAdapters, LevelPair, float32, pair_levels, resize_like
+from detdistill.methods.contract import Method, Stage
+from detdistill.structures import Batch, Clock, Features, Losses, Observation, Taught
+
+VARIANTS = ("plain", "normalized", "modified")
+REDUCTIONS = ("mean", "batch", "dist")
+
+
+def fitnet_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weight: float = 1.0, reduction: str = "mean", half: bool = False
+) -> Tensor:
+    """Squared difference of the maps, summed over levels.
+
+    Args:
+        student: L maps [B, C, H, W], already in the teacher's channels; gradient flows. Resized where sizes differ.
+        teacher: L maps [B, C, H, W], treated as constant.
+        weight: of every level.
+        reduction: ``mean`` over images, channels and cells; ``batch``: sum divided by B; ``dist``: square root of the sum,
+            not divided (where the maps are equal its gradient is 0; mmrazor's is NaN). Weights differ by millions
+            between them.
+        half: the factor 1/2 of the 2015 paper (equation 3).
+
+    Returns:
+        [] the loss.
+
+    Example:
+        >>> import torch
+        >>> float(fitnet_loss([torch.ones(1, 2, 2, 2)], [torch.zeros(1, 2, 2, 2)]))
+        1.0
+    """
+    check_choice("fitnet", "reduction", reduction, REDUCTIONS)
+    factor = weight / 2 if half else weight
+    pairs = zip(student, teacher, strict=True)
+    return factor * _added([_reduce(resize_like(mine, theirs) - theirs.detach(), reduction) for mine, theirs in pairs])
+
+
+def fitnet_normalized_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: float = 1.0,
+    reduction: str = "batch",
+    mean_over_levels: bool = False,
+) -> Tensor:
+    """Squared difference of maps of unit length: for each image and level 2 - 2 cos(student, teacher), so in 0..4.
+
+    Args:
+        student: as in ``fitnet_loss``.
+        teacher: as in ``fitnet_loss``.
+        weight: of every level.
+        reduction: as in ``fitnet_loss``; here both released codes use ``batch``.
+        mean_over_levels: divide by the number of levels (United-Perception); False adds them (mmrazor).
+
+    Returns:
+        [] the loss.
+
+    Example:
+        >>> import torch
+        >>> maps = torch.arange(8.0).reshape(1, 2, 2, 2)
+        >>> round(float(fitnet_normalized_loss([maps], [-3 * maps])), 6)
+        4.0
+    """
+    check_choice("fitnet", "reduction", reduction, REDUCTIONS)
+    losses = []
+    for mine, theirs in zip(student, teacher, strict=True):
+        difference = _unit_length(resize_like(mine, theirs)) - _unit_length(theirs.detach())
+        losses.append(_reduce(difference, reduction))
+    return weight * _added(losses) / (len(losses) if mean_over_levels else 1)
+
+
+def fitnet_modified_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], foreground: Sequence[Tensor], weight: float = 1.0
+) -> Tensor:
+    """Mean squared difference over the foreground cells of each level, summed over levels (UniKD, section 4.1).
+
+    UniKD only says that the foreground is FGD's; dividing by channels times foreground cells, without FGD's weights by box
+    size, is our choice. Without any foreground cell the loss is 0, still connected to the student.
+
+    Args:
+        student: as in ``fitnet_loss``.
+        teacher: as in ``fitnet_loss``.
+        foreground: L masks [B, H, W] bool at the teacher's size (``detdistill.functional.masks.foreground_mask``).
+        weight: of every level.
+
+    Returns:
+        [] the loss.
+    """
+    losses = []
+    for mine, theirs, mask in zip(student, teacher, foreground, strict=True):
+        squares = (resize_like(mine, theirs) - theirs.detach()).square() * mask[:, None]
+        losses.append(squares.sum() / (theirs.shape[1] * mask.sum().clamp(min=1)))
+    return weight * _added(losses)
+
+
+def _reduce(difference: Tensor, reduction: str) -> Tensor:
+    if reduction == "mean":
+        return difference.square().mean()
+    if reduction == "batch":
+        return difference.square().sum() / len(difference)
+    distance: Tensor = torch.linalg.vector_norm(difference)  # its gradient at zero is zero
+    return distance
+
+
+def _unit_length(maps: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, C*H*W], each image divided by its Euclidean norm; an all-zero map stays zero."""
+    flat = maps.flatten(1)
+    norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+    # No epsilon elsewhere, as in the released codes. A tiny one for zero maps would make their gradient enormous.
+    unit: Tensor = flat / norm.masked_fill(norm == 0, 1.0)
+    return unit
+
+
+def _added(losses: Sequence[Tensor]) -> Tensor:
+    return sum(losses[1:], losses[0])
+
+
+class FitNetAttentionAdapter(nn.Module):
+    """UniKD's stronger adapter: a 1x1 convolution for each level, then deformable self-attention over all levels together.
+
+    The paper says "fully connected layers and deformable self-attention layers"; the encoder layers of Deformable DETR
+    (8 heads or as many as divide the channels, 4 points, feed-forward 4 times as wide) are our reading.
+    """
+
+    def __init__(self, pairs: Sequence[LevelPair], layers: int = 2) -> None:
+        """Build it.
+
+        Args:
+            pairs: the levels. Where the teacher's channels differ between levels, attention runs at the widest, and
+                one more 1x1 convolution leads to the others.
+            layers: of attention; 0 leaves the convolutions.
+        """
+        super().__init__()
+        width = max(pair.teacher_channels for pair in pairs)
+        self.project = ChannelAdapters([replace(pair, teacher_channels=width) for pair in pairs], always=True)
+        self.attention = DeformableEncoder(width, len(pairs), layers)
+        self.leave = ChannelAdapters([replace(pair, student_channels=width) for pair in pairs])
+
+    def forward(self, maps: Sequence[Tensor], padding: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Student maps [B, Cs, h, w] (and masks [B, h, w] of padded cells) to [B, Ct, h, w]."""
+        adapted: list[Tensor] = self.leave(self.attention(self.project(maps), padding))
+        return adapted
+
+
+class FitNet(Method):
+    """FitNet between necks, paired by stride."""
+
+    slug = "fitnet"
+    title = "FitNets: Hints for Thin Deep Nets (ICLR 2015); modified as in UniKD (ICCV 2023)"
+    bibtex = """@inproceedings{romero2015fitnets,
+  title={FitNets: Hints for Thin Deep Nets},
+  author={Romero, Adriana and Ballas, Nicolas and Ebrahimi Kahou, Samira and Chassang, Antoine and
+    Gatta, Carlo and Bengio, Yoshua},
+  booktitle={International Conference on Learning Representations},
+  year={2015}
+}"""
+
+    def __init__(
+        self,
+        teacher: Teacher | None,
+        student: Detector,
+        *,
+        variant: Literal["plain", "normalized", "modified"] = "plain",
+        weight: float = 1.0,
+        levels: Sequence[int] | None = None,
+        reduction: Literal["mean", "batch", "dist"] | None = None,
+        half: bool = False,
+        mean_over_levels: bool = False,
+        always_adapt: bool = False,
+        attention_layers: int = 2,
+        warm_iters: int = 0,
+        hint_share: float = 0.0,
+    ) -> None:
+        """Pair the levels and build the adapters.
+
+        Args:
+            teacher: any detector.
+            student: any detector.
+            variant: ``plain``, ``normalized`` or ``modified``, see the module.
+            weight: of every level (1 is our choice for ``plain`` and ``modified``).
+            levels: student levels to use, as indices; None: all that have a partner.
+            reduction: see ``fitnet_loss``; None: ``mean`` for plain, ``batch`` for normalized. ``modified`` has none.
+            half: the factor 1/2 of the 2015 paper; ``plain`` only.
+            mean_over_levels: see ``fitnet_normalized_loss``; ``normalized`` only.
+            always_adapt: a 1x1 convolution for equal channels too (``modified`` always has one).
+            attention_layers: of ``modified``'s adapter.
+            warm_iters: steps over which the weight rises linearly from 0 (United-Perception).
+            hint_share: above 0, train on this loss alone first, for that multiple of the run's epochs, and without it
+                afterwards: the 2015 paper's two stages. 0: together with the detection loss.
+
+        Raises:
+            DetdistillError: a hyper-parameter is out of range or does not belong to the variant.
+            PairError: no common level.
+        """
+        super().__init__(teacher, student)
+        check_choice(self.slug, "variant", variant, VARIANTS)
+        check_weights(self.slug, weight=weight, attention_layers=attention_layers, warm_iters=warm_iters, hint_share=hint_share)
+        if reduction is not None:
+            check_choice(self.slug, "reduction", reduction, REDUCTIONS)
+        foreign = {
+            "reduction": variant == "modified" and reduction is not None,
+            "half": variant != "plain" and half,
+            "mean_over_levels": variant != "normalized" and mean_over_levels,
+        }
+        for name, given in foreign.items():
+            if given:
+                raise DetdistillError(f"{self.slug}: {name} means nothing to variant {variant!r}; leave it out")
+        self.variant, self.weight = variant, weight
+        self.reduction = reduction or ("batch" if variant == "normalized" else "mean")
+        self.halved, self.mean_over_levels = half, mean_over_levels
+        self.warm_iters, self.hint_share = warm_iters, hint_share
+        self.pairs = pair_levels(self.slug, student.spec, self.teacher.spec, levels)
+        self.adapters: nn.Module
+        if variant == "modified":
+            self.adapters = FitNetAttentionAdapter(self.pairs, attention_layers)
+        else:
+            self.adapters = ChannelAdapters(self.pairs, always=always_adapt)
+
+    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+        """One term, ``fitnet``; none after a stage of hints."""
+        return Losses({}) if self.hint_share > 0 else self.hint(seen, taught, batch, clock)
+
+    def hint(self, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+        """The loss of the chosen variant, and the ``cosine`` of the maps as a monitor."""
+        assert isinstance(taught, Observation)
+        theirs = float32([taught.features.maps[pair.teacher] for pair in self.pairs])
+        mine = float32(self._adapt(seen.features.take([pair.student for pair in self.pairs])))
+        mine = [resize_like(level, fixed) for level, fixed in zip(mine, theirs, strict=True)]
+        if self.variant == "plain":
+            loss = fitnet_loss(mine, theirs, self.weight, self.reduction, self.halved)
+        elif self.variant == "normalized":
+            loss = fitnet_normalized_loss(mine, theirs, self.weight, self.reduction, self.mean_over_levels)
+        else:
+            loss = fitnet_modified_loss(mine, theirs, self._foreground(theirs, batch), self.weight)
+        return Losses({"fitnet": loss * clock.warm_up(self.warm_iters)}, {"cosine": mean_cosine(mine, theirs)})
+
+    def _adapt(self, features: Features) -> list[Tensor]:
+        adapted: list[Tensor]
+        if isinstance(self.adapters, FitNetAttentionAdapter):
+            adapted = self.adapters(features.maps, features.padding)
+        else:
+            adapted = self.adapters(features.maps)
+        return adapted
+
+    @staticmethod
+    def _foreground(maps: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+        """[B, H, W] for each map: maps show the padded tensor, so boxes are placed relative to its size."""
+        boxes = [target.without_crowd().boxes_xyxy for target in batch.targets]
+        sizes = [batch.padding_hw] * len(batch)
+        return [foreground_mask(boxes, sizes, (level.shape[2], level.shape[3])) for level in maps]
+
+    def stages(self, student: Detector) -> tuple[Stage, ...]:
+        """One; with ``hint_share`` a stage of hints before it."""
+        last = super().stages(student)
+        if self.hint_share == 0:
+            return last
+
+        def step(batch: Batch, clock: Clock) -> Losses:
+            return self.hint(student(batch), self.teach(batch), batch, clock)
+
+        hints = Stage("hint", step, trains=lambda clock: (student, self), evaluates=None, share=self.hint_share)
+        return (hints, *last)

@@ -1,0 +1,160 @@
+import pytest
+import torch
+
+from detdistill.functional.deformable import (
+    DeformableEncoder,
+    DeformableEncoderLayer,
+    DeformableSelfAttention,
+    cell_centers,
+    deformable_attention,
+    num_heads,
+    sine_positions,
+)
+
+SHAPES = [(5, 7), (3, 4), (1, 2)]
+CELLS = sum(rows * columns for rows, columns in SHAPES)
+
+
+def draw(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomized(module, seed=0):
+    """Weights that are not the initial zeros, which would hide mistakes."""
+    module = module.double()
+    for index, parameter in enumerate(module.parameters()):
+        parameter.data = 0.3 * draw(seed + index, *parameter.shape)
+    return module
+
+
+@pytest.fixture
+def library():
+    return pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
+
+
+def test_sampling_equals_transformers(library):
+    value = draw(0, 2, CELLS, 4, 6).requires_grad_()
+    locations = (draw(1, 2, 9, 4, 3, 5, 2) * 0.4 + 0.5).requires_grad_()  # some outside the map
+    weights = draw(2, 2, 9, 4, 15).softmax(-1).view(2, 9, 4, 3, 5).requires_grad_()
+    sizes = torch.tensor(SHAPES)
+    theirs = library.MultiScaleDeformableAttention()(value, sizes, SHAPES, None, locations, weights, 64)
+    ours = deformable_attention(value, SHAPES, locations, weights)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    change = draw(3, *theirs.shape)
+    inputs = (value, locations, weights)
+    for mine, other in zip(torch.autograd.grad(ours, inputs, change), torch.autograd.grad(theirs, inputs, change), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+def test_layer_equals_transformers(library):
+    configuration = pytest.importorskip("transformers").DeformableDetrConfig(
+        d_model=16, num_feature_levels=3, encoder_attention_heads=4, encoder_n_points=2, encoder_ffn_dim=64, dropout=0.0
+    )
+    theirs = library.DeformableDetrEncoderLayer(configuration).double().eval()
+    ours = randomized(DeformableEncoderLayer(16, levels=3, heads=4, points=2))
+    names = {
+        "attention_norm": "self_attn_layer_norm",
+        "attention": "self_attn",
+        "feed_forward_norm": "final_layer_norm",
+        "feed_forward.0": "mlp.fc1",
+        "feed_forward.2": "mlp.fc2",
+    }
+
+    def renamed(name):
+        start = next(start for start in names if name.startswith(start + "."))
+        return names[start] + name[len(start) :]
+
+    theirs.load_state_dict({renamed(name): weight for name, weight in ours.state_dict().items()})
+    cells, positions = draw(50, 2, CELLS, 16), draw(51, CELLS, 16)
+    padding = torch.zeros(2, CELLS, dtype=torch.bool)
+    padding[1, 30:35] = True
+    sizes = torch.tensor(SHAPES)
+    references = cell_centers(SHAPES, like=cells)[None, :, None].expand(2, -1, 3, -1)
+    expected = theirs(
+        cells,
+        ~padding,
+        spatial_position_embeddings=positions[None],
+        reference_points=references,
+        spatial_shapes=sizes,
+        spatial_shapes_list=SHAPES,
+        level_start_index=None,
+    )
+    torch.testing.assert_close(ours(cells, positions, SHAPES, padding), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_initial_offsets_equal_transformers(library):
+    transformers = pytest.importorskip("transformers")
+    configuration = transformers.DeformableDetrConfig(
+        d_model=16, num_feature_levels=3, encoder_attention_heads=4, encoder_n_points=2, encoder_layers=1
+    )
+    theirs = library.DeformableDetrEncoder(configuration).layers[0].self_attn
+    ours = DeformableSelfAttention(16, levels=3, heads=4, points=2)
+    torch.testing.assert_close(ours.sampling_offsets.bias, theirs.sampling_offsets.bias, rtol=0, atol=1e-6)
+    assert not ours.sampling_offsets.weight.any()
+
+
+def test_positions_equal_transformers(library):
+    sine = library.DeformableDetrSinePositionEmbedding(num_position_features=6, normalize=True)
+    expected = sine(torch.Size((1, 12, 5, 7)), "cpu", torch.float64)[0].flatten(1).T
+    # Theirs adds 1e-6 to the size of the map.
+    torch.testing.assert_close(sine_positions(5, 7, 12, like=expected), expected, rtol=0, atol=1e-5)
+
+
+def test_positions_serve_any_number_of_channels():
+    like = torch.zeros((), dtype=torch.float64)
+    assert sine_positions(3, 4, 10, like).shape == (12, 10)
+    assert torch.equal(sine_positions(3, 4, 10, like), sine_positions(3, 4, 12, like)[:, :10])
+
+
+def test_uniform_attention_on_a_constant_map_returns_it():
+    attention = DeformableSelfAttention(8, levels=1, heads=2, points=1).double()
+    torch.nn.init.zeros_(attention.sampling_offsets.bias)
+    for layer in (attention.value_proj, attention.output_proj):
+        torch.nn.init.eye_(layer.weight)
+    cells = draw(0, 2, 12, 8)
+    # Without offsets each cell samples its own centre.
+    torch.testing.assert_close(attention(cells, draw(1, 12, 8), [(3, 4)]), cells, rtol=1e-12, atol=1e-12)
+
+
+def test_no_cell_sees_padding():
+    encoder = randomized(DeformableEncoder(8, levels=2, layers=2, heads=2))
+    maps = [draw(7, 1, 8, 4, 6), draw(8, 1, 8, 2, 3)]
+    padding = [torch.zeros(1, 4, 6, dtype=torch.bool), torch.zeros(1, 2, 3, dtype=torch.bool)]
+    padding[0][..., 4:], padding[1][..., 2:] = True, True
+    changed = [level.masked_fill(mask[:, None], 99.0) for level, mask in zip(maps, padding, strict=True)]
+    for before, after, mask in zip(encoder(maps, padding), encoder(changed, padding), padding, strict=True):
+        keep = ~mask[:, None].expand_as(before)
+        torch.testing.assert_close(before[keep], after[keep], rtol=1e-12, atol=1e-12)
+    unmasked = [(a - b).abs().max() for a, b in zip(encoder(maps), encoder(changed), strict=True)]
+    assert float(unmasked[0]) > 1e-3
+
+
+def test_no_layers_are_the_identity():
+    encoder = DeformableEncoder(8, levels=1, layers=0)
+    level = draw(0, 1, 8, 2, 2)
+    assert torch.equal(encoder([level])[0], level)
+    assert not list(encoder.parameters())
+
+
+def test_every_parameter_learns_and_levels_mix():
+    encoder = randomized(DeformableEncoder(6, levels=2, layers=1))
+    maps = [draw(3, 2, 6, 4, 4).requires_grad_(), draw(4, 2, 6, 2, 2).requires_grad_()]
+    encoder(maps)[0].square().mean().backward()
+    assert float(maps[1].grad.abs().max()) > 0
+    assert all(float(p.grad.abs().max()) > 0 for p in encoder.parameters())
+
+
+@pytest.mark.parametrize(("channels", "heads"), [(256, 8), (12, 6), (7, 7), (11, 1), (1, 1)])
+def test_heads_divide_the_channels(channels, heads):
+    assert num_heads(channels) == heads
+
+
+def test_half_precision_stays_close():
+    torch.manual_seed(0)
+    encoder = DeformableEncoder(16, levels=2, layers=2)
+    maps = [torch.randn(1, 16, 8, 8), torch.randn(1, 16, 4, 4)]
+    exact = encoder(maps)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = encoder(maps)
+    for a, b in zip(exact, half, strict=True):
+        assert float((a - b).abs().mean()) < 0.02
