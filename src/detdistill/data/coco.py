@@ -237,6 +237,8 @@ def _raw_boxes(
             continue
         key = item.get("id")
         record = f"annotation {key}" if key is not None else f"annotations[{position}]"
+        if item.get("image_id") is not None:
+            record += f" of image {item['image_id']}"
         box = item.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
             report("malformed record", record, f"bbox is {box!r:.60}, not four numbers x, y, width, height")

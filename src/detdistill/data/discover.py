@@ -59,7 +59,7 @@ def _read(path: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
         if len(forms) > 1:
             raise DataError(f"{path}: holds data in {len(forms)} forms; pass the one to use: {listed(map(str, forms))}")
         if yolo is not None:
-            return read_yolo(yolo)
+            return read_yolo(yolo), []
         if coco:
             return read_coco(path, coco)
         if voc is not None:

@@ -61,7 +61,7 @@ class Defect:
     file: str
     """The file to mend, relative to the data set's folder."""
     record: str
-    """Which part of it: ``image 7``, ``annotation 12``, ``row 3``, ``object 2``."""
+    """Which part of it: ``image 7``, ``annotation 12 of image 7``, ``row 3``, ``object 2``."""
     message: str
     skipped: str
     """``image``, ``box``, or ``nothing`` when it is used all the same."""
@@ -285,7 +285,7 @@ def _clean(image: RawImage, size_hw: tuple[int, int], defects: list[Defect]) -> 
     seen: set[tuple[int, tuple[float, float, float, float]]] = set()
 
     def report(kind: str, box: RawBox, message: str, skipped: str) -> None:
-        defects.append(Defect(kind, image.file, f"image {image.id}, {box.record}", message, skipped))
+        defects.append(Defect(kind, image.file, box.record, message, skipped))
 
     for box in image.boxes:
         x1, y1, x2, y2 = box.xyxy
@@ -368,12 +368,18 @@ def read_header(path: Path) -> Header:
     return Header((width, height) if orientation in (5, 6, 7, 8) else (height, width))
 
 
-def image_ids(paths: Sequence[Path]) -> list[int]:
-    """Ids for images that have none: the number that is the file's name when all are numbers, else 1, 2, 3, ... ."""
+def image_ids(splits: Iterable[Sequence[Path]]) -> dict[Path, int]:
+    """Ids for files that have none, unique over all splits.
+
+    Where all files are called by different numbers, these; else 1, 2, 3, ... in the order of the paths.
+    """
+    paths = sorted({path for split in splits for path in split})
     stems = [path.stem for path in paths]
-    if all(stem.isascii() and stem.isdigit() and len(stem) < 16 for stem in stems) and len(set(map(int, stems))) == len(stems):
-        return [int(stem) for stem in stems]
-    return list(range(1, len(paths) + 1))
+    if all(stem.isascii() and stem.isdigit() and len(stem) < 16 for stem in stems):
+        numbers = {path: int(path.stem) for path in paths}
+        if len(set(numbers.values())) == len(paths):
+            return numbers
+    return {path: position for position, path in enumerate(paths, start=1)}
 
 
 def relative(path: Path, root: Path) -> str:

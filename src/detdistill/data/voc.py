@@ -59,32 +59,22 @@ def read_voc(root: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     notes: list[str] = []
     files = _files_by_split(root, notes)
     trees = {name: [_parse(file) for file in each if file.is_file()] for name, each in files.items()}
-    classes = _class_file(root)
-    if classes is None:
-        names = {
-            text for each in trees.values() for tree in each for item in tree.iter("object") if (text := _text(item, "name"))
-        }
-        classes = tuple(sorted(names))
-        if not classes:
-            raise DataError(
-                f"{root}: no object with a name in {sum(map(len, trees.values()))} annotation files; there is nothing to learn"
-            )
+    classes = _class_file(root) or _class_names(root, [tree for each in trees.values() for tree in each])
+    ids = image_ids(files.values())
+    labels = {text: label for label, text in enumerate(classes)}
+    find_image = _ImageFinder(root)
     sets: dict[SplitName, DetectionSet] = {}
     for name, each in files.items():
         there = [file for file in each if file.is_file()]
         defects = [
-            Defect(
-                "missing file", relative(file, root), file.stem, "listed in ImageSets but there is no such annotation", "image"
-            )
+            Defect("missing file", relative(file, root), file.stem, "listed in ImageSets but not there", "image")
             for file in each
             if not file.is_file()
         ]
-        labels = {text: label for label, text in enumerate(classes)}
-        find_image = _ImageFinder(root)
         paths = [find_image(file, tree) for file, tree in zip(there, trees[name], strict=True)]
         images = [
-            _raw_image(number, path, relative(file, root), tree, labels, defects)
-            for number, path, file, tree in zip(image_ids(there), paths, there, trees[name], strict=True)
+            _raw_image(ids[file], path, relative(file, root), tree, labels, defects)
+            for path, file, tree in zip(paths, there, trees[name], strict=True)
         ]
         sets[name] = assemble(name, "voc", root, classes, images, defects)
     return sets, notes
@@ -128,6 +118,13 @@ def _class_file(root: Path) -> tuple[str, ...] | None:
                 raise DataError(f"{root / name}: needs one class name on each line, each once; it has {listed(lines) or 'none'}")
             return tuple(lines)
     return None
+
+
+def _class_names(root: Path, trees: list[ElementTree.Element]) -> tuple[str, ...]:
+    names = {name for tree in trees for item in tree.findall("object") if (name := _text(item, "name"))}
+    if not names:
+        raise DataError(f"{root}: no object with a name in {len(trees)} annotation files; there is nothing to learn")
+    return tuple(sorted(names))
 
 
 def _parse(file: Path) -> ElementTree.Element:
@@ -179,19 +176,19 @@ def _raw_image(
         height, width = (_number(tree, f"size/{side}") for side in ("height", "width"))
         size_hw = (int(height), int(width)) if math.isfinite(height) and math.isfinite(width) else (0, 0)
     boxes = []
-    for position, item in enumerate(tree.iter("object"), start=1):
+    for position, item in enumerate(tree.findall("object"), start=1):
         name, record = _text(item, "name"), f"object {position}"
         if not name:
-            defects.append(Defect("missing category", where, f"image {number}, {record}", "the object has no name", "box"))
+            defects.append(Defect("missing category", where, record, "the object has no name", "box"))
             continue
         if name not in labels:
             message = f"{name!r} is not among the classes {listed(labels)}"
-            defects.append(Defect("unknown class", where, f"image {number}, {record}", message, "box"))
+            defects.append(Defect("unknown class", where, record, message, "box"))
             continue
         corners = [item.find(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
         if any(corner is None for corner in corners):
             message = "bndbox needs xmin, ymin, xmax and ymax"
-            defects.append(Defect("malformed record", where, f"image {number}, {record}", message, "box"))
+            defects.append(Defect("malformed record", where, record, message, "box"))
             continue
         x1, y1, x2, y2 = (_number(item, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
         if x2 > x1 and y2 > y1:

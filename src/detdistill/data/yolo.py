@@ -7,7 +7,7 @@ or with an empty one, has no objects; that is no defect.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def _looks_like_yolo(file: Path) -> bool:
     return bool(keys & {"train", "val"}) and bool(keys & {"names", "nc"})
 
 
-def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
+def read_yolo(file: Path) -> dict[SplitName, DetectionSet]:
     """Read the splits that a ``data.yaml`` names.
 
     Args:
@@ -60,32 +60,32 @@ def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
             ``names`` (list or dict) or ``nc``, and perhaps ``path``, the folder that the others are relative to.
 
     Returns:
-        The sets by split, and notes.
+        The sets by split.
 
     Raises:
         DataError: broken YAML, names and nc that disagree, a folder that does not exist or holds no images.
     """
     config = _load(file)
     classes = _classes(file, config)
-    root, notes = file.parent, []
+    root = file.parent
     bases = [root / str(config["path"])] if config.get("path") else []
     bases = [base.resolve() for base in dict.fromkeys((*bases, root)) if base.is_dir()]
-    sets: dict[SplitName, DetectionSet] = {}
+    keypoints = bool(config.get("kpt_shape"))
+    paths: dict[SplitName, list[Path]] = {}
     for name, keys in KEYS.items():
         entry = next((config[key] for key in keys if config.get(key)), None)
         if entry is None:
             continue
-        paths = sorted(dict.fromkeys(_image_paths(file, name, entry, bases)))
-        if not paths:
+        paths[name] = sorted(_image_paths(file, name, entry, bases))
+        if not paths[name]:
             raise DataError(f"{file}: {name}: no images in {entry!r}; looked for {listed(sorted(IMAGE_SUFFIXES))}")
-        keypoints = bool(config.get("kpt_shape"))
+    ids = image_ids(paths.values())
+    sets: dict[SplitName, DetectionSet] = {}
+    for name, each in paths.items():
         defects: list[Defect] = []
-        images = [
-            _raw_image(number, path, root, len(classes), keypoints, defects)
-            for number, path in zip(image_ids(paths), paths, strict=True)
-        ]
+        images = [_raw_image(ids[path], path, root, len(classes), keypoints, defects) for path in each]
         sets[name] = assemble(name, "yolo", root, classes, images, defects)
-    return sets, notes
+    return sets
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _classes(file: Path, config: dict[str, Any]) -> tuple[str, ...]:
     return classes
 
 
-def _image_paths(file: Path, split: SplitName, entry: Any, bases: list[Path]) -> Iterable[Path]:
+def _image_paths(file: Path, split: SplitName, entry: Any, bases: list[Path]) -> Iterator[Path]:
     """All images of a split's entry."""
     for part in entry if isinstance(entry, list) else [entry]:
         place = _resolve(file, split, str(part), bases)
@@ -188,15 +188,15 @@ def _raw_image(number: int, path: Path, root: Path, num_classes: int, keypoints:
             values = values[:4]
         if len(values) != 4 and (len(values) < 6 or len(values) % 2):
             message = f"{line.strip()[:40]!r} is neither 'class cx cy width height' nor 'class x1 y1 x2 y2 x3 y3 ...'"
-            defects.append(Defect("malformed record", where, f"image {number}, {record}", message, "box"))
+            defects.append(Defect("malformed record", where, record, message, "box"))
             continue
         if not label.is_integer() or not 0 <= label < num_classes:
             message = f"class {label:g} is not in 0 .. {num_classes - 1}"
-            defects.append(Defect("unknown class", where, f"image {number}, {record}", message, "box"))
+            defects.append(Defect("unknown class", where, record, message, "box"))
             continue
         if max(values) > 2 and all(map(math.isfinite, values)):
             message = f"values up to {max(values):g}: coordinates must be fractions of width and height, not pixels"
-            defects.append(Defect("not normalised", where, f"image {number}, {record}", message, "box"))
+            defects.append(Defect("not normalised", where, record, message, "box"))
             continue
         boxes.append(_raw_box(values, int(label), record))
     return RawImage(number, path, boxes, where, fractions=True)
