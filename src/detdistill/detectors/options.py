@@ -38,6 +38,8 @@ class ModelOptions:
     """Detections of an image at most."""
     weights: str | None = None
     """Name of torchvision's weights (``torchvision:`` only), e.g. ``COCO_V1``."""
+    name: str = ""
+    """The whole model string: the name that the detector gets."""
 
     def refuse(self, detector: str, *names: str) -> None:
         """Say that a detector has no use for some options, if they were given.
@@ -90,7 +92,7 @@ def parse_model(text: str) -> ModelName:
             values[key] = reader(value)
         except ValueError:
             raise ModelError(f"model {text!r}: {key}={value} is no {wanted}") from None
-    return ModelName(text, detector, backbone, ModelOptions(**values))
+    return ModelName(text, detector, backbone, ModelOptions(**values, name=text))
 
 
 def _positive(text: str) -> int:

@@ -1,0 +1,223 @@
+"""FCOS: torchvision's model in stages.
+
+Tian et al., "FCOS: Fully Convolutional One-Stage Object Detection", ICCV 2019, as in ``torchvision.models.detection``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from detdistill.detectors import _torchvision as shared
+from detdistill.detectors import standalone
+from detdistill.detectors.backbones import image_statistics, load_pretrained, pyramid_description
+from detdistill.detectors.contract import Tower, dense_positives
+from detdistill.detectors.options import ModelOptions
+from detdistill.errors import ModelError
+from detdistill.structures import IGNORED, Assignment, Batch, Dense, Detections, Features, Losses, Positives, Prediction
+
+MODEL_CLASS = FCOS
+
+
+def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> FCOSDetector:
+    """A fresh FCOS on a timm backbone; levels 3-7, four head convolutions.
+
+    Detections start at a score of 0.05 (torchvision: 0.2, which costs AP); all else is torchvision's default.
+
+    Raises:
+        ModelError: the options do not fit the backbone or the head.
+    """
+    options.refuse("fcos", "weights")
+    if options.neck % 32:
+        raise ModelError(f"fcos: neck={options.neck} must be a multiple of 32; the head normalises in 32 groups of channels")
+    pyramid = pyramid_description(backbone, options, levels=(3, 7))
+    first, last = options.levels or (3, 7)
+    outputs = len(classes) + 1
+    mean, std = image_statistics(backbone, options)
+    description = {
+        "call": "torchvision.models.detection.FCOS",
+        "backbone": pyramid,
+        "num_classes": outputs,
+        "anchor_generator": {
+            "call": "torchvision.models.detection.anchor_utils.AnchorGenerator",
+            "sizes": [[2**level] for level in range(first, last + 1)],
+            "aspect_ratios": [[1.0]] * (last - first + 1),
+        },
+        "head": {
+            "call": "torchvision.models.detection.fcos.FCOSHead",
+            "in_channels": options.neck,
+            "num_anchors": 1,
+            "num_classes": outputs,
+            "num_convs": 4 if options.convs is None else options.convs,
+        },
+        "image_mean": mean,
+        "image_std": std,
+        "score_thresh": 0.05 if options.score is None else options.score,
+        "topk_candidates": options.topk or 1000,
+        "detections_per_img": options.dets or 100,
+    }
+    model = standalone.build(description)
+    if options.pretrained:
+        load_pretrained(model.backbone, pyramid)
+    return wrap_model(model, classes, options.name or f"fcos:{backbone}", description=description)
+
+
+def wrap_model(
+    model: nn.Module,
+    classes: Sequence[str],
+    name: str,
+    columns: Sequence[int] | None = None,
+    description: Mapping[str, Any] | None = None,
+) -> FCOSDetector:
+    """Somebody's ``torchvision.models.detection.FCOS``.
+
+    Raises:
+        ModelError: its head is not torchvision's.
+    """
+    if not isinstance(model.head, FCOSHead):
+        raise ModelError(f"{name}: the head is a {type(model.head).__name__}; only torchvision's FCOSHead is understood")
+    return FCOSDetector(model, classes, name, family="dense", columns=columns, description=description)
+
+
+class FCOSDetector(shared.TorchvisionDetector):
+    """FCOS with towers, copies and backbone features. One point for each cell; ``deltas`` are l, t, r, b over the stride."""
+
+    # ------------------------------------------------------------------------------------------------------- prediction
+
+    def predict(self, features: Features, batch: Batch) -> Dense:
+        """One prediction for each cell; ``quality`` is the centerness."""
+        return self.finish(self.tower(features, upto=0), batch)
+
+    @property
+    def tower_depth(self) -> int:
+        """Blocks of convolution, GroupNorm and ReLU on each side."""
+        return len(self.model.head.classification_head.conv) // 3
+
+    def tower(self, features: Features, upto: int | None = None) -> Tower:
+        """Both sides after ``upto`` blocks."""
+        depth = self.tower_depth if upto is None else upto
+        head = self.model.head
+        return Tower(
+            tuple(head.classification_head.conv[: 3 * depth](level) for level in features.maps),
+            tuple(head.regression_head.conv[: 3 * depth](level) for level in features.maps),
+            depth,
+            features.strides,
+        )
+
+    def finish(self, hidden: Tower, batch: Batch) -> Dense:
+        """The remaining blocks and the output layers."""
+        classification, regression = self.model.head.classification_head, self.model.head.regression_head
+        class_maps = [classification.conv[3 * hidden.depth :](level) for level in hidden.classification]
+        box_maps = [regression.conv[3 * hidden.depth :](level) for level in hidden.regression]
+        outputs = {
+            "cls_logits": shared.flat_outputs(
+                [classification.cls_logits(level) for level in class_maps], classification.num_classes
+            ),
+            "bbox_regression": shared.flat_outputs([regression.bbox_reg(level).relu() for level in box_maps], 4),
+            "bbox_ctrness": shared.flat_outputs([regression.bbox_ctrness(level) for level in box_maps], 1),
+        }
+        outputs = {key: value.to(batch.images.dtype) for key, value in outputs.items()}
+        shapes = [(level.shape[-2], level.shape[-1]) for level in class_maps]
+        stand_ins = [batch.images.new_empty(1, 1, *shape) for shape in shapes]  # anchors in full precision under autocast
+        anchors = tuple(self.model.anchor_generator(self.image_shapes(batch), stand_ins))
+        priors = torch.stack(anchors)
+        levels, cells, numbers = shared.layout(shapes, [1] * len(shapes), priors.device)
+        return Dense(
+            logits=outputs["cls_logits"][..., self.columns],
+            deltas=outputs["bbox_regression"],
+            boxes_xyxy=self.model.box_coder.decode(outputs["bbox_regression"], priors),
+            priors_xyxy=priors,
+            levels=levels,
+            cells=cells,
+            anchors=numbers,
+            quality=outputs["bbox_ctrness"][..., 0],
+            own=shared.OwnOutputs(outputs, anchors, tuple(height * width for height, width in shapes)),
+        )
+
+    # ------------------------------------------------------------------------------------------------ training, results
+
+    def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
+        """Torchvision's rule: points near the centre and inside of a box of the level's size; the smallest box wins.
+
+        The rule is inside the model's ``compute_loss``; it is run on a stand-in whose head only notes the matches.
+        """
+        own = shared.own_outputs(prediction, self)
+        matches = shared.Matches()
+        stand_in = SimpleNamespace(head=matches, center_sampling_radius=self.model.center_sampling_radius)
+        targets = shared.target_dicts(batch, self.columns)
+        type(self.model).compute_loss(stand_in, targets, own.outputs, list(own.anchors), list(own.counts))
+        return matches.assignment(batch)
+
+    def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
+        """``classification`` (focal), ``bbox_regression`` (GIoU) and ``bbox_ctrness``, each over the number of positives.
+
+        A foreign assignment may weight predictions, ignore some, and give the normaliser. Its points may lie outside of
+        their box: their centerness target is 0 (torchvision's would not be a number).
+        """
+        own = shared.own_outputs(prediction, self)
+        if assignment is None:
+            targets = shared.target_dicts(batch, self.columns)
+            return Losses(self.model.compute_loss(targets, own.outputs, list(own.anchors), list(own.counts)))
+        targets = shared.target_dicts(batch, self.columns, only_trainable=False)
+        matched, positive = assignment.matched, assignment.matched >= 0
+        weights = torch.ones_like(own.outputs["bbox_ctrness"][..., 0]) if assignment.weights is None else assignment.weights
+        normalizer = positive.sum().clamp(min=1) if assignment.normalizer is None else assignment.normalizer
+        boxes, labels = shared.matched_targets(matched, targets)  # [M, 4], [M] of the positives, in their order
+        anchors = torch.stack(own.anchors)[positive]
+
+        wanted = torch.zeros_like(own.outputs["cls_logits"])
+        wanted[(*torch.nonzero(positive, as_tuple=True), labels)] = 1.0
+        focal = sigmoid_focal_loss(own.outputs["cls_logits"], wanted, reduction="none").sum(dim=-1)
+        predicted = self.model.box_coder.decode(own.outputs["bbox_regression"][positive], anchors)
+        overlap = generalized_box_iou_loss(predicted, boxes, reduction="none")
+        left, top, right, bottom = self.model.box_coder.encode(anchors, boxes).clamp(min=0).unbind(dim=-1)
+        across = torch.minimum(left, right) / torch.maximum(left, right).clamp(min=1e-9)
+        down = torch.minimum(top, bottom) / torch.maximum(top, bottom).clamp(min=1e-9)
+        centerness = F.binary_cross_entropy_with_logits(
+            own.outputs["bbox_ctrness"][..., 0][positive], (across * down).sqrt(), reduction="none"
+        )
+        counted = weights.masked_fill(matched == IGNORED, 0.0)
+        return Losses(
+            {
+                "classification": (focal * counted).sum() / normalizer,
+                "bbox_regression": (overlap * weights[positive]).sum() / normalizer,
+                "bbox_ctrness": (centerness * weights[positive]).sum() / normalizer,
+            }
+        )
+
+    def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
+        """Torchvision's selection: the square root of class score times centerness, best ``topk`` of each level, NMS."""
+        own = shared.own_outputs(prediction, self)
+        split = {key: list(value.split(list(own.counts), dim=1)) for key, value in own.outputs.items()}
+        anchors = [list(image.split(list(own.counts))) for image in own.anchors]
+        sizes = shared.image_sizes(batch)
+        results = self.model.postprocess_detections(split, anchors, sizes)
+        scores = (own.outputs["cls_logits"].sigmoid() * own.outputs["bbox_ctrness"].sigmoid()).sqrt()
+        return shared.to_detections(results, self, cast(Dense, prediction), scores, sizes)
+
+    def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
+        """By the assignment."""
+        return dense_positives(cast(Dense, prediction), assignment, batch)
+
+    # ----------------------------------------------------------------------------------------------------------- copies
+
+    def copy_head(self, fresh: bool = False) -> FCOSDetector:
+        """A copy that can do all but compute features."""
+        head = cast(FCOSDetector, self.without_backbone())
+        if fresh:
+            classification = head.model.head.classification_head
+            made = FCOSHead(classification.cls_logits.in_channels, 1, classification.num_classes, self.tower_depth)
+            head.model.head = made.to(classification.cls_logits.weight)
+        return head
+
+    def class_rows(self, name: str) -> Tensor | None:
+        """Rows of the class outputs; see ``inherit``."""
+        return self.columns[:, None] if name.startswith("model.head.classification_head.cls_logits.") else None
