@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -126,7 +127,8 @@ def _make(folder: Path, train: int, val: int, size: int, seed: int, progress: Ca
     ):
         (folder / "images" / split).mkdir(parents=True)
         backgrounds = [_photo(name) for name in photos]
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for index in range(count):
             rng = np.random.default_rng([first_seed, index])
             pixels, boxes, digits = draw_image(rng, backgrounds, scans[own], labels[own], size)
@@ -174,7 +176,7 @@ def draw_image(
     Returns:
         [size, size, 3] uint8 pixels, boxes (x1, y1, x2, y2) in whole pixels, and the digit in each.
     """
-    canvas = _background(rng, photos[rng.integers(len(photos))], size)
+    canvas = _background(rng, photos[int(rng.integers(len(photos)))], size)
     boxes: list[tuple[int, int, int, int]] = []
     digits: list[int] = []
     for _ in range(int(rng.integers(1, MOST_OBJECTS + 1))):

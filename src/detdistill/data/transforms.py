@@ -1,0 +1,366 @@
+"""From a decoded image and its record to what a detector is shown, with a ``View`` that says how to go back.
+
+The order is fixed: resize (the size policy and the scale jitter in one step), crop, mirror, colours. Boxes and masks follow
+the numbers of the ``View`` and never the pixels, so that ``View.to_original`` undoes them exactly.
+
+Shape letters: G boxes of an image, h and w the valid size of the view, H and W a size with padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from detdistill.data.records import Record
+from detdistill.errors import DataError, RunError, nearest
+from detdistill.structures import Target, View
+
+Resize = Literal["letterbox", "stretch", "short_side"]
+
+PADDING_MULTIPLE = 32
+"""Batches are padded to a multiple of the deepest usual stride, so that every level's cells cover whole pixels."""
+MIN_SIDE_PX = 1.0
+"""Boxes that a crop leaves with less width or height are not trained on."""
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """How images are shown. ``size`` and ``resize`` hold for training and evaluation, the rest for training only."""
+
+    size: int = 640
+    """Pixels: the long side (letterbox), both sides (stretch), or the short side (short_side)."""
+    resize: Resize = "letterbox"
+    """``letterbox`` keeps the aspect ratio and pads right and bottom to a square, ``stretch`` does not keep it, ``short_side``
+    keeps it and pads to the largest image of the batch."""
+    max_size: int | None = None
+    """``short_side``: limit of the long side, which then decides; None: no limit."""
+    flip: float = 0.5
+    """Probability of the mirror image."""
+    colour: float = 0.0
+    """Strength of colour jitter, 0..1: brightness, contrast and saturation change by factors of up to ``1 +- colour``, hue by up
+    to ``0.1 * colour`` of the circle."""
+    scale_jitter: tuple[float, float] | None = None
+    """Smallest and largest zoom, drawn log-uniformly. Above 1 a random part is cut out, below 1 the image gets smaller."""
+    mosaic: float = 0.0
+    """Probability that four images are put together instead of one."""
+    masks: bool = False
+    """Give targets masks, where the data have them."""
+
+    def validate(self) -> None:
+        """Check all values.
+
+        Raises:
+            RunError: one of them is not possible; the message names it.
+        """
+        policies = get_args(Resize)
+        if self.resize not in policies:
+            raise RunError(f"resize={self.resize!r} is not known{nearest(str(self.resize), policies)}; use {', '.join(policies)}")
+        if not _whole(self.size) or self.size < PADDING_MULTIPLE:
+            raise RunError(f"size={self.size} must be a whole number of pixels, at least {PADDING_MULTIPLE}")
+        if self.max_size is not None and (not _whole(self.max_size) or self.max_size < self.size):
+            raise RunError(f"max_size={self.max_size} must be a whole number of pixels, at least size={self.size}, or null")
+        if self.max_size is not None and self.resize != "short_side":
+            raise RunError(f"max_size={self.max_size} has no effect with resize={self.resize!r}; leave it out or use short_side")
+        for name in ("flip", "colour", "mosaic"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:  # False for NaN too
+                raise RunError(f"{name}={value} must lie between 0 and 1")
+        if self.scale_jitter is not None:
+            if len(self.scale_jitter) != 2 or not all(0 < value < math.inf for value in self.scale_jitter):
+                raise RunError(f"scale_jitter={self.scale_jitter} must be two positive numbers: smallest and largest zoom")
+            if self.scale_jitter[0] > self.scale_jitter[1]:
+                raise RunError(f"scale_jitter={self.scale_jitter} must name the smaller zoom first")
+
+    def resized_hw(self, height: int, width: int, zoom: float = 1.0) -> tuple[int, int]:
+        """Size of an image after resizing, before any crop."""
+        if self.resize == "stretch":
+            return max(1, round(self.size * zoom)), max(1, round(self.size * zoom))
+        if self.resize == "letterbox":
+            scale = self.size / max(height, width)
+        else:
+            scale = self.size / min(height, width)
+            if self.max_size is not None:
+                scale = min(scale, self.max_size / max(height, width))
+        return max(1, round(height * scale * zoom)), max(1, round(width * scale * zoom))
+
+    def padded_hw(self, sizes_hw: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Size of the tensor that holds a batch of views: multiples of 32; with ``letterbox`` always the same square."""
+        height, width = (max(size[side] for size in sizes_hw) for side in (0, 1))
+        if self.resize == "letterbox":
+            height, width = max(height, self.size), max(width, self.size)
+        return _round_up(height), _round_up(width)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _round_up(pixels: int) -> int:
+    return -(-pixels // PADDING_MULTIPLE) * PADDING_MULTIPLE
+
+
+def resize_image(image: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """[3, h, w] uint8 in another size: bilinear with antialiasing; an image of that size is returned as it is."""
+    if image.shape[-2:] == size_hw:
+        return image
+    resized: Tensor = F.resize(image, list(size_hw), antialias=True)
+    return resized
+
+
+def make_view(
+    image: Tensor, record: Record, settings: ViewSettings, generator: torch.Generator, train: bool
+) -> tuple[Tensor, Target, View]:
+    """One image as a detector is shown it, without padding.
+
+    Args:
+        image: [3, H, W] uint8 RGB of the record's file, or already resized to ``settings.resized_hw`` of its size.
+        record: its boxes, in pixels of the file.
+        settings: how to show it; ``mosaic`` is not looked at, see ``make_mosaic``.
+        generator: of everything random. Nothing is drawn when ``train`` is False.
+        train: with augmentation, and without boxes under one pixel; evaluation keeps all boxes.
+
+    Returns:
+        [3, h, w] float32 in 0..1, the boxes in its pixels clipped to it, and the way back.
+    """
+    draw = _Draw.of(settings, generator) if train else _Draw()
+    original_hw = record.size_hw
+    canvas_h, canvas_w = settings.resized_hw(*original_hw)
+    # The zoomed image, of which the part that fits on the canvas is shown.
+    zoomed_h, zoomed_w = settings.resized_hw(*original_hw, zoom=draw.zoom)
+    height, width = min(canvas_h, zoomed_h), min(canvas_w, zoomed_w)
+    top, left = math.floor(draw.place[0] * (zoomed_h - height + 1)), math.floor(draw.place[1] * (zoomed_w - width + 1))
+    pixels = resize_image(image, (zoomed_h, zoomed_w))[:, top : top + height, left : left + width]
+    view = View(
+        original_hw=original_hw,
+        size_hw=(height, width),
+        scale_xy=(zoomed_w / original_hw[1], zoomed_h / original_hw[0]),
+        offset_xy=(float(-left), float(-top)),
+        flip=draw.flip,
+        photometric=draw.photometric,
+    )
+    target = _target(record, view, settings.masks)
+    if train:
+        target = _drop_small(target)
+    return _finish(pixels, view), target, view
+
+
+def make_mosaic(
+    images: Sequence[Tensor], records: Sequence[Record], settings: ViewSettings, generator: torch.Generator
+) -> tuple[Tensor, Target, View]:
+    """Four images around a random centre, each with the corner next to the centre showing (as YOLOv4 does; for training only).
+
+    All four share one zoom, one set of colour factors and one flip. The canvas has the size of the first image's plain view.
+
+    Args:
+        images: four times [3, H, W] uint8, as in ``make_view``.
+        records: their boxes.
+        settings: how to show them.
+        generator: of everything random.
+
+    Returns:
+        [3, h, w] float32 in 0..1, the boxes of all four cut to what is visible of them, and a view that has no way back:
+        its offset is the centre, its scale the zoom.
+    """
+    draw = _Draw.of(settings, generator)
+    height, width = settings.resized_hw(*records[0].size_hw)
+    # A centre away from the border, so that every image keeps at least a quarter of each side.
+    centre_y, centre_x = (round((0.25 + 0.5 * place) * side) for place, side in zip(draw.place, (height, width), strict=True))
+    canvas = torch.zeros(3, height, width, dtype=torch.uint8)
+    targets = []
+    for index, (image, record) in enumerate(zip(images, records, strict=True)):
+        low, left_side = index < 2, index % 2 == 0
+        size_h, size_w = settings.resized_hw(*record.size_hw, zoom=draw.zoom)
+        # Where the whole image would lie, and the part of it inside its quarter.
+        y, x = (centre_y - size_h if low else centre_y), (centre_x - size_w if left_side else centre_x)
+        y1, y2 = (max(0, y), centre_y) if low else (centre_y, min(height, y + size_h))
+        x1, x2 = (max(0, x), centre_x) if left_side else (centre_x, min(width, x + size_w))
+        canvas[:, y1:y2, x1:x2] = resize_image(image, (size_h, size_w))[:, y1 - y : y2 - y, x1 - x : x2 - x]
+        tile = View(
+            original_hw=record.size_hw,
+            size_hw=(y2 - y1, x2 - x1),
+            scale_xy=(size_w / record.size_hw[1], size_h / record.size_hw[0]),
+            offset_xy=(float(x - x1), float(y - y1)),
+        )
+        targets.append(_shift(_drop_small(_target(record, tile, settings.masks)), x1, y1, (height, width)))
+    view = View(
+        original_hw=records[0].size_hw,
+        size_hw=(height, width),
+        scale_xy=(draw.zoom, draw.zoom),
+        offset_xy=(float(centre_x), float(centre_y)),
+        flip=draw.flip,
+        photometric=draw.photometric,
+        mosaic=tuple(record.id for record in records),
+    )
+    target = _join(targets)
+    if draw.flip:
+        boxes = target.boxes_xyxy
+        mirrored = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=-1)
+        target = replace(target, boxes_xyxy=mirrored, masks=None if target.masks is None else target.masks.flip(-1))
+    return _finish(canvas, view), target, view
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Everything random about a view; the defaults are the plain view."""
+
+    zoom: float = 1.0
+    place: tuple[float, float] = (0.0, 0.0)
+    """Of the crop, or of a mosaic's centre: vertical and horizontal, in [0, 1)."""
+    flip: bool = False
+    photometric: tuple[float, ...] = ()
+
+    @staticmethod
+    def of(settings: ViewSettings, generator: torch.Generator) -> _Draw:
+        # Always the same number of draws, so that one setting does not change what another one does.
+        zoom, vertical, horizontal, flip, *colours = torch.rand(8, generator=generator, dtype=torch.float64).tolist()
+        factor = 1.0
+        if settings.scale_jitter is not None:
+            low, high = map(math.log, settings.scale_jitter)
+            factor = math.exp(low + (high - low) * zoom)
+        photometric: tuple[float, ...] = ()
+        if settings.colour > 0:
+            # Rounded, because the view's key shows four digits and must tell all that was done.
+            photometric = (
+                *(round(1 + settings.colour * (2 * colour - 1), 3) for colour in colours[:3]),
+                round(0.1 * settings.colour * (2 * colours[3] - 1), 4),
+            )
+        return _Draw(factor, (vertical, horizontal), flip < settings.flip, photometric)
+
+
+def _finish(pixels: Tensor, view: View) -> Tensor:
+    """The last steps on pixels: mirror, colours, 0..1."""
+    if view.flip:
+        pixels = pixels.flip(-1)
+    if view.photometric:
+        brightness, contrast, saturation, hue = view.photometric
+        pixels = F.adjust_brightness(pixels, brightness)
+        pixels = F.adjust_contrast(pixels, contrast)
+        pixels = F.adjust_saturation(pixels, saturation)
+        pixels = F.adjust_hue(pixels, hue)
+    return pixels.to(torch.float32).div_(255)
+
+
+def _target(record: Record, view: View, masks: bool) -> Target:
+    """All boxes of the record in pixels of the view, clipped to it."""
+    (height, width), (scale_x, scale_y), (offset_x, offset_y) = view.size_hw, view.scale_xy, view.offset_xy
+    # In float64 until the end: exact way back, and cheaper in numpy than four small tensor operations each.
+    boxes = record.boxes_xyxy * (scale_x, scale_y, scale_x, scale_y) + (offset_x, offset_y, offset_x, offset_y)
+    if view.flip:
+        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=-1)
+    boxes = boxes.clip(0, (width, height, width, height))
+    drawn = None
+    if masks and record.segmentation is not None:
+        shapes = [_mask(record, index, view) for index in range(len(record.labels))]
+        drawn = torch.from_numpy(np.stack(shapes) if shapes else np.zeros((0, height, width), dtype=bool))
+    return Target(
+        torch.from_numpy(boxes.astype(np.float32)),
+        torch.from_numpy(record.labels.astype(np.int64)),
+        torch.from_numpy(record.crowd.astype(bool)),
+        drawn,
+    )
+
+
+def _drop_small(target: Target) -> Target:
+    """Without boxes that have less than one pixel of width or height."""
+    sides = target.boxes_xyxy[:, 2:] - target.boxes_xyxy[:, :2]
+    large = (sides >= MIN_SIDE_PX).all(dim=1)
+    if bool(large.all()):
+        return target
+    return _select(target, large)
+
+
+def _select(target: Target, keep: Tensor) -> Target:
+    masks = None if target.masks is None else target.masks[keep]
+    return Target(target.boxes_xyxy[keep], target.labels[keep], target.crowd[keep], masks)
+
+
+def _shift(target: Target, left: int, top: int, size_hw: tuple[int, int]) -> Target:
+    """The target of a tile, in pixels of the canvas."""
+    boxes = target.boxes_xyxy + torch.tensor([left, top, left, top], dtype=torch.float32)
+    masks = target.masks
+    if masks is not None:
+        right, bottom = size_hw[1] - left - masks.shape[2], size_hw[0] - top - masks.shape[1]
+        masks = torch.nn.functional.pad(masks, (left, right, top, bottom))
+    return Target(boxes, target.labels, target.crowd, masks)
+
+
+def _join(targets: Sequence[Target]) -> Target:
+    """Several targets of one canvas. Masks only if all of them have some: an unknown mask must not count as an empty one."""
+    shown = [target for target in targets if len(target)] or list(targets[:1])
+    masks = [target.masks for target in shown if target.masks is not None]
+    return Target(
+        torch.cat([target.boxes_xyxy for target in shown]),
+        torch.cat([target.labels for target in shown]),
+        torch.cat([target.crowd for target in shown]),
+        torch.cat(masks) if len(masks) == len(shown) else None,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- masks
+
+
+def _mask(record: Record, index: int, view: View) -> np.ndarray:
+    """[h, w] bool mask of one object in the view; the filled box when this object alone has no mask."""
+    assert record.segmentation is not None
+    shape = record.segmentation[index]
+    if isinstance(shape, Mapping):
+        return _mask_of_runs(_decode_runs(shape, record), view)
+    if not shape:
+        x1, y1, x2, y2 = record.boxes_xyxy[index]
+        shape = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+    return _mask_of_polygons(shape, view)
+
+
+def _mask_of_polygons(polygons: Sequence[Sequence[float]], view: View) -> np.ndarray:
+    """Union of polygons given in pixels of the original, drawn directly in pixels of the view."""
+    height, width = view.size_hw
+    canvas = Image.new("1", (width, height))
+    pen = ImageDraw.Draw(canvas)
+    for polygon in polygons:
+        points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2) * view.scale_xy + view.offset_xy
+        if view.flip:
+            points[:, 0] = width - points[:, 0]
+        if len(points) >= 3:
+            # PIL counts pixel centres, COCO pixel corners: half a pixel between them.
+            pen.polygon([(float(x), float(y)) for x, y in points - 0.5], fill=1)
+    return np.array(canvas, dtype=bool)
+
+
+def _mask_of_runs(mask: np.ndarray, view: View) -> np.ndarray:
+    """A mask of the original, looked up at the centre of every pixel of the view."""
+    height, width = view.size_hw
+    columns = np.arange(width) + 0.5
+    if view.flip:
+        columns = width - columns
+    rows = ((np.arange(height) + 0.5 - view.offset_xy[1]) / view.scale_xy[1]).astype(int).clip(0, mask.shape[0] - 1)
+    columns = ((columns - view.offset_xy[0]) / view.scale_xy[0]).astype(int).clip(0, mask.shape[1] - 1)
+    looked_up: np.ndarray = mask[rows[:, None], columns[None]]
+    return looked_up
+
+
+def _decode_runs(runs: Mapping[str, Any], record: Record) -> np.ndarray:
+    """[H, W] bool of COCO's run-length encoding: a list of counts (column by column, zeros first), or compressed text."""
+    height, width = runs["size"]
+    counts = runs["counts"]
+    if (height, width) != tuple(record.size_hw):
+        raise DataError(
+            f"{record.path}: a mask of {width}x{height} pixels belongs to an image of {record.size_hw[1]}x{record.size_hw[0]}"
+        )
+    if isinstance(counts, str | bytes):
+        from faster_coco_eval.core import mask as coco_masks  # late: only data with compressed masks needs it
+
+        decoded: np.ndarray = coco_masks.decode({"size": [height, width], "counts": counts})
+        return decoded.astype(bool)
+    values = np.arange(len(counts)) % 2 == 1
+    flat = np.repeat(values, counts)
+    if flat.size != height * width:
+        raise DataError(f"{record.path}: a mask's run lengths sum to {flat.size}, not to {width}x{height} pixels")
+    return flat.reshape(width, height).T
