@@ -1,1 +1,37 @@
-"""detdistill."""
+"""Knowledge distillation of object detectors: any teacher, any student, and a fair proof of the gain.
+
+import detdistill
+
+result = detdistill.distill("runs/teacher", "fcos:resnet18", "coco/data.yaml", "pkd", baseline=True, seeds=(0, 1, 2))
+print(result.gains[0].verdict, result.report)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "train": "api", "distill": "api", "evaluate": "api", "predict": "api", "compare": "api", "report": "api",
+    "inspect_data": "api", "demo": "demo", "TrainSettings": "settings", "DistillSettings": "settings",
+    "load_data": "data.discover", "build_detector": "detectors.build", "load_detector": "detectors.build",
+    "wrap": "detectors.wrap", "Detector": "detectors.contract", "Teacher": "detectors.contract",
+    "Method": "methods.contract", "Composition": "methods.contract", "build_method": "methods.build",
+    "Batch": "structures", "Target": "structures", "Losses": "structures", "Clock": "structures",
+    "DetdistillError": "errors",
+}  # fmt: skip
+"""Public names and the module of each; loaded when first used, so that importing the package costs nothing."""
+
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"detdistill.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'detdistill' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

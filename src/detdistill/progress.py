@@ -35,16 +35,21 @@ class Progress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[text]}"),
         )
+        self._depth = 0
         self.rich = RichProgress(*columns, console=self.console, disable=not self.live)
 
     def __enter__(self) -> Self:
-        """Start drawing."""
-        self.rich.start()
+        """Start drawing; entering again inside is harmless."""
+        self._depth += 1
+        if self._depth == 1:
+            self.rich.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Stop drawing; finished bars stay."""
-        self.rich.stop()
+        self._depth -= 1
+        if self._depth == 0:
+            self.rich.stop()
 
     def bar(self, title: str, total: int) -> Bar:
         """A new bar."""

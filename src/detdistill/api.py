@@ -1,0 +1,327 @@
+"""The verbs: each command of the command line is the twin of a function here. Light to import; the work is done lazily."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detdistill.errors import RunError, nearest
+from detdistill.settings import DistillSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from detdistill.compare import Gain
+    from detdistill.data.inspect import DataReport
+    from detdistill.data.records import DataSplits
+    from detdistill.evaluation import Scores
+    from detdistill.progress import Progress
+    from detdistill.training.run import Run
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What ``distill`` made."""
+
+    folder: Path
+    """The run folder, or the folder that holds the runs."""
+    runs: tuple[Path, ...]
+    report: Path
+    gains: tuple[Gain, ...] = ()
+    """Empty without ``baseline``."""
+    teacher_scores: Scores | None = None
+
+
+def train(
+    model: str,
+    data: str = "digits",
+    *,
+    role: str = "train",
+    progress: Progress | None = None,
+    report: bool = True,
+    **settings: Any,
+) -> Run:
+    """Train a detector alone: a teacher, or a baseline.
+
+    Args:
+        model: e.g. ``fcos:resnet18`` (detector:timm backbone, options after commas) or ``torchvision:retinanet_resnet50_fpn_v2``.
+        data: COCO JSON or folder, YOLO data.yaml, VOC folder, Roboflow export, or ``digits``.
+        role: what reports call it: train, teacher or baseline.
+        progress: where to show it; None: on stderr.
+        report: write ``report.html`` at the end.
+        settings: fields of ``TrainSettings``.
+
+    Raises:
+        DetdistillError: one line that says what is wrong and what to do.
+    """
+    wanted = _settings(TrainSettings, settings)
+    from detdistill.progress import Progress
+    from detdistill.training.run import Plan, run
+
+    with progress or Progress() as shown:
+        splits = _load(data, wanted.strict, shown)
+        result = run(Plan(model, data, wanted, role=role, title=role), splits, progress=shown)
+        if report:
+            _report([result.folder], result.folder / "report.html", shown)
+    return result
+
+
+def distill(
+    teacher: str,
+    student: str,
+    data: str = "digits",
+    method: str = "pkd",
+    *,
+    progress: Progress | None = None,
+    report: bool = True,
+    **settings: Any,
+) -> Distilled:
+    """Distil a teacher into a student, and with ``baseline=True`` prove what it gave.
+
+    Args:
+        teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or any model string.
+        student: a model string such as ``fcos:resnet18``.
+        data: see ``train``.
+        method: one or several: ``pkd``, ``fgd,tau=0.8+pkd``.
+        progress: where to show it; None: on stderr.
+        report: write ``report.html`` at the end.
+        settings: fields of ``DistillSettings``, e.g. ``epochs=24, baseline=True, seeds=(0, 1, 2)``.
+
+    Raises:
+        DetdistillError: one line that says what is wrong and what to do.
+
+    Example:
+        result = distill("runs/teacher", "fcos:resnet18,width=0.5", "coco/data.yaml", "pkd", baseline=True, seeds=(0, 1, 2))
+        print(result.gains[0].verdict, result.report)
+    """
+    wanted = _settings(DistillSettings, {"method": method, **settings})
+    from detdistill.methods.build import parse_methods
+    from detdistill.progress import Progress
+
+    parse_methods(wanted.method)  # a misspelt method is said before the data is read
+    from detdistill.detectors.build import load_detector
+    from detdistill.detectors.contract import Teacher
+    from detdistill.training.experiment import run_experiment
+    from detdistill.training.run import Plan, is_main_process, note_teacher, run, score_teacher
+
+    with progress or Progress() as shown:
+        splits = _load(data, wanted.strict, shown)
+        frozen = Teacher(load_detector(teacher, splits.train.classes))
+        score = wanted.score_teacher and is_main_process()
+        scores = score_teacher(frozen, splits, wanted, shown) if score else None
+        plan = Plan(student, data, wanted, role="distilled", teacher=teacher, title=f"distil ({wanted.method})")
+        if not wanted.baseline and not wanted.seeds:
+            result = run(plan, splits, frozen, shown)
+            if scores is not None and is_main_process():
+                note_teacher(result.folder, scores)
+            page = result.folder / "report.html"
+            if report:
+                _report([result.folder], page, shown)
+            return Distilled(result.folder, (result.folder,), page, teacher_scores=scores)
+        experiment = run_experiment(plan, splits, frozen, scores, shown)
+        gains: tuple[Gain, ...] = ()
+        if wanted.baseline:
+            gains = tuple(compare(experiment.runs, out=experiment.folder / "compare.json"))
+        page = experiment.folder / "report.html"
+        if report:
+            _report(experiment.runs, page, shown)
+        return Distilled(experiment.folder, experiment.runs, page, gains, scores)
+
+
+def evaluate(
+    model: str, data: str = "digits", *, split: str = "val", batch: int = 8, progress: Progress | None = None, **settings: Any
+) -> Scores:
+    """The 12 COCO numbers and the AP of each class.
+
+    Args:
+        model: a run folder, a ``student/`` folder, or a model string with weights.
+        data: see ``train``.
+        split: val, test or train.
+        batch: images at a time.
+        progress: where to show it; None: on stderr.
+        settings: fields of ``TrainSettings`` that decide how images are made (size, resize, max_size, device, workers, strict);
+            for a run folder its own size is the default.
+
+    Raises:
+        DetdistillError: one line that says what is wrong and what to do.
+    """
+    from detdistill.detectors.build import load_detector
+    from detdistill.evaluation import evaluate as evaluate_detector
+    from detdistill.progress import Progress
+    from detdistill.training.run import view_settings
+
+    wanted = _settings(TrainSettings, {**_image_settings_of(model), **settings})
+    with progress or Progress() as shown:
+        splits = _load(data, wanted.strict, shown)
+        chosen = {"train": splits.train, "val": splits.val, "test": splits.test}.get(split)
+        if chosen is None:
+            raise RunError(f"no split {split!r} in {data}; there are {', '.join(s.name for s in splits.sets)}")
+        detector = load_detector(model, splits.train.classes)
+        bar = shown.bar(f"evaluate on {split}", len(chosen.records))
+        device = _device(wanted.device)
+        return evaluate_detector(
+            detector, chosen, view_settings(wanted), batch_size=batch, device=device, workers=wanted.workers, progress=bar.update
+        )
+
+
+def predict(
+    model: str,
+    images: Path,
+    out: Path,
+    *,
+    score: float = 0.3,
+    size: int | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Path:
+    """Draw what a detector finds.
+
+    Args:
+        model: as for ``evaluate``.
+        images: an image, or a folder of images.
+        out: folder for the drawn images and ``detections.json``; made when missing.
+        score: boxes below this are neither drawn nor written.
+        size: side of the images the detector sees; None: that of its run.
+        device: auto, cpu or cuda.
+        progress: where to show it; None: on stderr.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        DetdistillError: one line that says what is wrong and what to do.
+    """
+    from detdistill.detectors.build import load_detector
+    from detdistill.evaluation.predict import predict_folder
+    from detdistill.progress import Progress
+    from detdistill.training.run import view_settings
+
+    chosen = _image_settings_of(model)
+    if size is not None:
+        chosen["size"] = size
+    settings = view_settings(_settings(TrainSettings, chosen))
+    with progress or Progress() as shown:
+        detector = load_detector(model).eval().to(_device(device))
+        bar = shown.bar("predict", 1)
+        return predict_folder(detector, Path(images), Path(out), settings, score=score, bar=bar)
+
+
+def compare(
+    runs: Sequence[Path | str], *, metric: str = "AP", allow_unequal: bool = False, out: Path | None = None
+) -> list[Gain]:
+    """Pair baselines and distilled runs by seed: mean gain, 95 % interval, verdict.
+
+    Args:
+        runs: run folders, or folders that hold them.
+        metric: one of the 12 COCO numbers.
+        allow_unequal: compare although budgets differ.
+        out: also write the result to this JSON file.
+
+    Raises:
+        RunError: nothing to pair, or unequal budgets.
+    """
+    import json
+
+    from detdistill.compare import compare_runs, gains_json
+    from detdistill.evaluation.scores import METRICS
+    from detdistill.training.folder import write_text
+
+    if metric not in METRICS:
+        raise RunError(f"no metric {metric!r}{nearest(metric, METRICS)}; metrics: {', '.join(METRICS)}")
+    gains = compare_runs(runs, metric=metric, allow_unequal=allow_unequal)
+    if out is not None:
+        write_text(out, json.dumps(gains_json(gains), indent=2) + "\n")
+    return gains
+
+
+def report(runs: Sequence[Path | str], *, out: Path | None = None) -> Path:
+    """One self-contained HTML page about runs.
+
+    Args:
+        runs: run folders, or folders that hold them.
+        out: the page; None: ``report.html`` in the first folder given.
+
+    Raises:
+        RunError: no finished run there.
+    """
+    from detdistill.compare import expand
+    from detdistill.report.page import build_report
+
+    page = out if out is not None else Path(runs[0]) / "report.html"
+    return build_report(expand(runs), page)
+
+
+def inspect_data(data: str, *, strict: bool = False, deep: bool = False) -> DataReport:
+    """Counts, sizes, class balance and every defect of a data set.
+
+    Args:
+        data: see ``train``.
+        strict: raise at the first sight of a defect instead of reporting it.
+        deep: decode every image.
+
+    Raises:
+        DataError: not readable at all, or ``strict`` and defective.
+    """
+    from detdistill.data.inspect import inspect_data as inspect
+
+    return inspect(data, strict=strict, deep=deep)
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _settings(kind: type[Any], given: dict[str, Any]) -> Any:
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in given:
+        if name not in names:
+            raise RunError(f"no setting {name!r}{nearest(name, names)}; settings: {', '.join(names)}")
+    if isinstance(given.get("out"), str):
+        given = {**given, "out": Path(given["out"])}
+    return kind(**given)
+
+
+def _load(data: str, strict: bool, progress: Progress) -> DataSplits:
+    from detdistill.data.discover import load_data
+
+    splits = load_data(data, strict=strict)
+    for note in splits.notes:
+        progress.say(f"[dim]{note}[/dim]")
+    if splits.defects:
+        kinds: dict[str, int] = {}
+        for defect in splits.defects:
+            kinds[defect.kind] = kinds.get(defect.kind, 0) + 1
+        counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        progress.say(f"[yellow]{len(splits.defects)} defects in {data}: {counted}; see `detdistill data inspect {data}`[/yellow]")
+    return splits
+
+
+def _report(runs: Sequence[Path], page: Path, progress: Progress) -> None:
+    from detdistill.report.page import build_report
+    from detdistill.training.run import is_main_process
+
+    if is_main_process():
+        build_report(runs, page, progress=progress)
+
+
+def _image_settings_of(model: str) -> dict[str, Any]:
+    """How the run that made a model made its images."""
+    import yaml
+
+    folder = Path(model)
+    for candidate in (folder, folder.parent, folder.parent.parent):
+        path = candidate / "config.yaml"
+        if folder.exists() and path.exists():
+            config = yaml.safe_load(path.read_text())
+            return {key: config[key] for key in ("size", "resize", "max_size") if key in config}
+    return {}
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RunError("device: cuda is not available here; use --device cpu")
+    return name

@@ -1,0 +1,190 @@
+"""Proof of gain: baseline and distilled students, paired by seed, with an interval and a plain verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from detdistill.errors import RunError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BUDGET = (
+    "epochs", "steps", "batch", "accumulate", "optimizer", "lr", "weight_decay", "schedule", "warmup_steps", "clip", "ema",
+    "precision", "devices", "nodes", "size", "resize", "max_size", "flip", "colour", "scale_jitter", "mosaic",
+)  # fmt: skip
+"""Settings that must agree for a comparison to be fair."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same seed with and without distillation; AP in 0..1."""
+
+    seed: int
+    baseline: float
+    distilled: float
+
+    @property
+    def gain(self) -> float:
+        """Distilled minus baseline."""
+        return self.distilled - self.baseline
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What one method gave one student under one teacher."""
+
+    method: str
+    teacher: str
+    student: str
+    metric: str
+    pairs: tuple[Pair, ...]
+    mean: float
+    low: float | None
+    """Ends of the 95 % confidence interval of the mean gain (Student's t, paired); None with a single pair."""
+    high: float | None
+    verdict: str
+    """``gain``, ``no gain shown`` or ``worse``."""
+    notes: tuple[str, ...] = ()
+
+
+def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_unequal: bool = False) -> list[Gain]:
+    """Pair baselines and distilled runs by seed, for each method and teacher.
+
+    Args:
+        folders: run folders, or folders that hold run folders.
+        metric: one of the 12 COCO numbers.
+        allow_unequal: compare although budgets differ; the differences are noted.
+
+    Raises:
+        RunError: no pair, unequal budgets, other data, or a folder without ``summary.json``.
+    """
+    runs = [read_run(folder) for folder in expand(folders)]
+    baselines = {}
+    for one in (one for one in runs if one["role"] == "baseline"):
+        key = (one["student"], one["data"]["fingerprint"], one["seed"])
+        if key in baselines:
+            raise RunError(
+                f"two baselines with seed {one['seed']}: {baselines[key]['folder']} and {one['folder']}; give one of them"
+            )
+        baselines[key] = one
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for one in (one for one in runs if one["role"] == "distilled"):
+        label = one["method"] + (" + inherited head" if one.get("inherit") else "")
+        groups.setdefault((label, one["teacher"], one["student"]), []).append(one)
+    if not groups or not baselines:
+        raise RunError(
+            f"nothing to compare: {len(baselines)} baseline and {sum(map(len, groups.values()))} distilled runs in "
+            f"{', '.join(map(str, folders))}; `detdistill distill --baseline true --seeds 0,1,2` makes both"
+        )
+    gains = []
+    for (method, teacher, student), distilled in sorted(groups.items()):
+        pairs, notes = [], []
+        for one in sorted(distilled, key=lambda run: int(run["seed"])):
+            baseline = baselines.get((student, one["data"]["fingerprint"], one["seed"]))
+            if baseline is None:
+                notes.append(f"seed {one['seed']}: no baseline of the same student and data")
+                continue
+            different = unequal(baseline, one)
+            if different and not allow_unequal:
+                raise RunError(
+                    f"unequal budgets, seed {one['seed']}: {'; '.join(different)}; --allow_unequal true compares all the same"
+                )
+            notes += [f"seed {one['seed']}: {text}" for text in different]
+            pairs.append(Pair(one["seed"], baseline["metrics"][metric], one["metrics"][metric]))
+        if not pairs:
+            raise RunError(f"{method}: no baseline with the same student, data and seed; notes: {'; '.join(notes)}")
+        gains.append(summarize(method, teacher, student, metric, pairs, notes))
+    return gains
+
+
+def summarize(method: str, teacher: str, student: str, metric: str, pairs: Sequence[Pair], notes: Sequence[str] = ()) -> Gain:
+    """Mean gain, its 95 % interval (paired t), and the verdict: ``gain`` only if the whole interval is above zero."""
+    gains = [pair.gain for pair in pairs]
+    mean = statistics.fmean(gains)
+    if len(gains) < 2:
+        extra = ("one pair shows a difference, not a gain; run more seeds (--seeds 0,1,2)",)
+        return Gain(method, teacher, student, metric, tuple(pairs), mean, None, None, "no gain shown", (*notes, *extra))
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(gains) - 1)) * statistics.stdev(gains) / math.sqrt(len(gains))
+    low, high = mean - half, mean + half
+    verdict = "gain" if low > 0 else "worse" if high < 0 else "no gain shown"
+    return Gain(method, teacher, student, metric, tuple(pairs), mean, low, high, verdict, tuple(notes))
+
+
+def unequal(baseline: dict[str, Any], distilled: dict[str, Any]) -> list[str]:
+    """Everything that makes two runs incomparable, in words."""
+    different = [
+        f"{key} {baseline['config'].get(key)} and {distilled['config'].get(key)}"
+        for key in BUDGET
+        if baseline["config"].get(key) != distilled["config"].get(key)
+    ]
+    for key in ("steps", "images_seen"):
+        if baseline[key] != distilled[key]:
+            different.append(f"{key} done {baseline[key]} and {distilled[key]}")
+    if baseline["data"]["val_fingerprint"] != distilled["data"]["val_fingerprint"]:
+        different.append("evaluated on different images")
+    return different
+
+
+def expand(folders: Sequence[Path | str]) -> list[Path]:
+    """Run folders, and the run folders inside folders that are none."""
+    found: list[Path] = []
+    for folder in map(Path, folders):
+        if (folder / "summary.json").exists():
+            found.append(folder)
+        elif folder.is_dir() and (inside := sorted(path.parent for path in folder.glob("*/summary.json"))):
+            found += inside
+        else:
+            raise RunError(f"{folder} holds no finished run (no summary.json)")
+    return list(dict.fromkeys(found))
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A run's summary with its folder and config.
+
+    Raises:
+        RunError: a file is missing or broken.
+    """
+    try:
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{folder} is no whole run: {error}") from error
+    return {**summary, "folder": folder, "config": config}
+
+
+def gains_table(gains: Sequence[Gain]) -> Table:
+    """The comparison as a rich table; AP times 100, as papers print it."""
+    from rich.table import Table
+
+    table = Table(title=f"{gains[0].metric} on the validation images (x 100)")
+    for title in ("method", "seeds", "baseline", "distilled", "gain", "95 % interval", "verdict"):
+        table.add_column(title, justify="left" if title in ("method", "verdict") else "right")
+    for gain in gains:
+        colour = {"gain": "green", "worse": "red"}.get(gain.verdict, "yellow")
+        interval = "-" if gain.low is None or gain.high is None else f"{100 * gain.low:+.1f} .. {100 * gain.high:+.1f}"
+        table.add_row(
+            gain.method,
+            str(len(gain.pairs)),
+            f"{100 * statistics.fmean(pair.baseline for pair in gain.pairs):.1f}",
+            f"{100 * statistics.fmean(pair.distilled for pair in gain.pairs):.1f}",
+            f"{100 * gain.mean:+.1f}",
+            interval,
+            f"[{colour}]{gain.verdict}[/{colour}]",
+        )
+    return table
+
+
+def gains_json(gains: Sequence[Gain]) -> dict[str, Any]:
+    """The comparison for ``compare.json``."""
+    return {"gains": [asdict(gain) for gain in gains]}
