@@ -11,6 +11,7 @@ from detdistill.functional.attention import channel_attention, spatial_attention
 from detdistill.methods.fgd import FGD, ContextBlock, FGDTerms
 from detdistill.structures import Clock, Target
 from tests.golden import Golden, assert_golden
+from tests.methods.contract_checks import check_method
 from tests.tiny import TinyDense, tiny_batch
 
 RELEASED = {"conv_mask_": "mask", "channel_add_conv_": "transform"}
@@ -204,7 +205,7 @@ def test_duplicating_the_batch_changes_nothing():
     blocks = randomized(ContextBlock(6), 8), randomized(ContextBlock(6), 9)
     once = terms_of(student, teacher, None, *blocks)
     twice = terms_of(student.repeat(2, 1, 1, 1), teacher.repeat(2, 1, 1, 1), BOXES * 2, *blocks, sizes=SIZES * 2)
-    assert [float(term) for term in twice] == pytest.approx([float(term) for term in once], rel=1e-12)
+    assert [term.item() for term in twice] == pytest.approx([term.item() for term in once], rel=1e-12)
 
 
 def test_gradients_stay_in_their_region_and_off_the_teacher():
@@ -228,7 +229,7 @@ def test_gradients_stay_in_their_region_and_off_the_teacher():
 def test_weights_scale_the_loss():
     terms = terms_of(maps(14, 2, 6, 6, 8), maps(15, 2, 6, 6, 8))
     once = fgd_loss(terms, 1e-3, 2e-3, 3e-3, 4e-3)
-    assert float(fgd_loss(terms, 3e-3, 6e-3, 9e-3, 12e-3)) == pytest.approx(3 * float(once), rel=1e-12)
+    assert fgd_loss(terms, 3e-3, 6e-3, 9e-3, 12e-3).item() == pytest.approx(3 * once.item(), rel=1e-12)
 
 
 def test_profiles_are_the_published_rows_and_a_weight_overrides_its_own_only():
@@ -303,3 +304,8 @@ def test_autocast_does_not_reach_the_losses():
     plain, mixed = learned(batch), learned(batch, autocast=True)
     assert {name: term.dtype for name, term in mixed.items()} == dict.fromkeys(plain, torch.float32)
     assert [term.item() for term in mixed.values()] == [term.item() for term in plain.values()]
+
+
+@pytest.mark.parametrize("box_norm", ["padded", "image"])
+def test_contract(box_norm):
+    assert len(check_method(FGD, box_norm=box_norm)) == 18

@@ -1,0 +1,316 @@
+"""FKD: imitate where teacher or student attend, and the relations between cells.
+
+Zhang, Ma, "Improve Object Detection with Feature-based Knowledge Distillation: Towards Accurate and Efficient Detectors",
+ICLR 2021; extended as "Structured Knowledge Distillation for Accurate and Efficient Object Detection", TPAMI 2023. Also
+known as FBKD. No code of the TPAMI version could be had; this is the form of MMRazor and of the ICLR code.
+
+Shape letters: B images, C channels, H x W cells of one level, N = H*W, M pooled cells, D inner channels of a relation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detdistill.detectors.contract import Detector, Teacher
+from detdistill.errors import DetdistillError
+from detdistill.functional.attention import channel_attention, spatial_attention
+from detdistill.methods._settings import check_choice, check_temperatures, check_weights
+from detdistill.methods.align import ChannelAdapters, float32, pair_levels, resize_like
+from detdistill.methods.contract import Method
+from detdistill.structures import Batch, Clock, Losses, Observation, Taught
+
+
+class FKDTerms(NamedTuple):
+    """The four losses of one level, unweighted; each [] is a Euclidean norm over the whole batch, divided by nothing."""
+
+    feature: Tensor
+    channel: Tensor
+    spatial: Tensor
+    relation: Tensor
+
+
+def fkd_feature_loss(adapted: Tensor, teacher: Tensor, cells: Tensor, channels: Tensor | None = None) -> Tensor:
+    """``sqrt(sum (teacher - adapted)^2 * cells [* channels])`` over images, channels and cells.
+
+    The gradient is zero, not NaN, where both agree exactly.
+
+    Args:
+        adapted: [B, C, H, W] the student's map after its adapter; gradient flows.
+        teacher: [B, C, H, W], treated as constant.
+        cells: [B, H, W] attention, treated as constant.
+        channels: [B, C] likewise; None in the two-stage form.
+    """
+    squared = (teacher.detach() - adapted).square()
+    if channels is None:
+        per_cell = squared.sum(dim=1)
+    else:
+        per_cell = torch.einsum("bchw,bc->bhw", squared, channels.detach())
+    total = (per_cell * cells.detach()).sum()
+    agree = total == 0
+    distance: Tensor = torch.where(agree, 0.0, torch.where(agree, 1.0, total).sqrt())
+    return distance
+
+
+def fkd_channel_loss(adapted: Tensor, teacher: Tensor) -> Tensor:
+    """Euclidean distance of the means over cells: ``adapted`` [B, C] and those of ``teacher`` [B, C, H, W]."""
+    return _norm(teacher.detach().mean(dim=(2, 3)) - adapted)
+
+
+def fkd_spatial_loss(adapted: Tensor, teacher: Tensor) -> Tensor:
+    """Euclidean distance of the means over channels: ``adapted`` [B, 1, H, W] and those of ``teacher`` [B, C, H, W]."""
+    return _norm(teacher.detach().mean(dim=1, keepdim=True) - adapted)
+
+
+def fkd_relation_loss(adapted: Tensor, teacher_relation: Tensor) -> Tensor:
+    """Euclidean distance of two relation maps [B, C, H, W]; gradient flows to both (the teacher's block is trained)."""
+    return _norm(teacher_relation - adapted)
+
+
+def _norm(difference: Tensor) -> Tensor:
+    """Euclidean, [], with gradient zero at zero (a plain square root has NaN there)."""
+    norm: Tensor = torch.linalg.vector_norm(difference)
+    return norm
+
+
+def fkd_relations(theta: Tensor, phi: Tensor, values: Tensor) -> Tensor:
+    """Each cell's sum of the pooled cells' values, weighted by dot product: ``values (theta^T phi / M)^T``.
+
+    There is no softmax between the products, so ``phi`` and ``values`` are multiplied first: [D, D] per image instead of
+    [N, M], which at stride 4 of an 800 x 1333 image would be 282 MB.
+
+    Args:
+        theta: [B, D, N] queries.
+        phi: [B, D, M] keys.
+        values: [B, D, M].
+
+    Returns:
+        [B, D, N].
+    """
+    context = values @ phi.transpose(1, 2) / phi.shape[2]
+    return context @ theta
+
+
+class NonLocalBlock(nn.Module):
+    """``maps + BN(conv(relations of maps))``, the relations by dot product with max-pooled cells (Wang et al., CVPR 2018).
+
+    The normalisation always uses the batch's statistics and starts with weight 0, so at first the block is the identity.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, channels: int, reduction: int = 2, pool: int = 2) -> None:
+        """Make the convolutions as mmcv does: normal of deviation 0.01, no bias after the relations.
+
+        Args:
+            channels: of the maps.
+            reduction: inner channels are ``channels // reduction``, at least 1.
+            pool: cells per side that keys and values are max-pooled over; 1: none. A map that is smaller is pooled whole.
+        """
+        super().__init__()
+        inner = max(1, channels // reduction)
+        self.pool = pool
+        self.theta, self.phi, self.values = (nn.Conv2d(channels, inner, 1) for _ in range(3))
+        self.out = nn.Conv2d(inner, channels, 1, bias=False)
+        for conv in (self.theta, self.phi, self.values, self.out):
+            nn.init.normal_(conv.weight, std=0.01)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+        self.norm_weight = nn.Parameter(torch.zeros(channels))
+        self.norm_bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        height, width = maps.shape[-2:]
+        pool = min(self.pool, height, width)
+        phi, values = self.phi(maps), self.values(maps)
+        if pool > 1:
+            phi, values = F.max_pool2d(phi, pool), F.max_pool2d(values, pool)
+        related = fkd_relations(self.theta(maps).flatten(2), phi.flatten(2), values.flatten(2))
+        weight, bias = self._normalized_out(related)
+        return maps + F.conv2d(related.view(*related.shape[:2], height, width), weight, bias)
+
+    def _normalized_out(self, related: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight [C, D, 1, 1] and bias [C] of ``out`` and its normalisation as one convolution.
+
+        Mean and variance of ``out(related)`` follow from mean and covariance of ``related`` [B, D, N], so no C-channel map
+        is kept for the backward pass; and a single value, which ``nn.BatchNorm2d`` refuses, gives just the bias.
+        """
+        mean = related.mean(dim=(0, 2))
+        centered = (related - mean[:, None]).transpose(0, 1).flatten(1)  # [D, B*N]
+        covariance = centered @ centered.T / centered.shape[1]
+        out = self.out.weight.flatten(1)  # [C, D]
+        variance = torch.einsum("cd,de,ce->c", out, covariance, out).clamp(min=0)  # never below 0 by rounding
+        weight = out * (self.norm_weight * (variance + self.eps).rsqrt())[:, None]
+        return weight[:, :, None, None], self.norm_bias - weight @ mean
+
+
+class FKDLevel(nn.Module):
+    """The learnable parts of one level: four adapters of the student and a non-local block for each side."""
+
+    def __init__(self, channels: int, reduction: int = 2, pool: int = 2) -> None:
+        """Make them; see ``NonLocalBlock`` for ``reduction`` and ``pool``."""
+        super().__init__()
+        self.adapt_feature = nn.Conv2d(channels, channels, 1)
+        self.adapt_channel = nn.Linear(channels, channels)
+        self.adapt_spatial = nn.Conv2d(1, 1, 3, padding=1)
+        self.adapt_relation = nn.Conv2d(channels, channels, 1)
+        self.student_nonlocal = NonLocalBlock(channels, reduction, pool)
+        self.teacher_nonlocal = NonLocalBlock(channels, reduction, pool)
+
+    def forward(self, student: Tensor, teacher: Tensor, cells: Tensor, channels: Tensor | None = None) -> FKDTerms:
+        """The losses of one level.
+
+        Args:
+            student: [B, C, H, W] in the teacher's channels; gradient flows.
+            teacher: [B, C, H, W], treated as constant; its non-local block gets a gradient.
+            cells: [B, H, W] attention, see ``fkd_attention``.
+            channels: [B, C] likewise, or None.
+        """
+        fixed = teacher.detach()
+        return FKDTerms(
+            feature=fkd_feature_loss(self.adapt_feature(student), fixed, cells, channels),
+            channel=fkd_channel_loss(self.adapt_channel(student.mean(dim=(2, 3))), fixed),
+            spatial=fkd_spatial_loss(self.adapt_spatial(student.mean(dim=1, keepdim=True)), fixed),
+            relation=fkd_relation_loss(self.adapt_relation(self.student_nonlocal(student)), self.teacher_nonlocal(fixed)),
+        )
+
+
+@torch.no_grad()
+def fkd_attention(
+    student: Tensor, teacher: Tensor, spatial_temperature: float = 0.5, channel_temperature: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Mean attention of student and teacher over cells [B, H, W] and over channels [B, C]; constants (section 3.1).
+
+    Args:
+        student: [B, C, H, W].
+        teacher: [B, C, H, W].
+        spatial_temperature: of the cells' softmax.
+        channel_temperature: of the channels' softmax.
+    """
+    cells = (spatial_attention(teacher, spatial_temperature) + spatial_attention(student, spatial_temperature)) / 2
+    channels = (channel_attention(teacher, channel_temperature) + channel_attention(student, channel_temperature)) / 2
+    return cells, channels
+
+
+def fkd_loss(
+    terms: FKDTerms, feature: float = 7e-5, channel: float = 4e-3, spatial: float = 4e-3, relation: float = 7e-5
+) -> Tensor:
+    """[] the weighted sum of one level's terms; the default weights are those for two-stage detectors."""
+    return feature * terms.feature + channel * terms.channel + spatial * terms.spatial + relation * terms.relation
+
+
+class _Profile(NamedTuple):
+    weights: tuple[float, float, float, float]
+    temperature: float
+    channel_mask: bool
+
+
+_PROFILES = {
+    "two_stage": _Profile((7e-5, 4e-3, 4e-3, 7e-5), 0.5, False),
+    "one_stage": _Profile((4.2e-4, 2.4e-2, 2.4e-2, 4.2e-4), 0.1, True),
+}
+
+
+class FKD(Method):
+    """FKD between necks, paired by stride.
+
+    The norms are over the whole local batch: doubling it multiplies the loss by sqrt(2). The published weights are for 2
+    images per device. Padding and images without boxes count as any other. Departs from MMRazor, whose code pools keys and
+    values twice (by 2 and by ``maxpool_stride``), in the default ``pools``, which are the authors'.
+    """
+
+    slug = "fkd"
+    title = (
+        "Improve Object Detection with Feature-based Knowledge Distillation: Towards Accurate and Efficient Detectors (ICLR 2021)"
+    )
+    bibtex = """@inproceedings{zhang2021fkd,
+  title={Improve Object Detection with Feature-based Knowledge Distillation: Towards Accurate and Efficient Detectors},
+  author={Zhang, Linfeng and Ma, Kaisheng},
+  booktitle={International Conference on Learning Representations},
+  year={2021}
+}"""
+
+    def __init__(
+        self,
+        teacher: Teacher | None,
+        student: Detector,
+        *,
+        profile: Literal["two_stage", "one_stage"] = "two_stage",
+        feature_weight: float | None = None,
+        channel_weight: float | None = None,
+        spatial_weight: float | None = None,
+        relation_weight: float | None = None,
+        spatial_temperature: float | None = None,
+        channel_temperature: float | None = None,
+        channel_mask: bool | None = None,
+        reductions: Sequence[int] = (4, 4, 2, 2, 2),
+        pools: Sequence[int] = (8, 4, 2, 2, 2),
+        levels: Sequence[int] | None = None,
+    ) -> None:
+        """Pair the levels; channels that differ get a 1x1 convolution on the student first (not in the paper).
+
+        Args:
+            teacher: any detector.
+            student: any detector.
+            profile: the released settings for two-stage or one-stage students (smaller temperature, six times the weights).
+            feature_weight: of the attention-guided distance; None: the profile's.
+            channel_weight: of the distance of the means over cells; None: the profile's.
+            spatial_weight: of the distance of the means over channels; None: the profile's.
+            relation_weight: of the distance of the non-local blocks' outputs; None: the profile's.
+            spatial_temperature: of the attention over cells; None: the profile's.
+            channel_temperature: of the attention over channels; None: the profile's.
+            channel_mask: weigh channels by attention too; None: only in the profile ``one_stage``, as released.
+            reductions: by what the non-local blocks divide the channels, for each student level from the finest on; the
+                last value serves all further levels.
+            pools: likewise, cells per side that their keys and values are pooled over; 1: none.
+            levels: student levels to use, as indices; None: all that have a partner.
+
+        Raises:
+            DetdistillError: a hyper-parameter is out of range.
+        """
+        super().__init__(teacher, student)
+        check_choice(self.slug, "profile", profile, _PROFILES)
+        published = _PROFILES[profile]
+        given = zip((feature_weight, channel_weight, spatial_weight, relation_weight), published.weights, strict=True)
+        self.weights = dict(zip(FKDTerms._fields, (other if mine is None else mine for mine, other in given), strict=True))
+        check_weights(self.slug, **{f"{name}_weight": weight for name, weight in self.weights.items()})
+        self.temperatures = {
+            "spatial_temperature": published.temperature if spatial_temperature is None else spatial_temperature,
+            "channel_temperature": published.temperature if channel_temperature is None else channel_temperature,
+        }
+        check_temperatures(self.slug, **self.temperatures)
+        self.channel_mask = published.channel_mask if channel_mask is None else channel_mask
+        for name, values in (("reductions", reductions), ("pools", pools)):
+            if not values or any(value < 1 for value in values):
+                raise DetdistillError(
+                    f"{self.slug}: {name}={list(values)} must be whole numbers, 1 or more, at least one of them"
+                )
+        self.pairs = pair_levels(self.slug, student.spec, self.teacher.spec, levels)
+        self.adapters = ChannelAdapters(self.pairs)
+        self.parts = nn.ModuleList(
+            FKDLevel(pair.teacher_channels, _of_level(reductions, pair.student), _of_level(pools, pair.student))
+            for pair in self.pairs
+        )
+
+    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+        """Terms ``fkd_feature``, ``fkd_channel``, ``fkd_spatial`` and ``fkd_relation``, summed over levels."""
+        assert isinstance(taught, Observation)
+        theirs = float32([taught.features.maps[pair.teacher] for pair in self.pairs])
+        levels = []
+        with torch.autocast(batch.images.device.type, enabled=False):
+            mine = self.adapters(float32([seen.features.maps[pair.student] for pair in self.pairs]))
+            for part, student_map, teacher_map in zip(self.parts, mine, theirs, strict=True):
+                student_map = resize_like(student_map, teacher_map)
+                cells, channels = fkd_attention(student_map, teacher_map, **self.temperatures)
+                levels.append(part(student_map, teacher_map, cells, channels if self.channel_mask else None))
+        terms = dict(zip(FKDTerms._fields, map(torch.stack, zip(*levels, strict=True)), strict=True))
+        return Losses({f"fkd_{name}": self.weights[name] * values.sum() for name, values in terms.items()})
+
+
+def _of_level(values: Sequence[int], level: int) -> int:
+    return values[min(level, len(values) - 1)]
