@@ -308,10 +308,10 @@ class TinyRegions(TinyDetector):
             x1, y1, x2, y2 = (boxes / boxes.new_tensor([width, height, width, height]) * 2 - 1).unbind(-1)
             points = torch.stack([x1, y1, x2, y1, x1, y2, x2, y2], dim=-1).reshape(1, len(boxes), 4, 2) * 0.9
             sampled = F.grid_sample(level[None].to(points.dtype), points, align_corners=False)  # [1, C, n, 4]
-            pooled.append(sampled[0].transpose(0, 1).reshape(len(boxes), -1, 2, 2))
+            pooled.append(sampled[0].transpose(0, 1).reshape(len(boxes), len(level), 2, 2))
         regions, feature = torch.cat(list(boxes_xyxy)), torch.cat(pooled)
         embedding = self.embed(feature.flatten(1)).relu()
-        deltas = self.deltas(embedding).reshape(len(regions), -1, 4)
+        deltas = self.deltas(embedding).unflatten(1, (-1, 4))
         size = (regions[:, 2:] - regions[:, :2]).repeat(1, 2)[:, None]
         refined = regions[:, None] + deltas * size
         return Regions(regions, origin, self.logits(embedding), deltas, refined, feature, embedding)
