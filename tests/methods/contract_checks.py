@@ -79,6 +79,7 @@ def _check_pair(pair: _Pair) -> None:
     check_state_dict(pair)
     check_images_without_boxes(pair)
     check_half_precision(pair)
+    check_one_image(pair)
     check_split_and_stack(pair)
 
 
@@ -208,7 +209,7 @@ def check_images_without_boxes(pair: _Pair) -> None:
             supervised = method.supervise(student, student(batch), taught, batch)
             losses = Losses.merge([supervised, learn(method, student, batch, taught, clock)])
             for name, value in (*losses.terms.items(), *losses.monitors.items()):
-                assert bool(torch.isfinite(value).all()), f"{name} is {float(value)} with {len(images)} images without boxes"
+                assert bool(torch.isfinite(value).all()), f"{name} is {value} with {len(images)} images without boxes"
             losses.total().backward()
             for name, p in (*student.named_parameters(), *method.named_parameters()):
                 finite = p.grad is None or bool(torch.isfinite(p.grad).all())
@@ -216,7 +217,7 @@ def check_images_without_boxes(pair: _Pair) -> None:
 
 
 def check_half_precision(pair: _Pair) -> None:
-    """Under bf16 autocast the losses are float32 scalars and finite, also when what was taught was saved in bf16."""
+    """Under bf16 autocast the losses are float32 scalars, finite and differentiable."""
     method, batch = pair.build(), tiny_batch(3)
     student = pair.student
     pair.forget()
@@ -225,8 +226,22 @@ def check_half_precision(pair: _Pair) -> None:
     for name, value in losses.terms.items():
         assert value.dtype == torch.float32, f"{name} is {value.dtype} under bf16 autocast; cast before the loss"
         assert value.shape == (), f"{name} is no scalar: {tuple(value.shape)}"
-        assert bool(torch.isfinite(value)), f"{name} is {float(value)} under bf16 autocast"
+        assert bool(torch.isfinite(value)), f"{name} is {value} under bf16 autocast"
     losses.total().backward()
+    for name, p in (*student.named_parameters(), *method.named_parameters()):
+        assert p.grad is None or bool(torch.isfinite(p.grad).all()), f"gradient of {name} is not finite under bf16 autocast"
+
+
+def check_one_image(pair: _Pair) -> None:
+    """A batch of one image is finite, and the student stays as the loop set it."""
+    method, batch = pair.build(), tiny_batch(1)
+    student = pair.student.train()
+    pair.forget()
+    losses = learn(method, student, batch, method.teach(batch))
+    for name, value in losses.terms.items():
+        assert bool(torch.isfinite(value)), f"{name} is {value} for a batch of one image"
+    assert student.training, "teach or learn left the student in eval mode"
+    assert all(p.requires_grad for p in student.parameters()), "teach or learn froze the student"
 
 
 def check_split_and_stack(pair: _Pair) -> None:
