@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -329,6 +330,18 @@ def layout(shapes: Sequence[tuple[int, int]], anchors: Sequence[int], device: to
         cells.append(torch.stack([row.flatten(), column.flatten()], dim=1))
         numbers.append(anchor.flatten())
     return torch.cat(levels), torch.cat(cells), torch.cat(numbers)
+
+
+def reset_dense_head(head: nn.Module, prior_probability: float = 0.01) -> None:
+    """Random weights for a head of FCOS or RetinaNet, drawn as torchvision draws them."""
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, (nn.GroupNorm, nn.BatchNorm2d)):
+            module.reset_parameters()
+    nn.init.constant_(head.classification_head.cls_logits.bias, -math.log((1 - prior_probability) / prior_probability))
 
 
 # ---------------------------------------------------------------------------------------------------------- detections

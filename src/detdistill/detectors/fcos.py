@@ -213,9 +213,7 @@ class FCOSDetector(shared.TorchvisionDetector):
         """A copy that can do all but compute features."""
         head = cast(FCOSDetector, self.without_backbone())
         if fresh:
-            classification = head.model.head.classification_head
-            made = FCOSHead(classification.cls_logits.in_channels, 1, classification.num_classes, self.tower_depth)
-            head.model.head = made.to(classification.cls_logits.weight)
+            shared.reset_dense_head(head.model.head)
         return head
 
     def class_rows(self, name: str) -> Tensor | None:
