@@ -1,0 +1,145 @@
+"""MGD: from a student's map with most cells dropped, a small network must generate the teacher's whole map.
+
+Yang et al., "Masked Generative Distillation", ECCV 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from detdistill.detectors.contract import Detector, Teacher
+from detdistill.functional.similarity import mean_cosine
+from detdistill.methods._settings import check_fractions, check_weights
+from detdistill.methods.align import float32, pair_levels, resize_like
+from detdistill.methods.contract import Method
+from detdistill.structures import Batch, Clock, Losses, Observation, Taught
+
+
+def mgd_keep(uniform: Tensor, dropped: float = 0.65) -> Tensor:
+    """Which cells survive: each is dropped with probability ``dropped``.
+
+    ``dropped`` is the share that goes, the paper's and the code's lambda (0.65: about a third stays).
+
+    Args:
+        uniform: draws from 0..1, [B, 1, H, W] (whole cells) or [B, C, 1, 1] (whole channels).
+        dropped: 0..1.
+
+    Returns:
+        bool, the shape of ``uniform``; True where the map is kept.
+
+    Example:
+        >>> mgd_keep(torch.tensor([0.1, 0.3, 0.4, 0.9]), dropped=0.65).tolist()
+        [True, True, False, False]
+    """
+    return uniform <= 1 - dropped
+
+
+def mgd_loss(generated: Sequence[Tensor], teacher: Sequence[Tensor], weight: float = 2e-5) -> Tensor:
+    """Squared difference, summed over channels and ALL cells (dropped and kept alike), divided by B, summed over levels (eq. 4).
+
+    Args:
+        generated: L maps [B, C, H, W], what ``MGDGeneration`` made of the student's maps.
+        teacher: L maps of the same shapes, treated as constant.
+        weight: of every level, the paper's alpha. It belongs to a sum: it was tuned for 256 channels and 800 x 1333 pixels.
+
+    Returns:
+        [] the loss.
+
+    Example:
+        >>> float(mgd_loss([torch.ones(2, 3, 2, 2)], [torch.zeros(2, 3, 2, 2)], weight=0.5))
+        6.0
+    """
+    losses = [(mine - theirs.detach()).square().sum() / len(mine) for mine, theirs in zip(generated, teacher, strict=True)]
+    return weight * sum(losses[1:], losses[0])
+
+
+class MGDGeneration(nn.Module):
+    """One level's generator: align, drop, 3x3 convolution, ReLU, 3x3 convolution."""
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        """Build it; equal channels have no ``align`` layer."""
+        super().__init__()
+        self.align = nn.Conv2d(student_channels, teacher_channels, 1) if student_channels != teacher_channels else nn.Identity()
+        self.generation = nn.Sequential(
+            nn.Conv2d(teacher_channels, teacher_channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(teacher_channels, teacher_channels, 3, padding=1),
+        )
+
+    def forward(self, student: Tensor, keep: Tensor) -> Tensor:
+        """Generate the teacher's map.
+
+        Args:
+            student: [B, Cs, H, W].
+            keep: [B, 1, H, W] or [B, Ct, 1, 1] bool (``mgd_keep``). Kept values are not scaled up.
+
+        Returns:
+            [B, Ct, H, W].
+        """
+        generated: Tensor = self.generation(self.align(student) * keep)
+        return generated
+
+
+class MGD(Method):
+    """MGD between necks, paired by stride."""
+
+    slug = "mgd"
+    title = "Masked Generative Distillation (ECCV 2022)"
+    bibtex = """@inproceedings{yang2022mgd,
+  title={Masked Generative Distillation},
+  author={Yang, Zhendong and Li, Zhe and Shao, Mingqi and Shi, Dachuan and Yuan, Zehuan and Yuan, Chun},
+  booktitle={European Conference on Computer Vision},
+  year={2022}
+}"""
+
+    def __init__(
+        self,
+        teacher: Teacher | None,
+        student: Detector,
+        *,
+        weight: float = 2e-5,
+        dropped: float = 0.65,
+        drop_channels: bool = False,
+        levels: Sequence[int] | None = None,
+    ) -> None:
+        """Pair the levels; each gets a generator of its own.
+
+        Where sizes differ, the student's map is resized to the teacher's before anything is dropped (not in the paper).
+
+        Args:
+            teacher: any detector.
+            student: any detector.
+            weight: of every level, the paper's alpha; 2e-5 for one-stage and 5e-7 for two-stage students.
+            dropped: share of dropped cells, the paper's lambda; 0.65 one-stage, 0.45 two-stage.
+            drop_channels: drop whole channels instead of cells (mmrazor's option for classification).
+            levels: student levels to use, as indices; None: all that have a partner.
+
+        Raises:
+            DetdistillError: a hyper-parameter is out of range.
+            PairError: no common level.
+        """
+        super().__init__(teacher, student)
+        check_weights(self.slug, weight=weight)
+        check_fractions(self.slug, dropped=dropped)
+        self.weight, self.dropped, self.drop_channels = weight, dropped, drop_channels
+        self.pairs = pair_levels(self.slug, student.spec, self.teacher.spec, levels)
+        self.generators = nn.ModuleList(MGDGeneration(pair.student_channels, pair.teacher_channels) for pair in self.pairs)
+
+    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+        """One term, ``mgd``, and the ``cosine`` of generated and teacher's maps as a monitor.
+
+        Drops cells whenever it is called, in eval mode too; the draw is the global generator's, on the maps' device.
+        """
+        assert isinstance(taught, Observation)
+        theirs = float32([taught.features.maps[pair.teacher] for pair in self.pairs])
+        generated = []
+        for pair, generator, fixed in zip(self.pairs, self.generators, theirs, strict=True):
+            mine = resize_like(seen.features.maps[pair.student], fixed)
+            images, channels, height, width = fixed.shape
+            shape = (images, channels, 1, 1) if self.drop_channels else (images, 1, height, width)
+            generated.append(generator(mine, mgd_keep(torch.rand(shape, device=mine.device), self.dropped)))
+        generated = float32(generated)
+        return Losses({"mgd": mgd_loss(generated, theirs, self.weight)}, {"cosine": mean_cosine(generated, theirs)})
