@@ -118,9 +118,9 @@ class TrainSettings:
                 raise RunError(f"scale_jitter: {low},{high} must be two positive numbers, smaller first")
 
 
-_LOWEST = dict.fromkeys(
-    ("epochs", "steps", "batch", "accumulate", "devices", "nodes", "evaluate_every", "log_every"), 1
-) | {"size": 32}
+_LOWEST = dict.fromkeys(("epochs", "steps", "batch", "accumulate", "devices", "nodes", "evaluate_every", "log_every"), 1) | {
+    "size": 32
+}
 
 
 @dataclass(frozen=True, kw_only=True)

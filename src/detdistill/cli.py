@@ -1,0 +1,360 @@
+"""``detdistill VERB``: every verb is a thin twin of a Python function; flags and YAML through jsonargparse.
+
+Nothing heavy is imported before a verb runs, so ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+from detdistill.errors import DetdistillError, nearest
+from detdistill.settings import DistillSettings, TrainSettings
+
+ALIASES = {"distill_model": "teacher", "distill-model": "teacher"}
+"""Names other tools use for our flags."""
+
+
+class Parser(ArgumentParser):
+    """One line for each mistake, with the nearest name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong and leave with 2."""
+        text = " ".join(str(message).split()) or "wrong arguments"
+        hint = ""
+        flags = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+        unknown = re.search(r"(?:[Uu]nrecognized arguments:\s*-*|Option '(?=[\w.]+' is not accepted))([\w.-]+)", text)
+        choice = re.search(r"Parser key \"(\w+)\": Expected a .*Literal\[(.*?)\].*Got value: (\S+)", text)
+        if choice:
+            choices = [item.strip("' ") for item in choice.group(2).split(",")]
+            text = f"{choice.group(1)}: {choice.group(3)!r} is not one of {', '.join(choices)}"
+            hint = nearest(choice.group(3), choices)
+        elif unknown:
+            name = unknown.group(1).partition("=")[0]
+            text = f"no flag or key {name!r}"
+            hint = nearest(name, flags) or f"; `{self.prog} --help` lists what there is"
+        sys.stderr.write(f"{self.prog}: {text}{hint}\n")
+        sys.exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb; user errors end with one line and exit code 2, Ctrl-C with 130."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:2] == ["data", "inspect"]:
+        given = ["data-inspect", *given[2:]]
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(overview())
+        return
+    if given[0] == "--version":
+        from detdistill import __version__
+
+        print(f"detdistill {__version__}")
+        return
+    verb, *rest = given
+    if verb not in VERBS:
+        _fail(f"no command {verb!r}{nearest(verb, VERBS)}; commands: {', '.join(VERBS)}")
+    describe, act, summary = VERBS[verb]
+    name = "data inspect" if verb == "data-inspect" else verb
+    parser = Parser(prog=f"detdistill {name}", description=summary, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    describe(parser)
+    try:
+        chosen = parser.parse_args(_normalized(rest))
+        act(chosen)
+    except DetdistillError as error:
+        _fail(str(error))
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; --resume true goes on from the last checkpoint\n")
+        sys.exit(130)
+
+
+def overview() -> str:
+    """What ``detdistill --help`` prints."""
+    width = max(len(verb) for verb in VERBS) + 2
+    lines = [
+        f"  {('data inspect' if verb == 'data-inspect' else verb):{width}}{summary}" for verb, (_, _, summary) in VERBS.items()
+    ]
+    return "\n".join(
+        [
+            "usage: detdistill COMMAND [--flag VALUE ...]",
+            "",
+            "Make compact object detectors better by knowledge distillation.",
+            "",
+            *lines,
+            "",
+            "`detdistill COMMAND --help` lists a command's flags. Start with `detdistill demo`.",
+        ]
+    )
+
+
+def _fail(text: str) -> NoReturn:
+    sys.stderr.write(f"detdistill: {' '.join(text.split())}\n")
+    sys.exit(2)
+
+
+def _normalized(arguments: Sequence[str]) -> list[str]:
+    """``key=value`` as ``--key=value``; other tools' names; ``--recipe NAME`` as the file it names."""
+    normal: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if re.match(r"^[a-z_]+=", argument):
+            argument = f"--{argument}"
+        match = re.match(r"^--([\w-]+)(=.*)?$", argument, re.DOTALL)
+        if match:
+            name = ALIASES.get(match.group(1), match.group(1)).replace("-", "_")
+            value = match.group(2)
+            if name == "recipe":
+                chosen = value[1:] if value else waiting.pop(0) if waiting else ""
+                normal += ["--config", str(recipe_path(chosen))]
+                continue
+            argument = f"--{name}{value or ''}"
+        normal.append(argument)
+    return normal
+
+
+# ------------------------------------------------------------------------------------------------------- the verbs
+
+
+def _train_flags(parser: Parser) -> None:
+    parser.add_argument("--model", type=str, required=True, help="detector:backbone[,key=value ...] or torchvision:NAME")
+    parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
+    parser.add_argument("--role", type=Literal["train", "teacher", "baseline"], default="train", help="what reports call it")
+    parser.add_class_arguments(TrainSettings, None)
+
+
+def _train(chosen: Namespace) -> None:
+    from detdistill import api
+
+    result = api.train(**_plain(chosen))
+    _say(f"AP {100 * result.scores.metrics['AP']:.1f}; run folder {result.folder}; report {result.folder / 'report.html'}")
+
+
+def _distill_flags(parser: Parser) -> None:
+    parser.add_argument("--teacher", type=str, required=True, help="run folder, checkpoint, or torchvision:NAME,weights=...")
+    parser.add_argument("--student", type=str, required=True, help="detector:backbone[,key=value ...] or torchvision:NAME")
+    parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
+    parser.add_class_arguments(DistillSettings, None)
+
+
+def _distill(chosen: Namespace) -> None:
+    from detdistill import api
+
+    result = api.distill(**_plain(chosen))
+    if result.gains:
+        _show_gains(result.gains)
+    _say(f"runs in {result.folder}; report {result.report}")
+
+
+def _eval_flags(parser: Parser) -> None:
+    parser.add_argument("--model", type=str, required=True, help="run folder, student folder, or torchvision:NAME,weights=...")
+    parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
+    parser.add_argument("--split", type=Literal["val", "test", "train"], default="val")
+    parser.add_argument("--batch", type=int, default=8, help="images at a time")
+    parser.add_argument("--size", type=int | None, default=None, help="side of the images; none: that of the run")
+    parser.add_argument("--resize", type=Literal["letterbox", "stretch", "short_side"] | None, default=None)
+    parser.add_argument("--max_size", type=int | None, default=None)
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--strict", type=bool, default=False)
+    parser.add_argument("--out", type=Path | None, default=None, help="also write the numbers to this JSON file")
+
+
+def _eval(chosen: Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from detdistill import api
+    from detdistill.training.folder import write_text
+
+    values = {key: value for key, value in _plain(chosen).items() if value is not None}
+    out = values.pop("out", None)
+    scores = api.evaluate(**values)
+    table = Table(title=f"{scores.images} images, {scores.seconds:.1f} s (x 100)")
+    for name in scores.metrics:
+        table.add_column(name, justify="right")
+    table.add_row(*("-" if value < 0 else f"{100 * value:.1f}" for value in scores.metrics.values()))
+    classes = Table("class", "AP")
+    for name, value in scores.per_class.items():
+        classes.add_row(name, "-" if value < 0 else f"{100 * value:.1f}")
+    Console().print(table)
+    Console().print(classes)
+    if out is not None:
+        write_text(out, json.dumps(asdict(scores), indent=2) + "\n")
+
+
+def _predict_flags(parser: Parser) -> None:
+    parser.add_argument("--model", type=str, required=True, help="run folder, student folder, or torchvision:NAME,weights=...")
+    parser.add_argument("--images", type=Path, required=True, help="an image or a folder of images")
+    parser.add_argument("--out", type=Path, required=True, help="folder for drawn images and detections.json")
+    parser.add_argument("--score", type=float, default=0.3, help="least score drawn")
+    parser.add_argument("--size", type=int | None, default=None, help="side of the images; none: that of the run")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
+
+
+def _predict(chosen: Namespace) -> None:
+    from detdistill import api
+
+    _say(f"drawn in {api.predict(**_plain(chosen))}")
+
+
+def _compare_flags(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="+", type=str, help="run folders, or folders that hold them")
+    parser.add_argument("--metric", type=str, default="AP", help="one of the 12 COCO numbers")
+    parser.add_argument("--allow_unequal", type=bool, default=False, help="compare although budgets differ")
+    parser.add_argument("--out", type=Path | None, default=None, help="also write the result to this JSON file")
+
+
+def _compare(chosen: Namespace) -> None:
+    from detdistill import api
+
+    _show_gains(api.compare(**_plain(chosen)))
+
+
+def _show_gains(gains: Sequence[Any]) -> None:
+    from rich.console import Console
+
+    from detdistill.compare import gains_table
+
+    console = Console()
+    console.print(gains_table(gains))
+    for gain in gains:
+        for note in gain.notes:
+            console.print(f"[dim]{gain.method}: {note}[/dim]")
+
+
+def _report_flags(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="+", type=str, help="run folders, or folders that hold them")
+    parser.add_argument("--out", type=Path | None, default=None, help="the page; none: report.html in the first folder")
+
+
+def _report(chosen: Namespace) -> None:
+    from detdistill import api
+
+    _say(f"report {api.report(**_plain(chosen))}")
+
+
+def _demo_flags(parser: Parser) -> None:
+    parser.add_argument("--out", type=Path | None, default=None, help="folder; none: a new one under runs/")
+    parser.add_argument("--seeds", type=tuple[int, ...], default=(0,), help="seeds of the students; 0,1,2 prove the gain")
+    parser.add_argument("--method", type=str, default="pkd", help="any method, or several: fgd+pkd")
+    parser.add_argument("--train_images", type=int, default=2000)
+    parser.add_argument("--val_images", type=int, default=400)
+    parser.add_argument("--teacher_epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=3, help="of the students")
+
+
+def _demo(chosen: Namespace) -> None:
+    from detdistill.demo import demo
+
+    demo(**_plain(chosen))
+
+
+def _methods_flags(parser: Parser) -> None:
+    parser.add_argument("--teacher", type=str | None, default=None, help="say which methods serve this teacher")
+    parser.add_argument("--student", type=str | None, default=None, help="say which methods serve this student")
+
+
+def _methods(chosen: Namespace) -> None:
+    from detdistill.listing import show_methods
+
+    show_methods(**_plain(chosen))
+
+
+def _no_flags(parser: Parser) -> None:
+    pass
+
+
+def _detectors(chosen: Namespace) -> None:
+    from detdistill.listing import show_detectors
+
+    show_detectors()
+
+
+def _recipes(chosen: Namespace) -> None:
+    from detdistill.listing import show_recipes
+
+    show_recipes()
+
+
+def _cite_flags(parser: Parser) -> None:
+    parser.add_argument("method", type=str, help="a method, or several joined by +")
+
+
+def _cite(chosen: Namespace) -> None:
+    from detdistill.methods.build import parse_methods
+
+    for method, _ in parse_methods(chosen.method):
+        print(method.bibtex)
+
+
+def _inspect_flags(parser: Parser) -> None:
+    parser.add_argument("data", type=str, help="COCO, YOLO, VOC or Roboflow data, or digits")
+    parser.add_argument("--strict", type=bool, default=False, help="fail at the first defect")
+    parser.add_argument("--deep", type=bool, default=False, help="decode every image")
+    parser.add_argument("--out", type=Path | None, default=None, help="also write the report to this JSON file")
+
+
+def _inspect(chosen: Namespace) -> None:
+    from rich.console import Console
+
+    from detdistill import api
+    from detdistill.training.folder import write_text
+
+    values = _plain(chosen)
+    out = values.pop("out")
+    found = api.inspect_data(**values)
+    found.render(Console())
+    if out is not None:
+        write_text(out, found.to_json() + "\n")
+
+
+Describe = Callable[[Parser], None]
+Act = Callable[[Namespace], None]
+VERBS: dict[str, tuple[Describe, Act, str]] = {
+    "demo": (_demo_flags, _demo, "the embedded example, from data to report, in a few minutes on a CPU"),
+    "train": (_train_flags, _train, "train a detector alone: a teacher or a baseline"),
+    "distill": (_distill_flags, _distill, "distil a teacher into a student, and prove what it gave"),
+    "eval": (_eval_flags, _eval, "the 12 COCO numbers and the AP of each class"),
+    "predict": (_predict_flags, _predict, "draw what a detector finds"),
+    "compare": (_compare_flags, _compare, "pair runs by seed: gain, 95 % interval, verdict"),
+    "report": (_report_flags, _report, "one self-contained HTML page about runs"),
+    "methods": (_methods_flags, _methods, "the distillation methods, and which serve a pair"),
+    "detectors": (_no_flags, _detectors, "the detectors and what they can do"),
+    "recipes": (_no_flags, _recipes, "ready-made settings for --recipe"),
+    "cite": (_cite_flags, _cite, "BibTeX of a method"),
+    "data-inspect": (_inspect_flags, _inspect, "counts, sizes, class balance and every defect of a data set"),
+}
+"""Each verb: its flags, what it does, one line about it."""
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        DetdistillError: no such recipe.
+    """
+    folder = Path(__file__).parent / "recipes"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise DetdistillError(f"no recipe {name!r}{nearest(name, names)}; recipes: {', '.join(names)}")
+    return folder / f"{name}.yaml"
+
+
+def _plain(chosen: Namespace) -> dict[str, Any]:
+    """The values as keyword arguments."""
+    return {key: value for key, value in vars(chosen).items() if key not in ("config", "__path__")}
+
+
+def _say(text: str) -> None:
+    print(text)

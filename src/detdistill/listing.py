@@ -1,0 +1,54 @@
+"""Tables of what there is: methods, detectors, recipes. Read from the files themselves, never from a list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show_methods(teacher: str | None = None, student: str | None = None) -> None:
+    """All methods; with a student (and a teacher), whether each can serve the pair, found by building it."""
+    from detdistill.detectors.build import load_detector
+    from detdistill.detectors.contract import Teacher
+    from detdistill.methods.build import build_method, method_class, method_slugs
+    from detdistill.methods.contract import PairError
+
+    table = Table("method", "paper", *(["serves this pair"] if student else []))
+    classes = ("object",)
+    learner = load_detector(student, classes) if student else None
+    frozen = Teacher(load_detector(teacher or student or "", classes)) if student else None
+    for slug in method_slugs():
+        row = [slug, method_class(slug).title]
+        if learner is not None:
+            try:
+                build_method(slug, frozen, learner)
+                row.append("yes")
+            except PairError as error:
+                row.append(f"no: {error}")
+        table.add_row(*row)
+    Console().print(table)
+
+
+def show_detectors() -> None:
+    """All detectors and their first lines."""
+    from detdistill.detectors.build import adapter, detector_names
+
+    table = Table("detector", "what it is")
+    for name in detector_names():
+        table.add_row(name, (adapter(name).__doc__ or "").strip().splitlines()[0])
+    table.add_row(
+        "torchvision:NAME", "any of torchvision's own detectors by name, e.g. torchvision:fcos_resnet50_fpn,weights=COCO_V1"
+    )
+    console = Console()
+    console.print(table)
+    console.print("Write detector:backbone[,key=value ...], e.g. fcos:resnet18,width=0.5,neck=64,levels=3-5")
+
+
+def show_recipes() -> None:
+    """All recipes with their first comment."""
+    table = Table("recipe", "what it is")
+    for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
+        table.add_row(path.stem, path.read_text().splitlines()[0].lstrip("# "))
+    Console().print(table)
