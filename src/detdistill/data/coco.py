@@ -117,7 +117,7 @@ def _by_split(path: Path, files: list[Path], notes: list[str]) -> dict[SplitName
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content: Any = json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{file}: not valid JSON at line {error.lineno}, column {error.colno} (character {error.pos}): {error.msg}; "
@@ -125,8 +125,9 @@ def _load(file: Path) -> dict[str, Any]:
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text at byte {error.start}; save it as UTF-8") from error
+    assert isinstance(content, dict)  # it begins with a brace, or it would not have been found
     for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        if not isinstance(content.get(key), list):
             raise DataError(f"{file}: no list {key!r}; a COCO detection file has the lists images, annotations and categories")
     return content
 
@@ -214,7 +215,7 @@ def _raw_images(
     images = []
     for (key, entry), image_path in zip(entries.items(), paths, strict=True):
         height, width = entry.get("height"), entry.get("width")
-        size_hw = (height, width) if _is_id(height) and _is_id(width) else None
+        size_hw = (height, width) if isinstance(height, int) and isinstance(width, int) else None
         images.append(RawImage(numbers[key], image_path, boxes.get(key, ()), where, size_hw))
     return images, defects
 

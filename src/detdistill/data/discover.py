@@ -37,7 +37,7 @@ def load_data(path: str | Path, *, strict: bool = False) -> DataSplits:
     if not folder.exists():
         there = [item.name for item in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise DataError(f"{folder}: there is no such file or folder{nearest(folder.name, there)}")
-    sets, notes = _read(folder.resolve())
+    sets, notes = _read(folder.absolute())
     splits = _complete(folder, sets, notes)
     if not any((~record.crowd).any() for record in splits.train.records):
         raise DataError(
@@ -59,7 +59,7 @@ def _read(path: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
         if len(forms) > 1:
             raise DataError(f"{path}: holds data in {len(forms)} forms; pass the one to use: {listed(map(str, forms))}")
         if yolo is not None:
-            return read_yolo(yolo), []
+            return read_yolo(yolo)
         if coco:
             return read_coco(path, coco)
         if voc is not None:

@@ -156,7 +156,7 @@ def inspect_data(path: str | Path, *, strict: bool = False, deep: bool = False) 
         DataError: as ``load_data``.
     """
     data = load_data(path, strict=strict)
-    defects = [(split.name, defect) for split in data.sets for defect in split.defects]
+    defects: list[tuple[str, Defect]] = [(split.name, defect) for split in data.sets for defect in split.defects]
     notes = list(data.notes)
     if deep:
         broken, hashes = _decode_all(data)

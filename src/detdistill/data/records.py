@@ -117,7 +117,8 @@ class DetectionSet:
 
     def coco_ground_truth(self) -> dict[str, Any]:
         """The set as a COCO dictionary: original pixels, category id = label + 1, image id = ``Record.id``."""
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for record in self.records:
             height, width = record.size_hw
             images.append({"id": record.id, "file_name": record.path.name, "height": height, "width": width})

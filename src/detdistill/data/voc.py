@@ -25,6 +25,7 @@ from detdistill.data.records import (
 )
 from detdistill.errors import DataError
 
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 CLASS_FILES = ("classes.txt", "labels.txt", "ImageSets/Main/classes.txt")
 
 
@@ -34,8 +35,8 @@ def find_voc(path: Path) -> Path | None:
         return None
     places = [path / "Annotations", path, *_split_folders(path).values()]
     for place in places:
-        first = next(iter(sorted(place.glob("*.xml"))), None) if place.is_dir() else None
-        if first is not None and b"<annotation" in first.read_bytes()[:2000]:
+        some = sorted(place.glob("*.xml"))[:10] if place.is_dir() else []
+        if any(b"<annotation" in file.read_bytes()[:2000] for file in some):
             return path
     return None
 
@@ -66,6 +67,9 @@ def read_voc(root: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     sets: dict[SplitName, DetectionSet] = {}
     for name, each in files.items():
         there = [file for file in each if file.is_file()]
+        if not there and name == "test":
+            notes.append(f"none of the {len(each)} test images has an annotation: there is no test split")
+            continue
         defects = [
             Defect("missing file", relative(file, root), file.stem, "listed in ImageSets but not there", "image")
             for file in each
@@ -85,9 +89,9 @@ def _files_by_split(root: Path, notes: list[str]) -> dict[SplitName, list[Path]]
     annotations, lists = root / "Annotations", root / "ImageSets" / "Main"
     if annotations.is_dir() and lists.is_dir():
         by_split: dict[SplitName, list[Path]] = {}
-        for name in ("train", "val", "test"):
+        for name in SPLITS:
             if (lists / f"{name}.txt").is_file():
-                by_split[name] = _listed_files(lists / f"{name}.txt", annotations)  # type: ignore[index]
+                by_split[name] = _listed_files(lists / f"{name}.txt", annotations)
         if "train" not in by_split and (lists / "trainval.txt").is_file():
             by_split["train"] = _listed_files(lists / "trainval.txt", annotations)
             notes.append("ImageSets has no train.txt: trainval.txt is used as train")
@@ -143,7 +147,10 @@ def _text(element: ElementTree.Element, path: str) -> str:
 
 
 class _ImageFinder:
-    """The image of an annotation: by its ``filename``, else by the annotation's own name with any image suffix."""
+    """The image of an annotation: the one of the same name, else what ``filename`` says.
+
+    In this order because files are renamed together while the text in them stays.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -154,7 +161,8 @@ class _ImageFinder:
         places = [self.root / "JPEGImages", self.root / "images", file.parent]
         for place in places:
             images = self._images(place)
-            path = images.get(name) or images.get(file.stem)
+            own = images.get(name) if Path(name).stem == file.stem else None  # a.jpg and a.png may lie side by side
+            path = own or images.get(file.stem) or images.get(name)
             if path is not None:
                 return path
         first = next((place for place in places if place.is_dir()), file.parent)

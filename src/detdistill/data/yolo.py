@@ -7,6 +7,7 @@ or with an empty one, has no objects; that is no defect.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def _looks_like_yolo(file: Path) -> bool:
     return bool(keys & {"train", "val"}) and bool(keys & {"names", "nc"})
 
 
-def read_yolo(file: Path) -> dict[SplitName, DetectionSet]:
+def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     """Read the splits that a ``data.yaml`` names.
 
     Args:
@@ -60,16 +61,17 @@ def read_yolo(file: Path) -> dict[SplitName, DetectionSet]:
             ``names`` (list or dict) or ``nc``, and perhaps ``path``, the folder that the others are relative to.
 
     Returns:
-        The sets by split.
+        The sets by split, and notes.
 
     Raises:
-        DataError: broken YAML, names and nc that disagree, a folder that does not exist or holds no images.
+        DataError: broken YAML, names and nc that disagree, a folder that does not exist, without images, or without labels.
     """
     config = _load(file)
     classes = _classes(file, config)
     root = file.parent
     bases = [root / str(config["path"])] if config.get("path") else []
-    bases = [base.resolve() for base in dict.fromkeys((*bases, root)) if base.is_dir()]
+    bases = [Path(os.path.abspath(base)) for base in dict.fromkeys((*bases, root)) if base.is_dir()]
+    notes: list[str] = []
     keypoints = bool(config.get("kpt_shape"))
     paths: dict[SplitName, list[Path]] = {}
     for name, keys in KEYS.items():
@@ -82,10 +84,20 @@ def read_yolo(file: Path) -> dict[SplitName, DetectionSet]:
     ids = image_ids(paths.values())
     sets: dict[SplitName, DetectionSet] = {}
     for name, each in paths.items():
-        defects: list[Defect] = []
+        unlabelled = [path for path in each if not label_path(path).is_file()]
+        if len(unlabelled) == len(each) and name == "test":
+            notes.append(f"none of the {len(each)} test images has a label file: there is no test split")
+            continue
+        if len(unlabelled) == len(each):
+            raise DataError(f"{file}: {name}: no image has a label file; looked for {label_path(each[0])} and its like")
+        if unlabelled:
+            notes.append(
+                f"{len(unlabelled)} of {len(each)} {name} images have no label file: they count as images without objects"
+            )
+        defects = _orphans(each, root)
         images = [_raw_image(ids[path], path, root, len(classes), keypoints, defects) for path in each]
         sets[name] = assemble(name, "yolo", root, classes, images, defects)
-    return sets
+    return sets, notes
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -128,7 +140,8 @@ def _image_paths(file: Path, split: SplitName, entry: Any, bases: list[Path]) ->
     for part in entry if isinstance(entry, list) else [entry]:
         place = _resolve(file, split, str(part), bases)
         if place.is_dir():
-            yield from (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+            for folder, _, names in os.walk(place, followlinks=True):
+                yield from (Path(folder, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES)
             continue
         for line in place.read_text(encoding="utf-8-sig").splitlines():
             if line.strip():
@@ -151,18 +164,35 @@ def _resolve(file: Path, split: SplitName, entry: str, bases: list[Path]) -> Pat
     tried = list(dict.fromkeys(base / choice for choice in (text, bare) for base in bases))
     for place in tried:
         if place.exists():
-            return place.resolve()
+            # Links stay: the labels lie beside the link, not beside what it points to.
+            return Path(os.path.abspath(place))
     raise DataError(f"{file}: {split}: {entry} does not exist; looked at {listed(map(str, tried), 4)}; mend 'path' or '{split}'")
 
 
 def label_path(image: Path) -> Path:
-    """The label file of an image: the last folder called ``images`` replaced by ``labels``; else beside the image."""
+    """The label file of an image: the last folder called ``images`` replaced by ``labels``, or else beside the image."""
     parts = list(image.parts)
     for index in range(len(parts) - 2, -1, -1):
         if parts[index] == "images":
             parts[index] = "labels"
             break
-    return Path(*parts).with_suffix(".txt")
+    labels, beside = Path(*parts).with_suffix(".txt"), image.with_suffix(".txt")
+    return beside if beside.is_file() and not labels.is_file() else labels
+
+
+def _orphans(images: list[Path], root: Path) -> list[Defect]:
+    """Label files whose image is not in the image folder."""
+    folders = {label_path(path).parent: path.parent for path in images}
+    defects = []
+    for labels, folder in sorted(folders.items()):
+        stems = {path.stem for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES} if folder.is_dir() else set()
+        if labels == folder or not labels.is_dir():
+            continue
+        for file in sorted(labels.glob("*.txt")):
+            if file.stem not in stems and file.name != "classes.txt":
+                message = f"there is no image of this name in {relative(folder, root)}"
+                defects.append(Defect("missing file", relative(file, root), "image", message, "image"))
+    return defects
 
 
 def _raw_image(number: int, path: Path, root: Path, num_classes: int, keypoints: bool, defects: list[Defect]) -> RawImage:
