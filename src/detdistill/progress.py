@@ -57,7 +57,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line above the bars."""
-        self.rich.console.print(text, highlight=False)
+        self.rich.console.print(text, highlight=False, soft_wrap=not self.live)
 
 
 class Bar:

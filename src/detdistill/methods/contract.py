@@ -130,7 +130,7 @@ class Method(nn.Module):
         return Losses.merge([supervised, learned])
 
     def stages(self, student: Detector) -> tuple[Stage, ...]:
-        """By default one."""
+        """By default one. The last stage is always ``step`` with the student: earlier stages are the method's own."""
         return (
             Stage(
                 "distill",

@@ -146,7 +146,7 @@ class Checkpoints(Listener):
         path = self.folder / name
         temporary = path.with_suffix(".tmp")
         try:
-            trainer.save_checkpoint(temporary)
+            trainer.save_checkpoint(temporary, weights_only=False)
             if trainer.is_global_zero:
                 os.replace(temporary, path)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import random
@@ -41,6 +42,8 @@ from detdistill.training.module import StageModule
 from detdistill.training.records import MetricsTable
 
 NEAR_ZERO_AP = 0.02
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True)
@@ -251,9 +254,8 @@ class _Loop:
         callbacks += [self.evaluation, Checkpoints(self.folder.checkpoints, settings.checkpoint_every)]
         trainer = self._trainer(callbacks, total, epochs)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*defined a `validation_step`.*")
-            warnings.filterwarnings("ignore", message=".*not been set for this class.*")
+            # Lightning's advice on loaders and intervals is about its own defaults, which are not used here.
+            warnings.filterwarnings("ignore", module="lightning")
             last = self.folder.checkpoints / "last.ckpt"
             trainer.fit(self.module, ckpt_path=str(last) if resuming else None, weights_only=True if resuming else None)
         self.trained_steps += trainer.global_step
