@@ -47,7 +47,7 @@ def golden():
 
 
 def boxes_and_sizes(golden):
-    boxes = golden.levels("in_boxes")
+    boxes = [boxes.reshape(-1, 4) for boxes in golden.levels("in_boxes")]
     return boxes, [tuple(size.tolist()) for size in golden.levels("in_image_size")]
 
 

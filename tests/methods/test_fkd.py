@@ -52,7 +52,8 @@ def golden_temperature(golden, level):
         golden.meta,
     ):
         for name, value in settings.items():
-            if re.search(r"(^|_)(t|tau|temp|temperature)$", name, re.IGNORECASE):
+            named = re.search(r"(^|_)(t|tau|temp|temperature)$", name, re.IGNORECASE)
+            if named and isinstance(value, int | float):
                 return float(value)
     return 0.5
 
