@@ -16,6 +16,7 @@ import importlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,9 +28,12 @@ from safetensors.torch import load_file
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.detection._utils import overwrite_eps
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
 
@@ -46,7 +50,7 @@ def load(folder: str | Path) -> nn.Module:
     return model.eval()
 
 
-def build(tree: Mapping[str, Any]) -> nn.Module:
+def build(tree: Mapping[str, Any]) -> Any:
     """A freshly initialised detector from its description; images keep their size (see ``KeepSize``)."""
     model = make(tree)
     if isinstance(model.transform, GeneralizedRCNNTransform) and model.transform.fixed_size is None:
@@ -69,7 +73,7 @@ def make(node: Any) -> Any:
             raise ValueError(f"{node['call']!r} is no part of torchvision; refusing to call it")
         if not module and name not in CALLS:
             raise ValueError(f"{node['call']!r} is unknown here; known: {', '.join(CALLS)}")
-        call = getattr(importlib.import_module(module), name) if module else CALLS[name]
+        call: Any = getattr(importlib.import_module(module), name) if module else CALLS[name]
         return call(**arguments)
     if isinstance(node, (list, tuple)):
         return tuple(make(item) for item in node)
@@ -112,7 +116,7 @@ class TimmPyramid(nn.Module):
             timm_options: for ``timm.create_model``.
         """
         super().__init__()
-        body = timm.create_model(name, features_only=True, pretrained=False, out_indices=tuple(indices), **timm_options)
+        body: Any = timm.create_model(name, features_only=True, pretrained=False, out_indices=tuple(indices), **timm_options)
         self.body = freeze_batch_norm_2d(body) if norm == "frozen" else body
         self.channels = tuple(body.feature_info.channels())
         self.reductions = tuple(body.feature_info.reduction())
@@ -144,7 +148,7 @@ class StridedLevels(ExtraFPNBlock):
         for name in self.names:
             convolution = nn.Conv2d(channels, channels, 3, 2, 1)
             nn.init.kaiming_uniform_(convolution.weight, a=1)
-            nn.init.zeros_(convolution.bias)
+            nn.init.constant_(convolution.bias, 0)
             self.add_module(name, convolution)
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
@@ -153,6 +157,98 @@ class StridedLevels(ExtraFPNBlock):
             below = results[-1] if index == 0 else F.relu(results[-1])
             results.append(self.get_submodule(name)(below))
         return results, names + self.names
+
+
+class TimmLevels(nn.Module):
+    """A timm backbone (``body``) and stride-2 blocks above it (``extra``): the maps that an SSD reads."""
+
+    def __init__(
+        self,
+        name: str,
+        indices: Sequence[int],
+        out_channels: int,
+        extra: Sequence[int] = (),
+        norm: Literal["bn", "frozen"] = "bn",
+        **timm_options: Any,
+    ) -> None:
+        """Build with random weights.
+
+        Args:
+            name: of the timm model.
+            indices: which of its maps the head reads (timm's ``out_indices``).
+            out_channels: of every added level.
+            extra: numbers of the levels above the backbone's deepest, e.g. (6, 7, 8).
+            norm: ``frozen`` turns the backbone's BatchNorm into constants.
+            timm_options: for ``timm.create_model``.
+        """
+        super().__init__()
+        body: Any = timm.create_model(name, features_only=True, pretrained=False, out_indices=tuple(indices), **timm_options)
+        self.body = freeze_batch_norm_2d(body) if norm == "frozen" else body
+        self.channels_last = str(getattr(body, "output_fmt", None)).upper().endswith("NHWC")
+        channels = list(body.feature_info.channels())
+        self.strides = (*body.feature_info.reduction(), *(2**level for level in extra))
+        below = [channels[-1], *[out_channels] * len(extra)]
+        self.extra = nn.ModuleList(self.block(width, out_channels) for width in below[: len(extra)])
+        self.out_channels = channels + [out_channels] * len(extra)
+
+    @staticmethod
+    def block(below: int, channels: int) -> nn.Module:
+        """An added level as in SSD: 1x1 to half the channels, then 3x3 of stride 2."""
+        convolutions = nn.Conv2d(below, channels // 2, 1), nn.Conv2d(channels // 2, channels, 3, 2, 1)
+        for convolution in convolutions:
+            nn.init.xavier_uniform_(convolution.weight)
+            nn.init.constant_(convolution.bias, 0)
+        return nn.Sequential(convolutions[0], nn.ReLU(inplace=True), convolutions[1], nn.ReLU(inplace=True))
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The backbone's maps [B, C_l, H_l, W_l], finest first."""
+        maps = self.body(images)
+        if self.channels_last:  # swin and its relatives: [B, H, W, C]
+            maps = [level.permute(0, 3, 1, 2).contiguous() for level in maps]
+        return list(maps)
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """The backbone's maps and the added levels, finest first."""
+        maps = self.maps(images)
+        for block in self.extra:
+            maps.append(block(maps[-1]))
+        return OrderedDict((str(index), level) for index, level in enumerate(maps))
+
+
+class TimmLiteLevels(TimmLevels):
+    """The same with SSDLite's depthwise blocks."""
+
+    @staticmethod
+    def block(below: int, channels: int) -> nn.Module:
+        """An added level as in SSDLite: 1x1 to half the channels, depthwise 3x3 of stride 2, 1x1."""
+        half = channels // 2
+        layer = partial(Conv2dNormActivation, norm_layer=lite_norm, activation_layer=nn.ReLU6)
+        block = nn.Sequential(
+            layer(below, half, kernel_size=1),
+            layer(half, half, kernel_size=3, stride=2, groups=half),
+            layer(half, channels, kernel_size=1),
+        )
+        for part in block.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.normal_(part.weight, mean=0.0, std=0.03)
+        return block
+
+
+lite_norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
+"""BatchNorm as in torchvision's SSDLite."""
+
+
+def single_shot(
+    backbone: TimmLevels, anchor_generator: DefaultBoxGenerator, num_classes: int, lite: bool = False, **settings: Any
+) -> SSD:
+    """An SSD of torchvision with its own head or SSDLite's, on images that keep their size."""
+    head = None
+    if lite:
+        boxes = anchor_generator.num_anchors_per_location()
+        head = SSDLiteHead(backbone.out_channels, boxes, num_classes, lite_norm)
+    model = SSD(backbone, anchor_generator, (300, 300), num_classes, head=head, **settings)
+    model.transform = KeepSize(model.transform)  # whatever SSD was told about a size
+    return model
 
 
 def retinanet_head(in_channels: int, num_anchors: int, num_classes: int, num_convs: int = 4) -> RetinaNetHead:
@@ -171,7 +267,14 @@ def torchvision_model(name: str, num_classes: int, frozen_eps: float | None = No
     return model
 
 
-CALLS = {"TimmPyramid": TimmPyramid, "retinanet_head": retinanet_head, "torchvision_model": torchvision_model}
+CALLS = {
+    "TimmPyramid": TimmPyramid,
+    "retinanet_head": retinanet_head,
+    "torchvision_model": torchvision_model,
+    "TimmLevels": TimmLevels,
+    "TimmLiteLevels": TimmLiteLevels,
+    "single_shot": single_shot,
+}
 """What a description may call beside torchvision."""
 
 
