@@ -2,28 +2,31 @@
 
 Shape letters: B images, L levels, A anchors of a cell, P anchors of an image, R regions of the batch, K classes.
 
-torchvision counts the background as class 0 and drops where a proposal came from. Here the background is the last logit,
-labels are 0 .. K-1, and each box keeps its ``Origin``. The random draws keep the library's order (anchors of all images,
-then regions of all images), so that under one seed ``predict`` and ``loss`` give what ``model(images, targets)`` gives.
+torchvision counts the background as class 0 and drops where a proposal came from. Here the background is the last logit
+and each box keeps its ``Origin``. Outputs that are no class of ours (COCO's unused numbers in pretrained models) count as
+background. The random draws keep the library's order (anchors of all images, then regions of all images), so that under
+one seed ``predict`` and ``loss`` give what ``model(images, targets)`` gives.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
-from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.roi_heads import maskrcnn_loss
+from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 from torchvision.ops.poolers import initLevelMapper
 
+from detdistill.detectors import _torchvision as shared
+from detdistill.detectors.backbones import image_statistics, pyramid_description
 from detdistill.detectors.contract import region_positives
+from detdistill.detectors.options import ModelOptions
 from detdistill.errors import DataError, ModelError
 from detdistill.structures import (
     IGNORED,
@@ -36,6 +39,8 @@ from detdistill.structures import (
     Losses,
     Movable,
     Origin,
+    Positives,
+    Prediction,
     Regions,
     Target,
 )
@@ -60,31 +65,64 @@ class AnchorSamples(Movable):
     """[S-] indices into B * P."""
 
 
-class TwoStageHead(nn.Module):
-    """A region proposal network and RoI heads: a ``DetectionHead`` that runs on any pyramid of its channels.
+class TwoStageDetector(shared.TorchvisionDetector):
+    """A region proposal network and RoI heads on a pyramid.
 
-    In training mode (that of ``roi_heads``) ``predict`` adds the ground truth to the proposals and samples; in eval mode
-    it does neither and needs no targets.
+    In training mode (that of ``model.roi_heads``) ``predict`` adds the ground truth to the proposals and samples; in eval
+    mode it does neither and needs no targets.
     """
 
-    def __init__(self, rpn: RegionProposalNetwork, roi_heads: RoIHeads, level_names: Sequence[str]) -> None:
-        """Take the library's two modules as they are.
+    head_prefixes = ("model.backbone.fpn.", "model.rpn.", "model.roi_heads.")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: Sequence[str],
+        name: str,
+        columns: Sequence[int] | None = None,
+        description: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Wrap a ``GeneralizedRCNN``.
 
         Args:
-            rpn: the first stage.
-            roi_heads: the second stage, with or without a mask branch.
-            level_names: the library's name of each pyramid level, finest first (``"0"``, ``"1"``, ..., ``"pool"``).
-        """
-        super().__init__()
-        self.rpn, self.roi_heads = rpn, roi_heads
-        self.level_names = tuple(level_names)
-        self.train(roi_heads.training)
+            model: torchvision's, with the box head and predictor of Fast R-CNN.
+            classes: names of our labels.
+            name: as the command line writes it.
+            columns: the output of each class; None: 1 .. K.
+            description: of the model, for its export.
 
-    def copied(self, fresh: bool) -> TwoStageHead:
-        """An equal head on its own, trainable parameters; ``fresh``: initialised anew as torchvision does."""
-        head = TwoStageHead(copy.deepcopy(self.rpn), copy.deepcopy(self.roi_heads), self.level_names).requires_grad_(True)
+        Raises:
+            ModelError: the backbone has no feature pyramid, or the predictor is not torchvision's.
+        """
+        if not hasattr(getattr(model, "backbone", None), "fpn"):
+            raise ModelError(f"{name}: a two-stage detector needs a backbone with torchvision's feature pyramid as .fpn")
+        predictor = model.roi_heads.box_predictor
+        if not isinstance(predictor, FastRCNNPredictor):
+            raise ModelError(f"{name}: the box predictor is a {type(predictor).__name__}; only FastRCNNPredictor is understood")
+        super().__init__(
+            model,
+            classes,
+            name,
+            family="regions",
+            softmax=True,
+            columns=columns,
+            description=description,
+            needs_masks=model.roi_heads.has_mask(),
+        )
+        unused = set(range(predictor.cls_score.out_features)) - {0} - set(self.columns.tolist())
+        self.register_buffer("unused", torch.tensor(sorted(unused), dtype=torch.int64), persistent=False)
+        # torchvision numbers the levels that stand on a map of the backbone; those above are never pooled from
+        self._pooled_levels = [
+            level
+            for level in range(len(model.backbone.fpn.inner_blocks))
+            if str(level) in model.roi_heads.box_roi_pool.featmap_names
+        ]
+
+    def copy_head(self, fresh: bool = False) -> TwoStageDetector:
+        """Both stages on their own, trainable parameters; ``fresh``: drawn anew by torchvision's rules."""
+        head = cast(TwoStageDetector, self.without_backbone())
         if fresh:
-            _initialize(head)
+            _initialize(head.model)
         return head
 
     # ------------------------------------------------------------------------------------------------ forward
@@ -96,9 +134,9 @@ class TwoStageHead(nn.Module):
             DataError: in training mode without targets.
         """
         features = features.float()
-        rpn = self._first_stage(features)
+        rpn = self._first_stage(features, batch)
         boxes, origins = self._propose(rpn, batch)
-        if self.roi_heads.training:
+        if self.model.roi_heads.training:
             if len(batch.targets) != len(batch):
                 raise DataError(
                     f"a two-stage detector samples its regions by ground truth in training, but the batch has "
@@ -117,20 +155,16 @@ class TwoStageHead(nn.Module):
 
     def proposals(self, features: Features, batch: Batch) -> tuple[list[Tensor], list[Origin]]:
         """The first stage's boxes, best first, and their origins; as many as the mode (train or eval) keeps."""
-        return self._propose(self._first_stage(features.float()), batch)
+        return self._propose(self._first_stage(features.float(), batch), batch)
 
-    def _first_stage(self, features: Features) -> Dense:
-        maps = list(features.maps)
-        count, strides = maps[0].shape[0], features.strides
-        objectness, deltas = self.rpn.head(maps)
-        shapes = [(level.shape[-2], level.shape[-1], level.shape[1]) for level in objectness]
+    def _first_stage(self, features: Features, batch: Batch) -> Dense:
+        maps, count = list(features.maps), len(batch)
+        objectness, deltas = self.model.rpn.head(maps)
+        shapes = [(level.shape[-2], level.shape[-1]) for level in objectness]
         flat_logits, flat_deltas = concat_box_prediction_layers([_full(x) for x in objectness], [_full(x) for x in deltas])
-        # The generator reads nothing but the padded size of the images, a multiple of the finest stride.
-        padded = (3, maps[0].shape[-2] * strides[0], maps[0].shape[-1] * strides[0])
-        images = ImageList(maps[0].new_empty(()).expand(count, *padded), [padded[1:]] * count)
-        anchors = self.rpn.anchor_generator(images, maps)
-        boxes = self.rpn.box_coder.decode(flat_deltas, anchors)
-        levels, cells, of_cell = _positions(shapes, maps[0].device)
+        anchors = self.model.rpn.anchor_generator(self.image_shapes(batch), maps)
+        boxes = self.model.rpn.box_coder.decode(flat_deltas, anchors)
+        levels, cells, of_cell = shared.layout(shapes, [level.shape[1] for level in objectness], maps[0].device)
         return Dense(
             logits=flat_logits.view(count, -1, 1),
             deltas=flat_deltas.view(count, -1, 4),
@@ -146,15 +180,15 @@ class TwoStageHead(nn.Module):
         objectness, decoded = rpn.logits.detach().squeeze(-1), rpn.boxes_xyxy.detach()
         per_level = torch.bincount(rpn.levels).tolist()
         # top n of each level, before suppression
-        ranked = self.rpn._get_top_n_idx(objectness, per_level)
+        ranked = self.model.rpn._get_top_n_idx(objectness, per_level)
         kept_boxes, origins = [], []
-        for image, (index, size) in enumerate(zip(ranked, _sizes(batch), strict=True)):
+        for image, (index, size) in enumerate(zip(ranked, shared.image_sizes(batch), strict=True)):
             boxes = clip_boxes_to_image(decoded[image, index], size)
             scores = torch.sigmoid(objectness[image, index])
-            keep = remove_small_boxes(boxes, self.rpn.min_size)
-            keep = keep[scores[keep] >= self.rpn.score_thresh]
+            keep = remove_small_boxes(boxes, self.model.rpn.min_size)
+            keep = keep[scores[keep] >= self.model.rpn.score_thresh]
             boxes, scores, index = boxes[keep], scores[keep], index[keep]
-            keep = batched_nms(boxes, scores, rpn.levels[index], self.rpn.nms_thresh)[: self.rpn.post_nms_top_n()]
+            keep = batched_nms(boxes, scores, rpn.levels[index], self.model.rpn.nms_thresh)[: self.model.rpn.post_nms_top_n()]
             kept_boxes.append(boxes[keep])
             index = index[keep]
             nowhere = torch.full_like(index, -1)
@@ -165,44 +199,54 @@ class TwoStageHead(nn.Module):
 
     def _second_stage(self, features: Features, boxes: Sequence[Tensor], origin: Origin, batch: Batch) -> Regions:
         flat = torch.cat(list(boxes))
-        pooled = self._pool(self.roi_heads.box_roi_pool, features, boxes, batch)
-        embedding = self.roi_heads.box_head(pooled)
-        logits, deltas = (_full(output) for output in self.roi_heads.box_predictor(embedding))
-        deltas = deltas.reshape(len(flat), -1, 4)[:, 1:]  # the background, class 0, has no box of its own
-        refined = self.roi_heads.box_coder.decode_single(deltas.flatten(1), flat).reshape(deltas.shape)
+        pooled = self._pool(self.model.roi_heads.box_roi_pool, features, boxes, batch)
+        embedding = self.model.roi_heads.box_head(pooled)
+        logits, deltas = (_full(output) for output in self.model.roi_heads.box_predictor(embedding))
+        deltas = deltas.reshape(len(flat), -1, 4)[:, self.columns]
+        refined = self.model.roi_heads.box_coder.decode_single(deltas.flatten(1), flat).reshape(deltas.shape)
         return Regions(
             boxes_xyxy=flat,
             origin=origin,
-            logits=torch.cat([logits[:, 1:], logits[:, :1]], dim=1),
+            logits=self._background_last(logits),
             deltas=deltas,
             refined_xyxy=refined,
             pooled=pooled,
             embedding=embedding,
-            own=features if self.roi_heads.has_mask() else None,
+            own=features if self.model.roi_heads.has_mask() else None,
         )
+
+    def _background_last(self, logits: Tensor) -> Tensor:
+        """[R, K+1] of the library's [R, C]. The softmax of each class stays: unused outputs join the background."""
+        background = logits[:, :1]
+        if len(self.unused) > 0:
+            background = torch.cat([background, logits[:, self.unused]], dim=1).logsumexp(dim=1, keepdim=True)
+        return torch.cat([logits[:, self.columns], background], dim=1)
 
     def _pool(self, pool: MultiScaleRoIAlign, features: Features, boxes: Sequence[Tensor], batch: Batch) -> Tensor:
         """[R, C, h, w]. The library guesses scales from the first images it ever sees; the pyramid's strides are known."""
-        strides = [stride for name, stride in zip(self.level_names, features.strides, strict=True) if name in pool.featmap_names]
-        coarsest, finest = strides[-1].bit_length() - 1, strides[0].bit_length() - 1
+        strides = [features.strides[level] for level in self._pooled_levels]
         pool.scales = [1 / stride for stride in strides]
         pool.map_levels = initLevelMapper(
-            finest, coarsest, canonical_scale=pool.canonical_scale, canonical_level=pool.canonical_level
+            strides[0].bit_length() - 1,
+            strides[-1].bit_length() - 1,
+            canonical_scale=pool.canonical_scale,
+            canonical_level=pool.canonical_level,
         )
-        maps = dict(zip(self.level_names, features.maps, strict=True))
-        return cast(Tensor, pool(maps, list(boxes), _sizes(batch)))
+        maps = {str(level): features.maps[level] for level in self._pooled_levels}
+        return cast(Tensor, pool(maps, list(boxes), shared.image_sizes(batch)))
 
     # ----------------------------------------------------------------------------------------------- training
 
-    def assign(self, prediction: Regions, batch: Batch) -> Assignment:
+    def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
         """IoU with the regions' boxes, by the library's matcher and threshold (0.5). Crowd boxes match nothing."""
+        prediction = cast(Regions, prediction)
         matched = torch.full_like(prediction.origin.image, NEGATIVE)
         for image, target in enumerate(batch.targets):
             mine = prediction.origin.image == image
             matched[mine] = self._match(prediction.boxes_xyxy[mine], target)
         return Assignment(matched)
 
-    def loss(self, prediction: Regions, batch: Batch, assignment: Assignment | None = None) -> Losses:
+    def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
         """The library's terms; those of the first stage only where the prediction has one.
 
         A foreign ``assignment`` is that of the regions: its weights multiply each region's terms, ignored regions count
@@ -213,21 +257,22 @@ class TwoStageHead(nn.Module):
             DataError: a mask branch and a target without masks.
             ModelError: a mask branch and a prediction that has lost the features it was made from.
         """
+        prediction = cast(Regions, prediction)
         terms: dict[str, Tensor] = {}
         if prediction.rpn is not None:
             terms |= self._first_stage_losses(prediction.rpn, batch)
         assignment = assignment or self.assign(prediction, batch)
         terms |= self._second_stage_losses(prediction, batch, assignment)
-        if self.roi_heads.has_mask():
+        if self.model.roi_heads.has_mask():
             terms["loss_mask"] = self._mask_loss(prediction, batch, assignment)
         return Losses(terms)
 
     def _match(self, boxes: Tensor, target: Target) -> Tensor:
         """[n] index of each box's ground truth among ALL of the target's boxes, -1 negative, -2 between thresholds."""
-        usable = torch.nonzero(~target.crowd).flatten()
+        usable = shared.trainable(target)
         if len(usable) == 0 or len(boxes) == 0:
             return torch.full((len(boxes),), NEGATIVE, device=boxes.device)
-        matched = self.roi_heads.proposal_matcher(box_iou(target.boxes_xyxy[usable].to(boxes.dtype), boxes))
+        matched = self.model.roi_heads.proposal_matcher(box_iou(target.boxes_xyxy[usable].to(boxes.dtype), boxes))
         return torch.where(matched >= 0, usable[matched.clamp(min=0)], matched)
 
     def _sample_regions(
@@ -236,7 +281,7 @@ class TwoStageHead(nn.Module):
         """``RoIHeads.select_training_samples``, with origins: ground truth is appended, then both are sampled."""
         all_boxes, all_origins, labels = [], [], []
         for image, (proposals, origin, target) in enumerate(zip(boxes, origins, batch.targets, strict=True)):
-            usable = torch.nonzero(~target.crowd).flatten()
+            usable = shared.trainable(target)
             nowhere = torch.full_like(usable, -1)
             inserted = Origin(torch.full_like(usable, image), nowhere, nowhere[:, None].expand(-1, 2), nowhere, usable)
             all_boxes.append(torch.cat([proposals, target.boxes_xyxy[usable].to(proposals.dtype)]))
@@ -244,16 +289,16 @@ class TwoStageHead(nn.Module):
             matched = self._match(all_boxes[-1], target)
             # as the sampler reads them: 1 positive, 0 negative, -1 left out
             labels.append((matched >= 0).long() - (matched == IGNORED).long())
-        sampled = self.roi_heads.subsample(labels)
+        sampled = self.model.roi_heads.subsample(labels)
         chosen = [given[index] for given, index in zip(all_boxes, sampled, strict=True)]
         return chosen, [origin[index] for origin, index in zip(all_origins, sampled, strict=True)]
 
     def _sample_anchors(self, rpn: Dense, batch: Batch) -> AnchorSamples:
         anchors = list(rpn.priors_xyxy)
-        boxes = [{"boxes": target.without_crowd().boxes_xyxy.to(rpn.priors_xyxy)} for target in batch.targets]
-        labels, matched = self.rpn.assign_targets_to_anchors(anchors, boxes)
-        regression = self.rpn.box_coder.encode(matched, anchors)
-        positive, negative = self.rpn.fg_bg_sampler(labels)
+        targets = shared.target_dicts(batch, self.columns)
+        labels, matched = self.model.rpn.assign_targets_to_anchors(anchors, targets)
+        regression = self.model.rpn.box_coder.encode(matched, anchors)
+        positive, negative = self.model.rpn.fg_bg_sampler(labels)
         return AnchorSamples(
             batch.targets,
             torch.cat(labels),
@@ -285,7 +330,7 @@ class TwoStageHead(nn.Module):
         weights = counts if assignment.weights is None else counts * assignment.weights
         divisor = counts.sum().clamp(min=1) if assignment.normalizer is None else assignment.normalizer
         classifier = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
-        encoded = self.roi_heads.box_coder.encode_single(
+        encoded = self.model.roi_heads.box_coder.encode_single(
             positives.targets_xyxy.to(deltas.dtype), prediction.boxes_xyxy[positives.index]
         )
         column = positives.labels if deltas.shape[1] > 1 else torch.zeros_like(positives.labels)
@@ -301,7 +346,7 @@ class TwoStageHead(nn.Module):
         if not isinstance(features, Features):
             raise ModelError("Mask R-CNN's loss needs the prediction as predict() made it, not one that was cut or cached")
         masks, labels, boxes, matched = [], [], [], []
-        for image, (target, (height, width)) in enumerate(zip(batch.targets, _sizes(batch), strict=True)):
+        for image, (target, (height, width)) in enumerate(zip(batch.targets, shared.image_sizes(batch), strict=True)):
             if target.masks is None and len(target) > 0:
                 raise DataError(
                     f"Mask R-CNN needs instance masks, but image {batch.ids[image]} has none; "
@@ -310,23 +355,28 @@ class TwoStageHead(nn.Module):
             given = batch.images.new_zeros(0, height, width) if target.masks is None else target.masks
             mine = torch.nonzero((prediction.origin.image == image) & (assignment.matched >= 0)).flatten()
             masks.append(given[:, :height, :width])
-            labels.append(target.labels + 1)  # the library's own, whose background is 0
+            labels.append(self.columns[target.labels])
             boxes.append(prediction.boxes_xyxy[mine])
             matched.append(assignment.matched[mine])
-        pooled = self._pool(self.roi_heads.mask_roi_pool, features, boxes, batch)
-        logits = _full(self.roi_heads.mask_predictor(self.roi_heads.mask_head(pooled)))
+        pooled = self._pool(self.model.roi_heads.mask_roi_pool, features, boxes, batch)
+        logits = _full(self.model.roi_heads.mask_predictor(self.model.roi_heads.mask_head(pooled)))
         return cast(Tensor, maskrcnn_loss(logits, boxes, masks, labels, matched))
+
+    def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
+        """The refined box of the ground truth's class."""
+        return region_positives(cast(Regions, prediction), assignment, batch)
 
     # ---------------------------------------------------------------------------------------------- inference
 
     @torch.no_grad()
-    def detect(self, prediction: Regions, batch: Batch) -> list[Detections]:
+    def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
         """``RoIHeads.postprocess_detections``, with the origin of each detection's region."""
-        heads, classes = self.roi_heads, prediction.logits.shape[1] - 1
+        prediction = cast(Regions, prediction)
+        heads, classes = self.model.roi_heads, prediction.logits.shape[1] - 1
         # The library's order of logits, so that the softmax adds up in the same order and is equal to the last bit.
         scores = F.softmax(torch.cat([prediction.logits[:, -1:], prediction.logits[:, :-1]], dim=1), dim=1)[:, 1:]
         found = []
-        for image, size in enumerate(_sizes(batch)):
+        for image, size in enumerate(shared.image_sizes(batch)):
             region = torch.nonzero(prediction.origin.image == image).flatten().repeat_interleave(classes)
             label = torch.arange(classes, device=region.device).repeat(len(region) // classes)
             score = scores[region, label]
@@ -340,20 +390,65 @@ class TwoStageHead(nn.Module):
         return found
 
 
-def _positions(shapes: Sequence[tuple[int, int, int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Level [P], cell [P, 2] and anchor [P] of the library's flat order: level, row, column, anchor of the cell."""
-    levels, cells, anchors = [], [], []
-    for level, (height, width, per_cell) in enumerate(shapes):
-        axes = (torch.arange(size, device=device) for size in (height, width, per_cell))
-        row, column, anchor = (grid.flatten() for grid in torch.meshgrid(*axes, indexing="ij"))
-        levels.append(torch.full_like(row, level))
-        cells.append(torch.stack([row, column], dim=1))
-        anchors.append(anchor)
-    return torch.cat(levels), torch.cat(cells), torch.cat(anchors)
+def two_stage_description(
+    detector: str, call: str, backbone: str, classes: Sequence[str], options: ModelOptions
+) -> dict[str, Any]:
+    """The call of a torchvision two-stage model on a timm backbone.
 
+    The finest level has anchors of 32 pixels and each further level twice those of the one below, with aspect ratios 1/2,
+    1 and 2. On P2-P5 and ``pool`` these are torchvision's own (8 x stride). A pyramid that begins at P3, the choice for
+    images of 128 to 256 pixels, has 4 x stride, as RetinaNet has: 64-pixel anchors would leave its small objects unmatched.
 
-def _sizes(batch: Batch) -> list[tuple[int, int]]:
-    return [(height, width) for height, width in batch.sizes.tolist()]
+    Args:
+        detector: for messages.
+        call: the model's class.
+        backbone: name of a timm model.
+        classes: names of our labels.
+        options: ``levels`` beyond the backbone's deepest: one, by subsampling (torchvision's ``pool``). ``proposals`` holds
+            in training and test; torchvision keeps 2000 and 1000.
+
+    Raises:
+        ModelError: the options do not fit the backbone or the detector.
+    """
+    options.refuse(detector, "convs", "topk", "weights")
+    pyramid = pyramid_description(backbone, options, levels=(2, 6), top="pool")
+    first, last = options.levels or (2, 6)
+    numbers = len(pyramid["indices"])
+    representation = options.mlp or 1024
+    mean, std = image_statistics(backbone, options)
+    package = "torchvision.models.detection"
+    return {
+        "call": call,
+        "backbone": pyramid,
+        "rpn_anchor_generator": {
+            "call": f"{package}.anchor_utils.AnchorGenerator",
+            "sizes": [[32 * 2 ** (level - first)] for level in range(first, last + 1)],
+            "aspect_ratios": [[0.5, 1.0, 2.0]] * (last - first + 1),
+        },
+        "box_roi_pool": {
+            "call": "torchvision.ops.MultiScaleRoIAlign",
+            "featmap_names": [str(level) for level in range(numbers)],
+            "output_size": 7,
+            "sampling_ratio": 2,
+        },
+        "box_head": {
+            "call": f"{package}.faster_rcnn.TwoMLPHead",
+            "in_channels": options.neck * 7**2,
+            "representation_size": representation,
+        },
+        "box_predictor": {
+            "call": f"{package}.faster_rcnn.FastRCNNPredictor",
+            "in_channels": representation,
+            "num_classes": len(classes) + 1,
+        },
+        "image_mean": mean,
+        "image_std": std,
+        "box_score_thresh": 0.05 if options.score is None else options.score,
+        "box_detections_per_img": options.dets or 100,
+        "box_batch_size_per_image": options.rois or 512,
+        "rpn_post_nms_top_n_train": options.proposals or 2000,
+        "rpn_post_nms_top_n_test": options.proposals or 1000,
+    }
 
 
 def _full(output: Tensor) -> Tensor:
@@ -370,15 +465,15 @@ def _same_boxes(first: Sequence[Target], second: Sequence[Target]) -> bool:
     return True
 
 
-def _initialize(head: TwoStageHead) -> None:
-    """Draw all weights anew, by torchvision's rules for these modules."""
-    for module in head.modules():
+def _initialize(model: nn.Module) -> None:
+    """Draw all weights of both stages anew, by torchvision's rules for these modules."""
+    for module in (*model.rpn.modules(), *model.roi_heads.modules()):
         if isinstance(module, nn.Linear | nn.BatchNorm2d):
             module.reset_parameters()
         elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for module in head.rpn.head.modules():
+    for module in model.rpn.head.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.01)
