@@ -37,12 +37,12 @@ from detdistill.structures import Assignment, Batch, Dense, Detections, Features
 class TorchvisionDetector(Detector):
     """The parts that are the same for all of torchvision's detectors on a feature pyramid."""
 
-    head_prefixes = ("model.backbone.fpn.", "model.head.")
+    head_prefixes: tuple[str, ...] = ("model.backbone.fpn.", "model.head.")
     columns: Tensor
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         classes: Sequence[str],
         name: str,
         *,
@@ -216,7 +216,7 @@ def with_padding(maps: tuple[Tensor, ...], strides: tuple[int, ...], batch: Batc
     return Features(maps, strides, tuple(masks) if any(bool(mask.any()) for mask in masks) else None)
 
 
-def backbone_maps(backbone: nn.Module, images: Tensor) -> Mapping[str, Tensor]:
+def backbone_maps(backbone: Any, images: Tensor) -> Mapping[str, Tensor]:
     """The maps of the body of a ``TimmPyramid`` or of torchvision's ``BackboneWithFPN``."""
     return backbone.maps(images) if isinstance(backbone, TimmPyramid) else backbone.body(images)
 
@@ -235,7 +235,7 @@ def pyramid_of(backbone: nn.Module, size: int = 256) -> tuple[tuple[int, ...], t
         module.training = was
     if not isinstance(levels, Mapping):
         raise ModelError("the backbone must return a dictionary of maps, as torchvision's BackboneWithFPN does")
-    maps = list(levels.values())
+    maps: list[Tensor] = list(levels.values())
     return tuple(level.shape[1] for level in maps), tuple(size // level.shape[-1] for level in maps)
 
 
@@ -332,7 +332,7 @@ def layout(shapes: Sequence[tuple[int, int]], anchors: Sequence[int], device: to
     return torch.cat(levels), torch.cat(cells), torch.cat(numbers)
 
 
-def reset_dense_head(head: nn.Module, prior_probability: float = 0.01) -> None:
+def reset_dense_head(head: Any, prior_probability: float = 0.01) -> None:
     """Random weights for a head of FCOS or RetinaNet, drawn as torchvision draws them."""
     for module in head.modules():
         if isinstance(module, nn.Conv2d):

@@ -102,7 +102,7 @@ def scale_channels(channels: int, width: float) -> int:
     return max(8, round(channels * width / 8) * 8)
 
 
-def probe(backbone: str, timm_options: dict[str, Any]) -> nn.Module:
+def probe(backbone: str, timm_options: dict[str, Any]) -> Any:
     """The backbone with all its maps, to ask it; random numbers stay as they were.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
@@ -35,7 +35,7 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> FCOSD
     Raises:
         ModelError: the options do not fit the backbone or the head.
     """
-    options.refuse("fcos", "weights")
+    options.refuse("fcos", "weights", "proposals", "rois", "mlp")
     if options.neck % 32:
         raise ModelError(f"fcos: neck={options.neck} must be a multiple of 32; the head normalises in 32 groups of channels")
     pyramid = pyramid_description(backbone, options, levels=(3, 7))
@@ -71,7 +71,7 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> FCOSD
 
 
 def wrap_model(
-    model: nn.Module,
+    model: Any,
     classes: Sequence[str],
     name: str,
     columns: Sequence[int] | None = None,

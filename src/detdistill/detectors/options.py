@@ -36,6 +36,12 @@ class ModelOptions:
     """Candidates of each level (or image) before non-maximum suppression."""
     dets: int | None = None
     """Detections of an image at most."""
+    proposals: int | None = None
+    """Proposals of an image after non-maximum suppression (two-stage detectors)."""
+    rois: int | None = None
+    """Regions of an image that the second stage is trained on (two-stage detectors)."""
+    mlp: int | None = None
+    """Width of the box head's two layers (two-stage detectors)."""
     weights: str | None = None
     """Name of torchvision's weights (``torchvision:`` only), e.g. ``COCO_V1``."""
     name: str = ""
@@ -155,6 +161,9 @@ READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "score": (_share, "number from 0 to 1"),
     "topk": (_positive, "positive whole number"),
     "dets": (_positive, "positive whole number"),
+    "proposals": (_positive, "positive whole number"),
+    "rois": (_positive, "positive whole number"),
+    "mlp": (_positive, "positive whole number"),
     "weights": (str, "name of weights"),
 }
 """Options of the model string: how each is read, and what it should have been."""

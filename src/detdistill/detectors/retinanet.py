@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss, sigmoid_focal_loss
@@ -35,7 +35,7 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Retin
     Raises:
         ModelError: the options do not fit the backbone or the head.
     """
-    options.refuse("retinanet", "weights")
+    options.refuse("retinanet", "weights", "proposals", "rois", "mlp")
     convs = 4 if options.convs is None else options.convs
     if convs > 4:
         raise ModelError(f"retinanet: convs={convs} is too many; torchvision's head has 4 convolutions, fewer can be kept")
@@ -72,7 +72,7 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Retin
 
 
 def wrap_model(
-    model: nn.Module,
+    model: Any,
     classes: Sequence[str],
     name: str,
     columns: Sequence[int] | None = None,

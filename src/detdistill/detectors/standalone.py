@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -148,7 +148,7 @@ class StridedLevels(ExtraFPNBlock):
         for name in self.names:
             convolution = nn.Conv2d(channels, channels, 3, 2, 1)
             nn.init.kaiming_uniform_(convolution.weight, a=1)
-            nn.init.constant_(convolution.bias, 0)
+            nn.init.zeros_(cast(Tensor, convolution.bias))
             self.add_module(name, convolution)
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
@@ -197,7 +197,7 @@ class TimmLevels(nn.Module):
         convolutions = nn.Conv2d(below, channels // 2, 1), nn.Conv2d(channels // 2, channels, 3, 2, 1)
         for convolution in convolutions:
             nn.init.xavier_uniform_(convolution.weight)
-            nn.init.constant_(convolution.bias, 0)
+            nn.init.zeros_(cast(Tensor, convolution.bias))
         return nn.Sequential(convolutions[0], nn.ReLU(inplace=True), convolutions[1], nn.ReLU(inplace=True))
 
     def maps(self, images: Tensor) -> list[Tensor]:
