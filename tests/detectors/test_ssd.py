@@ -61,9 +61,14 @@ def test_training_and_detections_equal_the_library(sizes, boxes, size_hw):
     assert_same_detections(detector, batch)
 
 
-def test_vgg16_equals_the_library(tmp_path):
+@pytest.mark.slow
+def test_vgg16_equals_the_library():
     torch.manual_seed(0)
     detector = ssd.build("vgg16", CLASSES, ModelOptions(score=0.2, dets=20))
+    with torch.no_grad():
+        # Random VGG maps are so large that many scores would be exactly 1, and equal scores have no order.
+        for parameter in detector.model.head.parameters():
+            parameter.mul_(0.1)
     spec = detector.spec
     assert (spec.fixed_size_hw, spec.name) == ((300, 300), "ssd:vgg16")
     assert spec.strides == (8, 16, 30, 60, 100, 300)
@@ -197,6 +202,7 @@ def test_head_is_inherited_by_class_name():
     assert torch.equal(student.predict(features, batch).deltas, teacher.predict(features, batch).deltas)
 
 
+@pytest.mark.slow
 def test_export_alone_gives_the_same_detections(tmp_path):
     detector = tiny()
     batch = make_batch([(96, 128)], [[]], (96, 128))

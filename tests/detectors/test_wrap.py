@@ -154,7 +154,7 @@ def test_a_function_may_run_the_model():
     wrapped = wrap(net, lambda model, images: model.neck(images * 2), loss=lambda maps, batch: {"p3": maps["p3"].mean()}, **plain)
     seen = wrapped(batch)
     assert torch.equal(seen.features.maps[0], net.neck(batch.images * 2)["p3"])
-    assert float(wrapped.loss(seen.prediction, batch).total()) == float(seen.features.maps[0].mean())
+    assert torch.equal(wrapped.loss(seen.prediction, batch).total(), seen.features.maps[0].mean())
 
 
 def test_what_a_wrapped_model_cannot_do_is_said(net):

@@ -5,10 +5,11 @@ Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, as in ``torchvision
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torchvision.models import VGG16_Weights
 from torchvision.models.detection.ssd import SSD, ssd300_vgg16
 
@@ -19,8 +20,6 @@ from detdistill.detectors.options import ModelOptions
 from detdistill.errors import ModelError
 
 MODEL_CLASS = SSD
-
-wrap_model = wrap_ssd
 
 
 def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> SingleShotDetector:
@@ -63,6 +62,21 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Singl
     if options.pretrained:
         load_pretrained(model.backbone, pyramid)
     return wrap_ssd(model, classes, name, description=description)
+
+
+def wrap_model(
+    model: nn.Module,
+    classes: Sequence[str],
+    name: str,
+    columns: Sequence[int] | None = None,
+    description: Mapping[str, Any] | None = None,
+) -> SingleShotDetector:
+    """Somebody's ``torchvision.models.detection.SSD``, SSDLite included: it is the same class with another head.
+
+    Raises:
+        ModelError: its backbone is of an unknown kind.
+    """
+    return wrap_ssd(model, classes, name, columns, description)
 
 
 def _vgg16(classes: Sequence[str], options: ModelOptions, name: str) -> SingleShotDetector:

@@ -9,16 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torchvision.models.detection.ssd import SSD
-
 from detdistill.detectors import standalone
 from detdistill.detectors._single_shot import SingleShotDetector, wrap_ssd
 from detdistill.detectors.backbones import image_statistics, load_pretrained, pyramid_description
 from detdistill.detectors.options import ModelOptions
-
-MODEL_CLASS = SSD
-
-wrap_model = wrap_ssd
 
 
 def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> SingleShotDetector:

@@ -12,15 +12,16 @@ student = wrap(
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from detdistill.detectors._torchvision import with_padding, write_atomically
 from detdistill.detectors.contract import Detector, DetectorSpec
 from detdistill.errors import ModelError, nearest
 from detdistill.structures import (
@@ -201,8 +202,8 @@ class WrappedModel(Detector):
         assert self._order is not None
         if len(maps) != len(self._order):
             raise ModelError(f"wrap({self.spec.name}): {len(maps)} maps, where the first pass gave {len(self._order)}")
-        ordered = tuple(maps[level] for level in self._order)
-        return WrappedFeatures(ordered, self.spec.strides, _padding(ordered, batch), output)
+        padded = with_padding(tuple(maps[level] for level in self._order), self.spec.strides, batch)
+        return WrappedFeatures(padded.maps, padded.strides, padded.padding, output)
 
     def predict(self, features: Features, batch: Batch) -> Prediction:
         """The output of the run that gave ``features``.
@@ -252,15 +253,9 @@ class WrappedModel(Detector):
 
     def export(self, folder: Path) -> None:
         """``model.safetensors`` under the model's own names, and a README that says how to load it."""
-        from safetensors.torch import save_model
-
-        partial = folder / "model.safetensors.part"
-        save_model(self.model, str(partial))
-        os.replace(partial, folder / "model.safetensors")
+        write_atomically(folder / "model.safetensors", lambda path: save_model(self.model, str(path)))
         text = f'Load into your own {type(self.model).__name__}: safetensors.torch.load_model(model, "model.safetensors")\n'
-        partial = folder / "README.txt.part"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / "README.txt")
+        write_atomically(folder / "README.txt", lambda path: path.write_text(text, encoding="utf-8"))
 
     def _run(self, images: Tensor) -> tuple[list[Tensor], Any]:
         """Maps in the taps' order, and the model's output."""
@@ -291,12 +286,3 @@ class WrappedModel(Detector):
 def _agree(given: Sequence[int], found: Sequence[int]) -> bool:
     """Whether strides agree up to the rounding of odd map sizes."""
     return len(given) == len(found) and all(max(a, b) <= 1.25 * min(a, b) for a, b in zip(given, found, strict=True))
-
-
-def _padding(maps: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...] | None:
-    """For each map the cells [B, h, w] whose centre shows padding; None when nothing is padded."""
-    mask = batch.padding_mask()
-    if not bool(mask.any()):
-        return None
-    masks = mask[:, None].float()
-    return tuple(nn.functional.interpolate(masks, size=level.shape[-2:], mode="nearest-exact")[:, 0].bool() for level in maps)
