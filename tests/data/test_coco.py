@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -268,3 +269,18 @@ def test_writing_keeps_images_that_share_a_name_apart(tmp_path):
     for old, new in zip(data.train.records, again.train.records, strict=True):
         assert np.array_equal(old.boxes_xyxy, new.boxes_xyxy)
         assert old.path.read_bytes() == new.path.read_bytes()
+
+
+def test_writing_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    data = load_data(make_coco(tmp_path / "data"))
+    file = write_coco(data.train, tmp_path / "copy")
+    before = file.read_bytes()
+
+    def refuse(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        write_coco(data.train.take(1), tmp_path / "copy")
+    assert file.read_bytes() == before
+    assert [path.name for path in (tmp_path / "copy").rglob("*") if path.name.startswith(".")] == []

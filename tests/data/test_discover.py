@@ -6,7 +6,7 @@ import pytest
 from detdistill.data import discover
 from detdistill.data.discover import load_data
 from detdistill.errors import DataError
-from tests.data.forms import Picture, make_coco, make_voc, make_yolo
+from tests.data.forms import Picture, make_coco, make_voc, make_yolo, write_image, write_json
 
 
 @pytest.mark.parametrize(("make", "form"), [(make_coco, "coco"), (make_yolo, "yolo"), (make_voc, "voc")])
@@ -110,6 +110,20 @@ def test_five_thousand_images_take_seconds(tmp_path):
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("\n".join(f"p{index}" for index in range(5000)))
     begin = time.perf_counter()
     assert len(load_data(tmp_path).train) == 4500
+    assert time.perf_counter() - begin < 30
+
+
+def test_many_coco_images_take_seconds(tmp_path):
+    # Twice the images may not take four times as long: the reading is linear.
+    image = write_image(tmp_path / "train" / "000.png", 64, 48)
+    content = {"images": [], "annotations": [], "categories": [{"id": 5, "name": "ant"}]}
+    for index in range(10_000):
+        content["images"].append({"id": index, "file_name": f"{index}.png", "width": 64, "height": 48})
+        content["annotations"].append({"id": index, "image_id": index, "category_id": 5, "bbox": [1, 2, 3, 4]})
+        (tmp_path / "train" / f"{index}.png").hardlink_to(image)
+    write_json(tmp_path / "annotations" / "instances_train.json", content)
+    begin = time.perf_counter()
+    assert len(load_data(tmp_path).train) == 9000
     assert time.perf_counter() - begin < 30
 
 

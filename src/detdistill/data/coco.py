@@ -210,7 +210,8 @@ def _raw_images(
             entries[entry["id"]] = entry
     boxes = _raw_boxes(content["annotations"], set(entries), labels, where, defects)
     # Ids that are texts (not in COCO, but seen) become positions.
-    numbers = {key: key if all(map(_is_id, entries)) else position for position, key in enumerate(entries, start=1)}
+    whole = all(map(_is_id, entries))
+    numbers = {key: key if whole else position for position, key in enumerate(entries, start=1)}
     paths = _locate([entry["file_name"] for entry in entries.values()], file, root, split)
     images = []
     for (key, entry), image_path in zip(entries.items(), paths, strict=True):

@@ -30,9 +30,9 @@ ROUNDING_PX = 0.1
 """Boxes may leave the image by this much without being called a defect: text files round their coordinates."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Record:
-    """One usable image with its usable boxes."""
+    """One usable image with its usable boxes. Compared by identity, for arrays have no single truth value."""
 
     id: int
     path: Path
@@ -193,9 +193,9 @@ def split_off(data: DetectionSet, name: SplitName, fraction: float = 0.1) -> tup
     if len(data) < 2:
         raise DataError(f"{data.root}: {len(data)} usable images cannot be split into train and {name}; give a {name} split")
     ranked = sorted(data.records, key=lambda record: hashlib.sha256(record.path.name.encode()).digest() + str(record.id).encode())
-    chosen = {id(record) for record in ranked[: max(1, round(fraction * len(data)))]}
-    keep = [record for record in data.records if id(record) not in chosen]
-    cut = [record for record in data.records if id(record) in chosen]
+    chosen = set(ranked[: max(1, round(fraction * len(data)))])
+    keep = [record for record in data.records if record not in chosen]
+    cut = [record for record in data.records if record in chosen]
     remaining = DetectionSet.of(data.name, data.form, data.root, data.classes, keep, data.defects)
     return remaining, DetectionSet.of(name, data.form, data.root, data.classes, cut)
 
