@@ -6,11 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from detdistill.detectors.build import build_detector
+from detdistill.detectors.build import build_detector, load_detector
 from detdistill.detectors.contract import DetectionHead, HasBackboneFeatures, HasCopies, HasRegions
+from detdistill.detectors.faster_rcnn import wrap_model
+from detdistill.detectors.saved import save_student
 from detdistill.errors import DataError, ModelError
 from detdistill.structures import Assignment, Regions, Target
 from tests.detectors.two_stage import assert_same_training, library_images, make_batch, own_losses
@@ -121,6 +124,24 @@ def test_whole_model_of_torchvision_by_name(batch):
     detector = build_detector("torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", ("a", "b")).train()
     assert detector.spec.family == "regions"
     assert_same_training(detector, batch)
+
+
+def test_outputs_that_are_no_class_count_as_background(batch):
+    """COCO's weights have 91 outputs for 80 classes: scores stay those of the softmax over all of them."""
+    torch.manual_seed(0)
+    model = build_detector(SMALL, tuple("abcde")).model.eval()
+    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.2)
+    detector = wrap_model(model, ("first", "second"), "six outputs", columns=(4, 1))
+    with torch.no_grad():
+        prediction = detector(batch).prediction
+        theirs = model.roi_heads.box_predictor(prediction.embedding)[0].softmax(dim=1)
+        expected = model(library_images(batch))
+    mine = prediction.logits.softmax(dim=1)
+    torch.testing.assert_close(mine[:, :2], theirs[:, [4, 1]])
+    torch.testing.assert_close(mine[:, 2], theirs[:, [0, 2, 3, 5]].sum(dim=1))
+    for found, result in zip(detector.detect(prediction, batch), expected, strict=True):
+        best = result["boxes"][result["labels"] == 4][0]
+        assert found.boxes_xyxy[found.labels == 0][0].tolist() == pytest.approx(best.tolist(), abs=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------- the first stage
@@ -389,6 +410,13 @@ def test_options(detector):
     assert [len(found) for found in limited.detect(limited(batch).prediction, batch)] == [3, 3, 3]
 
 
+def test_keypoints_are_refused():
+    name = "keypointrcnn_resnet50_fpn"
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=2)
+    with pytest.raises(ModelError, match="keypoints cannot be trained here; use a Faster R-CNN or Mask R-CNN"):
+        wrap_model(model, ("person",), name)
+
+
 def test_option_without_use_is_refused():
     with pytest.raises(ModelError, match="faster_rcnn has no option convs"):
         build_detector(SMALL + ",convs=2", ("a", "b"))
@@ -425,3 +453,16 @@ def test_exported_model_detects_the_same_without_this_package(detector, batch, t
         assert torch.equal(mine.boxes_xyxy, other["boxes"])
         assert torch.equal(mine.scores, other["scores"])
         assert torch.equal(mine.labels, other["labels"] - 1)
+
+
+def test_saved_and_loaded_detector_detects_the_same(detector, batch, tmp_path):
+    detector.eval()
+    loaded = load_detector(save_student(detector, tmp_path / "student")).eval()
+    assert loaded.spec == detector.spec
+    with torch.no_grad():
+        expected = detector.detect(detector(batch).prediction, batch)
+        found = loaded.detect(loaded(batch).prediction, batch)
+    for mine, other in zip(expected, found, strict=True):
+        assert torch.equal(mine.boxes_xyxy, other.boxes_xyxy)
+        assert torch.equal(mine.scores, other.scores)
+        assert torch.equal(mine.labels, other.labels)

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from detdistill.detectors.build import build_detector
+from detdistill.detectors.build import build_detector, load_detector
+from detdistill.detectors.saved import save_student
 from detdistill.errors import DataError, ModelError
 from detdistill.structures import Assignment, Regions
 from tests.detectors.two_stage import assert_same_training, library_images, make_batch, own_losses
@@ -136,3 +137,16 @@ def test_exported_model_returns_masks_without_this_package(detector, batch, tmp_
         assert torch.equal(mine.boxes_xyxy, other["boxes"])
         assert torch.equal(mine.scores, other["scores"])
         assert other["masks"].shape == (20, 1, *size)
+
+
+def test_saved_and_loaded_detector_detects_the_same(detector, batch, tmp_path):
+    detector.eval()
+    loaded = load_detector(save_student(detector, tmp_path / "student")).eval()
+    assert loaded.spec == detector.spec
+    with torch.no_grad():
+        expected = detector.detect(detector(batch).prediction, batch)
+        found = loaded.detect(loaded(batch).prediction, batch)
+    for mine, other in zip(expected, found, strict=True):
+        assert torch.equal(mine.boxes_xyxy, other.boxes_xyxy)
+        assert torch.equal(mine.scores, other.scores)
+        assert torch.equal(mine.labels, other.labels)

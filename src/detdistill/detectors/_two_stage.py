@@ -92,13 +92,15 @@ class TwoStageDetector(shared.TorchvisionDetector):
             description: of the model, for its export.
 
         Raises:
-            ModelError: the backbone has no feature pyramid, or the predictor is not torchvision's.
+            ModelError: the backbone has no feature pyramid, the predictor is not torchvision's, or there are keypoints.
         """
         if not hasattr(getattr(model, "backbone", None), "fpn"):
             raise ModelError(f"{name}: a two-stage detector needs a backbone with torchvision's feature pyramid as .fpn")
         predictor = model.roi_heads.box_predictor
         if not isinstance(predictor, FastRCNNPredictor):
             raise ModelError(f"{name}: the box predictor is a {type(predictor).__name__}; only FastRCNNPredictor is understood")
+        if model.roi_heads.has_keypoint():
+            raise ModelError(f"{name}: keypoints cannot be trained here; use a Faster R-CNN or Mask R-CNN")
         super().__init__(
             model,
             classes,
