@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     describe(parser)
     try:
-        chosen = parser.parse_args(_normalized(rest))
+        chosen = parser.parse_args(_normalized(parser, rest))
         act(chosen)
     except DetdistillError as error:
         _fail(str(error))
@@ -99,24 +99,35 @@ def _fail(text: str) -> NoReturn:
     sys.exit(2)
 
 
-def _normalized(arguments: Sequence[str]) -> list[str]:
-    """``key=value`` as ``--key=value``; other tools' names; ``--recipe NAME`` as the file it names."""
+def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
+    """What people type as jsonargparse wants it.
+
+    ``key=value`` as ``--key=value``, ``--baseline`` as ``--baseline=true``, ``--seeds 0,1,2`` as ``--seeds=[0,1,2]``, other
+    tools' names, dashes inside names, and ``--recipe NAME`` as the file it names.
+    """
+    kinds = {action.dest: str(getattr(action, "_typehint", "")) for action in parser._actions}
     normal: list[str] = []
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
         if re.match(r"^[a-z_]+=", argument):
             argument = f"--{argument}"
-        match = re.match(r"^--([\w-]+)(=.*)?$", argument, re.DOTALL)
-        if match:
-            name = ALIASES.get(match.group(1), match.group(1)).replace("-", "_")
-            value = match.group(2)
-            if name == "recipe":
-                chosen = value[1:] if value else waiting.pop(0) if waiting else ""
-                normal += ["--config", str(recipe_path(chosen))]
-                continue
-            argument = f"--{name}{value or ''}"
-        normal.append(argument)
+        match = re.match(r"^--([\w-]+)(?:=(.*))?$", argument, re.DOTALL)
+        if not match:
+            normal.append(argument)
+            continue
+        name, value = ALIASES.get(match.group(1), match.group(1)).replace("-", "_"), match.group(2)
+        flag = "bool" in kinds.get(name, "")
+        if value is None and waiting and not waiting[0].startswith("--") and not (flag and waiting[0] not in ("true", "false")):
+            value = waiting.pop(0)
+        if name == "recipe":
+            normal += ["--config", str(recipe_path(value or ""))]
+        elif value is None:
+            normal.append(f"--{name}=true" if flag else f"--{name}")
+        elif "tuple" in kinds.get(name, "") and not value.startswith("[") and value not in ("none", "null"):
+            normal.append(f"--{name}=[{value}]")
+        else:
+            normal.append(f"--{name}={'null' if value == 'none' else value}")
     return normal
 
 
