@@ -1,6 +1,8 @@
 import torch
 
+from detdistill.detectors import fcos
 from detdistill.detectors.inherit import inherit_head
+from detdistill.detectors.options import ModelOptions
 from tests.tiny import TinyDense, TinyQueries, tiny_batch
 
 
@@ -119,3 +121,35 @@ def test_unknown_rows_with_other_classes_share_nothing():
     inherited = inherit_head(TinyDense(("a", "b")), TinyDense(("b", "a")))
     assert inherited.copied == ()
     assert "does not tell which outputs belong to which class" in str(inherited)
+
+
+def tiny_fcos(classes, seed, **changes):
+    torch.manual_seed(seed)
+    options = {"channels": (8, 16, 16, 24), "stem": 8, "neck": 32, "levels": (3, 5), "convs": 1} | changes
+    return fcos.build("resnet10t", classes, ModelOptions(**options))
+
+
+def test_fcos_inherits_the_head_of_a_wider_teacher():
+    student = tiny_fcos(("a", "b"), seed=1)
+    teacher = tiny_fcos(("a", "b"), seed=2, channels=(16, 32, 32, 48))
+    inherited = inherit_head(student, teacher)
+    # Only what reads the backbone's maps has another shape.
+    assert [name for name, _ in inherited.skipped] == [f"model.backbone.fpn.inner_blocks.{level}.0.weight" for level in range(3)]
+    assert not any(name.startswith("model.backbone.body") for name in inherited.copied)
+    batch = tiny_batch()
+    features = teacher.features(batch)
+    mine, theirs = student.predict(features, batch), teacher.predict(features, batch)
+    assert torch.equal(mine.logits, theirs.logits)
+    assert torch.equal(mine.boxes_xyxy, theirs.boxes_xyxy)
+    assert torch.equal(mine.quality, theirs.quality)
+
+
+def test_fcos_classes_are_matched_by_name():
+    student, teacher = tiny_fcos(("b", "x", "a"), seed=1), tiny_fcos(("a", "b"), seed=2)
+    own = student.state_dict()["model.head.classification_head.cls_logits.weight"][2].clone()
+    assert inherit_head(student, teacher).skipped == ()
+    batch = tiny_batch()
+    features = teacher.features(batch)
+    mine, theirs = student.predict(features, batch).logits, teacher.predict(features, batch).logits
+    assert torch.allclose(mine[..., [2, 0]], theirs, atol=1e-6)
+    assert torch.equal(student.model.head.classification_head.cls_logits.weight[2], own)

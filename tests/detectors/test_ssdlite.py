@@ -3,8 +3,9 @@ import torch
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 from detdistill.detectors import ssdlite
-from detdistill.detectors.build import wrap_torchvision
+from detdistill.detectors.build import build_detector, load_detector, wrap_torchvision
 from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.saved import save_student
 from detdistill.errors import ModelError
 from detdistill.structures import Features
 from tests.detectors.single_shot import (
@@ -114,3 +115,18 @@ def test_options_that_do_not_fit_are_refused():
         ssdlite.build("mobilenet_v3_large", CLASSES, ModelOptions(pretrained=True))
     with pytest.raises(ModelError, match="ssdlite has no option weights"):
         ssdlite.build("resnet10t", CLASSES, ModelOptions(weights="COCO_V1"))
+
+
+@pytest.mark.parametrize("name", ["ssdlite:mobilenet_v3_large,score=0.3", "ssdlite:lcnet_050,neck=16,levels=3-6,score=0.3"])
+def test_saved_students_load_as_they_were(tmp_path, name):
+    torch.manual_seed(0)
+    detector = build_detector(name, CLASSES).eval()
+    loaded = load_detector(save_student(detector, tmp_path)).eval()
+    assert loaded.spec == detector.spec
+    batch = make_batch([(128, 128)], [[]], (128, 128))
+    with torch.no_grad():
+        mine = detector.detect(detector(batch).prediction, batch)[0]
+        theirs = loaded.detect(loaded(batch).prediction, batch)[0]
+    assert len(mine) > 0
+    assert torch.equal(mine.boxes_xyxy, theirs.boxes_xyxy)
+    assert torch.equal(mine.scores, theirs.scores)

@@ -165,8 +165,9 @@ class SingleShotDetector(shared.TorchvisionDetector):
         positives has no negatives either, as in the library.
         """
         dense = cast(Dense, prediction)
-        assignment = assignment or self.assign(prediction, batch)
-        if assignment.weights is not None or assignment.normalizer is not None or bool((assignment.matched == IGNORED).any()):
+        if assignment is None:
+            assignment = self.assign(prediction, batch)
+        elif assignment.weights is not None or assignment.normalizer is not None or bool((assignment.matched == IGNORED).any()):
             return Losses(self._weighted_loss(dense, batch, assignment))
         targets = [{"boxes": t.boxes_xyxy.to(dense.deltas.dtype), "labels": t.labels + 1} for t in batch.targets]
         outputs = {"cls_logits": _background_first(dense.logits), "bbox_regression": dense.deltas}
@@ -297,7 +298,9 @@ def _pyramid(backbone: Any, fixed_size: tuple[int, int] | None) -> tuple[tuple[i
         return tuple(backbone.out_channels), backbone.strides
     assert fixed_size is not None
     training = {module: module.training for module in backbone.modules()}
-    maps = list(backbone.eval()(torch.zeros(1, 3, fixed_size[1], fixed_size[0])).values())
+    parameter = next(backbone.parameters())
+    images = torch.zeros(1, 3, fixed_size[1], fixed_size[0], device=parameter.device, dtype=parameter.dtype)
+    maps = list(backbone.eval()(images).values())
     for module, was in training.items():
         module.training = was
     return tuple(level.shape[1] for level in maps), tuple(round(fixed_size[0] / level.shape[-1]) for level in maps)
