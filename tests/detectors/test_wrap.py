@@ -141,7 +141,7 @@ class Neck(nn.Module):
 
 def test_taps_may_give_dicts_and_be_called_more_than_once():
     net, batch = Pyramid(), tiny_batch()
-    for taps in (["neck"], ["neck.shared"]):
+    for taps in ("neck", ["neck"], ["neck.shared"]):
         wrapped = wrap(net, taps=taps)
         assert (wrapped.spec.channels, wrapped.spec.strides) == ((5, 5), (8, 16))
         maps = wrapped.features(batch).maps

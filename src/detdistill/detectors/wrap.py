@@ -36,7 +36,7 @@ from detdistill.structures import (
     Prediction,
 )
 
-Taps = Sequence[str] | Callable[[nn.Module, Tensor], Any]
+Taps = str | Sequence[str] | Callable[[nn.Module, Tensor], Any]
 LossFunction = Callable[[Any, Batch], Mapping[str, Tensor]]
 DetectFunction = Callable[[Any, Batch], list[Detections]]
 
@@ -154,7 +154,8 @@ class WrappedModel(Detector):
         self._loss, self._detect = loss, detect
         self._order: tuple[int, ...] | None = None
         self._maps_of = taps if callable(taps) else None
-        self._taps = () if callable(taps) else tuple(Tap(tap) for tap in taps)
+        names = [taps] if isinstance(taps, str) else taps
+        self._taps = () if callable(names) else tuple(Tap(tap) for tap in names)
         modules = dict(model.named_modules())
         for tap in self._taps:
             if tap.name not in modules:
