@@ -1,0 +1,118 @@
+"""Distillation on real data: blood cells (BCCD, Pascal VOC form), a same-family and a heterogeneous teacher, 3 paired seeds.
+
+    uv run python benchmarks/bccd.py --data PATH/TO/bccd --work runs/bccd --out benchmarks/results/bccd.json
+
+Finished runs in ``--work`` are not repeated, so an interrupted benchmark goes on where it was.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import detdistill
+from detdistill.compare import compare_runs, gains_table, read_run
+
+TEACHERS = {
+    "fcos": "fcos:resnet10t,channels=32-64-128-256,neck=64,levels=3-5,convs=2",
+    "faster_rcnn": "faster_rcnn:resnet10t,channels=32-64-128-256,neck=64,levels=3-5,proposals=100,rois=48,mlp=256",
+}
+STUDENT = "fcos:resnet10t,channels=16-32-64-128,stem=16,neck=64,levels=3-5,convs=2"
+IMAGES = {"size": 192, "resize": "short_side", "max_size": 256, "flip": 0.5, "in_memory": True}
+TRAINING = {"batch": 8, "lr": 3e-3, "precision": "bf16", "channels_last": True, "schedule": "one_cycle", "evaluate_every": 5}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--teacher-epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=28)
+    parser.add_argument("--method", default="pkd")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    chosen = parser.parse_args()
+    settings = {**IMAGES, **TRAINING, "device": chosen.device}
+    for name, model in TEACHERS.items():
+        folder = chosen.work / f"teacher-{name}"
+        if not (folder / "summary.json").exists():
+            started = (folder / "config.yaml").exists()
+            detdistill.train(
+                model,
+                chosen.data,
+                role="teacher",
+                out=folder,
+                epochs=chosen.teacher_epochs,
+                resume=started,
+                report=False,
+                **settings,
+            )
+    runs: list[Path] = []
+    for index, name in enumerate(TEACHERS):
+        folder = chosen.work / f"students-of-{name}"
+        result = detdistill.distill(
+            str(chosen.work / f"teacher-{name}"),
+            STUDENT,
+            chosen.data,
+            chosen.method,
+            out=folder,
+            resume=folder.exists(),
+            epochs=chosen.epochs,
+            seeds=tuple(chosen.seeds),
+            baseline=index == 0,  # one baseline for each seed serves both teachers
+            jobs=chosen.jobs,
+            report=False,
+            **settings,
+        )
+        runs += result.runs
+    gains = {metric: compare_runs(runs, metric=metric) for metric in ("AP", "AP50", "AP75")}
+    teachers = {name: read_run(chosen.work / f"teacher-{name}") for name in TEACHERS}
+    summaries = [read_run(run) for run in runs]
+    content = {
+        "what": "BCCD, 205 training and 87 validation images at 256x192, student from random weights",
+        "command": "uv run python " + shlex.join(sys.argv),
+        "seeds": chosen.seeds,
+        "student": {"model": STUDENT, "parameters": summaries[0]["parameters"], "epochs": chosen.epochs},
+        "teachers": {
+            name: {
+                "model": TEACHERS[name],
+                "parameters": run["parameters"],
+                "epochs": run["epochs"],
+                "AP": run["metrics"]["AP"],
+                "AP50": run["metrics"]["AP50"],
+            }
+            for name, run in teachers.items()
+        },
+        "settings": settings,
+        "gains": {metric: [asdict(gain) for gain in rows] for metric, rows in gains.items()},
+        "runs": [
+            {key: run[key] for key in ("role", "teacher", "method", "seed", "metrics", "per_class", "seconds")}
+            for run in summaries
+        ],
+        "hardware": summaries[0]["hardware"],
+        "versions": summaries[0]["versions"],
+    }
+    for run in content["runs"]:
+        run["teacher"] = None if run["teacher"] is None else Path(run["teacher"]).name
+    for rows in content["gains"].values():
+        for gain in rows:
+            gain["teacher"] = Path(gain["teacher"]).name
+    content["command"] = content["command"].replace(str(chosen.data), "PATH/TO/bccd").replace(str(chosen.work), "runs/bccd")
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.out.write_text(json.dumps(content, indent=2) + "\n")
+    from rich.console import Console
+
+    Console().print(gains_table(gains["AP"]))
+    print(
+        {name: f"AP {100 * t['metrics']['AP']:.1f}" for name, t in teachers.items()},
+        {"seed APs": statistics.fmean(r["metrics"]["AP"] for r in summaries)},
+    )
+
+
+if __name__ == "__main__":
+    main()
