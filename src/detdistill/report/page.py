@@ -1,0 +1,346 @@
+"""One self-contained HTML page about finished runs: verdict first, then everything that supports or weakens it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from detdistill.errors import RunError
+from detdistill.report import figures, pictures, words
+from detdistill.report.pictures import Gallery
+from detdistill.report.runs import Group, Run, baselines_for, defined, distillation_terms, group, read
+
+if TYPE_CHECKING:
+    from detdistill.data.records import DataSplits
+    from detdistill.progress import Progress
+
+NOT_SETTINGS = ("out", "resume", "jobs", "seed", "seeds", "role", "method", "student", "teacher", "model", "baseline")
+"""Left out of the table of differing settings: they differ by design, or say nothing of the training."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table of numbers, ready to print."""
+
+    title: str
+    style: str
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Figures that stand side by side under one legend."""
+
+    title: str
+    figures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClassChart:
+    """Per-class gains of one method."""
+
+    label: str
+    colour: str
+    svg: str
+    left_out: int
+    teacher: bool
+
+
+def build_report(runs: Sequence[Path], page: Path, *, progress: Progress | None = None) -> Path:
+    """Write a page about runs.
+
+    Args:
+        runs: folders of finished runs: one alone, or teacher, baselines and distilled students of any methods and seeds.
+        page: the HTML file; its folder is made when missing.
+        progress: where to show how far the pictures are.
+
+    Returns:
+        ``page``.
+
+    Raises:
+        RunError: no run given, or one that is not whole.
+        OSError: the page cannot be written.
+    """
+    if not runs:
+        raise RunError("a report needs at least one run folder")
+    read_runs = [read(Path(folder)) for folder in runs]
+    groups = group(read_runs)
+    splits, data_note = _load(read_runs)
+    gallery = _gallery(groups, splits, data_note, progress)
+    html = render(groups, splits, data_note, gallery)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    temporary = page.with_name(page.name + ".tmp")
+    try:
+        temporary.write_text(html, encoding="utf-8")
+        os.replace(temporary, page)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return page
+
+
+def _load(runs: Sequence[Run]) -> tuple[DataSplits | None, str]:
+    """The data of the last run, or why they cannot be read."""
+    from detdistill.data.discover import load_data
+
+    path = str(runs[-1].summary["data"].get("path", ""))
+    try:
+        splits = load_data(path)
+    except Exception as error:  # the data may be on another machine: the rest of the page is made all the same
+        return None, f"the data {path} cannot be read here: {pictures.one_line(error)}"
+    if splits.val.fingerprint != runs[-1].summary["data"].get("val_fingerprint"):
+        return splits, f"the data at {path} are no longer those of the runs (other fingerprint)"
+    return splits, ""
+
+
+def _gallery(groups: Sequence[Group], splits: DataSplits | None, data_note: str, progress: Progress | None) -> Gallery:
+    if splits is None:
+        return Gallery(notes=(f"No pictures: {data_note}.",))
+    bar = progress.bar("pictures of the report", 1) if progress is not None else None
+
+    def show(done: int, total: int) -> None:
+        if bar is not None:
+            bar.resize(total)
+            bar.update(done)
+
+    try:
+        return pictures.gallery(groups, splits, show)
+    except Exception as error:  # as above
+        return Gallery(notes=(f"No pictures: {pictures.one_line(error)}.",))
+
+
+def render(groups: Sequence[Group], splits: DataSplits | None, data_note: str, gallery: Gallery) -> str:
+    """The page as text."""
+    import jinja2
+
+    from detdistill.evaluation.scores import METRICS
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("detdistill.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    runs = [run for one in groups for run in one.runs]
+    distilled = [one for one in groups if one.role == "distilled"]
+    palette = figures.Palette(groups)
+    shares = [
+        (one, words.share_sentence(one, baselines_for(one, runs)), _shares(one, runs)) for one in distilled if one.runs[0].rows
+    ]
+    return environment.get_template("template.html.jinja").render(
+        title=_title(groups),
+        verdicts=[words.verdict(one, groups) for one in distilled],
+        plain=[one for one in groups if one.role in ("train", "teacher", "baseline")] if not distilled else [],
+        points=words.points,
+        metrics=METRICS,
+        table=_table(groups),
+        per_run=[_run_line(run) for run in runs],
+        legend=[(one.label, palette.name(one), one.role == "teacher", len(one.runs)) for one in groups],
+        scores=_score_panels(groups, palette),
+        losses=_loss_panels(groups, palette),
+        shares=shares,
+        classes=_class_charts(groups, palette),
+        gallery=gallery,
+        commands=[_command(run) for run in runs],
+        again=f"detdistill report {' '.join(shlex.quote(str(run.folder)) for run in runs)}",
+        settings=_differences(groups),
+        labels=[one.label for one in groups],
+        configs=[(one.label, yaml.safe_dump(one.runs[0].config, sort_keys=False)) for one in groups],
+        facts=_facts(runs, groups),
+        data_note=data_note,
+        defects=Counter(f"{defect.kind} ({defect.skipped} skipped)" for defect in splits.defects).most_common()
+        if splits
+        else None,
+    )
+
+
+def _title(groups: Sequence[Group]) -> str:
+    distilled = [one for one in groups if one.role == "distilled"]
+    if not distilled:
+        return f"Training of {groups[-1].runs[0].summary['student']}"
+    names = ", ".join(one.label for one in distilled[:3]) + (" ..." if len(distilled) > 3 else "")
+    return f"Distillation with {names}"
+
+
+# ----------------------------------------------------------------------------------------------------------------- tables
+
+
+def _table(groups: Sequence[Group]) -> list[Line]:
+    """Teacher, baseline and students, each method followed by its gain; means over the seeds."""
+    from detdistill.evaluation.scores import METRICS
+
+    lines = []
+    distilled = [one for one in groups if one.role == "distilled"]
+    runs = [run for one in groups for run in one.runs]
+    if distilled and not any(one.role == "teacher" for one in groups):
+        numbers = [words.teacher_metric(distilled[0], groups, name) for name in METRICS]
+        size = _millions(distilled[0].runs[0].summary.get("teacher_parameters"))
+        title = f"teacher: {distilled[0].runs[0].summary.get('teacher')}"
+        lines.append(Line(title, "teacher", (*map(words.points, numbers), size, words.points(None))))
+    for one in groups:
+        seeds = f", mean of {len(one.runs)} seeds" if len(one.runs) > 1 else f", seed {one.runs[0].seed}"
+        metric = [one.metric(name) for name in METRICS]
+        if one.role == "teacher" and len(groups) > 1 and distilled:
+            # As the students' loop saw it: with their data and image size.
+            metric = [words.teacher_metric(distilled[0], groups, name) for name in METRICS]
+        size, time = (
+            _millions(one.mean(lambda run: run.summary.get("parameters"))),
+            _time(one.mean(lambda run: run.summary.get("seconds"))),
+        )
+        lines.append(Line(one.label + seeds, one.role, (*map(words.points, metric), size, time)))
+        baselines = baselines_for(one, runs) if one.role == "distilled" else []
+        if baselines:
+            paired = Group("", "baseline", tuple(baselines))
+            gains = [
+                words.points(mine - theirs, signed=True) if mine is not None and theirs is not None else words.points(None)
+                for mine, theirs in ((one.metric(name), paired.metric(name)) for name in METRICS)
+            ]
+            lines.append(Line("gain", "gain", (*gains, "", "")))
+    return lines
+
+
+def _run_line(run: Run) -> Line:
+    from detdistill.evaluation.scores import METRICS
+
+    numbers = [words.points(defined(run.summary["metrics"].get(name))) for name in METRICS]
+    best = words.points(defined(run.summary.get("best_ap")))
+    return Line(f"{run.folder.name}, seed {run.seed}", run.role, (*numbers, best, _time(run.summary.get("seconds"))))
+
+
+def _millions(count: float | None) -> str:
+    return words.points(None) if count is None else f"{count / 1e6:.2f} M"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return words.points(None)
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 36000 else f"{seconds / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------------------------------------------------------- figures
+
+
+def _score_panels(groups: Sequence[Group], palette: figures.Palette) -> Panels:
+    epochs = any(len({row["epochs"] for row in run.rows if "val/AP" in row}) > 1 for one in groups for run in one.runs)
+    against = "epochs" if epochs else "steps"
+    drawn = [
+        figures.curves(groups, palette, "val/AP", against, factor=100, label="AP"),
+        figures.curves(groups, palette, "val/AP50", against, factor=100, label="AP50"),
+        figures.curves(groups, palette, "val/AP", "seconds", factor=100, label="AP for the time spent"),
+    ]
+    return Panels("validation", tuple(svg for svg in drawn if svg))
+
+
+def _loss_panels(groups: Sequence[Group], palette: figures.Palette) -> list[Panels]:
+    """The student's own terms, what distillation added, and the methods' monitors."""
+    runs = [run for one in groups for run in one.runs]
+    columns = list(dict.fromkeys(name for run in runs for name in run.columns))
+    added = {
+        f"train/{term}"
+        for one in groups
+        if one.role == "distilled"
+        for term in distillation_terms(one.runs[0], baselines_for(one, runs))
+    }
+    terms = [name for name in columns if name.startswith("train/")]
+    base = {"step", "total", "epoch", "lr", "seconds", "loss", "steps", "epochs"}
+    monitors = [name for name in columns if name not in base and not name.startswith(("train/", "val/", "share/"))]
+    sections = (
+        ("The detector's own loss", [name for name in terms if name not in added]),
+        ("What distillation added", [name for name in terms if name in added]),
+        ("Monitors of the methods (watched, not trained)", monitors),
+    )
+    panels = []
+    for title, names in sections:
+        drawn = [figures.curves(groups, palette, name, label=name.removeprefix("train/")) for name in names]
+        if any(drawn):
+            panels.append(Panels(title, tuple(svg for svg in drawn if svg)))
+    return panels
+
+
+def _shares(one: Group, runs: Sequence[Run]) -> str:
+    return figures.shares(one, distillation_terms(one.runs[0], baselines_for(one, runs)))
+
+
+def _class_charts(groups: Sequence[Group], palette: figures.Palette) -> list[ClassChart]:
+    runs = [run for one in groups for run in one.runs]
+    charts = []
+    for one in (one for one in groups if one.role == "distilled"):
+        baselines = baselines_for(one, runs)
+        if not baselines:
+            continue
+        noted = [run.summary["teacher_per_class"] for run in one.runs if run.summary.get("teacher_per_class")]
+        teachers = [other.per_class() for other in groups if other.role == "teacher"]
+        teacher = {name: ap for name, ap in (noted or teachers or [{}])[0].items() if ap >= 0}
+        svg, left_out = figures.class_gains(
+            one, palette, Group("", "baseline", tuple(baselines)).per_class(), one.per_class(), teacher
+        )
+        if svg:
+            charts.append(ClassChart(one.label, palette.name(one), svg, left_out, bool(teacher)))
+    return charts
+
+
+# ----------------------------------------------------------------------------------------------------------- how to repeat
+
+
+def _command(run: Run) -> str:
+    verb = "distill" if run.role == "distilled" else "train"
+    config = shlex.quote(str(run.folder / "config.yaml"))
+    return f"detdistill {verb} --config {config} --resume false --out {shlex.quote(run.folder.name + '-again')}"
+
+
+def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """Settings that are not the same in all groups, one cell for each group."""
+    keys = list(dict.fromkeys(key for one in groups for run in one.runs for key in run.config))
+    differing = []
+    for key in keys:
+        if key in NOT_SETTINGS:
+            continue
+        cells = [" / ".join(dict.fromkeys(_plain(run.config[key]) for run in one.runs if key in run.config)) for one in groups]
+        known = {cell for cell in cells if cell}
+        if len(known) > 1:
+            differing.append((key, [cell or "\N{EN DASH}" for cell in cells]))
+    return differing
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _facts(runs: Sequence[Run], groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """Seeds, data, versions and machines; each fact once when all runs agree."""
+    data = [run.summary["data"] for run in runs]
+    versions = [run.summary.get("versions") or {} for run in runs]
+    students = [run.summary["student"] for run in runs if run.role in ("baseline", "distilled")]
+    facts = {
+        "student": students,
+        "teacher": [run.summary.get("teacher") for run in runs],
+        "model": [run.summary["student"] for run in runs if run.role in ("teacher", "train")],
+        "seeds": [f"{one.label}: {', '.join(str(run.seed) for run in one.runs)}" for one in groups],
+        "budget": [
+            f"{run.summary.get('epochs')} epochs, {run.summary.get('steps')} steps, {run.summary.get('images_seen')} images seen"
+            f" ({run.role})"
+            for run in runs
+        ],
+        "data": [item.get("path") for item in data],
+        "images": [f"{item.get('train_images')} for training, {item.get('val_images')} for validation" for item in data],
+        "classes": [f"{len(item.get('classes') or [])}" for item in data],
+        "fingerprint of the training data": [item.get("fingerprint") for item in data],
+        "fingerprint of the validation data": [item.get("val_fingerprint") for item in data],
+        "hardware": [run.summary.get("hardware") for run in runs],
+        "versions": [", ".join(f"{name} {number}" for name, number in item.items()) for item in versions],
+        "fingerprints of the settings": [run.summary.get("config_fingerprint") for run in runs],
+        "finished": [run.summary.get("finished") for run in runs][-1:],
+    }
+    return [(name, known) for name, values in facts.items() if (known := list(dict.fromkeys(str(v) for v in values if v)))]

@@ -1,0 +1,405 @@
+"""What teacher, baseline and student find on the same validation images, and where their necks are active."""
+
+from __future__ import annotations
+
+import base64
+import colorsys
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from detdistill.report.runs import Group, Run, baselines_for
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
+
+    from detdistill.data.records import DataSplits, DetectionSet, Record
+    from detdistill.data.transforms import ViewSettings
+    from detdistill.detectors.contract import Detector
+
+CANDIDATES = 48
+"""Validation images looked at to choose those that are shown, evenly spaced over the set."""
+SHOWN = 6
+MOST_METHODS = 3
+MOST_BOXES = 40
+MIN_IOU = 0.5
+TILE_PX, MAP_PX = 360, 150
+JPEG_QUALITY = 78
+
+
+@dataclass(frozen=True)
+class Found:
+    """Detections of one image in its own pixels, best first; labels are those of the data."""
+
+    boxes_xyxy: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+    def above(self, score: float) -> Found:
+        """Those that are drawn."""
+        keep = self.scores >= score
+        return Found(self.boxes_xyxy[keep], self.scores[keep], self.labels[keep])
+
+
+@dataclass(eq=False)
+class Model:
+    """A detector of the comparison and what it found on the candidates."""
+
+    title: str
+    detector: Detector
+    found: dict[int, Found] = field(default_factory=dict)
+    threshold: float = 0.0
+    """The score with the best F1 on the candidates: detectors differ in how sure they say they are."""
+    quality: dict[int, float] = field(default_factory=dict)
+    """F1 of each candidate at ``threshold``."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture with what stands under it."""
+
+    title: str
+    source: str
+    """A ``data:`` address."""
+    alt: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One validation image."""
+
+    title: str
+    note: str
+    tiles: tuple[Tile, ...]
+    maps: tuple[tuple[str, tuple[Tile, ...]], ...]
+    """For each model its title and a heat map for each level."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The two picture sections."""
+
+    rows: tuple[Row, ...] = ()
+    notes: tuple[str, ...] = ()
+    """How images were chosen, and why something is missing."""
+
+
+def gallery(groups: Sequence[Group], splits: DataSplits, progress: Callable[[int, int], None]) -> Gallery:
+    """Run the models on a few validation images and draw what they find.
+
+    Args:
+        groups: all runs of the page; the first seed of each is shown.
+        splits: the data of the runs.
+        progress: called with pictures done and all pictures.
+
+    Returns:
+        the pictures; models that cannot be loaded are left out, with the reason.
+    """
+    import torch
+
+    notes: list[str] = []
+    subject, models = _models(groups, splits, notes)
+    if not models:
+        return Gallery(notes=tuple(notes))
+    settings = _view_settings(subject.config)
+    device = "cuda" if torch.cuda.is_available() and subject.config.get("device") != "cpu" else "cpu"
+    chosen = splits.val.records
+    step = max(1, len(chosen) / CANDIDATES)
+    candidates = [chosen[int(index * step)] for index in range(min(CANDIDATES, len(chosen)))]
+    total = len(candidates) * len(models)
+    for model in models:
+        model.detector.eval().to(device)
+    for index, record in enumerate(candidates):
+        for model in models:
+            model.found[record.id] = look(model.detector, record, settings, splits.val, device)[0]
+        progress((index + 1) * len(models), total)
+    for model in models:
+        model.threshold = best_threshold(model.found, candidates)
+        model.quality = {record.id: f1(model.found[record.id].above(model.threshold), record) for record in candidates}
+    picked = pick(models, candidates)
+    notes += _choice_notes(models, candidates)
+    rows = [_row(record, why, models, settings, splits.val, device) for record, why in picked]
+    return Gallery(tuple(rows), tuple(notes))
+
+
+def _models(groups: Sequence[Group], splits: DataSplits, notes: list[str]) -> tuple[Run, list[Model]]:
+    """Teacher, baseline and students of one seed, or the single run there is."""
+    from detdistill.detectors.build import load_detector
+
+    distilled = [group for group in groups if group.role == "distilled"]
+    wanted: list[tuple[str, str]] = []
+    if not distilled:
+        shown = [group for group in groups if group.role != "distilled"][: MOST_METHODS + 1]
+        wanted = [(group.label, str(group.runs[0].folder)) for group in shown]
+        subject = shown[-1].runs[0]
+    else:
+        subject = distilled[0].runs[0]
+        runs = [run for group in groups for run in group.runs]
+        wanted.append(("teacher", _teacher_place(subject, runs)))
+        wanted += [("baseline", str(run.folder)) for run in baselines_for(distilled[0], runs)[:1]]
+        wanted += [(group.label, str(group.runs[0].folder)) for group in distilled[:MOST_METHODS]]
+        if len(distilled) > MOST_METHODS:
+            notes.append(f"Pictures show the first {MOST_METHODS} of {len(distilled)} methods.")
+    models = []
+    for title, place in wanted:
+        try:
+            models.append(Model(title, load_detector(place, splits.classes)))
+        except Exception as error:  # a page about finished runs must not be lost because one model cannot be read
+            notes.append(f"{title} is not shown: {one_line(error)}")
+    if models:
+        notes.append(f"Seed {subject.seed}.")
+    return subject, models
+
+
+def _teacher_place(run: Run, runs: Sequence[Run]) -> str:
+    """The teacher of a distilled run; a folder given relative to somewhere else is looked for among the page's runs."""
+    place = str(run.summary.get("teacher"))
+    if Path(place).exists():
+        return place
+    named = [other.folder for other in runs if other.role in ("teacher", "train") and other.folder.name == Path(place).name]
+    return str(named[0]) if named else place
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _view_settings(config: dict[str, Any]) -> ViewSettings:
+    from detdistill.data.transforms import ViewSettings
+
+    return ViewSettings(**{name: config[name] for name in ("size", "resize", "max_size") if name in config})
+
+
+def look(
+    detector: Detector, record: Record, settings: ViewSettings, data: DetectionSet, device: str
+) -> tuple[Found, tuple[np.ndarray, ...]]:
+    """Run a detector on one image.
+
+    Returns:
+        what it finds, with the data's labels; and for each level of its neck the mean absolute activation over channels,
+        [h, w] of the part of the map that shows the image.
+    """
+    import torch
+
+    from detdistill.data.loader import collate, read_image
+    from detdistill.data.transforms import make_view
+
+    with torch.no_grad():
+        pixels, target, view = make_view(read_image(record.path), record, settings, torch.Generator(), train=False)
+        batch = collate([(pixels, target, view, record.id)], settings).to(device)
+        features = detector.features(batch)
+        found = detector.detect(detector.predict(features, batch), batch)[0]
+        height, width = view.size_hw
+        levels = tuple(
+            level[0].float().abs().mean(0)[: max(1, round(height / stride)), : max(1, round(width / stride))].cpu().numpy()
+            for level, stride in zip(features.maps, features.strides, strict=True)
+        )
+    column = {index: data.classes.index(name) for index, name in enumerate(detector.spec.classes) if name in data.classes}
+    boxes = view.to_original(found.boxes_xyxy.float().cpu()).numpy()
+    labels = np.array([column.get(label, -1) for label in found.labels.tolist()], dtype=np.int64)
+    scores = found.scores.float().cpu().numpy()
+    order = np.argsort(-scores, kind="stable")
+    order = order[labels[order] >= 0]
+    return Found(boxes[order], scores[order], labels[order]), levels
+
+
+# ------------------------------------------------------------------------------------------------- which images to show
+
+
+def hits(found: Found, record: Record) -> np.ndarray:
+    """[D] bool: the detection is the best-scored one of a ground-truth box of its class, with IoU of 0.5 or more."""
+    right = np.zeros(len(found.scores), dtype=bool)
+    free = ~record.crowd.copy()
+    for index, (box, label) in enumerate(zip(found.boxes_xyxy, found.labels, strict=True)):
+        overlap = np.where(free & (record.labels == label), iou(box, record.boxes_xyxy), 0.0)
+        if overlap.size and overlap.max() >= MIN_IOU:
+            free[int(overlap.argmax())] = False
+            right[index] = True
+    return right
+
+
+def iou(box_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
+    """[G] intersection over union of one box [4] with boxes [G, 4]."""
+    low, high = np.maximum(box_xyxy[:2], boxes_xyxy[:, :2]), np.minimum(box_xyxy[2:], boxes_xyxy[:, 2:])
+    common = (high - low).clip(min=0).prod(axis=1)
+    areas = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1) + (box_xyxy[2:] - box_xyxy[:2]).prod()
+    return np.asarray(common / np.maximum(areas - common, 1e-9))
+
+
+def best_threshold(found: dict[int, Found], records: Sequence[Record]) -> float:
+    """The score from which on the detections of these images have the best F1; 1 when none is right."""
+    scores = np.concatenate([found[record.id].scores for record in records])
+    right = np.concatenate([hits(found[record.id], record) for record in records])
+    if not right.any():
+        return 1.0
+    order = np.argsort(-scores, kind="stable")
+    truth = sum(int((~record.crowd).sum()) for record in records)
+    f1_at = 2 * np.cumsum(right[order]) / (np.arange(1, len(order) + 1) + truth)
+    return float(scores[order][int(f1_at.argmax())])
+
+
+def f1(found: Found, record: Record) -> float:
+    """2 hits / (detections + ground truth); 1 for an empty image with nothing found."""
+    both = len(found.scores) + int((~record.crowd).sum())
+    return 2 * float(hits(found, record).sum()) / both if both else 1.0
+
+
+def pick(models: Sequence[Model], candidates: Sequence[Record]) -> list[tuple[Record, str]]:
+    """Images where student and baseline differ, those where the student is worse among them; else a spread of good and bad.
+
+    Returns:
+        at most ``SHOWN`` images, each with a word on why it is here.
+    """
+    student = models[-1]
+    baseline = next((model for model in models if model.title == "baseline"), None)
+    if baseline is not None and len(models) > 1:
+        student = models[models.index(baseline) + 1] if baseline is not models[-1] else student
+    if baseline is None or baseline is student:
+        order = sorted(candidates, key=lambda record: (-student.quality[record.id], record.id))
+        places = sorted({round(index * (len(order) - 1) / max(1, SHOWN - 1)) for index in range(min(SHOWN, len(order)))})
+        return [(order[place], f"F1 {student.quality[order[place].id]:.2f}") for place in places]
+    gain = {record.id: student.quality[record.id] - baseline.quality[record.id] for record in candidates}
+    order = sorted(candidates, key=lambda record: (-gain[record.id], record.id))
+    better = [record for record in order if gain[record.id] > 0]
+    worse = [record for record in reversed(order) if gain[record.id] < 0]
+    # Half where it helps, two where it hurts, one as it usually is.
+    chosen = [*better[: SHOWN // 2], *worse[:2], order[len(order) // 2], *better[SHOWN // 2 :], *worse[2:], *order]
+    shown = list({record.id: record for record in chosen}.values())[:SHOWN]
+    words = {1: "student better", 0: "no difference", -1: "student worse"}
+    return [(record, words[int(np.sign(gain[record.id]))]) for record in sorted(shown, key=lambda r: (-gain[r.id], r.id))]
+
+
+def _choice_notes(models: Sequence[Model], candidates: Sequence[Record]) -> list[str]:
+    drawn = ", ".join(f"{model.title} {model.threshold:.2f}" for model in models if model.threshold < 1)
+    blind = [model.title for model in models if model.threshold >= 1]
+    notes = [
+        f"Chosen by a rule from {len(candidates)} validation images, evenly spaced over the set: those where student and "
+        "baseline differ most in F1 (IoU 0.5), in both directions, and one in the middle."
+        if any(model.title == "baseline" for model in models)
+        else f"Chosen by a rule from {len(candidates)} validation images, evenly spaced over the set: from the best F1 (IoU 0.5) "
+        "to the worst."
+    ]
+    if drawn:
+        notes.append(f"Boxes are drawn from the score at which each model has its best F1 on these images: {drawn}.")
+    if blind:
+        notes.append(f"{', '.join(blind)}: not one right box on these images.")
+    baseline = next((model for model in models if model.title == "baseline"), None)
+    for student in models[models.index(baseline) + 1 :] if baseline is not None else []:
+        gains = [student.quality[record.id] - baseline.quality[record.id] for record in candidates]
+        better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+        notes.append(
+            f"Of all {len(candidates)}, {student.title} was better than the baseline on {better}, worse on {worse}, "
+            f"equal on {len(gains) - better - worse}."
+        )
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------------------------- drawing
+
+
+def _row(record: Record, why: str, models: Sequence[Model], settings: ViewSettings, data: DetectionSet, device: str) -> Row:
+    image = _open(record.path)
+    truth = Found(record.boxes_xyxy, np.ones(len(record)), record.labels)
+    count = int((~record.crowd).sum())
+    tiles = [Tile("ground truth", _jpeg(_draw(image, truth, data.classes, False)), f"{count} labelled boxes", f"{count} boxes")]
+    maps = []
+    for model in models:
+        shown = model.found[record.id].above(model.threshold)
+        right = int(hits(shown, record).sum())
+        note = f"{right} right, {len(shown.scores) - right} wrong, {count - right} missed"
+        drawn = _draw(image, shown, data.classes, True)
+        tiles.append(Tile(model.title, _jpeg(drawn), f"detections of {model.title}: {note}", note))
+        levels = look(model.detector, record, settings, data, device)[1]
+        heats = [
+            Tile(f"stride {stride}", _jpeg(_heat(image, level)), f"activation of {model.title}, stride {stride}")
+            for level, stride in zip(levels, model.detector.spec.strides, strict=True)
+        ]
+        maps.append((model.title, tuple(heats)))
+    return Row(record.path.name, why, tuple(tiles), tuple(maps))
+
+
+def _open(path: Path) -> Image:
+    from PIL import Image as Images
+
+    from detdistill.data.loader import read_image
+
+    return Images.fromarray(read_image(path).permute(1, 2, 0).numpy())
+
+
+def _fit(image: Image, side: int) -> Image:
+    """Long side ``side``; small images are enlarged so that thin boxes and words stay sharp."""
+    from PIL.Image import Resampling
+
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Resampling.LANCZOS)
+
+
+def _draw(image: Image, found: Found, classes: Sequence[str], scores: bool) -> Image:
+    from PIL import ImageDraw
+
+    drawn = _fit(image, TILE_PX)
+    scale = drawn.width / image.width
+    pen, font = ImageDraw.Draw(drawn), _font(12)
+    for index in reversed(range(min(MOST_BOXES, len(found.scores)))):  # the surest on top
+        x1, y1, x2, y2 = (float(value) * scale for value in found.boxes_xyxy[index])
+        x1, x2 = max(0.0, x1), min(drawn.width - 1.0, x2)
+        y1, y2 = max(0.0, y1), min(drawn.height - 1.0, y2)
+        if x2 <= x1 or y2 <= y1:
+            continue
+        label = int(found.labels[index])
+        colour, ink = class_colour(label)
+        pen.rectangle((x1, y1, x2, y2), outline=colour, width=2)
+        text = classes[label][:18] + (f" {found.scores[index]:.2f}" if scores else "")
+        left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+        width, height = right - left + 5, bottom - top + 4
+        x = min(max(0.0, x1), max(0.0, drawn.width - width))
+        y = y1 - height if y1 >= height else min(y1, drawn.height - height)
+        pen.rectangle((x, y, x + width, y + height), fill=colour)
+        pen.text((x + 2 - left, y + 2 - top), text, fill=ink, font=font)
+    return drawn
+
+
+def class_colour(label: int) -> tuple[tuple[int, int, int], str]:
+    """A colour that is the same for a class in all pictures, and the ink that is readable on it."""
+    red, green, blue = colorsys.hls_to_rgb((0.58 + label * 0.618034) % 1, (0.52, 0.68, 0.4)[label % 3], 0.85)
+    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+    return (round(255 * red), round(255 * green), round(255 * blue)), "black" if bright else "white"
+
+
+@cache
+def _font(size: int) -> FreeTypeFont:
+    """matplotlib's DejaVu Sans: it has the letters of most languages."""
+    from matplotlib import font_manager
+    from PIL import ImageFont
+
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
+
+
+def _heat(image: Image, level: np.ndarray) -> Image:
+    """A map over the image in grey: its own range from the 1st to the 99th percentile."""
+    from matplotlib import colormaps
+    from PIL import Image as Images
+    from PIL.Image import Resampling
+
+    below = _fit(image, MAP_PX).convert("L").convert("RGB")
+    low, high = np.percentile(level, (1, 99))
+    scaled = ((level - low) / max(float(high - low), 1e-12)).clip(0, 1)
+    enlarged = Images.fromarray((255 * scaled).astype(np.uint8)).resize(below.size, Resampling.BILINEAR)
+    colours = colormaps["inferno"](np.asarray(enlarged))[..., :3]
+    return Images.blend(below, Images.fromarray((255 * colours).astype(np.uint8)), 0.65)
+
+
+def _jpeg(image: Image) -> str:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

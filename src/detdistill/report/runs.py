@@ -1,0 +1,172 @@
+"""What run folders say, read once and grouped for the page."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detdistill.compare import read_run
+from detdistill.errors import RunError
+
+ROLES = ("teacher", "train", "baseline", "distilled")
+"""In the order of the page."""
+
+Curve = tuple[list[float], list[float]]
+"""x and y of the rows where y was logged."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run: its summary, and ``metrics.csv`` as numbers."""
+
+    folder: Path
+    summary: dict[str, Any]
+    rows: tuple[dict[str, float], ...]
+    """Logged numbers by column; ``steps`` and ``epochs`` count on through all stages."""
+
+    @property
+    def role(self) -> str:
+        """teacher, train, baseline or distilled."""
+        return str(self.summary["role"])
+
+    @property
+    def seed(self) -> int:
+        """Of weights, order and augmentation."""
+        return int(self.summary["seed"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All settings."""
+        return dict(self.summary["config"])
+
+    @property
+    def columns(self) -> list[str]:
+        """Names logged at least once, in the file's order."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def curve(self, column: str, against: str = "steps") -> Curve:
+        """The rows that have both columns."""
+        points = [(row[against], row[column]) for row in self.rows if column in row and against in row]
+        return [x for x, _ in points], [y for _, y in points]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ by their seed only."""
+
+    label: str
+    """What the page calls them: ``teacher``, ``baseline``, or the method."""
+    role: str
+    runs: tuple[Run, ...]
+
+    def mean(self, value: Callable[[Run], float | None]) -> float | None:
+        """Mean over the seeds that have the value."""
+        known = [number for run in self.runs if (number := value(run)) is not None]
+        return statistics.fmean(known) if known else None
+
+    def metric(self, name: str) -> float | None:
+        """Mean of one of the 12 numbers; None where COCO leaves it undefined."""
+        return self.mean(lambda run: defined(run.summary["metrics"].get(name)))
+
+    def per_class(self) -> dict[str, float]:
+        """Mean AP of each class that has ground truth."""
+        names = dict.fromkeys(name for run in self.runs for name in run.summary.get("per_class") or {})
+        means = {name: self.mean(lambda run, name=name: defined(run.summary["per_class"].get(name))) for name in names}  # type: ignore[misc]
+        return {name: value for name, value in means.items() if value is not None}
+
+
+def defined(value: float | None) -> float | None:
+    """COCO's -1 for "no such ground truth" as None."""
+    return None if value is None or value < 0 else float(value)
+
+
+def read(folder: Path) -> Run:
+    """A run folder. A run without ``metrics.csv`` has no rows.
+
+    Raises:
+        RunError: ``summary.json`` or ``config.yaml`` is missing, broken, or lacks what every run has.
+    """
+    summary = read_run(folder)
+    missing = [key for key in ("role", "student", "seed", "metrics", "data") if key not in summary]
+    if missing or not isinstance(summary["config"], dict):
+        raise RunError(f"{folder} is no whole run: summary.json lacks {', '.join(missing) or 'its config'}")
+    return Run(folder, summary, tuple(_rows(folder / "metrics.csv")))
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        raw = list(csv.DictReader(file))
+    rows: list[dict[str, float]] = []
+    stage, before = None, {"steps": 0.0, "epochs": 0.0, "seconds": 0.0}
+    for cells in raw:
+        row = {name: number for name, text in cells.items() if name != "stage" and (number := _number(text)) is not None}
+        if "step" not in row:
+            continue
+        if stage is not None and cells.get("stage") != stage and rows:
+            before = {name: rows[-1].get(name, 0.0) for name in before}
+        stage = cells.get("stage")
+        row["steps"] = row["step"] + before["steps"]
+        row["epochs"] = row.get("epoch", 0.0) + 1 + before["epochs"]
+        row["seconds"] = row.get("seconds", 0.0) + before["seconds"]
+        rows.append(row)
+    return rows
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """Runs by role, student, method and teacher; within a group by seed."""
+    students = {run.summary["student"] for run in runs if run.role in ("baseline", "distilled")}
+    teachers = {run.summary.get("teacher") for run in runs if run.role == "distilled"}
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        label = run.role
+        if run.role == "distilled":
+            label = str(run.summary.get("method")) + (" + inherited head" if run.summary.get("inherit") else "")
+            label += f" (teacher {run.summary.get('teacher')})" if len(teachers) > 1 else ""
+        elif run.role == "train":
+            label = str(run.summary["student"])
+        if len(students) > 1 and run.role in ("baseline", "distilled"):
+            label += f" of {run.summary['student']}"
+        groups.setdefault((run.role, label), []).append(run)
+    ordered = sorted(groups.items(), key=lambda item: ROLES.index(item[0][0]) if item[0][0] in ROLES else 1)
+    return [Group(label, role, tuple(sorted(found, key=lambda run: run.seed))) for (role, label), found in ordered]
+
+
+def baselines_for(group: Group, runs: Sequence[Run]) -> list[Run]:
+    """One baseline for each seed of a distilled group: same student, same data; one from the same experiment if there is."""
+    chosen = []
+    for run in group.runs:
+        same = [
+            other
+            for other in runs
+            if other.role == "baseline"
+            and other.seed == run.seed
+            and other.summary["student"] == run.summary["student"]
+            and other.summary["data"].get("fingerprint") == run.summary["data"].get("fingerprint")
+        ]
+        chosen += sorted(same, key=lambda other: other.folder.parent != run.folder.parent)[:1]
+    return list(dict.fromkeys(chosen))
+
+
+def distillation_terms(run: Run, baselines: Sequence[Run]) -> list[str]:
+    """Loss terms that distillation added: what the baseline lacks, else what bears the method's name."""
+    terms = [name.removeprefix("train/") for name in run.columns if name.startswith("train/")]
+    plain = {name.removeprefix("train/") for other in baselines for name in other.columns}
+    if plain:
+        return [name for name in terms if name not in plain]
+    slugs = [part.split(",")[0].strip() for part in str(run.summary.get("method") or "").split("+")]
+    return [name for name in terms if any(slug and name.split("/")[0].startswith(slug) for slug in slugs)]

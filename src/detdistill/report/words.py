@@ -1,0 +1,190 @@
+"""The verdict of each method and the honest notes beside it, in sentences."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from detdistill.compare import Gain, compare_runs
+from detdistill.errors import RunError
+from detdistill.report.runs import Group, Run, baselines_for, defined, distillation_terms
+
+NEAR_ZERO_AP = 0.02
+NEGLIGIBLE_SHARE = 0.01
+"""A distillation whose terms make less than this of the student's gradient does nothing."""
+DOMINANT_SHARE = 0.9
+FEW_IMAGES = 500
+STILL_RISING = 0.005
+"""AP gained in the last quarter of training from which a run is said to be unfinished."""
+SHORT_EPOCHS = 12
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the page says first about one method."""
+
+    label: str
+    tone: str
+    """``gain``, ``worse``, ``open`` (nothing shown) or ``none`` (nothing to compare with)."""
+    headline: str
+    sentence: str
+    notes: tuple[str, ...]
+    gain: Gain | None = None
+
+
+def points(value: float | None, signed: bool = False) -> str:
+    """AP times 100 with one decimal, as papers print it; a dash when undefined."""
+    if value is None:
+        return "\N{EN DASH}"
+    text = f"{100 * value:{'+' if signed else ''}.1f}"
+    if float(text) == 0:
+        text = "0.0"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def teacher_metric(group: Group | None, groups: Sequence[Group], name: str = "AP") -> float | None:
+    """The teacher's number, measured with the student's data and size where the runs noted it."""
+    if group is not None:
+        noted = group.mean(lambda run: defined((run.summary.get("teacher_metrics") or {}).get(name)))
+        if noted is not None:
+            return noted
+    teachers = [other for other in groups if other.role == "teacher"]
+    return teachers[0].metric(name) if len(teachers) == 1 else None
+
+
+def verdict(group: Group, groups: Sequence[Group]) -> Verdict:
+    """Judge one method by its runs and their baselines."""
+    runs = [run for other in groups for run in other.runs]
+    baselines = baselines_for(group, runs)
+    teacher = teacher_metric(group, groups)
+    notes = [*_teacher_notes(teacher, baselines), *_share_notes(group, baselines)]
+    student = points(group.metric("AP"))
+    if not baselines:
+        notes.append("No baseline: `detdistill distill --baseline true --seeds 0,1,2` trains the same student without a teacher.")
+        sentence = f"The student reached AP {student}. Without a baseline of the same student and data, no gain can be stated."
+        return Verdict(group.label, "none", f"AP {student}", sentence, tuple(notes))
+    try:
+        # Unequal budgets are said in the notes rather than leaving the reader without a page.
+        gain = compare_runs([run.folder for run in (*baselines, *group.runs)], allow_unequal=True)[0]
+    except RunError as error:
+        return Verdict(group.label, "none", f"AP {student}", f"Not comparable: {error}", tuple(notes))
+    fair = [note for note in gain.notes if not note.startswith("one pair")]
+    if fair:
+        notes.insert(0, f"Not a fair comparison: {'; '.join(fair)}.")
+    notes += [*_convergence_notes(group, baselines, gain), *_cost_notes(group, baselines)]
+    return Verdict(group.label, *_judge(gain, teacher), tuple(notes), gain)
+
+
+def _judge(gain: Gain, teacher: float | None) -> tuple[str, str, str]:
+    """Tone, headline and sentence."""
+    baseline = statistics.fmean(pair.baseline for pair in gain.pairs)
+    distilled = statistics.fmean(pair.distilled for pair in gain.pairs)
+    reached = f"AP {points(distilled)} with distillation, {points(baseline)} without"
+    if teacher is not None:
+        reached += f", teacher {points(teacher)}"
+    if gain.low is None or gain.high is None:
+        sentence = f"{reached}. One seed: a difference, not a proof. Run more seeds (--seeds 0,1,2)."
+        return "open", f"{points(gain.mean, signed=True)} AP on one seed", sentence
+    interval = f"95 % interval {points(gain.low, signed=True)} to {points(gain.high, signed=True)}, {len(gain.pairs)} seeds"
+    headline = f"{points(gain.mean, signed=True)} AP"
+    if gain.verdict == "gain":
+        gap = teacher - baseline if teacher is not None else 0.0
+        closed = f" It closes {100 * gain.mean / gap:.0f} % of the gap to the teacher." if gap >= 0.01 else ""
+        return "gain", headline, f"A gain ({interval}): {reached}.{closed}"
+    if gain.verdict == "worse":
+        return "worse", headline, f"Worse than training alone ({interval}): {reached}."
+    wide = " Two seeds give very wide intervals; run three to five." if len(gain.pairs) == 2 else ""
+    return "open", headline, f"No gain shown: the interval holds zero ({interval}). {reached}.{wide}"
+
+
+def _teacher_notes(teacher: float | None, baselines: Sequence[Run]) -> list[str]:
+    if teacher is None:
+        return []
+    if teacher < NEAR_ZERO_AP:
+        return [
+            f"The teacher's AP is {points(teacher)}: it knows next to nothing of these images. Wrong weights, classes or size?"
+        ]
+    alone = [ap for run in baselines if (ap := defined(run.summary["metrics"].get("AP"))) is not None]
+    if alone and teacher < statistics.fmean(alone):
+        return [
+            f"The teacher (AP {points(teacher)}) is worse than the baseline ({points(statistics.fmean(alone))}): "
+            "there is little to learn from it."
+        ]
+    return []
+
+
+def kd_share(run: Run, terms: Sequence[str]) -> float | None:
+    """Mean share of the distillation terms in the student's gradient, over the second half of what was logged."""
+    logged = [sum(row.get(f"share/{term}", 0.0) for term in terms) for row in run.rows if any(f"share/{t}" in row for t in terms)]
+    return statistics.fmean(logged[len(logged) // 2 :]) if logged else None
+
+
+def _share_notes(group: Group, baselines: Sequence[Run]) -> list[str]:
+    found = [(kd_share(run, terms), terms) for run in group.runs if (terms := distillation_terms(run, baselines))]
+    shares = [share for share, _ in found if share is not None]
+    if not shares:
+        return []
+    mean, names = statistics.fmean(shares), ", ".join(found[0][1])
+    if mean < NEGLIGIBLE_SHARE:
+        return [
+            f"Distillation did next to nothing: {names} made {100 * mean:.2g} % of the student's gradient. "
+            "Raise its weight (--dis), or check that teacher and student see the same levels."
+        ]
+    if mean > DOMINANT_SHARE:
+        return [
+            f"Distillation drowned the student's own loss: {names} made {100 * mean:.0f} % of its gradient; lower its weight (--dis)."
+        ]
+    return []
+
+
+def share_sentence(group: Group, baselines: Sequence[Run]) -> str:
+    """How much of the student's gradient came from the teacher, in words."""
+    terms = distillation_terms(group.runs[0], baselines)
+    share = group.mean(lambda run: kd_share(run, distillation_terms(run, baselines)))
+    if not terms:
+        return f"{group.label}: no loss term of its own (the teacher acts on the student's own loss)."
+    if share is None:
+        return f"{group.label}: shares were not logged (--monitor_every 0, or a run too short)."
+    said = f"{group.label}: {', '.join(terms)} made {100 * share:.2g} % of the student's gradient in the second half of training"
+    if share < NEGLIGIBLE_SHARE:
+        return f"{said}: next to nothing, so any difference from the baseline is chance."
+    return f"{said}, more than the student's own loss." if share > 0.5 else f"{said}."
+
+
+def _convergence_notes(group: Group, baselines: Sequence[Run], gain: Gain) -> list[str]:
+    notes = []
+    rises = [rise for run in baselines if (rise := _late_rise(run)) is not None]
+    rising = statistics.fmean(rises) if rises else 0.0
+    short = max(int(run.summary.get("epochs") or 0) for run in group.runs) <= SHORT_EPOCHS
+    if gain.mean > 0 and (short or rising > STILL_RISING):
+        text = "Much of a short schedule's gain is faster convergence: look at the curves."
+        if rising > STILL_RISING:
+            text += f" The baseline still gained {points(rising)} AP in the last quarter of its training."
+        notes.append(text)
+    late = [
+        run.summary["best_ap"] - run.summary["metrics"]["AP"] for run in (*baselines, *group.runs) if run.summary.get("best_ap")
+    ]
+    if late and max(late) > 2 * STILL_RISING:
+        notes.append(f"AP is that of the end of training; the best of a run was up to {points(max(late))} higher on the way.")
+    images = min((int(run.summary["data"].get("val_images") or FEW_IMAGES) for run in group.runs), default=FEW_IMAGES)
+    if images < FEW_IMAGES:
+        notes.append(f"Evaluated on {images} images only: the interval covers the seeds, not the choice of images.")
+    return notes
+
+
+def _late_rise(run: Run) -> float | None:
+    """AP gained in the last quarter of the steps; None with too few evaluations to tell."""
+    steps, values = run.curve("val/AP")
+    earlier = [value for step, value in zip(steps, values, strict=True) if step <= 0.75 * steps[-1]]
+    return values[-1] - earlier[-1] if len(values) > 1 and earlier else None
+
+
+def _cost_notes(group: Group, baselines: Sequence[Run]) -> list[str]:
+    seconds = group.mean(lambda run: run.summary.get("seconds"))
+    alone = [run.summary["seconds"] for run in baselines if run.summary.get("seconds")]
+    if seconds is None or not alone or seconds < 1.2 * statistics.fmean(alone):
+        return []
+    return [
+        f"Same steps, not same time: a distilled run took {seconds / statistics.fmean(alone):.1f} times as long as its baseline."
+    ]
