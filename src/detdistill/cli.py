@@ -19,6 +19,9 @@ from detdistill.settings import DistillSettings, TrainSettings
 ALIASES = {"distill_model": "teacher", "distill-model": "teacher"}
 """Names other tools use for our flags."""
 
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+"""How an error names a type."""
+
 
 class Parser(ArgumentParser):
     """One line for each mistake, with the nearest name."""
@@ -26,11 +29,15 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong and leave with 2."""
         text = " ".join(str(message).split()) or "wrong arguments"
+        text = re.sub(r"^the following arguments are required:", "missing, but required:", text)
         hint = ""
         flags = [option.lstrip("-") for action in self._actions for option in action.option_strings]
         unknown = re.search(r"(?:[Uu]nrecognized arguments:\s*-*|Option '(?=[\w.]+' is not accepted))([\w.-]+)", text)
         choice = re.search(r"Parser key \"(\w+)\": Expected a .*Literal\[(.*?)\].*Got value: (\S+)", text)
-        if choice:
+        kind = re.search(r"Parser key \"(\w+)\": Expected a <class '(\w+)'>.*Got value: (.+)$", text)
+        if kind:
+            text = f"{kind.group(1)}: {kind.group(3)!r} is not {KINDS.get(kind.group(2), kind.group(2))}"
+        elif choice:
             choices = [item.strip("' ") for item in choice.group(2).split(",")]
             text = f"{choice.group(1)}: {choice.group(3)!r} is not one of {', '.join(choices)}"
             hint = nearest(choice.group(3), choices)
@@ -56,10 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"detdistill {__version__}")
         return
     verb, *rest = given
+    names = {verb: "data inspect" if verb == "data-inspect" else verb for verb in VERBS}
     if verb not in VERBS:
-        _fail(f"no command {verb!r}{nearest(verb, VERBS)}; commands: {', '.join(VERBS)}")
+        typed = " ".join(given[:2]) if verb == "data" else verb
+        _fail(f"no command {typed!r}{nearest(typed, names.values())}; commands: {', '.join(names.values())}")
     describe, act, summary = VERBS[verb]
-    name = "data inspect" if verb == "data-inspect" else verb
+    name = names[verb]
     parser = Parser(prog=f"detdistill {name}", description=summary, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     describe(parser)
@@ -103,9 +112,12 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
     """What people type as jsonargparse wants it.
 
     ``key=value`` as ``--key=value``, ``--baseline`` as ``--baseline=true``, ``--seeds 0,1,2`` as ``--seeds=[0,1,2]``, other
-    tools' names, dashes inside names, and ``--recipe NAME`` as the file it names.
+    tools' names, dashes inside names, and ``--recipe NAME`` as the file it names. Files come first: what is typed wins
+    over what a file says, wherever it stands.
     """
     kinds = {action.dest: str(getattr(action, "_typehint", "")) for action in parser._actions}
+    positional = any(not action.option_strings for action in parser._actions)
+    files: list[str] = []
     normal: list[str] = []
     waiting = list(arguments)
     while waiting:
@@ -118,17 +130,47 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
             continue
         name, value = ALIASES.get(match.group(1), match.group(1)).replace("-", "_"), match.group(2)
         flag = "bool" in kinds.get(name, "")
-        if value is None and waiting and not waiting[0].startswith("--") and not (flag and waiting[0] not in ("true", "false")):
-            value = waiting.pop(0)
-        if name == "recipe":
-            normal += ["--config", str(recipe_path(value or ""))]
+        if value is None and waiting and not waiting[0].startswith("--"):
+            # After a flag, only a truth value is surely not the positional argument that follows.
+            if not (flag and positional and waiting[0] not in ("true", "false")):
+                value = waiting.pop(0)
+        kind = kinds.get(name, "")
+        if name == "recipe" and name in kinds:
+            files.append(f"--config={recipe_path(value or '')}")
+        elif name == "config" and value:
+            _check_config(parser, Path(value))
+            files.append(f"--config={value}")
         elif value is None:
             normal.append(f"--{name}=true" if flag else f"--{name}")
-        elif "tuple" in kinds.get(name, "") and not value.startswith("[") and value not in ("none", "null"):
-            normal.append(f"--{name}=[{value}]")
+        elif value in ("none", "null") and "None" in kind:
+            normal.append(f"--{name}=null")
+        elif "tuple" in kind and not value.startswith("["):
+            normal.append(f"--{name}=[{'' if value == 'none' else value}]")
         else:
-            normal.append(f"--{name}={'null' if value == 'none' else value}")
-    return normal
+            normal.append(f"--{name}={value}")
+    return files + normal
+
+
+def _check_config(parser: Parser, path: Path) -> None:
+    """Say what is wrong with a settings file, by its name.
+
+    Raises:
+        DetdistillError: missing, no YAML, no settings in it, or a key that the command does not have.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DetdistillError(f"config: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DetdistillError(f"config: {path} is no YAML: {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise DetdistillError(f"config: {path} holds no settings; write lines such as `epochs: 12`")
+    known = [action.dest for action in parser._actions if action.dest not in ("help", "config", "recipe")]
+    for key in content:
+        if key not in known:
+            raise DetdistillError(f"config: {path}: no key {key!r}{nearest(str(key), known)}")
 
 
 # ------------------------------------------------------------------------------------------------------- the verbs
@@ -152,6 +194,7 @@ def _distill_flags(parser: Parser) -> None:
     parser.add_argument("--teacher", type=str, required=True, help="run folder, checkpoint, or torchvision:NAME,weights=...")
     parser.add_argument("--student", type=str, required=True, help="detector:backbone[,key=value ...] or torchvision:NAME")
     parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
+    parser.add_argument("--recipe", type=str | None, default=None, help="start from these settings; see `detdistill recipes`")
     parser.add_class_arguments(DistillSettings, None)
 
 
@@ -357,6 +400,8 @@ def recipe_path(name: str) -> Path:
     """
     folder = Path(__file__).parent / "recipes"
     names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if not name:
+        raise DetdistillError(f"recipe: needs a name; recipes: {', '.join(names)}")
     if name not in names:
         raise DetdistillError(f"no recipe {name!r}{nearest(name, names)}; recipes: {', '.join(names)}")
     return folder / f"{name}.yaml"
@@ -364,7 +409,7 @@ def recipe_path(name: str) -> Path:
 
 def _plain(chosen: Namespace) -> dict[str, Any]:
     """The values as keyword arguments."""
-    return {key: value for key, value in vars(chosen).items() if key not in ("config", "__path__")}
+    return {key: value for key, value in vars(chosen).items() if key not in ("config", "recipe", "__path__")}
 
 
 def _say(text: str) -> None:

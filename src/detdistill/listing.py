@@ -33,10 +33,10 @@ def show_methods(teacher: str | None = None, student: str | None = None) -> None
 
 def show_detectors() -> None:
     """All detectors and their first lines."""
-    from detdistill.detectors.build import adapter, detector_names
+    from detdistill.detectors.build import adapter, adapter_names
 
     table = Table("detector", "what it is")
-    for name in detector_names():
+    for name in adapter_names():
         table.add_row(name, (adapter(name).__doc__ or "").strip().splitlines()[0])
     table.add_row(
         "torchvision:NAME", "any of torchvision's own detectors by name, e.g. torchvision:fcos_resnet50_fpn,weights=COCO_V1"
