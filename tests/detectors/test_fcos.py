@@ -194,3 +194,12 @@ def test_split_prediction_says_what_it_lacks(detector):
     prediction = detector(batch).prediction.split(3)[0]
     with pytest.raises(ValueError, match="predict again from features"):
         detector.detect(prediction, batch)
+
+
+def test_no_detections_at_all(detector):
+    batch = unequal_batch()
+    detector.eval().model.score_thresh = 0.9
+    found = detector.detect(detector(batch).prediction, batch)
+    assert [len(one) for one in found] == [0, 0, 0]
+    assert found[0].boxes_xyxy.shape == (0, 4)
+    assert found[0].origin.cell.shape == (0, 2)

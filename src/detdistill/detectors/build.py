@@ -5,6 +5,11 @@
     runs/a  or  runs/a/student         a finished run, or the student it left
 
 Adapters are found by looking: every file of this folder that defines ``build(backbone, classes, options)`` is one.
+It may also define
+
+    MODEL_CLASS, wrap_model(model, classes, name, columns, description)    for torchvision's models of that class
+    load(backbone, classes, options)                   a model string that brings weights and classes (classes: or None)
+    load_exported(folder, classes, name)               a student's folder without ``model.json``
 """
 
 from __future__ import annotations
