@@ -76,8 +76,6 @@ class DetectionLoader:
         self.data, self.settings, self.batch_size, self.train = data, settings, batch_size, train
         self._seed, self._rank, self._world, self._workers = seed, rank, world, workers
         self._batches = _Batches(data, settings, train, seed, in_memory)
-        self._queue: DataLoader[Batch | DataError] | None = None
-        self._order: list[tuple[int, list[int]]] = []  # what the workers' sampler reads
         self._epoch = 0
         self._batches_done = 0
         self._resumed = False
@@ -86,6 +84,17 @@ class DetectionLoader:
     def epoch(self) -> int:
         """The epoch of the batch handed out last (before the first: of the one to come)."""
         return self._epoch
+
+    batch_sampler = None
+    """As in torch's ``DataLoader``: Lightning looks here, too, where it looks for ``sampler``."""
+
+    @property
+    def sampler(self) -> DetectionLoader:
+        """The loader itself, because Lightning tells ``sampler.set_epoch`` which epoch begins.
+
+        It matters when a run resumes at the end of an epoch: Lightning does not restore the loader's state then.
+        """
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next pass be this epoch, from its beginning unless a loaded state stands in the middle of just this one."""
@@ -149,19 +158,18 @@ class DetectionLoader:
         self._batches.fill()  # before workers start, so that they share the memory
         if self._workers == 0:
             return map(self._batches.__getitem__, plan)
-        self._order[:] = plan
-        if self._queue is None:
-            # One item is one batch. The own generator keeps the global one, which seeds the model, out of this.
-            self._queue = DataLoader(
+        # One item is one batch. The own generator keeps the global one, which seeds the model, out of this. Workers live for
+        # one pass: kept longer, they would be left to the garbage collector, and then torch waits 5 s for each of them.
+        return iter(
+            DataLoader(
                 self._batches,
                 batch_size=None,
-                sampler=self._order,
+                sampler=plan,
                 num_workers=self._workers,
                 collate_fn=_as_it_is,
-                persistent_workers=True,
                 generator=torch.Generator(),
             )
-        return iter(self._queue)
+        )
 
 
 def _as_it_is(batch: Any) -> Any:
