@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from detdistill.data.records import Record
@@ -322,16 +321,29 @@ def _mask(record: Record, index: int, view: View) -> np.ndarray:
 def _mask_of_polygons(polygons: Sequence[Sequence[float]], view: View) -> np.ndarray:
     """Union of polygons given in pixels of the original, drawn directly in pixels of the view."""
     height, width = view.size_hw
-    canvas = Image.new("1", (width, height))
-    pen = ImageDraw.Draw(canvas)
+    union = np.zeros((height, width), dtype=bool)
     for polygon in polygons:
         points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2) * view.scale_xy + view.offset_xy
         if view.flip:
             points[:, 0] = width - points[:, 0]
-        if len(points) >= 3:
-            # PIL counts pixel centres, COCO pixel corners: half a pixel between them.
-            pen.polygon([(float(x), float(y)) for x, y in points - 0.5], fill=1)
-    return np.array(canvas, dtype=bool)
+        union |= _fill(points, height, width)
+    return union
+
+
+def _fill(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """[h, w] bool, True where a pixel's centre lies inside the polygon (even-odd rule).
+
+    PIL's polygons include their outline, which makes every object half a pixel larger on each side.
+    """
+    (x1, y1), (x2, y2) = points.T[:, :, None], np.roll(points, -1, axis=0).T[:, :, None]
+    centres = np.arange(height) + 0.5
+    edge, row = np.nonzero((y1 <= centres) != (y2 <= centres))
+    x1, y1, x2, y2 = x1[edge, 0], y1[edge, 0], x2[edge, 0], y2[edge, 0]
+    crossing = x1 + (centres[row] - y1) / (y2 - y1) * (x2 - x1)
+    # Everything from the first centre right of a crossing changes sides.
+    changes = np.zeros((height, width + 1), dtype=np.int64)
+    np.add.at(changes, (row, np.ceil(crossing - 0.5).clip(0, width).astype(int)), 1)
+    return changes.cumsum(axis=1)[:, :width] % 2 == 1
 
 
 def _mask_of_runs(mask: np.ndarray, view: View) -> np.ndarray:
