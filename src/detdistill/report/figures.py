@@ -30,7 +30,7 @@ _SENTINELS = {"ink": "#010101", "grid": "#020202", "teacher": "#030303", "baseli
 MOST_POINTS = 150
 """Longer curves are averaged in this many bins."""
 MOST_CLASSES = 60
-WIDTH_INCH = 5.0
+WIDTH_INCH, HEIGHT_INCH = 4.3, 2.7
 
 
 class Palette:
@@ -64,7 +64,9 @@ def curves(
         factor: on the values (100 for AP).
         label: title of the panel.
     """
-    with _panel(WIDTH_INCH, 2.9) as figure:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    with _panel(WIDTH_INCH, HEIGHT_INCH) as figure:
         axes = figure.subplots()
         drawn = []
         for group in groups:
@@ -76,22 +78,33 @@ def curves(
             return ""
         if min(drawn) > 0 and max(drawn) > 30 * min(drawn) and factor == 1.0:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(label or column, loc="left")
         axes.set_xlabel({"steps": "step", "epochs": "epoch", "seconds": "training time, seconds"}[against])
         if against == "epochs":
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         return _svg(figure, f"{label or column} against {against}")
 
 
 def _draw(axes: Axes, found: Sequence[Curve], colour: str, dash: str) -> list[float]:
     alone = len(found) == 1
     for x, y in found:
-        marker = {"marker": "o", "markersize": 3.0} if alone and len(x) <= 30 else {}
-        axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.8 if alone else 0.7, alpha=1.0 if alone else 0.55, **marker)
+        marker = "o" if alone and len(x) <= 30 else ""
+        axes.plot(
+            x,
+            y,
+            color=colour,
+            linestyle=dash,
+            linewidth=1.8 if alone else 0.7,
+            alpha=1.0 if alone else 0.55,
+            marker=marker,
+            markersize=3,
+        )
     if not alone:
         x, y = mean_curve(found)
-        marker = {"marker": "o", "markersize": 3.0} if len(x) <= 30 else {}
-        axes.plot(x, y, color=colour, linestyle=dash, linewidth=2.2, **marker)
+        marker = "o" if len(x) <= 30 else ""
+        axes.plot(x, y, color=colour, linestyle=dash, linewidth=2.2, marker=marker, markersize=3)
     return [value for _, y in found for value in y]
 
 
@@ -113,11 +126,12 @@ def _thin(curve: Curve) -> Curve:
     return [statistics.fmean(x[i : i + size]) for i in starts], [statistics.fmean(y[i : i + size]) for i in starts]
 
 
-def shares(group: Group, terms: Sequence[str]) -> str:
+def shares(group: Group, palette: Palette, terms: Sequence[str]) -> str:
     """Each term's share of the student's gradient, mean over seeds, stacked to 1; distillation terms in full colour.
 
     Args:
         group: the runs of one method.
+        palette: colours.
         terms: its distillation terms.
     """
     names = list(
@@ -126,20 +140,22 @@ def shares(group: Group, terms: Sequence[str]) -> str:
     if not names:
         return ""
     ordered = [*[name for name in names if name in terms], *[name for name in names if name not in terms]]
-    with _panel(WIDTH_INCH, 2.9) as figure:
+    with _panel(WIDTH_INCH, HEIGHT_INCH) as figure:
         axes = figure.subplots()
         means = [mean_curve([_thin(run.curve(f"share/{name}")) for run in group.runs if run.rows]) for name in ordered]
         length = min(len(x) for x, _ in means)
         if length == 0:
             return ""
-        plain = 0
+        counts = [0, 0]
         below = [0.0] * length
         x = means[0][0][:length]
-        for index, (name, (_, y)) in enumerate(zip(ordered, means, strict=True)):
+        for name, (_, y) in zip(ordered, means, strict=True):
             own = name in terms
             above = [low + value for low, value in zip(below, y[:length], strict=True)]
-            colour, alpha = (f"c{index % NUM_COLOURS}", 0.9) if own else ("teacher", max(0.15, 0.5 - 0.13 * plain))
-            plain += not own
+            # Distillation in the method's colour, the detector's own terms in grey; neighbours differ in strength.
+            colour = palette.name(group) if own else "teacher"
+            alpha = max(0.15, (0.85 if own else 0.5) - 0.15 * counts[own])
+            counts[own] += 1
             if length > 1:
                 axes.fill_between(x, below, above, color=_SENTINELS[colour], alpha=alpha, linewidth=0)
             else:
@@ -181,7 +197,7 @@ def class_gains(
     if not gains:
         return "", 0
     colour = _SENTINELS[palette.name(group)]
-    with _panel(WIDTH_INCH + 0.6, 0.9 + 0.21 * len(gains)) as figure:
+    with _panel(5.4, 0.9 + 0.21 * len(gains)) as figure:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.15))
         y = list(range(len(gains)))
         names = [name for _, name in gains]
@@ -229,7 +245,7 @@ def _panel(width: float, height: float) -> Iterator[Figure]:
     from matplotlib.figure import Figure
 
     ink, grid = _SENTINELS["ink"], _SENTINELS["grid"]
-    style: dict[str, Any] = {
+    style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "detdistill", "text.parse_math": False, "font.size": 10,
         "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.labelsize": 10, "text.color": ink, "axes.labelcolor": ink,
         "xtick.color": ink, "ytick.color": ink, "axes.titlecolor": ink, "axes.edgecolor": grid, "axes.spines.top": False,

@@ -133,16 +133,19 @@ def render(groups: Sequence[Group], splits: DataSplits | None, data_note: str, g
     distilled = [one for one in groups if one.role == "distilled"]
     palette = figures.Palette(groups)
     shares = [
-        (one, words.share_sentence(one, baselines_for(one, runs)), _shares(one, runs)) for one in distilled if one.runs[0].rows
+        (one, words.share_sentence(one, baselines_for(one, runs)), _shares(one, palette, runs))
+        for one in distilled
+        if one.runs[0].rows
     ]
     return environment.get_template("template.html.jinja").render(
         title=_title(groups),
+        subtitle=_subtitle(runs),
         verdicts=[words.verdict(one, groups) for one in distilled],
         plain=[one for one in groups if one.role in ("train", "teacher", "baseline")] if not distilled else [],
         points=words.points,
         metrics=METRICS,
         table=_table(groups),
-        per_run=[_run_line(run) for run in runs],
+        per_run=[_run_line(one, run) for one in groups for run in one.runs],
         legend=[(one.label, palette.name(one), one.role == "teacher", len(one.runs)) for one in groups],
         scores=_score_panels(groups, palette),
         losses=_loss_panels(groups, palette),
@@ -168,6 +171,14 @@ def _title(groups: Sequence[Group]) -> str:
         return f"Training of {groups[-1].runs[0].summary['student']}"
     names = ", ".join(one.label for one in distilled[:3]) + (" ..." if len(distilled) > 3 else "")
     return f"Distillation with {names}"
+
+
+def _subtitle(runs: Sequence[Run]) -> str:
+    """Who learned from whom, on what."""
+    last = runs[-1].summary
+    teacher = f", teacher {last['teacher']}" if last.get("teacher") else ""
+    images = f"{last['data'].get('train_images')} training and {last['data'].get('val_images')} validation images"
+    return f"{'student' if teacher else 'model'} {last['student']}{teacher}, data {last['data'].get('path')} ({images})"
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
@@ -207,12 +218,12 @@ def _table(groups: Sequence[Group]) -> list[Line]:
     return lines
 
 
-def _run_line(run: Run) -> Line:
+def _run_line(one: Group, run: Run) -> Line:
     from detdistill.evaluation.scores import METRICS
 
     numbers = [words.points(defined(run.summary["metrics"].get(name))) for name in METRICS]
     best = words.points(defined(run.summary.get("best_ap")))
-    return Line(f"{run.folder.name}, seed {run.seed}", run.role, (*numbers, best, _time(run.summary.get("seconds"))))
+    return Line(f"{one.label}, seed {run.seed}", run.role, (*numbers, best, _time(run.summary.get("seconds"))))
 
 
 def _millions(count: float | None) -> str:
@@ -267,8 +278,8 @@ def _loss_panels(groups: Sequence[Group], palette: figures.Palette) -> list[Pane
     return panels
 
 
-def _shares(one: Group, runs: Sequence[Run]) -> str:
-    return figures.shares(one, distillation_terms(one.runs[0], baselines_for(one, runs)))
+def _shares(one: Group, palette: figures.Palette, runs: Sequence[Run]) -> str:
+    return figures.shares(one, palette, distillation_terms(one.runs[0], baselines_for(one, runs)))
 
 
 def _class_charts(groups: Sequence[Group], palette: figures.Palette) -> list[ClassChart]:
@@ -295,7 +306,7 @@ def _class_charts(groups: Sequence[Group], palette: figures.Palette) -> list[Cla
 def _command(run: Run) -> str:
     verb = "distill" if run.role == "distilled" else "train"
     config = shlex.quote(str(run.folder / "config.yaml"))
-    return f"detdistill {verb} --config {config} --resume false --out {shlex.quote(run.folder.name + '-again')}"
+    return f"detdistill {verb} --config {config} --out {shlex.quote(f'{run.folder}-again')}"
 
 
 def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:

@@ -16,7 +16,6 @@ import numpy as np
 from detdistill.report.runs import Group, Run, baselines_for
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
     from PIL.ImageFont import FreeTypeFont
 
@@ -155,7 +154,7 @@ def _models(groups: Sequence[Group], splits: DataSplits, notes: list[str]) -> tu
         except Exception as error:  # a page about finished runs must not be lost because one model cannot be read
             notes.append(f"{title} is not shown: {one_line(error)}")
     if models:
-        notes.append(f"Seed {subject.seed}.")
+        notes.append(f"Models of seed {subject.seed}.")
     return subject, models
 
 
@@ -274,7 +273,7 @@ def pick(models: Sequence[Model], candidates: Sequence[Record]) -> list[tuple[Re
     # Half where it helps, two where it hurts, one as it usually is.
     chosen = [*better[: SHOWN // 2], *worse[:2], order[len(order) // 2], *better[SHOWN // 2 :], *worse[2:], *order]
     shown = list({record.id: record for record in chosen}.values())[:SHOWN]
-    words = {1: "student better", 0: "no difference", -1: "student worse"}
+    words = {1: f"{student.title} better than the baseline", 0: "no difference", -1: f"{student.title} worse than the baseline"}
     return [(record, words[int(np.sign(gain[record.id]))]) for record in sorted(shown, key=lambda r: (-gain[r.id], r.id))]
 
 
@@ -293,7 +292,9 @@ def _choice_notes(models: Sequence[Model], candidates: Sequence[Record]) -> list
     if blind:
         notes.append(f"{', '.join(blind)}: not one right box on these images.")
     baseline = next((model for model in models if model.title == "baseline"), None)
-    for student in models[models.index(baseline) + 1 :] if baseline is not None else []:
+    for student in models:
+        if baseline is None or student.title in ("teacher", "baseline"):
+            continue
         gains = [student.quality[record.id] - baseline.quality[record.id] for record in candidates]
         better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
         notes.append(
@@ -310,7 +311,8 @@ def _row(record: Record, why: str, models: Sequence[Model], settings: ViewSettin
     image = _open(record.path)
     truth = Found(record.boxes_xyxy, np.ones(len(record)), record.labels)
     count = int((~record.crowd).sum())
-    tiles = [Tile("ground truth", _jpeg(_draw(image, truth, data.classes, False)), f"{count} labelled boxes", f"{count} boxes")]
+    labelled = f"{count} box{'' if count == 1 else 'es'}"
+    tiles = [Tile("ground truth", _jpeg(_draw(image, truth, data.classes, False)), labelled, labelled)]
     maps = []
     for model in models:
         shown = model.found[record.id].above(model.threshold)
@@ -345,28 +347,44 @@ def _fit(image: Image, side: int) -> Image:
 
 
 def _draw(image: Image, found: Found, classes: Sequence[str], scores: bool) -> Image:
+    """Boxes with class and score; the surest on top, and no label over another one."""
     from PIL import ImageDraw
 
     drawn = _fit(image, TILE_PX)
     scale = drawn.width / image.width
     pen, font = ImageDraw.Draw(drawn), _font(12)
-    for index in reversed(range(min(MOST_BOXES, len(found.scores)))):  # the surest on top
-        x1, y1, x2, y2 = (float(value) * scale for value in found.boxes_xyxy[index])
-        x1, x2 = max(0.0, x1), min(drawn.width - 1.0, x2)
-        y1, y2 = max(0.0, y1), min(drawn.height - 1.0, y2)
-        if x2 <= x1 or y2 <= y1:
-            continue
+    corners = np.clip(found.boxes_xyxy[:MOST_BOXES] * scale, 0, [drawn.width - 1, drawn.height - 1] * 2)
+    visible = [index for index, (x1, y1, x2, y2) in enumerate(corners) if x2 > x1 and y2 > y1]
+    for index in reversed(visible):
+        pen.rectangle(tuple(corners[index].tolist()), outline=class_colour(int(found.labels[index]))[0], width=2)
+    taken: list[tuple[float, float, float, float]] = []
+    for index in visible:
         label = int(found.labels[index])
-        colour, ink = class_colour(label)
-        pen.rectangle((x1, y1, x2, y2), outline=colour, width=2)
         text = classes[label][:18] + (f" {found.scores[index]:.2f}" if scores else "")
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-        width, height = right - left + 5, bottom - top + 4
-        x = min(max(0.0, x1), max(0.0, drawn.width - width))
-        y = y1 - height if y1 >= height else min(y1, drawn.height - height)
-        pen.rectangle((x, y, x + width, y + height), fill=colour)
-        pen.text((x + 2 - left, y + 2 - top), text, fill=ink, font=font)
+        place = _free_place(corners[index], (right - left + 5, bottom - top + 4), drawn.size, taken)
+        if place is None:
+            continue
+        taken.append(place)
+        colour, ink = class_colour(label)
+        pen.rectangle(place, fill=colour)
+        pen.text((place[0] + 2 - left, place[1] + 2 - top), text, fill=ink, font=font)
     return drawn
+
+
+def _free_place(
+    box_xyxy: np.ndarray, size: tuple[float, float], canvas: tuple[int, int], taken: Sequence[tuple[float, float, float, float]]
+) -> tuple[float, float, float, float] | None:
+    """Where a label fits: above its box, below it, further up or down; None when all that is full."""
+    width, height = size
+    x = min(max(0.0, float(box_xyxy[0])), max(0.0, canvas[0] - width))
+    above, below = float(box_xyxy[1]) - height, float(box_xyxy[3])
+    for y in (above, below, above - height - 1, below + height + 1, above - 2 * height - 2, below + 2 * height + 2):
+        place = (x, y, x + width, y + height)
+        clear = all(place[0] > p[2] or place[2] < p[0] or place[1] > p[3] or place[3] < p[1] for p in taken)
+        if y >= 0 and y + height <= canvas[1] and clear:
+            return place
+    return (x, max(0.0, float(box_xyxy[1])), x + width, max(0.0, float(box_xyxy[1])) + height) if not taken else None
 
 
 def class_colour(label: int) -> tuple[tuple[int, int, int], str]:
@@ -378,7 +396,7 @@ def class_colour(label: int) -> tuple[tuple[int, int, int], str]:
 
 @cache
 def _font(size: int) -> FreeTypeFont:
-    """matplotlib's DejaVu Sans: it has the letters of most languages."""
+    """DejaVu Sans, which comes with matplotlib: it has the letters of most languages."""
     from matplotlib import font_manager
     from PIL import ImageFont
 

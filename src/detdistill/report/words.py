@@ -133,7 +133,8 @@ def _share_notes(group: Group, baselines: Sequence[Run]) -> list[str]:
         ]
     if mean > DOMINANT_SHARE:
         return [
-            f"Distillation drowned the student's own loss: {names} made {100 * mean:.0f} % of its gradient; lower its weight (--dis)."
+            f"Distillation drowned the student's own loss: {names} made {100 * mean:.0f} % of its gradient. "
+            "Lower its weight (--dis)."
         ]
     return []
 
