@@ -130,10 +130,10 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
             continue
         name, value = ALIASES.get(match.group(1), match.group(1)).replace("-", "_"), match.group(2)
         flag = "bool" in kinds.get(name, "")
-        if value is None and waiting and not waiting[0].startswith("--"):
-            # After a flag, only a truth value is surely not the positional argument that follows.
-            if not (flag and positional and waiting[0] not in ("true", "false")):
-                value = waiting.pop(0)
+        # After a flag, only a truth value is surely not the positional argument that may follow.
+        alone = flag and positional and waiting[:1] not in (["true"], ["false"])
+        if value is None and waiting and not waiting[0].startswith("--") and not alone:
+            value = waiting.pop(0)
         kind = kinds.get(name, "")
         if name == "recipe" and name in kinds:
             files.append(f"--config={recipe_path(value or '')}")

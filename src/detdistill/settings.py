@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from detdistill.errors import RunError
+from detdistill.errors import RunError, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class TrainSettings:
         strict: refuse data with defects instead of skipping them.
         out: run folder; none makes a new one under runs/.
         resume: go on with the run folder ``out``.
+        report: write ``report.html`` at the end.
     """
 
     epochs: int = 12
@@ -90,15 +93,21 @@ class TrainSettings:
     strict: bool = False
     out: Path | None = None
     resume: bool = False
+    report: bool = True
 
     def __post_init__(self) -> None:
-        """Check every number.
+        """Check every value.
 
         Raises:
             RunError: one line naming the setting, its value and what it may be.
         """
+        kinds = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, field.name, value)
+            _check_kind(field.name, value, kinds[field.name])
             if isinstance(value, float) and not math.isfinite(value):
                 raise RunError(f"{field.name}: {value} is not a number that training can use")
             if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
@@ -118,9 +127,9 @@ class TrainSettings:
                 raise RunError(f"scale_jitter: {low},{high} must be two positive numbers, smaller first")
 
 
-_LOWEST = dict.fromkeys(("epochs", "steps", "batch", "accumulate", "devices", "nodes", "evaluate_every", "log_every"), 1) | {
-    "size": 32
-}
+_LOWEST = {"size": 32} | dict.fromkeys(
+    ("epochs", "steps", "batch", "accumulate", "devices", "nodes", "evaluate_every", "log_every", "jobs"), 1
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +153,61 @@ class DistillSettings(TrainSettings):
     seeds: tuple[int, ...] = ()
     jobs: int = 1
     score_teacher: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            RunError: one line naming the setting, its value and what it may be.
+        """
+        super().__post_init__()
+        if len(set(self.seeds)) < len(self.seeds) or any(seed < 0 for seed in self.seeds):
+            raise RunError(f"seeds: {','.join(map(str, self.seeds))} must be different whole numbers, 0 or more")
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    """Whether a value is of its field's type; the command line has seen to it, a call from Python has not.
+
+    Raises:
+        RunError: it is not.
+    """
+    choices = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    if not any(_fits(value, choice) for choice in choices):
+        words = [word for choice in choices for word in _literals(choice)]
+        if words:
+            raise RunError(f"{name}: {value!r} is not one of {', '.join(words)}{nearest(str(value), words)}")
+        raise RunError(f"{name}: {value!r} is not {' or '.join(_in_words(choice) for choice in choices)}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        items = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is Ellipsis else inner
+        return isinstance(value, tuple) and len(value) == len(items) and all(map(_fits, value, items))
+    if kind in (int, float):
+        return isinstance(value, kind | int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _literals(kind: Any) -> tuple[str, ...]:
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return _literals(inner[0])
+    return inner if typing.get_origin(kind) is Literal else ()
+
+
+def _in_words(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        return "numbers" if inner[-1] is Ellipsis else f"{len(inner)} numbers"
+    words = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path", type(None): "none", str: "a text"}
+    return words.get(kind, str(kind))
+
+
+NOT_THE_RUN = ("out", "resume", "report", "jobs", "score_teacher")
+"""Settings that decide nothing about what is trained: a run may be resumed with others."""
 
 
 def as_plain(settings: Any) -> dict[str, Any]:

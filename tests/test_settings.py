@@ -1,0 +1,81 @@
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from detdistill.errors import RunError, nearest
+from detdistill.settings import DistillSettings, TrainSettings, as_plain
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("lr", -1.0, "lr: -1.0 is negative; it must be 0 or more"),
+        ("lr", math.nan, "lr: nan is not a number that training can use"),
+        ("lr", math.inf, "lr: inf is not a number that training can use"),
+        ("lr", 0.0, "lr: 0 would train nothing; give a positive learning rate"),
+        ("lr", "fast", "lr: 'fast' is not a number"),
+        ("lr", True, "lr: True is not a number"),
+        ("epochs", 0, "epochs: 0 is too small; it must be 1 or more"),
+        ("epochs", 2.5, "epochs: 2.5 is not a whole number"),
+        ("steps", "many", "steps: 'many' is not a whole number or none"),
+        ("batch", -4, "batch: -4 is negative; it must be 1 or more"),
+        ("size", 16, "size: 16 is too small; it must be 32 or more"),
+        ("flip", 1.5, "flip: 1.5 must lie between 0 and 1"),
+        ("ema", 1.0, "ema: 1 would never change the average; use e.g. 0.999"),
+        ("optimizer", "adam", "optimizer: 'adam' is not one of adamw, sgd (did you mean 'adamw'?)"),
+        ("precision", 32, "precision: 32 is not one of 32, bf16, 16 (did you mean '32'?)"),
+        ("track", ("wandbb",), "track: ('wandbb',) is not one of wandb, mlflow (did you mean 'wandb'?)"),
+        ("scale_jitter", (1.5, 0.5), "scale_jitter: 1.5,0.5 must be two positive numbers, smaller first"),
+        ("scale_jitter", (0.0, 1.0), "scale_jitter: 0.0,1.0 must be two positive numbers, smaller first"),
+        ("scale_jitter", (math.nan, 1.0), "scale_jitter: nan,1.0 must be two positive numbers, smaller first"),
+        ("scale_jitter", (1.0,), "scale_jitter: (1.0,) is not 2 numbers or none"),
+        ("strict", "yes", "strict: 'yes' is not true or false"),
+        ("out", "runs/a", "out: 'runs/a' is not a path or none"),
+    ],
+)
+def test_each_bad_value_is_named_in_one_line(name, value, expected):
+    with pytest.raises(RunError) as error:
+        TrainSettings(**{name: value})
+    assert str(error.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("dis", math.nan, "dis: nan is not a number that training can use"),
+        ("dis", -0.5, "dis: -0.5 is negative; it must be 0 or more"),
+        ("jobs", 0, "jobs: 0 is too small; it must be 1 or more"),
+        ("seeds", (0, 1, 0), "seeds: 0,1,0 must be different whole numbers, 0 or more"),
+        ("seeds", (0, -1), "seeds: 0,-1 must be different whole numbers, 0 or more"),
+        ("seeds", 3, "seeds: 3 is not numbers"),
+        ("lr", -1.0, "lr: -1.0 is negative; it must be 0 or more"),
+    ],
+)
+def test_settings_of_distillation_are_checked_too(name, value, expected):
+    with pytest.raises(RunError) as error:
+        DistillSettings(**{name: value})
+    assert str(error.value) == expected
+
+
+def test_whole_numbers_are_numbers_and_lists_are_tuples():
+    settings = DistillSettings(lr=1, seeds=[0, 1], scale_jitter=[0.5, 2])
+    assert settings.lr == 1
+    assert settings.seeds == (0, 1)
+    assert settings.scale_jitter == (0.5, 2)
+
+
+def test_plain_settings_come_back_from_yaml_unchanged():
+    settings = DistillSettings(out=Path("runs/a"), seeds=(0, 2), scale_jitter=(0.5, 1.5), lr=1e-5, track=("wandb",))
+    plain = as_plain(settings)
+    assert list(plain) == [field.name for field in dataclasses.fields(DistillSettings)]
+    back = yaml.safe_load(yaml.safe_dump(plain))
+    assert back == plain
+    assert DistillSettings(**{**back, "out": Path(back["out"])}) == settings
+
+
+def test_nearest_names_the_closest_or_nothing():
+    assert nearest("pdk", ["pkd", "fgd"]) == " (did you mean 'pkd'?)"
+    assert nearest("zzz", ["pkd", "fgd"]) == ""
