@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -9,7 +11,7 @@ from detdistill.detectors.options import ModelOptions, parse_model
 from detdistill.detectors.retinanet import RetinaNetDetector
 from detdistill.detectors.saved import save_student
 from detdistill.errors import ModelError
-from tests.detectors.dense import library_images, unequal_batch
+from tests.detectors.dense import library_images, library_targets, unequal_batch
 
 
 def test_every_option_is_read():
@@ -123,7 +125,7 @@ def test_pretrained_weights_know_their_classes(hub, monkeypatch, tmp_path):
     assert (detector.spec.classes[0], detector.spec.classes[-1]) == ("person", "toothbrush")
     assert not {"N/A", "__background__"} & set(detector.spec.classes)
     assert detector.columns[[0, 10, 11, 79]].tolist() == [1, 11, 13, 90]  # COCO's numbers leave out 12
-    batch = unequal_batch()
+    batch, losses = unequal_batch(), []
     with torch.no_grad():
         prediction = detector.eval()(batch).prediction
         mine = detector.detect(prediction, batch)[0]
@@ -134,6 +136,16 @@ def test_pretrained_weights_know_their_classes(hub, monkeypatch, tmp_path):
     assert len(mine) > 5
     assert [detector.spec.classes[label] for label in mine.labels] == [n for n, keep in zip(names, kept, strict=True) if keep]
     assert torch.equal(mine.scores, theirs["scores"][kept])
+
+    original = fcos_resnet50_fpn(weights=FCOS_ResNet50_FPN_Weights.COCO_V1, _skip_resize=True)
+    assert [type(module) for module in original.backbone.modules()] == [
+        type(module) for module in detector.model.backbone.modules()
+    ]
+    for one in (original, copy.deepcopy(detector.model)):
+        one.train()
+        losses.append(one(library_images(batch), library_targets(batch)))
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value, rtol=1e-6, atol=1e-6)
 
     folder = save_student(detector, tmp_path / "student")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "nothing"))  # loading asks for no weights
@@ -164,3 +176,19 @@ def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch):
     monkeypatch.setattr(torchvision.models, "get_model", offline)
     with pytest.raises(ModelError, match=r"weights cannot be fetched \(<urlopen error no route to host>\); put fcos_resnet50"):
         build_detector("torchvision:fcos_resnet50_fpn,weights=COCO_V1", ["a"])
+
+
+@pytest.mark.parametrize(("name", "eps"), [("retinanet_resnet50_fpn", 0.0), ("fasterrcnn_resnet50_fpn_v2", None)])
+def test_constant_norms_are_rebuilt_as_the_weights_want_them(name, eps, monkeypatch):
+    """The weights' state dict (here random) goes to the same names, shapes and epsilons as in torchvision's own model."""
+    weights = torchvision.models.get_model_weights(name)["DEFAULT"]
+    plain = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=91).state_dict()
+    state = {key: value for key, value in plain.items() if eps is None or not key.endswith("num_batches_tracked")}
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda *arguments, **options: dict(state))
+    detector = load_detector(f"torchvision:{name},weights=COCO_V1")
+    original = torchvision.models.get_model(name, weights=weights)
+    assert detector.model.state_dict().keys() == original.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in detector.model.state_dict().items())
+    epsilons = {getattr(module, "eps", None) for module in detector.model.backbone.body.modules()} - {None}
+    assert epsilons == {getattr(module, "eps", None) for module in original.backbone.body.modules()} - {None}
+    assert (eps in epsilons) == (eps is not None)

@@ -27,13 +27,12 @@ import torchvision
 from safetensors.torch import load_file
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
-from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
 
@@ -260,11 +259,26 @@ def retinanet_head(in_channels: int, num_anchors: int, num_classes: int, num_con
 
 
 def torchvision_model(name: str, num_classes: int, frozen_eps: float | None = None) -> nn.Module:
-    """A detector of torchvision by name, with random weights; ``frozen_eps`` as its pretrained weights want it."""
-    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
+    """A detector of torchvision by name, with random weights.
+
+    Args:
+        name: as ``torchvision.models.get_model`` knows it.
+        num_classes: outputs, the background among them.
+        frozen_eps: constant BatchNorm with this epsilon, as most pretrained weights want it; None: BatchNorm trains.
+    """
+    model: nn.Module = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
     if frozen_eps is not None:
-        overwrite_eps(model, frozen_eps)
+        freeze_norms(model, frozen_eps)
     return model
+
+
+def freeze_norms(module: nn.Module, eps: float) -> None:
+    """Turn every BatchNorm2d below a module into torchvision's constant one, as ``norm_layer=FrozenBatchNorm2d`` does."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, FrozenBatchNorm2d(child.num_features, eps=eps))
+        else:
+            freeze_norms(child, eps)
 
 
 CALLS = {
@@ -279,7 +293,7 @@ CALLS = {
 
 
 if __name__ == "__main__":
-    student = load(Path(__file__).parent)
+    student: Any = load(Path(__file__).parent)
     parameters = sum(parameter.numel() for parameter in student.parameters())
     print(f"{type(student).__name__}, {parameters:,} parameters, labels: {', '.join(map(str, student.classes))}")
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}")

@@ -23,7 +23,8 @@ def build_named(model: ModelName, classes: Sequence[str] | None) -> Detector:
     """Build torchvision's model and wrap it with the adapter of its class.
 
     Without weights everything is random and trains. With weights and classes that they know (or None: all of them), the
-    model keeps its outputs and the others are passed over; with other classes the outputs start afresh.
+    model keeps its outputs and the others are passed over; with other classes the outputs start afresh. All layers train
+    (torchvision itself would hold the first two); BatchNorm is constant where the weights want it so.
 
     Raises:
         ModelError: unknown name or weights, no classes, or weights that cannot be fetched.
