@@ -68,7 +68,7 @@ def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_une
         RunError: no pair, unequal budgets, other data, or a folder without ``summary.json``.
     """
     runs = [read_run(folder) for folder in expand(folders)]
-    baselines = {}
+    baselines: dict[tuple[str, str, int], dict[str, Any]] = {}
     for one in (one for one in runs if one["role"] == "baseline"):
         key = (one["student"], one["data"]["fingerprint"], one["seed"])
         if key in baselines:

@@ -67,7 +67,7 @@ def demo(
         from detdistill.data.digits import digits_folder
 
         bar = progress.bar("make the images", train_images + val_images)
-        digits_folder(train=train_images, val=val_images, size=128, seed=0, progress=bar.update)
+        digits_folder(train=train_images, val=val_images, size=128, seed=0, progress=bar.follow)
         teacher = folder / "teacher"
         api.train(TEACHER, data, role="teacher", out=teacher, epochs=teacher_epochs, progress=progress, report=False, **SETTINGS)
         result = api.distill(

@@ -78,6 +78,11 @@ class Bar:
         if not self.progress.live and time.monotonic() - self._said > 15:
             self.say(f"{done}/{self.total} {text or ''}")
 
+    def follow(self, done: int, total: int) -> None:
+        """Show how much of how much is done: a callback for whoever counts for itself."""
+        self.resize(total)
+        self.update(done)
+
     def resize(self, total: int) -> None:
         """Correct how much there is to do."""
         if total != self.total:
