@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 import math
+import re
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError, nearest
@@ -51,7 +50,7 @@ def parse_methods(text: str) -> list[tuple[type[Method], dict[str, Any]]]:
         MethodError: unknown method or hyper-parameter (with the nearest name), or a value of the wrong kind.
     """
     parsed = []
-    for part in text.split("+"):
+    for part in re.split(r"\+(?!\d)", text):  # the + of 1e+2 joins nothing
         slug, *settings = (piece.strip() for piece in part.split(","))
         found = method_class(slug)
         types_ = _hyper_parameters(found)
@@ -62,8 +61,10 @@ def parse_methods(text: str) -> list[tuple[type[Method], dict[str, Any]]]:
                 raise MethodError(
                     f"{slug} has no hyper-parameter {key!r}{nearest(key, types_)}; it has: {', '.join(types_) or 'none'}"
                 )
-            if not equals:
+            if not equals or not raw:
                 raise MethodError(f"{slug}: write {key}=VALUE")
+            if key in values:
+                raise MethodError(f"{slug}: {key} is given twice")
             values[key] = _convert(slug, key, raw, types_[key])
         parsed.append((found, values))
     return parsed
@@ -97,36 +98,36 @@ def _hyper_parameters(found: type[Method]) -> dict[str, Any]:
 
 def _convert(slug: str, key: str, raw: str, wanted: Any) -> Any:
     """A value of the type the constructor declares; numbers must be finite and not negative."""
-    value: Any = tuple(yaml.safe_load(item) for item in raw.split("/")) if _is_sequence(wanted) else yaml.safe_load(raw)
-    if isinstance(value, str) and _allows(wanted, float):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
-            value = float(value)
-    if _is_sequence(wanted):
-        if value == (None,):
-            value = None
-        return value
-    for kind in (bool, int, float, str, type(None)):
-        if type(value) is kind and (_allows(wanted, kind) or (kind is int and _allows(wanted, float))):
-            if kind in (int, float) and (not math.isfinite(value) or value < 0):
+    kinds = typing.get_args(wanted) if typing.get_origin(wanted) in (typing.Union, types.UnionType) else (wanted,)
+    words = [word for kind in kinds if typing.get_origin(kind) is typing.Literal for word in typing.get_args(kind)]
+    if raw in words:
+        return raw
+    if raw in ("none", "null") and type(None) in kinds:
+        return None
+    for kind in kinds:
+        if _is_sequence(kind):
+            inner = next(item for item in typing.get_args(kind) if item is not Ellipsis)
+            return tuple(_convert(slug, key, item, inner) for item in raw.split("/"))
+        if kind is bool and raw in ("true", "false"):
+            return raw == "true"
+        if kind in (int, float):
+            try:
+                value = kind(raw)
+            except ValueError:
+                continue
+            if not math.isfinite(value) or value < 0:
                 raise MethodError(f"{slug}: {key}={raw} must be a finite number, 0 or more")
             return value
-    raise MethodError(f"{slug}: {key}={raw} is not {_describe(wanted)}")
+        if kind is str:
+            return raw
+    if words:
+        raise MethodError(f"{slug}: {key}={raw} is not one of {', '.join(words)}{nearest(raw, words)}")
+    raise MethodError(f"{slug}: {key}={raw} is not {' or '.join(_KINDS[kind] for kind in kinds)}")
 
 
-def _members(wanted: Any) -> tuple[Any, ...]:
-    return typing.get_args(wanted) if typing.get_origin(wanted) in (typing.Union, types.UnionType) else (wanted,)
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", type(None): "none"}
 
 
-def _is_sequence(wanted: Any) -> bool:
-    return any(inspect.isclass(o) and issubclass(o, typing.Collection) for m in _members(wanted) if (o := typing.get_origin(m)))
-
-
-def _allows(wanted: Any, kind: type) -> bool:
-    return any(m is kind or (typing.get_origin(m) is typing.Literal and kind is str) for m in _members(wanted))
-
-
-def _describe(wanted: Any) -> str:
-    return " or ".join(
-        " or ".join(map(repr, typing.get_args(m))) if typing.get_origin(m) is typing.Literal else getattr(m, "__name__", str(m))
-        for m in _members(wanted)
-    )
+def _is_sequence(kind: Any) -> bool:
+    origin = typing.get_origin(kind)
+    return inspect.isclass(origin) and issubclass(origin, Collection)
