@@ -76,7 +76,7 @@ def curves(
                 drawn += _draw(axes, found, _SENTINELS[palette.name(group)], "--" if group.role == "teacher" else "-")
         if not drawn:
             return ""
-        if min(drawn) > 0 and max(drawn) > 30 * min(drawn) and factor == 1.0:
+        if column.startswith("train/") and min(drawn) > 0 and max(drawn) > 30 * min(drawn):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())

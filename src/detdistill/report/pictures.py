@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from detdistill.data.transforms import ViewSettings
     from detdistill.detectors.contract import Detector
 
-CANDIDATES = 48
+CANDIDATES = 32
 """Validation images looked at to choose those that are shown, evenly spaced over the set."""
 SHOWN = 6
 MOST_METHODS = 3

@@ -147,7 +147,8 @@ def share_sentence(group: Group, baselines: Sequence[Run]) -> str:
         return f"{group.label}: no loss term of its own (the teacher acts on the student's own loss)."
     if share is None:
         return f"{group.label}: shares were not logged (--monitor_every 0, or a run too short)."
-    said = f"{group.label}: {', '.join(terms)} made {100 * share:.2g} % of the student's gradient in the second half of training"
+    together = f"the loss term {terms[0]}" if len(terms) == 1 else f"the loss terms {', '.join(terms)} together"
+    said = f"{group.label}: {together} made {100 * share:.2g} % of the student's gradient in the second half of training"
     if share < NEGLIGIBLE_SHARE:
         return f"{said}: next to nothing, so any difference from the baseline is chance."
     return f"{said}, more than the student's own loss." if share > 0.5 else f"{said}."
