@@ -1,0 +1,21 @@
+"""What all tests share: one thread each, no network, and one place where the embedded data set is made."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+# Before torch is imported. The tests run in two processes (-n 2), so one thread each is what two cores can carry.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The first process makes a folder for ``digits``; the others inherit its environment, and find what is made there."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="detdistill-tests-")
+        os.environ["DETDISTILL_CACHE"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
