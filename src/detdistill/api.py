@@ -39,7 +39,6 @@ def train(
     *,
     role: str = "train",
     progress: Progress | None = None,
-    report: bool = True,
     **settings: Any,
 ) -> Run:
     """Train a detector alone: a teacher, or a baseline.
@@ -49,7 +48,6 @@ def train(
         data: COCO JSON or folder, YOLO data.yaml, VOC folder, Roboflow export, or ``digits``.
         role: what reports call it: train, teacher or baseline.
         progress: where to show it; None: on stderr.
-        report: write ``report.html`` at the end.
         settings: fields of ``TrainSettings``.
 
     Raises:
@@ -57,12 +55,12 @@ def train(
     """
     wanted = _settings(TrainSettings, settings)
     from detdistill.progress import Progress
-    from detdistill.training.run import Plan, run
+    from detdistill.training.run import Plan, is_main_process, run
 
-    with progress or Progress() as shown:
+    with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
         result = run(Plan(model, data, wanted, role=role, title=role), splits, progress=shown)
-        if report:
+        if wanted.report:
             _report([result.folder], result.folder / "report.html", shown)
     return result
 
@@ -74,7 +72,6 @@ def distill(
     method: str = "pkd",
     *,
     progress: Progress | None = None,
-    report: bool = True,
     **settings: Any,
 ) -> Distilled:
     """Distil a teacher into a student, and with ``baseline=True`` prove what it gave.
@@ -85,7 +82,6 @@ def distill(
         data: see ``train``.
         method: one or several: ``pkd``, ``fgd,tau=0.8+pkd``.
         progress: where to show it; None: on stderr.
-        report: write ``report.html`` at the end.
         settings: fields of ``DistillSettings``, e.g. ``epochs=24, baseline=True, seeds=(0, 1, 2)``.
 
     Raises:
@@ -105,10 +101,11 @@ def distill(
     from detdistill.training.experiment import run_experiment
     from detdistill.training.run import Plan, is_main_process, note_teacher, run, score_teacher
 
-    with progress or Progress() as shown:
+    with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
         frozen = Teacher(load_detector(teacher, splits.train.classes))
-        score = wanted.score_teacher and is_main_process()
+        finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
+        score = wanted.score_teacher and is_main_process() and not finished
         scores = score_teacher(frozen, splits, wanted, shown) if score else None
         plan = Plan(student, data, wanted, role="distilled", teacher=teacher, title=f"distil ({wanted.method})")
         if not wanted.baseline and not wanted.seeds:
@@ -116,7 +113,7 @@ def distill(
             if scores is not None and is_main_process():
                 note_teacher(result.folder, scores)
             page = result.folder / "report.html"
-            if report:
+            if wanted.report:
                 _report([result.folder], page, shown)
             return Distilled(result.folder, (result.folder,), page, teacher_scores=scores)
         experiment = run_experiment(plan, splits, frozen, scores, shown)
@@ -124,7 +121,7 @@ def distill(
         if wanted.baseline:
             gains = tuple(compare(experiment.runs, out=experiment.folder / "compare.json"))
         page = experiment.folder / "report.html"
-        if report:
+        if wanted.report:
             _report(experiment.runs, page, shown)
         return Distilled(experiment.folder, experiment.runs, page, gains, scores)
 
@@ -161,7 +158,7 @@ def evaluate(
         bar = shown.bar(f"evaluate on {split}", len(chosen.records))
         device = _device(wanted.device)
         return evaluate_detector(
-            detector, chosen, view_settings(wanted), batch_size=batch, device=device, workers=wanted.workers, progress=bar.update
+            detector, chosen, view_settings(wanted), batch_size=batch, device=device, workers=wanted.workers, progress=bar.follow
         )
 
 

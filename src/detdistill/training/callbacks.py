@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import Logger
 
 from detdistill.detectors.contract import Detector
@@ -31,13 +33,9 @@ class Evaluation(L.Callback):
         self.step = -1
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Every ``every`` epochs."""
-        if (trainer.current_epoch + 1) % self.every == 0:
-            self.run(trainer, module)
-
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """The last state is always scored."""
-        if self.step != trainer.global_step:
+        """Every ``every`` epochs, and always at the last step (before the checkpoint, which then holds the scores)."""
+        assert isinstance(module, StageModule)
+        if (trainer.current_epoch + 1) % self.every == 0 or trainer.global_step >= module.total:
             self.run(trainer, module)
 
     def run(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -45,10 +43,15 @@ class Evaluation(L.Callback):
         assert isinstance(module, StageModule)
         if module.detector is None or self.step == trainer.global_step:
             return
+        module.check_weights()
         self.step = trainer.global_step
-        training = module.detector.training
+        if trainer.world_size > 1:  # running statistics differ between processes until the next step
+            for buffer in module.detector.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+        modes = {part: part.training for part in module.detector.modules()}  # what its owner put into eval mode stays so
         self.latest = self.evaluate(module.detector.eval())
-        module.detector.train(training)
+        for part, training in modes.items():
+            part.training = training
         best = self.latest.metrics["AP"] > self.best_ap
         self.best_ap = max(self.best_ap, self.latest.metrics["AP"])
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -57,11 +60,12 @@ class Evaluation(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
-        return {"best_ap": self.best_ap, "step": self.step}
+        return {"best_ap": self.best_ap, "step": self.step, "latest": asdict(self.latest) if self.latest else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See ``state_dict``."""
         self.best_ap, self.step = state_dict["best_ap"], state_dict["step"]
+        self.latest = Scores(**state_dict["latest"]) if state_dict["latest"] else None
 
 
 class Listener(L.Callback):
@@ -77,12 +81,16 @@ class Records(Listener):
     def __init__(self, table: MetricsTable, every: int) -> None:
         """A row every ``every`` steps."""
         self.table, self.every = table, every
-        self._logged = -1
+        self._logged = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """A resumed run logged this step before it was interrupted."""
+        self._logged = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Log each ``every``-th step once."""
+        """Log each ``every``-th optimizer step (with several batches a step: the last one's losses)."""
         assert isinstance(module, StageModule)
         step = trainer.global_step
         if not trainer.is_global_zero or module.last is None or step == self._logged:
@@ -92,7 +100,7 @@ class Records(Listener):
             return
         self._logged = step
         row: dict[str, float | int | str] = {f"train/{name}": float(term) for name, term in module.last.terms.items()}
-        row = {"loss": sum(float(value) for value in row.values()), **row}
+        row = {"loss": sum(float(value) for value in row.values())} | row
         row |= {name: float(value) for name, value in module.last.monitors.items()}
         self._write(trainer, module, row)
 
@@ -119,29 +127,41 @@ class Checkpoints(Listener):
         self.folder, self.every = folder, every
         self._saved = 0
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Not again in the middle of the next step's batches."""
+        self._saved = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Every ``every`` optimizer steps."""
+        """Every ``every`` optimizer steps.
+
+        Not after an epoch's last one, whose checkpoint follows its evaluation: Lightning, resumed from here, would take
+        the epoch as ended and never score it.
+        """
         step = trainer.global_step
-        if self.every and step % self.every == 0 and step != self._saved:
-            self.save(trainer, "last.ckpt")
+        ends_epoch = batch_idx + 1 == trainer.num_training_batches or step == trainer.max_steps
+        if self.every and step % self.every == 0 and step != self._saved and not ends_epoch:
+            self.save(trainer, module, "last.ckpt")
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """After the epoch's evaluation (this callback comes after ``Evaluation``)."""
-        self.save(trainer, "last.ckpt")
+        self.save(trainer, module, "last.ckpt")
 
     def on_scores(self, trainer: L.Trainer, module: StageModule, scores: Scores, best: bool) -> None:
         """Keep the best."""
         if best:
-            self.save(trainer, "best.ckpt")
+            self.save(trainer, module, "best.ckpt")
 
-    def save(self, trainer: L.Trainer, name: str) -> None:
+    def save(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
         """Write beside, then rename.
 
         Raises:
-            RunError: the disk is full or not writable; what was saved before is untouched.
+            NonFiniteLoss: the weights are not finite; what was saved before is untouched.
+            RunError: the disk is full or not writable; likewise.
         """
+        assert isinstance(module, StageModule)
+        module.check_weights()
         self._saved = trainer.global_step
         path = self.folder / name
         temporary = path.with_suffix(".tmp")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import subprocess
@@ -24,7 +23,8 @@ from detdistill.evaluation import Scores
 from detdistill.methods.build import build_method
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings
-from detdistill.training.folder import new_folder
+from detdistill.training.folder import new_folder, resume_folder
+from detdistill.training.records import read_rows
 from detdistill.training.run import Plan, note_teacher, run
 
 
@@ -43,7 +43,7 @@ def plans_of(plan: Plan, parent: Path) -> list[Plan]:
     assert isinstance(settings, DistillSettings)
     plans = []
     for seed in settings.seeds or (settings.seed,):
-        alone = replace(settings, seed=seed, seeds=(), baseline=False, jobs=1, score_teacher=False)
+        alone = replace(settings, seed=seed, seeds=(), baseline=False, jobs=1, score_teacher=False, report=False)
         roles = ("baseline", "distilled") if settings.baseline else ("distilled",)
         for role in roles:
             folder = parent / f"{role}-seed{seed}"
@@ -64,6 +64,8 @@ def run_experiment(
     """
     settings = plan.settings
     assert isinstance(settings, DistillSettings)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RunError("several runs cannot be started by a launcher of processes; give --devices alone, or start each seed")
     # Say what cannot work before the first baseline has cost an hour.
     build_method(settings.method, teacher, build_detector(plan.student, splits.train.classes))
     if settings.resume:
@@ -74,8 +76,12 @@ def run_experiment(
         parent = new_folder(settings.out, f"distill-{settings.method.split(',')[0]}")
     parent.mkdir(parents=True, exist_ok=True)
     plans = plans_of(plan, parent)
+    for single in plans:
+        if single.settings.resume:  # also of finished runs: all must be of one kind
+            resume_folder(single.settings.out, single.config())
     waiting = [p for p in plans if not (p.settings.out is not None and (p.settings.out / "summary.json").exists())]
-    if settings.jobs > 1:
+    # The further processes of a distributed run start by the same command: it must be that of one run.
+    if settings.jobs > 1 or settings.devices * settings.nodes > 1:
         _run_side_by_side(waiting, settings.jobs, progress)
     else:
         for single in waiting:
@@ -92,7 +98,7 @@ def _run_side_by_side(plans: Sequence[Plan], jobs: int, progress: Progress) -> N
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         waiting, running = list(enumerate(plans)), list[_Child]()
-        stack.callback(lambda: [child.process.kill() for child in running if child.process.poll() is None])
+        stack.callback(_stop, running)
         while waiting or running:
             while waiting and len(running) < jobs:
                 index, plan = waiting.pop(0)
@@ -101,6 +107,12 @@ def _run_side_by_side(plans: Sequence[Plan], jobs: int, progress: Progress) -> N
                 if not child.follow():
                     running.remove(child)
             time.sleep(0.25)
+
+
+def _stop(children: list[_Child]) -> None:
+    for child in children:
+        if child.process.poll() is None:
+            child.process.kill()
 
 
 class _Child:
@@ -114,12 +126,13 @@ class _Child:
         config.write_text(yaml.safe_dump(plan.config(), sort_keys=False))
         verb = "distill" if plan.teacher else "train"
         self.log = scratch / "log.txt"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "detdistill", verb, "--config", str(config)],
-            stdout=self.log.open("w"),
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "detdistill", verb, "--config", str(config)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
         self.bar = progress.bar(plan.title, total=1)
         self.progress, self._position, self._columns = progress, 0, list[str]()
 
@@ -145,8 +158,7 @@ class _Child:
         path = self.folder / "metrics.csv"
         if not path.exists():
             return
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(path)
         if not rows:
             return
         steps = [row for row in rows if row.get("loss")]

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from detdistill.errors import RunError
+from detdistill.settings import NOT_THE_RUN
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,12 @@ def new_folder(out: Path | None, name: str) -> Path:
         RunError: it exists and holds something.
     """
     path = out if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunError(f"run folder {path} exists; give another --out, or --resume true to go on with it")
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise RunError(f"cannot use {path} as run folder: {error.strerror}; give another --out") from error
+    if taken:
+        raise _exists(path)
     return path
 
 
@@ -57,16 +62,31 @@ def start_folder(path: Path, config: dict[str, Any]) -> RunFolder:
     """Make the folder of a new run and write its ``config.yaml``.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: it cannot be written, or another run has just taken it.
     """
     folder = RunFolder(path)
+    empty_before = path.exists()
     try:
-        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        folder.checkpoints.mkdir()  # of two runs that start together, one fails here
+    except FileExistsError as error:
+        raise _exists(path) from error
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
         write_text(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
-        shutil.rmtree(path, ignore_errors=True)
-        raise RunError(f"cannot make the run folder {path}: {error.strerror}; give another --out") from error
+        shutil.rmtree(folder.checkpoints if empty_before else path, ignore_errors=True)
+        raise _unwritable(path, error) from error
     return folder
+
+
+def _exists(path: Path) -> RunError:
+    return RunError(f"run folder {path} exists; give another --out, or --resume true to go on with it")
+
+
+def _unwritable(path: Path, error: OSError) -> RunError:
+    return RunError(f"cannot make the run folder {path}: {error.strerror}; give another --out")
 
 
 def resume_folder(path: Path | None, config: dict[str, Any]) -> RunFolder:
@@ -80,7 +100,7 @@ def resume_folder(path: Path | None, config: dict[str, Any]) -> RunFolder:
     if not (path / "config.yaml").exists():
         raise RunError(f"{path} holds no run to resume (no config.yaml); leave out --resume to start one")
     before = yaml.safe_load((path / "config.yaml").read_text())
-    differing = [key for key in config if key not in ("resume", "out", "jobs") and before.get(key) != config[key]]
+    differing = [key for key in config if key not in NOT_THE_RUN and before.get(key) != config[key]]
     if differing:
         key = differing[0]
         raise RunError(

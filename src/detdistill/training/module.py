@@ -10,7 +10,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detdistill.detectors.contract import Detector
@@ -20,30 +22,55 @@ from detdistill.settings import TrainSettings
 from detdistill.structures import Batch, Clock, Losses
 from detdistill.training.optimizers import build_optimizer, build_schedule
 
+Ids = tuple[int, ...]
+
 
 class NonFiniteLoss(RunError):
-    """A loss term became NaN or infinite."""
+    """A loss term, the gradient or a weight became NaN or infinite."""
 
 
 class StageModule(L.LightningModule):
     """Student and method, trained by one stage. The teacher is in neither's state dict."""
 
-    def __init__(self, student: Detector, method: Method | None, stage: Stage, settings: TrainSettings, total: int) -> None:
-        """Put a stage into Lightning's hands; ``total`` is its number of optimizer steps."""
+    def __init__(
+        self,
+        student: Detector,
+        method: Method | None,
+        stage: Stage,
+        settings: TrainSettings,
+        total: int,
+        images: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        """Put a stage into Lightning's hands.
+
+        Args:
+            student: what all stages are for.
+            method: None when a detector trains alone.
+            stage: what to do.
+            settings: of the run.
+            total: optimizer steps of this stage.
+            images: seen in the stages before.
+            seconds: used by the stages before.
+        """
         super().__init__()
         self.student, self.method = student, method
         self.stage, self.settings, self.total = stage, settings, total
-        average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
-        self.average: AveragedModel | None = average if settings.ema else None
+        self.average: AveragedModel | None = None
+        if settings.ema:
+            self.average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+            self.average.requires_grad_(False)
         self.last: Losses | None = None
         """The latest losses, detached: what the progress bar shows."""
+        self.images = images
+        """Images this process has seen in this run."""
+        self._unchecked: list[tuple[Losses, Ids]] = []
         # What its owner froze (early layers of a pretrained backbone, say) stays frozen.
         self._trainable = [p for p in nn.ModuleList(filter(None, (student, method))).parameters() if p.requires_grad]
         self._trained: tuple[int, ...] = ()
         self._random_state: Mapping[str, Any] | None = None
-        self._averaged_step = -1
         self._started = time.monotonic()
-        self._seconds_before = 0.0
+        self._seconds_before = seconds
 
     @property
     def clock(self) -> Clock:
@@ -52,7 +79,7 @@ class StageModule(L.LightningModule):
 
     @property
     def seconds(self) -> float:
-        """Training time of this stage, earlier parts of a resumed run included."""
+        """Training time of this run, earlier stages and earlier parts of a resumed run included."""
         return self._seconds_before + time.monotonic() - self._started
 
     @property
@@ -67,19 +94,20 @@ class StageModule(L.LightningModule):
     # ------------------------------------------------------------------------------------------------- the step
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        """The stage's step; stops at the first term that is not finite."""
+        """The stage's step."""
         self._freeze()
         losses = self.stage.step(batch, self.clock)
         total = losses.total()
-        if not bool(torch.isfinite(total.detach())):
-            raise NonFiniteLoss(self._blame(losses, batch))
         every = self.settings.monitor_every
-        if every and self.global_step % every == 0 and index % self.settings.accumulate == 0 and len(losses.terms) > 1:
+        steps_now = (index + 1) % self.settings.accumulate == 0 or index + 1 == self.trainer.num_training_batches
+        if every and self.global_step % every == 0 and steps_now and len(losses.terms) > 1:
             losses = Losses(losses.terms, {**losses.monitors, **self._shares(losses)})
         self.last = Losses(
             {name: term.detach() for name, term in losses.terms.items()},
             {name: value.detach() for name, value in losses.monitors.items()},
         )
+        self._unchecked.append((self.last, batch.ids))
+        self.images += len(batch)
         if self.method is not None:
             for teacher in self.method.teachers():
                 teacher.forget()
@@ -95,13 +123,63 @@ class StageModule(L.LightningModule):
         for parameter in self._trainable:
             parameter.requires_grad_(id(parameter) in wanted)
 
-    def _blame(self, losses: Losses, batch: Batch) -> str:
-        bad = [name for name, term in losses.terms.items() if not bool(torch.isfinite(term.detach()).all())]
-        return (
-            f"loss {', '.join(bad) or 'sum'} is not finite at step {self.global_step} (epoch {self.current_epoch}) "
-            f"on images {list(batch.ids)}; lower lr (now {self.trainer.optimizers[0].param_groups[0]['lr']:.3g}) or the loss's "
-            f"weight, or use precision=32. The last good checkpoint is kept"
-        )
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the gradient, or stop here, before the weights are touched, when losses or gradient are not finite.
+
+        Both are looked at together and only now, so that a GPU is waited for once a step.
+
+        Raises:
+            NonFiniteLoss: naming the term, the step and the images.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        finite = torch.isfinite(torch.stack([losses.total() for losses, _ in self._unchecked])).all()
+        if self.settings.precision != "16":  # there, the loss scaler skips such steps and lowers its scale
+            finite &= torch.isfinite(norm)
+        if self.trainer.world_size > 1:  # all processes stop together, or the others would wait for this one for ever
+            finite = finite.float()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        if not bool(finite):
+            raise NonFiniteLoss(self._blame())
+        self._unchecked.clear()
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def _blame(self) -> str:
+        what, ids = "", self._unchecked[-1][1]
+        for losses, seen in self._unchecked:
+            if not bool(torch.isfinite(losses.total())):
+                bad = [name for name, term in losses.terms.items() if not bool(torch.isfinite(term).all())]
+                what, ids = f"loss {', '.join(bad) or 'sum'}", seen
+                break
+        else:
+            broken = [
+                name for name, p in self.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+            ]
+            what = f"the gradient ({broken[0] if broken else 'its norm'}, {len(broken)} tensors)"
+            values = (f"{name} {float(term):.3g}" for name, term in self._unchecked[-1][0].terms.items())
+            what += f" of losses {', '.join(values)}"
+        where = f"at step {self.global_step} (epoch {self.current_epoch}) on images {list(ids)}"
+        return f"{what} is not finite {where}; {self._advice()}"
+
+    def _advice(self) -> str:
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        return f"lower lr (now {rate:.3g}) or the loss's weight, or use precision=32. The last good checkpoint is kept"
+
+    def check_weights(self) -> None:
+        """Refuse weights that the latest step has ruined: they are neither saved nor scored.
+
+        Raises:
+            NonFiniteLoss: naming one of them.
+        """
+        tensors: dict[str, Tensor] = dict(self.named_parameters())
+        tensors |= {name: buffer for name, buffer in self.named_buffers() if name.endswith(("running_mean", "running_var"))}
+        finite = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors.values()])
+        if not bool(finite.all()):
+            bad = [name for name, good in zip(tensors, finite.tolist(), strict=True) if not good]
+            raise NonFiniteLoss(f"{bad[0]} ({len(bad)} tensors) is not finite after step {self.global_step}; {self._advice()}")
 
     def _shares(self, losses: Losses) -> dict[str, Tensor]:
         """Each term's share of the student's gradient (norms over all parameters, summing to 1)."""
@@ -117,10 +195,10 @@ class StageModule(L.LightningModule):
         whole = torch.stack(list(norms.values())).sum().clamp(min=1e-30)
         return {f"share/{name}": norm / whole for name, norm in norms.items()}
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Move the average along, once per optimizer step."""
-        if self.average is not None and self.global_step != self._averaged_step:
-            self._averaged_step = self.global_step
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and move the average along before anybody saves a checkpoint."""
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
             self.average.update_parameters(self.student)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -137,7 +215,12 @@ class StageModule(L.LightningModule):
         if self.settings.channels_last:
             self.student.to(memory_format=torch.channels_last)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def teardown(self, stage: str) -> None:
+        """What this stage froze is free for the next."""
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Student and method in one optimizer."""
         optimizer = build_optimizer([module for module in (self.student, self.method) if module is not None], self.settings)
         schedule = build_schedule(optimizer, self.settings, self.total)
@@ -150,19 +233,23 @@ class StageModule(L.LightningModule):
         checkpoint["detdistill"] = {
             "stage": self.stage.name,
             "seconds": self.seconds,
-            "averaged_step": self._averaged_step,
+            "images": self.images,
             "random": random_state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the random states until training starts (building the loaders must not use them up)."""
         mine = checkpoint["detdistill"]
-        self._seconds_before, self._averaged_step = mine["seconds"], mine["averaged_step"]
+        self._seconds_before, self.images = mine["seconds"], mine["images"]
         self._random_state = mine["random"]
 
     def on_train_start(self) -> None:
         """Put the random states back, after all else is ready."""
         self._started = time.monotonic()
+        self.restore_random_state()
+
+    def restore_random_state(self) -> None:
+        """That of the checkpoint, if there is one and it was not put back yet."""
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None

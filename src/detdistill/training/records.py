@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from detdistill.errors import RunError
 
 FIRST = ("stage", "step", "total", "epoch", "lr", "seconds", "loss")
 
@@ -13,41 +15,68 @@ FIRST = ("stage", "step", "total", "epoch", "lr", "seconds", "loss")
 class MetricsTable:
     """A CSV file whose columns grow as new names appear."""
 
-    def __init__(self, path: Path, keep_until: int | None = None) -> None:
+    def __init__(self, path: Path, keep: Callable[[str, int], bool] | None = None) -> None:
         """Open for appending.
 
         Args:
             path: the file; made when missing.
-            keep_until: when a run is resumed, rows after this step are dropped: they will be logged again.
+            keep: when a run is resumed: whether a row of this stage and step stays. The others will be logged again, and
+                so will be the columns that only they filled.
+
+        Raises:
+            RunError: it cannot be written.
         """
         self.path = path
         self.columns: list[str] = list(FIRST)
         rows: list[dict[str, str]] = []
-        if path.exists() and keep_until is not None:
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self.columns = list(reader.fieldnames or FIRST)
-                rows = [row for row in reader if row["step"].isdigit() and int(row["step"]) <= keep_until]
-        self._rewrite(rows)
+        if path.exists() and keep is not None:
+            rows = [row for row in read_rows(path) if keep(row["stage"], int(row["step"]))]
+            used = {name for row in rows for name, value in row.items() if value}
+            self.columns += [name for name in (rows[0] if rows else ()) if name in used and name not in FIRST]
+            rows = [{name: row[name] for name in self.columns} for row in rows]
+        try:
+            self._rewrite(rows)
+        except OSError as error:
+            raise self._failure(error) from error
 
     def add(self, values: Mapping[str, float | int | str]) -> None:
-        """Append a row; unknown columns are added to the file."""
+        """Append a row; unknown columns are added to the file.
+
+        Raises:
+            RunError: the disk is full or not writable.
+        """
         new = [name for name in values if name not in self.columns]
-        if new:
-            with self.path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            self.columns += new
-            self._rewrite(rows)
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow({name: _short(value) for name, value in values.items()})
+        try:
+            if new:
+                rows = read_rows(self.path)
+                self.columns += new
+                self._rewrite(rows)
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow({name: _short(value) for name, value in values.items()})
+        except OSError as error:
+            raise self._failure(error) from error
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.path)
+        try:
+            with temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(temporary, self.path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def _failure(self, error: OSError) -> RunError:
+        return RunError(f"cannot write {self.path}: {error.strerror}; make space and go on with --resume true")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """All whole rows; a last line that is still being written, or was cut off by a crash, is left out."""
+    with path.open(newline="") as file:
+        text = file.read()
+    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
 
 def _short(value: float | int | str) -> str:

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import random
+import signal
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -20,11 +21,14 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from safetensors import SafetensorError
 
 from detdistill.data.loader import DetectionLoader
 from detdistill.data.records import DataSplits, DetectionSet
 from detdistill.data.transforms import ViewSettings
-from detdistill.detectors.build import build_detector
+from detdistill.detectors.build import build_detector, load_detector
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.detectors.inherit import inherit_head
 from detdistill.detectors.saved import save_student
@@ -33,7 +37,7 @@ from detdistill.evaluation import Scores, evaluate
 from detdistill.methods.build import build_method
 from detdistill.methods.contract import Method, Stage
 from detdistill.progress import Progress
-from detdistill.settings import DistillSettings, TrainSettings, as_plain
+from detdistill.settings import NOT_THE_RUN, DistillSettings, TrainSettings, as_plain
 from detdistill.structures import Batch, Clock, Losses
 from detdistill.training.bar import TrainingBar
 from detdistill.training.callbacks import Checkpoints, Evaluation, Records
@@ -104,11 +108,15 @@ def run(plan: Plan, splits: DataSplits, teacher: Teacher | None = None, progress
         ModelError: a model cannot be built.
     """
     settings = plan.settings
+    check_machine(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if progress is None:
-        progress = Progress()
+        progress = Progress(quiet=not is_main_process())
     path = settings.out if settings.resume else _folder_for(plan)
+    if settings.resume and (done := _finished(plan)) is not None:
+        progress.say(f"{done.folder} is finished; nothing to resume")
+        return done
     seed_everything(settings.seed)
     student = build_detector(plan.student, splits.train.classes)
     method = None
@@ -132,6 +140,36 @@ def run(plan: Plan, splits: DataSplits, teacher: Teacher | None = None, progress
     for index, stage in enumerate(stages):
         loop.fit(stage, done_before=[earlier.name for earlier in stages[:index]])
     return loop.finish(teacher, inherited)
+
+
+def check_machine(settings: TrainSettings) -> None:
+    """Say what this machine cannot do before anything is made.
+
+    Raises:
+        RunError: naming the setting.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise RunError("device: cuda is not available here; use --device cpu")
+    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    if on_gpu and settings.devices > torch.cuda.device_count():
+        raise RunError(f"devices: {settings.devices} GPUs are wanted, {torch.cuda.device_count()} are here")
+    if not on_gpu and settings.precision == "16":
+        raise RunError("precision: 16 needs a GPU; use bf16 or 32")
+    world, wanted = int(os.environ.get("WORLD_SIZE", 1)), settings.devices * settings.nodes
+    if world > 1 and world != wanted:  # each would train alone, all in one folder
+        raise RunError(f"devices: {world} processes were started, but --devices times --nodes is {wanted}; give --devices")
+
+
+def _finished(plan: Plan) -> Run | None:
+    """What a run that needs no resuming left."""
+    folder = resume_folder(plan.settings.out, plan.config())
+    if not (folder.path / "summary.json").exists():
+        return None
+    summary = json.loads((folder.path / "summary.json").read_text())
+    scores = Scores(
+        summary["metrics"], summary["per_class"], summary["data"]["val_images"], seconds=summary["evaluation_seconds"]
+    )
+    return Run(folder.path, summary, scores, load_detector(folder.path))
 
 
 def plain_stage(student: Detector) -> Stage:
@@ -197,15 +235,20 @@ class _Loop:
         self.seconds = 0.0
         self.module: StageModule | None = None
         self.evaluation: Evaluation | None = None
-        self.resume_from = self._checkpoint()
-        step = self.resume_from["global_step"] if self.resume_from else None
-        self.table = MetricsTable(folder.metrics, keep_until=step) if is_main_process() else None
+        self.resume_stage, self.resume_step = self._checkpoint()
+        self.table: MetricsTable | None = None
 
-    def _checkpoint(self) -> dict[str, Any] | None:
+    def _checkpoint(self) -> tuple[str | None, int]:
+        """Stage and step of ``last.ckpt``, if this run goes on from there."""
         path = self.folder.checkpoints / "last.ckpt"
         if not self.settings.resume or not path.exists():
-            return None
-        return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+            return None, 0
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return content["detdistill"]["stage"], int(content["global_step"])
+        except Exception as error:  # torch raises pickle's, zip's and its own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(f"cannot resume from {path}: {reason}; put best.ckpt in its place, or start anew") from error
 
     def loader(self, data: DetectionSet, train: bool, rank: int, world: int) -> DetectionLoader:
         settings = self.settings
@@ -231,15 +274,22 @@ class _Loop:
     def fit(self, stage: Stage, done_before: list[str]) -> None:
         """Train one stage, or skip it when the checkpoint shows it finished."""
         settings = self.settings
-        if self.resume_from is not None and self.resume_from["detdistill"]["stage"] not in (*done_before, stage.name):
-            return
-        resuming = self.resume_from is not None and self.resume_from["detdistill"]["stage"] == stage.name
         world = settings.devices * settings.nodes
         batches = -(-len(self.splits.train.records) // (settings.batch * world))
         per_epoch = -(-batches // settings.accumulate)
         epochs = max(1, round(settings.epochs * stage.share))
         total = settings.steps if settings.steps is not None else per_epoch * epochs
-        self.module = StageModule(self.student, self.method, stage, settings, total)
+        if settings.steps is not None:  # not -1: Lightning resumes wrongly in the middle of an epoch when it is told only steps
+            epochs = -(-total // per_epoch)
+        if self.resume_stage is not None and self.resume_stage not in (*done_before, stage.name):
+            self.trained_steps += total
+            return
+        resuming = self.resume_stage == stage.name
+        if self.table is None and is_main_process():
+            self.table = self._table(done_before if resuming else None)
+        self.module = StageModule(
+            self.student, self.method, stage, settings, total, images=self.images_seen // world, seconds=self.seconds
+        )
         train_set = self.splits.train
 
         def train_dataloader() -> DetectionLoader:
@@ -257,11 +307,21 @@ class _Loop:
             # Lightning's advice on loaders and intervals is about its own defaults, which are not used here.
             warnings.filterwarnings("ignore", module="lightning")
             last = self.folder.checkpoints / "last.ckpt"
-            trainer.fit(self.module, ckpt_path=str(last) if resuming else None, weights_only=True if resuming else None)
+            _fit(trainer, self.module, last if resuming else None)
+        self.module.restore_random_state()  # where the checkpoint was the stage's last, Lightning trained nothing
         self.trained_steps += trainer.global_step
-        self.images_seen += trainer.global_step * settings.batch * settings.accumulate * world
-        self.seconds += self.module.seconds
-        self.resume_from = None
+        self.images_seen = self.module.images * world
+        self.seconds = self.module.seconds
+
+    def _table(self, done_before: list[str] | None) -> MetricsTable:
+        """metrics.csv with what the checkpoint knows of: the stages before, and this one up to its step."""
+        if done_before is None:
+            return MetricsTable(self.folder.metrics)
+
+        def keep(stage: str, step: int) -> bool:
+            return stage in done_before or (stage == self.resume_stage and step <= self.resume_step)
+
+        return MetricsTable(self.folder.metrics, keep)
 
     def _trainer(self, callbacks: list[L.Callback], total: int, epochs: int) -> L.Trainer:
         settings = self.settings
@@ -275,7 +335,7 @@ class _Loop:
             num_nodes=settings.nodes,
             strategy=strategy,
             precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[settings.precision],  # type: ignore[arg-type]
-            max_epochs=-1 if settings.steps is not None else epochs,
+            max_epochs=epochs,
             max_steps=total if settings.steps is not None else -1,
             accumulate_grad_batches=settings.accumulate,
             gradient_clip_val=settings.clip or None,
@@ -306,8 +366,14 @@ class _Loop:
             scores = evaluate(detector, self.splits.val, view_settings(self.settings), batch_size=self.settings.batch)
         summary = self.summary(scores, teacher, inherited)
         if is_main_process():
-            save_student(detector.cpu(), self.folder.student)
-            self.folder.write_json("summary.json", summary)
+            try:
+                save_student(detector.cpu(), self.folder.student)
+                self.folder.write_json("summary.json", summary)
+            except (OSError, SafetensorError) as error:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                raise RunError(
+                    f"cannot write the result into {self.folder.path}: {reason}; make space and finish it with --resume true"
+                ) from error
         return Run(self.folder.path, summary, scores, detector)
 
     def summary(self, scores: Scores, teacher: Teacher | None, inherited: Any) -> dict[str, Any]:
@@ -315,7 +381,7 @@ class _Loop:
         plan, settings, splits = self.plan, self.settings, self.splits
         distilling = plan.distilling
         assert self.evaluation is not None
-        config = {key: value for key, value in plan.config().items() if key not in ("out", "resume", "jobs")}
+        config = {key: value for key, value in plan.config().items() if key not in NOT_THE_RUN}
         return {
             "name": self.folder.path.name,
             "role": plan.role,
@@ -349,6 +415,21 @@ class _Loop:
             "config_fingerprint": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }
+
+
+def _fit(trainer: L.Trainer, module: StageModule, checkpoint: Path | None) -> None:
+    """Train; being stopped from outside looks as it does elsewhere in Python."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    path = None if checkpoint is None else str(checkpoint)
+    try:
+        trainer.fit(module, ckpt_path=path, weights_only=None if checkpoint is None else True)
+    except SIGTERMException as error:
+        raise RunError("stopped by SIGTERM; --resume true goes on from the last checkpoint") from error
+    except SystemExit as error:  # Lightning's answer to Ctrl-C, which it turns off for good
+        if trainer.state.status != TrainerStatus.INTERRUPTED:
+            raise
+        signal.signal(signal.SIGINT, interrupt)
+        raise KeyboardInterrupt from error
 
 
 def _service(service: str, folder: RunFolder, plan: Plan) -> Logger:
@@ -397,7 +478,7 @@ def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings,
     bar = progress.bar("score the teacher", len(splits.val.records))
     device = "cuda" if torch.cuda.is_available() and settings.device != "cpu" else "cpu"
     scores = evaluate(
-        teacher.detector, splits.val, view_settings(settings), batch_size=settings.batch, device=device, progress=bar.update
+        teacher.detector, splits.val, view_settings(settings), batch_size=settings.batch, device=device, progress=bar.follow
     )
     ap = scores.metrics["AP"]
     bar.say(f"AP {100 * ap:.1f}  AP50 {100 * scores.metrics['AP50']:.1f} on {scores.images} images")
