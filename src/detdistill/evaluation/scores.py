@@ -35,13 +35,10 @@ def coco_scores(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]],
     from faster_coco_eval import COCO, COCOeval_faster
 
     if not results or not ground_truth["annotations"]:
-        empty = -1.0 if not ground_truth["annotations"] else 0.0
-        present = {annotation["category_id"] for annotation in ground_truth["annotations"]}
-        per_class = {name: 0.0 if index + 1 in present else -1.0 for index, name in enumerate(classes)}
-        return Scores(dict.fromkeys(METRICS, empty), per_class, len(ground_truth["images"]))
+        return _without_detections(ground_truth, classes)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(ground_truth)
-        evaluation = COCOeval_faster(truth, truth.loadRes(list(results)), "bbox", print_function=lambda *_: None)
+        truth = COCO({**ground_truth, "annotations": [dict(one) for one in ground_truth["annotations"]]})
+        evaluation = COCOeval_faster(truth, truth.loadRes([dict(one) for one in results]), "bbox", print_function=lambda *_: None)
         evaluation.params.catIds = list(range(1, len(classes) + 1))
         evaluation.evaluate()
         evaluation.accumulate()
@@ -53,4 +50,18 @@ def coco_scores(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]],
         values = precision[:, :, index, 0, -1]
         values = values[values > -1]
         per_class[name] = float(values.mean()) if values.size else -1.0
+    return Scores(metrics, per_class, len(ground_truth["images"]))
+
+
+def _without_detections(ground_truth: dict[str, Any], classes: Sequence[str]) -> Scores:
+    """Zero wherever there is something to find (crowds are not), else undefined; the library refuses empty results."""
+    wanted = [annotation for annotation in ground_truth["annotations"] if not annotation["iscrowd"]]
+
+    def zero(low: float = 0, high: float = float("inf")) -> float:
+        return 0.0 if any(low <= annotation["area"] <= high for annotation in wanted) else -1.0
+
+    of_size = {"s": zero(0, 32**2), "m": zero(32**2, 96**2), "l": zero(96**2)}
+    present = {annotation["category_id"] for annotation in wanted}
+    per_class = {name: 0.0 if index + 1 in present else -1.0 for index, name in enumerate(classes)}
+    metrics = {name: of_size[name[-1]] if name[-1] in of_size else zero() for name in METRICS}
     return Scores(metrics, per_class, len(ground_truth["images"]))
