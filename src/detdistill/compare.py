@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from detdistill.errors import RunError
+from detdistill.errors import RunError, nearest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,6 +22,9 @@ BUDGET = (
     "precision", "devices", "nodes", "size", "resize", "max_size", "flip", "colour", "scale_jitter", "mosaic",
 )  # fmt: skip
 """Settings that must agree for a comparison to be fair."""
+
+NEEDED = ("role", "student", "teacher", "method", "seed", "steps", "images_seen", "metrics", "data")
+"""What a summary must tell to be compared."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_une
         allow_unequal: compare although budgets differ; the differences are noted.
 
     Raises:
-        RunError: no pair, unequal budgets, other data, or a folder without ``summary.json``.
+        RunError: no such metric, no pair, two runs of one seed, unequal budgets, other data, or a folder without ``summary.json``.
     """
     runs = [read_run(folder) for folder in expand(folders)]
     baselines: dict[tuple[str, str, int], dict[str, Any]] = {}
@@ -78,8 +81,13 @@ def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_une
         baselines[key] = one
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for one in (one for one in runs if one["role"] == "distilled"):
-        label = one["method"] + (" + inherited head" if one.get("inherit") else "")
-        groups.setdefault((label, one["teacher"], one["student"]), []).append(one)
+        group = groups.setdefault((_label(one), one["teacher"], one["student"]), [])
+        twin = next((other for other in group if other["seed"] == one["seed"]), None)
+        if twin is not None:
+            raise RunError(
+                f"two {_label(one)} runs with seed {one['seed']}: {twin['folder']} and {one['folder']}; give one of them"
+            )
+        group.append(one)
     if not groups or not baselines:
         raise RunError(
             f"nothing to compare: {len(baselines)} baseline and {sum(map(len, groups.values()))} distilled runs in "
@@ -93,6 +101,16 @@ def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_une
             if baseline is None:
                 notes.append(f"seed {one['seed']}: no baseline of the same student and data")
                 continue
+            for run in (baseline, one):
+                if metric not in run["metrics"]:
+                    known = run["metrics"]
+                    raise RunError(f"no metric {metric!r}{nearest(metric, known)}; metrics: {', '.join(known)}")
+                if run["metrics"][metric] < 0:
+                    raise RunError(f"{run['folder']}: {metric} is undefined on its validation images; compare another metric")
+            if baseline["data"]["val_fingerprint"] != one["data"]["val_fingerprint"]:
+                raise RunError(
+                    f"{baseline['folder']} and {one['folder']} were evaluated on different images: their numbers do not compare"
+                )
             different = unequal(baseline, one)
             if different and not allow_unequal:
                 raise RunError(
@@ -131,9 +149,14 @@ def unequal(baseline: dict[str, Any], distilled: dict[str, Any]) -> list[str]:
     for key in ("steps", "images_seen"):
         if baseline[key] != distilled[key]:
             different.append(f"{key} done {baseline[key]} and {distilled[key]}")
-    if baseline["data"]["val_fingerprint"] != distilled["data"]["val_fingerprint"]:
-        different.append("evaluated on different images")
     return different
+
+
+def _label(run: dict[str, Any]) -> str:
+    """What was done to the student, in all that may differ between the runs of one comparison."""
+    strength = run["config"].get("dis", 1.0)
+    label: str = run["method"] + ("" if strength == 1 else f", dis {strength:g}")
+    return label + (" + inherited head" if run.get("inherit") else "")
 
 
 def expand(folders: Sequence[Path | str]) -> list[Path]:
@@ -156,10 +179,15 @@ def read_run(folder: Path) -> dict[str, Any]:
         RunError: a file is missing or broken.
     """
     try:
-        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"{folder} is no whole run: {error}") from error
+    if not isinstance(summary, dict) or not isinstance(config, dict):
+        raise RunError(f"{folder} is no whole run: summary.json and config.yaml must hold keys and values")
+    missing = [key for key in NEEDED if key not in summary]
+    if missing:
+        raise RunError(f"{folder} is no whole run: summary.json lacks {', '.join(missing)}")
     return {**summary, "folder": folder, "config": config}
 
 

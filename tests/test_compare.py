@@ -1,0 +1,221 @@
+import json
+import math
+
+import pytest
+import yaml
+
+from detdistill.compare import Pair as P
+from detdistill.compare import compare_runs, expand, gains_json, gains_table, summarize
+from detdistill.errors import RunError
+from detdistill.settings import TrainSettings, as_plain
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+def make_run(folder, role, seed, ap, **changes):
+    """A finished run's folder as far as a comparison reads it; ``changes`` go into config or summary."""
+    settings = {**as_plain(TrainSettings()), "dis": 1.0}
+    summary = {
+        "role": role,
+        "student": "fcos:resnet10t",
+        "teacher": "runs/teacher" if role == "distilled" else None,
+        "method": "pkd" if role == "distilled" else None,
+        "inherit": False,
+        "seed": seed,
+        "steps": 100,
+        "images_seen": 1600,
+        "metrics": {**dict.fromkeys(METRICS, -1.0), "AP": ap, "AP50": 2 * ap},
+        "data": {"fingerprint": "train", "val_fingerprint": "val"},
+    }
+    for name, value in changes.items():
+        if name in ("fingerprint", "val_fingerprint"):
+            summary["data"][name] = value
+        else:
+            (settings if name in settings and name not in summary else summary)[name] = value
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def make_pairs(parent, gains, **changes):
+    for seed, gain in enumerate(gains):
+        make_run(parent / f"baseline-seed{seed}", "baseline", seed, 0.2)
+        make_run(parent / f"distilled-seed{seed}", "distilled", seed, 0.2 + gain, **changes)
+    return parent
+
+
+def test_interval_is_students_t_by_hand():
+    gain = summarize("pkd", "t", "s", "AP", [P(0, 0.20, 0.22), P(1, 0.20, 0.23), P(2, 0.20, 0.24)])
+    assert gain.mean == pytest.approx(0.03)
+    half = 4.302653 * 0.01 / math.sqrt(3)  # t of 2 degrees of freedom at 97.5 %; the deviation is 0.01
+    assert gain.low == pytest.approx(0.03 - half, abs=1e-8)
+    assert gain.high == pytest.approx(0.03 + half, abs=1e-8)
+
+
+def test_interval_equals_scipys():
+    from scipy import stats
+
+    pairs = [P(seed, 0.3, 0.3 + value) for seed, value in enumerate((0.05, -0.01, 0.02, 0.07, 0.03))]
+    gains = [pair.gain for pair in pairs]
+    low, high = stats.t.interval(0.95, len(gains) - 1, loc=sum(gains) / len(gains), scale=stats.sem(gains))
+    gain = summarize("pkd", "t", "s", "AP", pairs)
+    assert (gain.low, gain.high) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ((0.02, 0.03, 0.04), "gain"),
+        ((-0.02, -0.03, -0.04), "worse"),
+        ((0.10, -0.01, 0.02), "no gain shown"),
+        ((0.02, 0.02), "gain"),
+        ((0.30,), "no gain shown"),
+    ],
+)
+def test_verdicts(gains, verdict):
+    found = summarize("pkd", "t", "s", "AP", [P(seed, 0.2, 0.2 + gain) for seed, gain in enumerate(gains)])
+    assert found.verdict == verdict
+
+
+def test_one_pair_has_no_interval_and_says_why():
+    found = summarize("pkd", "t", "s", "AP", [P(0, 0.2, 0.5)])
+    assert (found.low, found.high) == (None, None)
+    assert found.mean == pytest.approx(0.3)
+    assert "run more seeds" in found.notes[0]
+
+
+def test_runs_are_paired_by_seed_in_whatever_order(tmp_path):
+    make_run(tmp_path / "a", "distilled", 1, 0.40)
+    make_run(tmp_path / "b", "baseline", 0, 0.20)
+    make_run(tmp_path / "c", "distilled", 0, 0.25)
+    make_run(tmp_path / "d", "baseline", 1, 0.30)
+    make_run(tmp_path / "e", "teacher", 1, 0.90)
+    (gain,) = compare_runs([tmp_path])
+    assert [(pair.seed, pair.baseline, pair.distilled) for pair in gain.pairs] == [(0, 0.20, 0.25), (1, 0.30, 0.40)]
+    assert gain.mean == pytest.approx(0.075)
+    assert (gain.method, gain.teacher, gain.student, gain.metric) == ("pkd", "runs/teacher", "fcos:resnet10t", "AP")
+    assert compare_runs([tmp_path], metric="AP50")[0].mean == pytest.approx(0.15)
+
+
+def test_each_method_teacher_and_strength_is_compared_alone(tmp_path):
+    make_pairs(tmp_path / "x", (0.01, 0.02))
+    for seed in (0, 1):
+        make_run(tmp_path / "y" / f"fgd{seed}", "distilled", seed, 0.3, method="fgd", inherit=True)
+        make_run(tmp_path / "y" / f"strong{seed}", "distilled", seed, 0.1, dis=2.0)
+        make_run(tmp_path / "y" / f"other{seed}", "distilled", seed, 0.1, teacher="runs/other")
+    gains = compare_runs([tmp_path / "x", tmp_path / "y"])
+    assert [(gain.method, gain.teacher) for gain in gains] == [
+        ("fgd + inherited head", "runs/teacher"),
+        ("pkd", "runs/other"),
+        ("pkd", "runs/teacher"),
+        ("pkd, dis 2", "runs/teacher"),
+    ]
+    assert [round(gain.mean, 6) for gain in gains] == [0.1, -0.1, 0.015, -0.1]
+
+
+def test_a_seed_without_baseline_is_noted_and_left_out(tmp_path):
+    make_pairs(tmp_path, (0.1, 0.1))
+    make_run(tmp_path / "alone", "distilled", 5, 0.9)
+    (gain,) = compare_runs([tmp_path])
+    assert [pair.seed for pair in gain.pairs] == [0, 1]
+    assert gain.notes == ("seed 5: no baseline of the same student and data",)
+
+
+def test_unequal_budgets_are_refused_naming_each_difference(tmp_path):
+    make_pairs(tmp_path, (0.1, 0.1), epochs=24, lr=0.01, steps=200, images_seen=3200)
+    with pytest.raises(RunError) as error:
+        compare_runs([tmp_path])
+    assert str(error.value) == (
+        "unequal budgets, seed 0: epochs 12 and 24; lr 0.001 and 0.01; steps done 100 and 200; images_seen done 1600 and 3200; "
+        "--allow_unequal true compares all the same"
+    )
+    (gain,) = compare_runs([tmp_path], allow_unequal=True)
+    assert gain.mean == pytest.approx(0.1)
+    assert "seed 0: epochs 12 and 24" in gain.notes
+    assert len(gain.notes) == 8
+
+
+def test_other_data_are_refused_whatever_is_allowed(tmp_path):
+    make_run(tmp_path / "a" / "b", "baseline", 0, 0.2)
+    make_run(tmp_path / "a" / "d", "distilled", 0, 0.3, fingerprint="other")
+    with pytest.raises(RunError, match="pkd: no baseline with the same student, data and seed"):
+        compare_runs([tmp_path / "a"], allow_unequal=True)
+    make_run(tmp_path / "v" / "b", "baseline", 0, 0.2)
+    make_run(tmp_path / "v" / "d", "distilled", 0, 0.3, val_fingerprint="other")
+    with pytest.raises(RunError, match="evaluated on different images"):
+        compare_runs([tmp_path / "v"], allow_unequal=True)
+
+
+def test_an_undefined_metric_is_refused(tmp_path):
+    make_pairs(tmp_path, (0.1,))
+    with pytest.raises(RunError, match="APl is undefined on its validation images"):
+        compare_runs([tmp_path], metric="APl")
+
+
+def test_an_unknown_metric_is_named_with_the_nearest(tmp_path):
+    make_pairs(tmp_path, (0.1,))
+    with pytest.raises(RunError, match=r"no metric 'AP5O' \(did you mean 'AP50'\?\); metrics: AP, AP50"):
+        compare_runs([tmp_path], metric="AP5O")
+
+
+def test_two_runs_of_one_seed_are_refused(tmp_path):
+    make_pairs(tmp_path / "a", (0.1,))
+    make_run(tmp_path / "b" / "again", "baseline", 0, 0.2)
+    with pytest.raises(RunError, match=r"two baselines with seed 0: .*a/baseline-seed0 and .*b/again; give one of them"):
+        compare_runs([tmp_path / "a", tmp_path / "b"])
+    make_run(tmp_path / "c" / "again", "distilled", 0, 0.2)
+    with pytest.raises(RunError, match="two pkd runs with seed 0"):
+        compare_runs([tmp_path / "a", tmp_path / "c"])
+
+
+def test_nothing_to_pair_says_what_makes_pairs(tmp_path):
+    make_run(tmp_path / "b", "baseline", 0, 0.2)
+    with pytest.raises(RunError, match=r"nothing to compare: 1 baseline and 0 distilled runs in .*--baseline true"):
+        compare_runs([tmp_path])
+
+
+def test_folders_are_expanded_once(tmp_path):
+    make_pairs(tmp_path / "x", (0.1,))
+    names = [path.name for path in expand([tmp_path / "x", tmp_path / "x" / "distilled-seed0"])]
+    assert names == ["baseline-seed0", "distilled-seed0"]
+    (tmp_path / "empty").mkdir()
+    for missing in ("empty", "nowhere"):
+        with pytest.raises(RunError, match=rf"{missing} holds no finished run \(no summary.json\)"):
+            expand([tmp_path / missing])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("summary.json", "{broken", "is no whole run: Expecting property name"),
+        ("summary.json", "[1]", "summary.json and config.yaml must hold keys and values"),
+        ("summary.json", '{"role": "baseline"}', "is no whole run: summary.json lacks student, teacher"),
+        ("config.yaml", "a: [", "is no whole run: while parsing"),
+        ("config.yaml", "", "summary.json and config.yaml must hold keys and values"),
+        ("config.yaml", None, "is no whole run: .*No such file"),
+    ],
+)
+def test_a_broken_run_is_named(tmp_path, name, content, expected):
+    make_pairs(tmp_path, (0.1,))
+    broken = tmp_path / "baseline-seed0" / name
+    broken.unlink() if content is None else broken.write_text(content)
+    with pytest.raises(RunError, match=expected) as error:
+        compare_runs([tmp_path])
+    assert "baseline-seed0" in str(error.value)
+
+
+def test_table_and_json_say_the_same(tmp_path):
+    from rich.console import Console
+
+    (gain,) = gains = compare_runs([make_pairs(tmp_path, (0.02, 0.03, 0.04))])
+    plain = Console(width=120)
+    with plain.capture() as captured:
+        plain.print(gains_table(gains))
+    row = next(line for line in captured.get().splitlines() if "pkd" in line)
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells == ["pkd", "3", "20.0", "23.0", "+3.0", "+0.5 .. +5.5", "gain"]
+    written = json.loads(json.dumps(gains_json(gains)))["gains"][0]
+    assert written["mean"] == pytest.approx(gain.mean)
+    assert written["verdict"] == "gain"
+    assert written["pairs"][2] == {"seed": 2, "baseline": 0.2, "distilled": pytest.approx(0.24)}
