@@ -1,6 +1,7 @@
 import torch
 
 from detdistill.detectors import fcos
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.inherit import inherit_head
 from detdistill.detectors.options import ModelOptions
 from tests.tiny import TinyDense, TinyQueries, tiny_batch
@@ -153,3 +154,27 @@ def test_fcos_classes_are_matched_by_name():
     mine, theirs = student.predict(features, batch).logits, teacher.predict(features, batch).logits
     assert torch.allclose(mine[..., [2, 0]], theirs, atol=1e-6)
     assert torch.equal(student.model.head.classification_head.cls_logits.weight[2], own)
+
+
+def test_faster_rcnn_boxes_and_scores_are_matched_by_class_name():
+    name = "faster_rcnn:resnet10t,channels=8-8-16-16,neck=16,levels=3-4,mlp=16"
+    student, teacher = build_detector(name, ("cat", "dog")), build_detector(name, ("dog", "bird", "cat"))
+    report = inherit_head(student, teacher)
+    mine, theirs = student.model.roi_heads.box_predictor, teacher.model.roi_heads.box_predictor
+    assert report.skipped == ()
+    torch.testing.assert_close(mine.cls_score.weight[1], theirs.cls_score.weight[3])  # cat
+    torch.testing.assert_close(mine.cls_score.bias[2], theirs.cls_score.bias[1])  # dog
+    torch.testing.assert_close(mine.cls_score.weight[0], theirs.cls_score.weight[0])  # background
+    torch.testing.assert_close(mine.bbox_pred.weight[4:8], theirs.bbox_pred.weight[12:16])
+    torch.testing.assert_close(mine.bbox_pred.weight[8:12], theirs.bbox_pred.weight[4:8])
+
+
+def test_a_teacher_with_unused_outputs_gives_its_rows_by_name():
+    name = "fcos:resnet10t,channels=8-8-16-16,neck=32,levels=3-4,convs=1"
+    student, wide = build_detector(name, ("cat", "dog")), build_detector(name, ("x", "cat", "y", "dog"))
+    wide.spec = type(wide.spec)(**{**vars(wide.spec), "classes": ("cat", "dog")})
+    wide.columns = wide.columns[[1, 3]]
+    report = inherit_head(student, wide)
+    mine, theirs = (d.model.head.classification_head.cls_logits.weight for d in (student, wide))
+    assert all("cls_logits" not in name for name, _ in report.skipped)
+    torch.testing.assert_close(mine[1:], theirs[[2, 4]])

@@ -127,6 +127,15 @@ class TwoStageDetector(shared.TorchvisionDetector):
             _initialize(head.model)
         return head
 
+    def class_rows(self, name: str) -> Tensor | None:
+        """Rows of the class outputs (one each), of the boxes (four each) and of the masks; see ``inherit``."""
+        outputs = ("model.roi_heads.box_predictor.cls_score.", "model.roi_heads.mask_predictor.mask_fcn_logits.")
+        if name.startswith(outputs):
+            return self.columns[:, None]
+        if name.startswith("model.roi_heads.box_predictor.bbox_pred."):
+            return 4 * self.columns[:, None] + torch.arange(4, device=self.columns.device)
+        return None
+
     # ------------------------------------------------------------------------------------------------ forward
 
     def predict(self, features: Features, batch: Batch) -> Regions:
