@@ -155,8 +155,8 @@ def test_an_undefined_metric_is_refused(tmp_path):
 
 def test_an_unknown_metric_is_named_with_the_nearest(tmp_path):
     make_pairs(tmp_path, (0.1,))
-    with pytest.raises(RunError, match=r"no metric 'AP5O' \(did you mean 'AP50'\?\); metrics: AP, AP50"):
-        compare_runs([tmp_path], metric="AP5O")
+    with pytest.raises(RunError, match=r"no metric 'AP_50' \(did you mean 'AP50'\?\); metrics: AP, AP50"):
+        compare_runs([tmp_path], metric="AP_50")
 
 
 def test_two_runs_of_one_seed_are_refused(tmp_path):

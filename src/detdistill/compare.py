@@ -68,7 +68,7 @@ def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_une
         allow_unequal: compare although budgets differ; the differences are noted.
 
     Raises:
-        RunError: no such metric, no pair, two runs of one seed, unequal budgets, other data, or a folder without ``summary.json``.
+        RunError: no such metric, no pair, two runs of one seed, unequal budgets, other data, or a broken run.
     """
     runs = [read_run(folder) for folder in expand(folders)]
     baselines: dict[tuple[str, str, int], dict[str, Any]] = {}
