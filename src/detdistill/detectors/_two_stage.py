@@ -72,11 +72,13 @@ class TwoStageDetector(shared.TorchvisionDetector):
     mode it does neither and needs no targets.
     """
 
+    unused: Tensor
+
     head_prefixes = ("model.backbone.fpn.", "model.rpn.", "model.roi_heads.")
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         classes: Sequence[str],
         name: str,
         columns: Sequence[int] | None = None,
@@ -477,7 +479,7 @@ def _same_boxes(first: Sequence[Target], second: Sequence[Target]) -> bool:
     return True
 
 
-def _initialize(model: nn.Module) -> None:
+def _initialize(model: Any) -> None:
     """Draw all weights of both stages anew, by torchvision's rules for these modules."""
     for module in (*model.rpn.modules(), *model.roi_heads.modules()):
         if isinstance(module, nn.Linear | nn.BatchNorm2d):

@@ -99,8 +99,8 @@ class Records(Listener):
         if step % self.every and not watched and step != 1:
             return
         self._logged = step
-        row: dict[str, float | int | str] = {f"train/{name}": float(term) for name, term in module.last.terms.items()}
-        row = {"loss": sum(float(value) for value in row.values())} | row
+        row = {f"train/{name}": float(term) for name, term in module.last.terms.items()}
+        row = {"loss": sum(row.values())} | row
         row |= {name: float(value) for name, value in module.last.monitors.items()}
         self._write(trainer, module, row)
 
@@ -109,14 +109,18 @@ class Records(Listener):
         if trainer.is_global_zero:
             self._write(trainer, module, {f"val/{name}": value for name, value in scores.metrics.items()})
 
-    def _write(self, trainer: L.Trainer, module: StageModule, row: dict[str, float | int | str]) -> None:
+    def _write(self, trainer: L.Trainer, module: StageModule, row: dict[str, float]) -> None:
         rate = float(trainer.optimizers[0].param_groups[0]["lr"])
-        base = {"stage": module.stage.name, "step": trainer.global_step, "total": module.total, "epoch": trainer.current_epoch}
+        base: dict[str, float | int | str] = {
+            "stage": module.stage.name,
+            "step": trainer.global_step,
+            "total": module.total,
+            "epoch": trainer.current_epoch,
+        }
         self.table.add({**base, "lr": rate, "seconds": module.seconds, **row})
-        numbers = {name: value for name, value in row.items() if not isinstance(value, str)}
         for logger in trainer.loggers:
             assert isinstance(logger, Logger)
-            logger.log_metrics({**numbers, "lr": rate}, step=trainer.global_step)
+            logger.log_metrics({**row, "lr": rate}, step=trainer.global_step)
 
 
 class Checkpoints(Listener):
