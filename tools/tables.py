@@ -1,0 +1,133 @@
+"""Write the tables of the docs from what the package says of itself: no fact in them is typed by hand.
+
+    uv run python tools/tables.py            write README.md and docs/
+    uv run python tools/tables.py --check    only say which files are out of date; exit code 1 if any is
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. Which pairs a method serves is found by building it
+for every pair of detectors, on small backbones with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from detdistill.detectors.build import adapter, adapter_names, build_detector
+from detdistill.detectors.contract import CAPABILITIES, Detector, Teacher
+from detdistill.methods.build import build_method, method_class, method_slugs
+from detdistill.methods.contract import PairError
+from detdistill.settings import DistillSettings, TrainSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIANTS = ("cwd,on=logits",)
+"""Forms of methods that ask for more than the method's default."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    old = []
+    detectors = {name: build_detector(f"{name}:resnet10t,neck=32", ("one", "two")) for name in adapter_names()}
+    tables = {
+        "methods": methods_table(),
+        "pairs": pairs_table(detectors),
+        "detectors": detectors_table(detectors),
+        "hyperparameters": hyperparameters_table(),
+        "train settings": settings_table(TrainSettings),
+        "distill settings": settings_table(DistillSettings, beside=TrainSettings),
+    }
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = path.read_text()
+        new = re.sub(
+            r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", lambda m: m[1] + "\n" + tables[m[2]] + "\n" + m[3], text, flags=re.DOTALL
+        )
+        if new != text:
+            old.append(path.relative_to(ROOT))
+            if not check:
+                path.with_name(path.name + ".tmp").write_text(new)
+                os.replace(path.with_name(path.name + ".tmp"), path)
+    print(*(f"{path} {'is out of date' if check else 'written'}" for path in old), sep="\n" if old else "")
+    raise SystemExit(1 if check and old else 0)
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    """Markdown, the first row as the head."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def methods_table() -> str:
+    """Slug and paper."""
+    return table(("method", "paper"), *((f"`{slug}`", method_class(slug).title) for slug in method_slugs()))
+
+
+def pairs_table(detectors: dict[str, Detector]) -> str:
+    """Which pairs of detectors a method accepts, and what it says to the others."""
+    rows = []
+    for method in [*method_slugs(), *VARIANTS]:
+        refused: dict[str, list[str]] = {}
+        served = 0
+        for teacher_name, teacher in detectors.items():
+            for student_name, student in detectors.items():
+                try:
+                    build_method(method, Teacher(teacher), student)
+                    served += 1
+                except PairError:
+                    refused.setdefault(student_name, []).append(teacher_name)
+        by_teachers = Counter({student: len(teachers) for student, teachers in refused.items()})
+        text = "; ".join(
+            f"{student}: any" if count == len(detectors) else f"{student}: from {', '.join(refused[student])}"
+            for student, count in sorted(by_teachers.items())
+        )
+        rows.append((f"`{method}`", f"{served} of {len(detectors) ** 2}", text or "none"))
+    return table(("method", "pairs served", "students refused (and from which teacher)"), *rows)
+
+
+def detectors_table(detectors: dict[str, Detector]) -> str:
+    """What each adapter predicts and can do."""
+    rows = []
+    for name, detector in detectors.items():
+        able = [words.partition(" (")[0] for protocol, words in CAPABILITIES.items() if isinstance(detector, protocol)]
+        first = (inspect.getdoc(adapter(name)) or "").splitlines()[0]
+        rows.append((f"`{name}`", first.rstrip("."), detector.spec.family, ", ".join(able) or "-"))
+    return table(("detector", "what it is", "predicts", "further capabilities"), *rows)
+
+
+def hyperparameters_table() -> str:
+    """Of each method, with the defaults."""
+    rows = []
+    for slug in method_slugs():
+        parameters = inspect.signature(method_class(slug).__init__).parameters.values()
+        own = [f"`{p.name}={_plain(p.default)}`" for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        rows.append((f"`{slug}`", ", ".join(own)))
+    return table(("method", "hyper-parameters and defaults"), *rows)
+
+
+def settings_table(kind: type, beside: type | None = None) -> str:
+    """Settings with their defaults, described by the docstring."""
+    known = {field.name for field in dataclasses.fields(beside)} if beside else set()
+    words = dict(re.findall(r"^    (\w+): (.*?)(?=^    \w+:|\Z)", (inspect.getdoc(kind) or "").replace("\n\n", "\n"), re.M | re.S))
+    rows = [
+        (f"`{field.name}`", f"`{_plain(field.default)}`", " ".join(words[field.name].split()))
+        for field in dataclasses.fields(kind)
+        if field.name not in known
+    ]
+    return table(("setting", "default", "meaning"), *rows)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "/".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+if __name__ == "__main__":
+    main()
