@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
-from detdistill.data.loader import collate
-from detdistill.data.records import Record
+from detdistill.data.loader import collate, read_image
+from detdistill.data.records import IMAGE_SUFFIXES, Record
 from detdistill.data.transforms import ViewSettings, make_view
 from detdistill.detectors.contract import Detector
-from detdistill.errors import DataError
+from detdistill.errors import DataError, RunError
 from detdistill.progress import Bar
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 @torch.no_grad()
@@ -49,46 +48,76 @@ def predict_image(detector: Detector, image: Tensor, settings: ViewSettings) -> 
 
 
 def predict_folder(detector: Detector, images: Path, out: Path, settings: ViewSettings, *, score: float, bar: Bar) -> Path:
-    """Draw the boxes of every image into ``out`` and write ``detections.json`` (COCO-like: file, class, box xywh, score).
+    """Draw the boxes of every image into ``out`` and write ``detections.json``.
+
+    That is a list with one entry for each box: file, class, score, and bbox as x, y, width, height in pixels of the image.
+    A drawing has its image's name and place under ``images``.
 
     Raises:
-        DataError: no image there, or one that cannot be decoded.
+        DataError: nothing there, no image there, or one that cannot be decoded.
+        RunError: ``out`` cannot be written.
     """
-    paths = [images] if images.is_file() else sorted(p for p in images.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise DataError(f"no images in {images}; give an image or a folder with {', '.join(sorted(SUFFIXES))} files")
+    paths = find_images(images, out)
     bar.resize(len(paths))
-    out.mkdir(parents=True, exist_ok=True)
     written = []
-    for index, path in enumerate(paths):
-        image = read_image(path)
-        boxes, scores, labels = predict_image(detector, image, settings)
-        keep = scores >= score
-        boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
-        names = [detector.spec.classes[label] for label in labels.tolist()]
-        texts = [f"{name} {value:.2f}" for name, value in zip(names, scores.tolist(), strict=True)]
-        drawn = draw_bounding_boxes(image, boxes, texts, width=max(2, min(image.shape[-2:]) // 250)) if len(boxes) else image
-        target = out / f"{path.stem}.jpg"
-        temporary = out / f".{path.stem}.tmp"
-        Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(temporary, format="JPEG", quality=92)
-        os.replace(temporary, target)
-        for name, value, (x1, y1, x2, y2) in zip(names, scores.tolist(), boxes.tolist(), strict=True):
-            written.append({"file": str(path), "class": name, "score": value, "bbox": [x1, y1, x2 - x1, y2 - y1]})
-        bar.update(index + 1, path.name)
-    temporary = out / ".detections.tmp"
-    temporary.write_text(json.dumps(written, indent=1) + "\n")
-    os.replace(temporary, out / "detections.json")
+    try:
+        for index, (path, drawing) in enumerate(zip(paths, drawing_names(paths, images), strict=True)):
+            image = decode(path)
+            boxes, scores, labels = predict_image(detector, image, settings)
+            keep = scores >= score
+            boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+            names = [detector.spec.classes[label] for label in labels.tolist()]
+            texts = [f"{name} {value:.2f}" for name, value in zip(names, scores.tolist(), strict=True)]
+            drawn = draw_bounding_boxes(image, boxes, texts, width=max(2, min(image.shape[-2:]) // 250)) if len(boxes) else image
+            target = out / drawing
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.tmp")
+            Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(temporary, format="JPEG", quality=92)
+            os.replace(temporary, target)
+            for name, value, (x1, y1, x2, y2) in zip(names, scores.tolist(), boxes.tolist(), strict=True):
+                written.append({"file": str(path), "class": name, "score": value, "bbox": [x1, y1, x2 - x1, y2 - y1]})
+            bar.update(index + 1, path.name)
+        temporary = out / ".detections.tmp"
+        temporary.write_text(json.dumps(written, indent=1) + "\n")
+        os.replace(temporary, out / "detections.json")
+    except OSError as error:
+        raise RunError(f"cannot write to {out}: {error.strerror or error}; make space or give another --out") from error
     return out
 
 
-def read_image(path: Path) -> Tensor:
+def find_images(images: Path, out: Path) -> list[Path]:
+    """An image, or all images of a folder and its subfolders except earlier drawings in ``out``.
+
+    Raises:
+        DataError: there are none.
+    """
+    if images.is_file():
+        return [images]
+    if not images.is_dir():
+        raise DataError(f"{images}: there is no such file or folder")
+    drawn = out.resolve()
+    paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and drawn not in p.resolve().parents)
+    if not paths:
+        raise DataError(f"{images}: no images in it; give an image or a folder with {', '.join(sorted(IMAGE_SUFFIXES))} files")
+    return paths
+
+
+def drawing_names(paths: Sequence[Path], images: Path) -> list[Path]:
+    """Where each drawing goes under the output folder: no two to one place."""
+    inside = [path.relative_to(images) if images.is_dir() else Path(path.name) for path in paths]
+    plain = [path.with_suffix(".jpg") for path in inside]
+    return [
+        name if plain.count(name) == 1 else path.with_name(f"{path.name}.jpg") for name, path in zip(plain, inside, strict=True)
+    ]
+
+
+def decode(path: Path) -> Tensor:
     """[3, h, w] uint8 RGB.
 
     Raises:
-        DataError: missing, or not an image.
+        DataError: not an image.
     """
     try:
-        with Image.open(path) as opened:
-            return torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"cannot read the image {path}: {error}; remove or replace it") from error
+        return read_image(path)
+    except (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: the image cannot be decoded ({error}); remove or replace it") from error

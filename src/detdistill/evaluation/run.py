@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,9 +87,13 @@ def check_classes(detector: Detector, data: DetectionSet) -> None:
     if unknown:
         raise ModelError(
             f"{detector.spec.name} does not know {len(unknown)} of the data's {len(data.classes)} classes "
-            f"({', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}); it knows {len(detector.spec.classes)}: "
-            f"{', '.join(detector.spec.classes[:10])}{' ...' if len(detector.spec.classes) > 10 else ''}"
+            f"({_few(unknown, 5)} of {_few(data.classes, 10)}); it knows {len(detector.spec.classes)}: "
+            f"{_few(detector.spec.classes, 10)}"
         )
+
+
+def _few(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
 def coco_results(found: Detections, batch: Batch, index: int, column: list[int]) -> list[dict[str, Any]]:
