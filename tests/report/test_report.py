@@ -167,11 +167,27 @@ def test_methods_share_baselines_and_prefer_their_own(tmp_path: Path) -> None:
     assert "+5.0 AP on one seed" in text
 
 
+def test_seed_without_baseline_does_not_count(tmp_path: Path) -> None:
+    runs = write_experiment(tmp_path, "pkd", [0.30, 0.30], [0.33, 0.33])
+    runs.append(write_run(tmp_path / "distilled-seed7", "distilled", 0.90, seed=7, method="pkd"))
+    _, text = parsed(build_report(runs, tmp_path / "report.html"))
+    assert "gain +3.0 +3.0" in text
+    assert "Left out of the comparison: seed 7: no baseline of the same student and data." in text
+    assert "Not a fair comparison" not in text
+
+
+def test_settings_that_differ_are_listed(tmp_path: Path) -> None:
+    runs = write_experiment(tmp_path, "pkd", [0.3], [0.4], config={"lr": 0.01, "epochs": 24})
+    _, text = parsed(build_report(runs, tmp_path / "report.html"))
+    assert "Settings that differ baseline pkd epochs 12 24 lr 0.001 0.01" in text
+
+
 def test_page_of_one_distilled_run_and_of_one_plain_run(tmp_path: Path) -> None:
     alone = write_run(tmp_path / "distilled", "distilled", 0.33, method="pkd")
     _, text = parsed(build_report([alone], alone / "report.html"))
     assert "The student reached AP 33.0. Without a baseline of the same student and data, no gain can be stated." in text
-    assert "teacher: runs/teacher 40.0" in text
+    assert "teacher 40.0 40.0" in text
+    assert "teacher (as it is)" in text
     plain = write_run(tmp_path / "plain", "train", 0.21)
     _, text = parsed(build_report([plain], plain / "report.html"))
     assert "AP 21.0" in text

@@ -52,7 +52,14 @@ class Palette:
 
 
 def curves(
-    groups: Sequence[Group], palette: Palette, column: str, against: str = "steps", *, factor: float = 1.0, label: str = ""
+    groups: Sequence[Group],
+    palette: Palette,
+    column: str,
+    against: str = "steps",
+    *,
+    factor: float = 1.0,
+    label: str = "",
+    level: float | None = None,
 ) -> str:
     """One column of every run: seeds thin, their mean thick, the teacher dashed. Empty when nobody logged it.
 
@@ -63,6 +70,7 @@ def curves(
         against: ``steps``, ``epochs`` or ``seconds``.
         factor: on the values (100 for AP).
         label: title of the panel.
+        level: what the teacher reached, when its own run is not among the groups.
     """
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -76,6 +84,8 @@ def curves(
                 drawn += _draw(axes, found, _SENTINELS[palette.name(group)], "--" if group.role == "teacher" else "-")
         if not drawn:
             return ""
+        if level is not None:
+            axes.axhline(level, color=_SENTINELS["teacher"], linestyle="--", linewidth=1.8)
         if column.startswith("train/") and min(drawn) > 0 and max(drawn) > 30 * min(drawn):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

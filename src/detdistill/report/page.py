@@ -15,7 +15,7 @@ import yaml
 from detdistill.errors import RunError
 from detdistill.report import figures, pictures, words
 from detdistill.report.pictures import Gallery
-from detdistill.report.runs import Group, Run, baselines_for, defined, distillation_terms, group, read
+from detdistill.report.runs import Group, Run, baselines_for, defined, distillation_terms, group, paired, read
 
 if TYPE_CHECKING:
     from detdistill.data.records import DataSplits
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 NOT_SETTINGS = ("out", "resume", "jobs", "seed", "seeds", "role", "method", "student", "teacher", "model", "baseline")
 """Left out of the table of differing settings: they differ by design, or say nothing of the training."""
+
+
+Entry = tuple[str, str, bool, int]
+"""Of a legend: label, colour, dashed, number of seeds."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ def render(groups: Sequence[Group], splits: DataSplits | None, data_note: str, g
         for one in distilled
         if one.runs[0].rows
     ]
+    legend = [(one.label, palette.name(one), one.role == "teacher", len(one.runs)) for one in groups]
     return environment.get_template("template.html.jinja").render(
         title=_title(groups),
         subtitle=_subtitle(runs),
@@ -146,7 +151,8 @@ def render(groups: Sequence[Group], splits: DataSplits | None, data_note: str, g
         metrics=METRICS,
         table=_table(groups),
         per_run=[_run_line(one, run) for one in groups for run in one.runs],
-        legend=[(one.label, palette.name(one), one.role == "teacher", len(one.runs)) for one in groups],
+        legend=legend,
+        score_legend=_score_legend(groups, legend),
         scores=_score_panels(groups, palette),
         losses=_loss_panels(groups, palette),
         shares=shares,
@@ -168,7 +174,7 @@ def render(groups: Sequence[Group], splits: DataSplits | None, data_note: str, g
 def _title(groups: Sequence[Group]) -> str:
     distilled = [one for one in groups if one.role == "distilled"]
     if not distilled:
-        return f"Training of {groups[-1].runs[0].summary['student']}"
+        return f"Training of {str(groups[-1].runs[0].summary['student']).split(',')[0]}"
     names = ", ".join(one.label for one in distilled[:3]) + (" ..." if len(distilled) > 3 else "")
     return f"Distillation with {names}"
 
@@ -194,8 +200,7 @@ def _table(groups: Sequence[Group]) -> list[Line]:
     if distilled and not any(one.role == "teacher" for one in groups):
         numbers = [words.teacher_metric(distilled[0], groups, name) for name in METRICS]
         size = _millions(distilled[0].runs[0].summary.get("teacher_parameters"))
-        title = f"teacher: {distilled[0].runs[0].summary.get('teacher')}"
-        lines.append(Line(title, "teacher", (*map(words.points, numbers), size, words.points(None))))
+        lines.append(Line("teacher", "teacher", (*map(words.points, numbers), size, words.points(None))))
     for one in groups:
         seeds = f", mean of {len(one.runs)} seeds" if len(one.runs) > 1 else f", seed {one.runs[0].seed}"
         metric = [one.metric(name) for name in METRICS]
@@ -207,12 +212,11 @@ def _table(groups: Sequence[Group]) -> list[Line]:
             _time(one.mean(lambda run: run.summary.get("seconds"))),
         )
         lines.append(Line(one.label + seeds, one.role, (*map(words.points, metric), size, time)))
-        baselines = baselines_for(one, runs) if one.role == "distilled" else []
-        if baselines:
-            paired = Group("", "baseline", tuple(baselines))
+        pair = paired(one, runs) if one.role == "distilled" else None
+        if pair is not None:
             gains = [
                 words.points(mine - theirs, signed=True) if mine is not None and theirs is not None else words.points(None)
-                for mine, theirs in ((one.metric(name), paired.metric(name)) for name in METRICS)
+                for theirs, mine in ((pair[0].metric(name), pair[1].metric(name)) for name in METRICS)
             ]
             lines.append(Line("gain", "gain", (*gains, "", "")))
     return lines
@@ -241,13 +245,27 @@ def _time(seconds: float | None) -> str:
 # ---------------------------------------------------------------------------------------------------------------- figures
 
 
+def _lone_teacher(groups: Sequence[Group], metric: str) -> float | None:
+    """The number of a teacher whose own run is not on the page."""
+    distilled = [one for one in groups if one.role == "distilled"]
+    if not distilled or any(one.role == "teacher" for one in groups):
+        return None
+    return words.teacher_metric(distilled[0], groups, metric)
+
+
+def _score_legend(groups: Sequence[Group], legend: Sequence[Entry]) -> list[Entry]:
+    known = _lone_teacher(groups, "AP") is not None
+    return [*([("teacher (as it is)", "teacher", True, 1)] if known else []), *legend]
+
+
 def _score_panels(groups: Sequence[Group], palette: figures.Palette) -> Panels:
     epochs = any(len({row["epochs"] for row in run.rows if "val/AP" in row}) > 1 for one in groups for run in one.runs)
     against = "epochs" if epochs else "steps"
+    ap, ap50 = (None if level is None else 100 * level for level in (_lone_teacher(groups, name) for name in ("AP", "AP50")))
     drawn = [
-        figures.curves(groups, palette, "val/AP", against, factor=100, label="AP"),
-        figures.curves(groups, palette, "val/AP50", against, factor=100, label="AP50"),
-        figures.curves(groups, palette, "val/AP", "seconds", factor=100, label="AP for the time spent"),
+        figures.curves(groups, palette, "val/AP", against, factor=100, label="AP", level=ap),
+        figures.curves(groups, palette, "val/AP50", against, factor=100, label="AP50", level=ap50),
+        figures.curves(groups, palette, "val/AP", "seconds", factor=100, label="AP for the time spent", level=ap),
     ]
     return Panels("validation", tuple(svg for svg in drawn if svg))
 
@@ -286,15 +304,13 @@ def _class_charts(groups: Sequence[Group], palette: figures.Palette) -> list[Cla
     runs = [run for one in groups for run in one.runs]
     charts = []
     for one in (one for one in groups if one.role == "distilled"):
-        baselines = baselines_for(one, runs)
-        if not baselines:
+        pair = paired(one, runs)
+        if pair is None:
             continue
         noted = [run.summary["teacher_per_class"] for run in one.runs if run.summary.get("teacher_per_class")]
         teachers = [other.per_class() for other in groups if other.role == "teacher"]
         teacher = {name: ap for name, ap in (noted or teachers or [{}])[0].items() if ap >= 0}
-        svg, left_out = figures.class_gains(
-            one, palette, Group("", "baseline", tuple(baselines)).per_class(), one.per_class(), teacher
-        )
+        svg, left_out = figures.class_gains(one, palette, pair[0].per_class(), pair[1].per_class(), teacher)
         if svg:
             charts.append(ClassChart(one.label, palette.name(one), svg, left_out, bool(teacher)))
     return charts

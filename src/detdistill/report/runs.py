@@ -162,6 +162,16 @@ def baselines_for(group: Group, runs: Sequence[Run]) -> list[Run]:
     return list(dict.fromkeys(chosen))
 
 
+def paired(group: Group, runs: Sequence[Run]) -> tuple[Group, Group] | None:
+    """The baselines of a distilled group, and those of its runs that have one; None without any."""
+    baselines = baselines_for(group, runs)
+    seeds = {run.seed for run in baselines}
+    if not baselines:
+        return None
+    mine = tuple(run for run in group.runs if run.seed in seeds)
+    return Group("baseline", "baseline", tuple(baselines)), Group(group.label, group.role, mine)
+
+
 def distillation_terms(run: Run, baselines: Sequence[Run]) -> list[str]:
     """Loss terms that distillation added: what the baseline lacks, else what bears the method's name."""
     terms = [name.removeprefix("train/") for name in run.columns if name.startswith("train/")]

@@ -61,7 +61,7 @@ def verdict(group: Group, groups: Sequence[Group]) -> Verdict:
     notes = [*_teacher_notes(teacher, baselines), *_share_notes(group, baselines)]
     student = points(group.metric("AP"))
     if not baselines:
-        notes.append("No baseline: `detdistill distill --baseline true --seeds 0,1,2` trains the same student without a teacher.")
+        notes.append("No baseline: detdistill distill --baseline true --seeds 0,1,2 trains the same student without a teacher.")
         sentence = f"The student reached AP {student}. Without a baseline of the same student and data, no gain can be stated."
         return Verdict(group.label, "none", f"AP {student}", sentence, tuple(notes))
     try:
@@ -71,7 +71,11 @@ def verdict(group: Group, groups: Sequence[Group]) -> Verdict:
         return Verdict(group.label, "none", f"AP {student}", f"Not comparable: {error}", tuple(notes))
     fair = [note for note in gain.notes if not note.startswith("one pair")]
     if fair:
-        notes.insert(0, f"Not a fair comparison: {'; '.join(fair)}.")
+        lone = [note for note in fair if "no baseline" in note]
+        if lone:
+            notes.insert(0, f"Left out of the comparison: {'; '.join(lone)}.")
+        if len(lone) < len(fair):
+            notes.insert(0, f"Not a fair comparison: {'; '.join(note for note in fair if note not in lone)}.")
     notes += [*_convergence_notes(group, baselines, gain), *_cost_notes(group, baselines)]
     return Verdict(group.label, *_judge(gain, teacher), tuple(notes), gain)
 
