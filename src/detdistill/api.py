@@ -80,7 +80,7 @@ def distill(
         teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or any model string.
         student: a model string such as ``fcos:resnet18``.
         data: see ``train``.
-        method: one or several: ``pkd``, ``fgd,tau=0.8+pkd``.
+        method: one or several: ``pkd``, ``fgd,temperature=0.8+pkd``.
         progress: where to show it; None: on stderr.
         settings: fields of ``DistillSettings``, e.g. ``epochs=24, baseline=True, seeds=(0, 1, 2)``.
 

@@ -137,7 +137,7 @@ class DistillSettings(TrainSettings):
     """A training run with a teacher.
 
     Args:
-        method: one method or several joined by ``+``, each with its own settings after commas: ``fgd,tau=0.8+pkd``.
+        method: one method or several joined by ``+``, each with its own settings after commas: ``fgd,temperature=0.8+pkd``.
         dis: factor on all distillation losses together.
         inherit: copy the teacher's neck and head into the student where names and shapes agree, before training.
         baseline: also train the student alone, same seeds and schedule, and compare.

@@ -1,4 +1,4 @@
-"""From text to methods: ``fgd,tau=0.8+pkd``."""
+"""From text to methods: ``fgd,temperature=0.8+pkd``."""
 
 from __future__ import annotations
 
