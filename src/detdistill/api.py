@@ -92,11 +92,12 @@ def distill(
         print(result.gains[0].verdict, result.report)
     """
     wanted = _settings(DistillSettings, {"method": method, **settings})
-    from detdistill.methods.build import parse_methods
+    from detdistill.methods.build import build_method, parse_methods
     from detdistill.progress import Progress
 
     parse_methods(wanted.method)  # a misspelt method is said before the data is read
-    from detdistill.detectors.build import load_detector
+    _check_start(student, wanted)
+    from detdistill.detectors.build import build_detector, load_detector
     from detdistill.detectors.contract import Teacher
     from detdistill.training.experiment import run_experiment
     from detdistill.training.run import Plan, is_main_process, note_teacher, run, score_teacher
@@ -104,6 +105,7 @@ def distill(
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
         frozen = Teacher(load_detector(teacher, splits.train.classes))
+        build_method(wanted.method, frozen, build_detector(student, splits.train.classes))  # what cannot work is said at once
         finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
         score = wanted.score_teacher and is_main_process() and not finished
         scores = score_teacher(frozen, splits, wanted, shown) if score else None
@@ -221,11 +223,10 @@ def compare(
     import json
 
     from detdistill.compare import compare_runs, gains_json
-    from detdistill.training.folder import write_text
 
     gains = compare_runs(runs, metric=metric, allow_unequal=allow_unequal)
     if out is not None:
-        write_text(out, json.dumps(gains_json(gains), indent=2) + "\n")
+        write(out, json.dumps(gains_json(gains), indent=2) + "\n")
     return gains
 
 
@@ -275,18 +276,49 @@ def _settings(kind: type[Any], given: dict[str, Any]) -> Any:
     return kind(**given)
 
 
+def _check_start(model: str, settings: TrainSettings) -> None:
+    """Say what needs no data to be seen wrong: the model's name, and a run folder that is taken."""
+    from detdistill.detectors.options import parse_model
+    from detdistill.training.folder import new_folder
+    from detdistill.training.run import is_main_process
+
+    parse_model(model)
+    if settings.out is not None and not settings.resume and is_main_process():
+        new_folder(settings.out, "")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file for the user, in a folder that is made when missing.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    from detdistill.training.folder import write_text
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; make space or give another --out") from error
+
+
 def _load(data: str, strict: bool, progress: Progress) -> DataSplits:
     from detdistill.data.discover import load_data
 
     splits = load_data(data, strict=strict)
+    from rich.markup import escape
+
     for note in splits.notes:
-        progress.say(f"[dim]{note}[/dim]")
+        progress.say(f"[dim]{escape(note)}[/dim]")
     if splits.defects:
         kinds: dict[str, int] = {}
         for defect in splits.defects:
             kinds[defect.kind] = kinds.get(defect.kind, 0) + 1
         counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        progress.say(f"[yellow]{len(splits.defects)} defects in {data}: {counted}; see `detdistill data inspect {data}`[/yellow]")
+        where = escape(data)
+        progress.say(
+            f"[yellow]{len(splits.defects)} defects in {where}: {counted}; see `detdistill data inspect {where}`[/yellow]"
+        )
     return splits
 
 
@@ -306,7 +338,10 @@ def _image_settings_of(model: str) -> dict[str, Any]:
     for candidate in (folder, folder.parent, folder.parent.parent):
         path = candidate / "config.yaml"
         if folder.exists() and path.exists():
-            config = yaml.safe_load(path.read_text())
+            try:
+                config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                raise RunError(f"{path} cannot be read: {error}") from error
             return {key: config[key] for key in ("size", "resize", "max_size") if key in config}
     return {}
 

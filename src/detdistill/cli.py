@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb runs, so ``--help`` is quick.
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,9 @@ from detdistill.settings import DistillSettings, TrainSettings
 
 ALIASES = {"distill_model": "teacher", "distill-model": "teacher"}
 """Names other tools use for our flags."""
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""What the disk says when it cannot take more: the user's to mend, wherever it happens."""
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 """How an error names a type."""
@@ -79,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}; make space or write elsewhere")
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted; --resume true goes on from the last checkpoint\n")
         sys.exit(130)
@@ -229,7 +237,6 @@ def _eval(chosen: Namespace) -> None:
     from rich.table import Table
 
     from detdistill import api
-    from detdistill.training.folder import write_text
 
     values = {key: value for key, value in _plain(chosen).items() if value is not None}
     out = values.pop("out", None)
@@ -244,7 +251,7 @@ def _eval(chosen: Namespace) -> None:
     Console().print(table)
     Console().print(classes)
     if out is not None:
-        write_text(out, json.dumps(asdict(scores), indent=2) + "\n")
+        api.write(out, json.dumps(asdict(scores), indent=2) + "\n")
 
 
 def _predict_flags(parser: Parser) -> None:
@@ -363,14 +370,13 @@ def _inspect(chosen: Namespace) -> None:
     from rich.console import Console
 
     from detdistill import api
-    from detdistill.training.folder import write_text
 
     values = _plain(chosen)
     out = values.pop("out")
     found = api.inspect_data(**values)
     found.render(Console())
     if out is not None:
-        write_text(out, found.to_json() + "\n")
+        api.write(out, found.to_json() + "\n")
 
 
 Describe = Callable[[Parser], None]

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from detdistill.detectors.contract import Detector
 
 
 def show_methods(teacher: str | None = None, student: str | None = None) -> None:
     """All methods; with a student (and a teacher), whether each can serve the pair, found by building it."""
-    from detdistill.detectors.build import load_detector
     from detdistill.detectors.contract import Teacher
     from detdistill.methods.build import build_method, method_class, method_slugs
     from detdistill.methods.contract import PairError
 
     table = Table("method", "paper", *(["serves this pair"] if student else []))
-    classes = ("object",)
-    learner = load_detector(student, classes) if student else None
-    frozen = Teacher(load_detector(teacher or student or "", classes)) if student else None
+    learner = frozen = None
+    if student:
+        frozen = Teacher(_detector(teacher or student, ("object",)))
+        learner = _detector(student, frozen.spec.classes)
     for slug in method_slugs():
-        row = [slug, method_class(slug).title]
+        row = [slug, escape(method_class(slug).title)]
         if learner is not None:
             try:
                 build_method(slug, frozen, learner)
                 row.append("yes")
             except PairError as error:
-                row.append(f"no: {error}")
+                row.append(escape(f"no: {error}"))
         table.add_row(*row)
     Console().print(table)
+
+
+def _detector(name: str, classes: Sequence[str]) -> Detector:
+    """With its own classes where it has some, else with these."""
+    from detdistill.detectors.build import load_detector
+
+    return load_detector(name) if Path(name).exists() else load_detector(name, classes)
 
 
 def show_detectors() -> None:
@@ -37,7 +50,7 @@ def show_detectors() -> None:
 
     table = Table("detector", "what it is")
     for name in adapter_names():
-        table.add_row(name, (adapter(name).__doc__ or "").strip().splitlines()[0])
+        table.add_row(name, escape((adapter(name).__doc__ or "").strip().splitlines()[0]))
     table.add_row(
         "torchvision:NAME", "any of torchvision's own detectors by name, e.g. torchvision:fcos_resnet50_fpn,weights=COCO_V1"
     )
@@ -50,5 +63,5 @@ def show_recipes() -> None:
     """All recipes with their first comment."""
     table = Table("recipe", "what it is")
     for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
-        table.add_row(path.stem, path.read_text().splitlines()[0].lstrip("# "))
+        table.add_row(path.stem, escape(path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")))
     Console().print(table)
