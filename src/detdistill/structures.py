@@ -27,8 +27,6 @@ def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
         return cast(T, tuple(map_tensors(item, change) for item in value))
     if isinstance(value, list):
         return cast(T, [map_tensors(item, change) for item in value])
-    if isinstance(value, list):
-        return cast(T, [map_tensors(item, change) for item in value])
     if isinstance(value, Mapping):
         return cast(T, {key: map_tensors(item, change) for key, item in value.items()})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
