@@ -24,6 +24,8 @@ from detdistill.methods.contract import PairError
 from detdistill.settings import DistillSettings, TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLE = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ARGUMENT = re.compile(r"^    (\w+): (.*?)(?=^    \w+:|\Z)", re.MULTILINE | re.DOTALL)
 VARIANTS = ("cwd,on=logits",)
 """Forms of methods that ask for more than the method's default."""
 
@@ -44,9 +46,7 @@ def main() -> None:
     }
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text()
-        new = re.sub(
-            r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", lambda m: m[1] + "\n" + tables[m[2]] + "\n" + m[3], text, flags=re.DOTALL
-        )
+        new = TABLE.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n{found[3]}", text)
         if new != text:
             old.append(path.relative_to(ROOT))
             if not check:
@@ -112,9 +112,9 @@ def hyperparameters_table() -> str:
 def settings_table(kind: type, beside: type | None = None) -> str:
     """Settings with their defaults, described by the docstring."""
     known = {field.name for field in dataclasses.fields(beside)} if beside else set()
-    words = dict(re.findall(r"^    (\w+): (.*?)(?=^    \w+:|\Z)", (inspect.getdoc(kind) or "").replace("\n\n", "\n"), re.M | re.S))
+    words = dict(ARGUMENT.findall(inspect.getdoc(kind) or ""))
     rows = [
-        (f"`{field.name}`", f"`{_plain(field.default)}`", " ".join(words[field.name].split()))
+        (f"`{field.name}`", f"`{_plain(field.default)}`", " ".join(words[field.name].split()).replace("``", "`"))
         for field in dataclasses.fields(kind)
         if field.name not in known
     ]

@@ -1,0 +1,85 @@
+"""The repository itself: pins, docs, light imports."""
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from detdistill import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+def pinned():
+    """Name and version of every constraint in pyproject.toml."""
+    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]["constraint-dependencies"]
+    return [tuple(entry.partition(" ;")[0].split("==")) for entry in entries]
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_requirements_are_the_pins_with_hashes_and_without_addresses(name):
+    text = (ROOT / name).read_text()
+    required = re.findall(r"^([\w.-]+)(?:\[[\w,]+\])?==([^ ;]+)", text, flags=re.MULTILINE)
+    assert ("torch", dict(pinned())["torch"]) in required
+    assert set(required) <= set(pinned())
+    assert not re.search(r"https?:|index-url|find-links", text)
+    blocks = re.split(r"^(?=[\w.-]+(?:\[[\w,]+\])?==)", text, flags=re.MULTILINE)
+    assert len(blocks) == len(required) + 1
+    assert all("--hash=sha256:" in block for block in blocks[1:])
+
+
+def test_every_direct_dependency_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = [entry for group in project["project"]["optional-dependencies"].values() for entry in group]
+    direct = [*project["project"]["dependencies"], *extras, *project["dependency-groups"]["dev"]]
+    names = {re.match(r"[\w.-]+", entry)[0].lower() for entry in direct}
+    assert names <= {name for name, _ in pinned()}
+
+
+def test_tables_in_the_docs_are_up_to_date():
+    done = subprocess.run([sys.executable, ROOT / "tools/tables.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, f"run tools/tables.py: {done.stdout}{done.stderr}"
+
+
+def test_the_command_line_imports_nothing_heavy():
+    code = """
+import sys, detdistill, detdistill.cli, detdistill.api, detdistill.compare
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"torch", "torchvision", "timm", "lightning", "sklearn", "skimage", "matplotlib", "scipy", "numpy"}
+    assert "detdistill" in loaded
+    assert not heavy & set(loaded)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_the_docs_lead_somewhere(page):
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def commands(page):
+    """Whole commands of a page; capitals and dots stand for something that the reader fills in."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    found = re.findall(r"^ *(?:.*uv run |\.venv/bin/)?(detdistill [a-z].*)$", text, flags=re.MULTILINE)
+    found += re.findall(r"`(?:uv run )?(detdistill [^`]+)`", text)
+    whole = [command.partition("  #")[0].strip() for command in found]
+    return [command for command in whole if not re.search(r"\b[A-Z]+\b|\.\.\.|--config|--help|`", command)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_the_docs_are_understood(page, monkeypatch, capsys):
+    verbs = {name: (describe, lambda chosen: None, text) for name, (describe, _, text) in cli.VERBS.items()}
+    monkeypatch.setattr(cli, "VERBS", verbs)
+    for command in commands(page):
+        arguments = shlex.split(command)[1:]
+        if arguments not in (["distill"], ["train"]):  # a bare name in running text
+            cli.main(arguments)
+    assert capsys.readouterr().err == ""
+    assert page != "README.md" or len(commands(page)) >= 6
