@@ -10,21 +10,18 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
 from detdistill.errors import DetdistillError, nearest
-from detdistill.settings import DistillSettings, TrainSettings
+from detdistill.settings import DistillSettings, TrainSettings, choices, in_words
 
 ALIASES = {"distill_model": "teacher", "distill-model": "teacher"}
 """Names other tools use for our flags."""
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """What the disk says when it cannot take more: the user's to mend, wherever it happens."""
-
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-"""How an error names a type."""
 
 
 class Parser(ArgumentParser):
@@ -37,14 +34,14 @@ class Parser(ArgumentParser):
         hint = ""
         flags = [option.lstrip("-") for action in self._actions for option in action.option_strings]
         unknown = re.search(r"(?:[Uu]nrecognized arguments:\s*-*|Option '(?=[\w.]+' is not accepted))([\w.-]+)", text)
-        choice = re.search(r"Parser key \"(\w+)\": Expected a .*Literal\[(.*?)\].*Got value: (\S+)", text)
-        kind = re.search(r"Parser key \"(\w+)\": Expected a <class '(\w+)'>.*Got value: (.+)$", text)
-        if kind:
-            text = f"{kind.group(1)}: {kind.group(3)!r} is not {KINDS.get(kind.group(2), kind.group(2))}"
-        elif choice:
-            choices = [item.strip("' ") for item in choice.group(2).split(",")]
-            text = f"{choice.group(1)}: {choice.group(3)!r} is not one of {', '.join(choices)}"
-            hint = nearest(choice.group(3), choices)
+        value = re.match(r"Parser key \"(\w+)\": .*(?:Got|Given) value: (.+)$", text)
+        if value:
+            name, given = value.group(1), value.group(2).strip("[]")
+            kind = next(getattr(action, "_typehint", None) for action in self._actions if action.dest == name)
+            if len(get_args(kind)) == 2 and get_args(kind)[1] is Ellipsis:  # of a list, the item is shown
+                kind = get_args(kind)[0]
+            text = f"{name}: {given!r} is not {in_words(kind)}"
+            hint = nearest(given, choices(kind))
         elif unknown:
             name = unknown.group(1).partition("=")[0]
             text = f"no flag or key {name!r}"
@@ -123,7 +120,7 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
     tools' names, dashes inside names, and ``--recipe NAME`` as the file it names. Files come first: what is typed wins
     over what a file says, wherever it stands.
     """
-    kinds = {action.dest: str(getattr(action, "_typehint", "")) for action in parser._actions}
+    types = {action.dest: getattr(action, "_typehint", str) for action in parser._actions}
     positional = any(not action.option_strings for action in parser._actions)
     files: list[str] = []
     normal: list[str] = []
@@ -137,22 +134,22 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
             normal.append(argument)
             continue
         name, value = ALIASES.get(match.group(1), match.group(1)).replace("-", "_"), match.group(2)
-        flag = "bool" in kinds.get(name, "")
+        wanted = types.get(name)
+        flag = wanted is bool
         # After a flag, only a truth value is surely not the positional argument that may follow.
         alone = flag and positional and waiting[:1] not in (["true"], ["false"])
         if value is None and waiting and not waiting[0].startswith("--") and not alone:
             value = waiting.pop(0)
-        kind = kinds.get(name, "")
-        if name == "recipe" and name in kinds:
+        if name == "recipe" and name in types:
             files.append(f"--config={recipe_path(value or '')}")
         elif name == "config" and value:
             _check_config(parser, Path(value))
             files.append(f"--config={value}")
         elif value is None:
             normal.append(f"--{name}=true" if flag else f"--{name}")
-        elif value in ("none", "null") and "None" in kind:
+        elif value in ("none", "null") and type(None) in get_args(wanted):
             normal.append(f"--{name}=null")
-        elif "tuple" in kind and not value.startswith("["):
+        elif "tuple[" in str(wanted) and not value.startswith("["):
             normal.append(f"--{name}=[{'' if value == 'none' else value}]")
         else:
             normal.append(f"--{name}={value}")

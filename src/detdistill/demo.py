@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from detdistill.errors import RunError
+from detdistill.settings import DistillSettings, TrainSettings
+
 if TYPE_CHECKING:
     from detdistill.api import Distilled
 
@@ -56,6 +59,12 @@ def demo(
     from detdistill.progress import Progress
     from detdistill.training.folder import new_folder
 
+    # What cannot work is said before anything is trained.
+    TrainSettings(epochs=teacher_epochs)
+    DistillSettings(epochs=epochs, seeds=tuple(seeds), method=method)
+    for name, count in (("train_images", train_images), ("val_images", val_images)):
+        if count < 1:
+            raise RunError(f"{name}: {count} is too small; it must be 1 or more")
     console = Console()
     folder = new_folder(out, "demo")
     data = f"digits:train={train_images},val={val_images},size=128,seed=0"
@@ -65,7 +74,9 @@ def demo(
         from detdistill import api
         from detdistill.compare import gains_table
         from detdistill.data.digits import digits_folder
+        from detdistill.methods.build import parse_methods
 
+        parse_methods(method)
         bar = progress.bar("make the images", train_images + val_images)
         digits_folder(train=train_images, val=val_images, size=128, seed=0, progress=bar.follow)
         teacher = folder / "teacher"

@@ -171,12 +171,8 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
     Raises:
         RunError: it is not.
     """
-    choices = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    if not any(_fits(value, choice) for choice in choices):
-        words = [word for choice in choices for word in _literals(choice)]
-        if words:
-            raise RunError(f"{name}: {value!r} is not one of {', '.join(words)}{nearest(str(value), words)}")
-        raise RunError(f"{name}: {value!r} is not {' or '.join(_in_words(choice) for choice in choices)}")
+    if not any(_fits(value, member) for member in _members(kind)):
+        raise RunError(f"{name}: {value!r} is not {in_words(kind)}{nearest(str(value), choices(kind))}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -191,23 +187,41 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _literals(kind: Any) -> tuple[str, ...]:
-    inner = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        return _literals(inner[0])
-    return inner if typing.get_origin(kind) is Literal else ()
+def _members(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
-def _in_words(kind: Any) -> str:
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)
-        return "numbers" if inner[-1] is Ellipsis else f"{len(inner)} numbers"
-    words = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path", type(None): "none", str: "a text"}
-    return words.get(kind, str(kind))
+def choices(kind: Any) -> list[str]:
+    """The words that a type allows, if it is made of words."""
+    return [
+        word
+        for member in _members(kind)
+        for part in (typing.get_args(member)[:1] if typing.get_origin(member) is tuple else (member,))
+        if typing.get_origin(part) is Literal
+        for word in typing.get_args(part)
+    ]
 
 
-NOT_THE_RUN = ("out", "resume", "report", "jobs", "score_teacher")
-"""Settings that decide nothing about what is trained: a run may be resumed with others."""
+def in_words(kind: Any) -> str:
+    """How an error names a type, after ``is not``."""
+
+    def name(member: Any) -> str:
+        if typing.get_origin(member) is Literal:
+            return f"one of {', '.join(typing.get_args(member))}"
+        if typing.get_origin(member) is tuple:
+            first, last = typing.get_args(member)
+            return f"a list, each {name(first)}" if last is Ellipsis else "two numbers"
+        words = {
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            Path: "a path",
+            type(None): "none",
+            str: "a text",
+        }
+        return words.get(member, str(member))
+
+    return " or ".join(map(name, _members(kind)))
 
 
 def as_plain(settings: Any) -> dict[str, Any]:
