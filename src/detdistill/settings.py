@@ -224,6 +224,10 @@ def in_words(kind: Any) -> str:
     return " or ".join(map(name, _members(kind)))
 
 
+NOT_THE_RUN = ("out", "resume", "report", "jobs", "score_teacher")
+"""Settings that decide nothing about what is trained: a run may be resumed with others."""
+
+
 def as_plain(settings: Any) -> dict[str, Any]:
     """The settings as YAML and JSON can hold them."""
 
