@@ -144,7 +144,8 @@ class Checkpoints(Listener):
         the epoch as ended and never score it.
         """
         step = trainer.global_step
-        ends_epoch = batch_idx + 1 == trainer.num_training_batches or step == trainer.max_steps
+        assert isinstance(module, StageModule)
+        ends_epoch = batch_idx + 1 == trainer.num_training_batches or step >= module.total
         if self.every and step % self.every == 0 and step != self._saved and not ends_epoch:
             self.save(trainer, module, "last.ckpt")
 

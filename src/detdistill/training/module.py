@@ -201,6 +201,11 @@ class StageModule(L.LightningModule):
         if self.average is not None:
             self.average.update_parameters(self.student)
 
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """End the stage at its last step, which may be in the middle of an epoch."""
+        if self.global_step >= self.total:
+            self.trainer.should_stop = True
+
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Batches move as one."""
         return batch.to(device, non_blocking=True)

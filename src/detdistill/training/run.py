@@ -279,7 +279,7 @@ class _Loop:
         per_epoch = -(-batches // settings.accumulate)
         epochs = max(1, round(settings.epochs * stage.share))
         total = settings.steps if settings.steps is not None else per_epoch * epochs
-        if settings.steps is not None:  # not -1: Lightning resumes wrongly in the middle of an epoch when it is told only steps
+        if settings.steps is not None:
             epochs = -(-total // per_epoch)
         if self.resume_stage is not None and self.resume_stage not in (*done_before, stage.name):
             self.trained_steps += total
@@ -302,7 +302,7 @@ class _Loop:
         if self.table is not None:
             callbacks.append(Records(self.table, settings.log_every))
         callbacks += [self.evaluation, Checkpoints(self.folder.checkpoints, settings.checkpoint_every)]
-        trainer = self._trainer(callbacks, total, epochs)
+        trainer = self._trainer(callbacks, epochs)
         with warnings.catch_warnings():
             # Lightning's advice on loaders and intervals is about its own defaults, which are not used here.
             warnings.filterwarnings("ignore", module="lightning")
@@ -323,7 +323,7 @@ class _Loop:
 
         return MetricsTable(self.folder.metrics, keep)
 
-    def _trainer(self, callbacks: list[L.Callback], total: int, epochs: int) -> L.Trainer:
+    def _trainer(self, callbacks: list[L.Callback], epochs: int) -> L.Trainer:
         settings = self.settings
         accelerator = {"auto": "gpu" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "cuda": "gpu"}[settings.device]
         several = settings.devices * settings.nodes > 1
@@ -335,8 +335,7 @@ class _Loop:
             num_nodes=settings.nodes,
             strategy=strategy,
             precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[settings.precision],  # type: ignore[arg-type]
-            max_epochs=epochs,
-            max_steps=total if settings.steps is not None else -1,
+            max_epochs=epochs,  # never max_steps, with which Lightning goes on wrongly from the end of an epoch
             accumulate_grad_batches=settings.accumulate,
             gradient_clip_val=settings.clip or None,
             deterministic=settings.deterministic or None,

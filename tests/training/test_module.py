@@ -1,0 +1,335 @@
+"""What a run trains, what it leaves alone, and what it watches."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from detdistill.data.discover import load_data
+from detdistill.detectors.build import build_detector, load_detector
+from detdistill.detectors.contract import Detector, Teacher
+from detdistill.methods.contract import Method, Needs, Stage
+from detdistill.methods.mgd import MGD
+from detdistill.methods.pkd import PKD
+from detdistill.progress import Progress
+from detdistill.settings import DistillSettings, TrainSettings
+from detdistill.structures import Batch, Clock, Losses
+from detdistill.training import run as run_module
+from detdistill.training.callbacks import Checkpoints
+from detdistill.training.module import StageModule
+from detdistill.training.run import Plan, run
+from tests.tiny import TinyDense
+from tests.training import small
+from tests.training.test_resume import kill_when
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> list[StageModule]:
+    """All modules that were trained, with the batches they saw as ``module.ids``."""
+    made: list[StageModule] = []
+    build, step = StageModule.__init__, StageModule.training_step
+
+    def remembered(self: Any, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
+        self.ids = []
+        self.first = {name: value.clone() for name, value in self.student.state_dict().items()}
+        made.append(self)
+
+    def watched(self: Any, batch: Batch, index: int) -> Any:
+        self.ids.append((batch.ids, batch.views))
+        return step(self, batch, index)
+
+    monkeypatch.setattr(StageModule, "__init__", remembered)
+    monkeypatch.setattr(StageModule, "training_step", watched)
+    return made
+
+
+def student_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_detector(folder).state_dict()
+
+
+# --------------------------------------------------------------------------------------------------- does it distil?
+
+
+def test_the_method_trains_and_the_teacher_does_not(teacher: Path, tmp_path: Path, modules, monkeypatch):
+    teachers: list[Teacher] = []
+    observe = Teacher.observe
+
+    def watched(self: Teacher, *arguments: Any, **options: Any) -> Any:
+        assert not any(module.training for module in self.detector.modules())
+        assert not any(p.requires_grad for p in self.detector.parameters())
+        teachers.append(self)
+        return observe(self, *arguments, **options)
+
+    monkeypatch.setattr(Teacher, "observe", watched)
+    small.distill(teacher, tmp_path / "run")
+    (module,) = modules
+    assert isinstance(module.method, MGD)
+    state = small.checkpoint(tmp_path / "run")["state_dict"]
+    assert {key.split(".")[0] for key in state} == {"student", "method"}
+    assert set(state) == {f"student.{key}" for key in module.student.state_dict()} | {
+        f"method.{key}" for key in module.method.state_dict()
+    }
+    optimized = {id(p) for group in module.optimizers().param_groups for p in group["params"]} if module._trainer else set()
+    assert {id(p) for p in module.method.parameters()} <= optimized
+    fresh = MGD(teachers[0], build_detector(small.MODEL, module.student.spec.classes))
+    assert not small.differences(list(fresh.state_dict()), list(module.method.state_dict()))
+    assert len(set(map(id, teachers))) == 1
+    assert small.differences(dict(teachers[0].detector.state_dict()), dict(student_of(teacher))) == []
+    assert teachers[0]._seen is None, "the last observation keeps its memory"
+
+
+def test_every_part_of_student_and_method_moves(teacher: Path, tmp_path: Path, modules):
+    small.distill(teacher, tmp_path / "run", checkpoint_every=1, steps=1)
+    first = small.checkpoint(tmp_path / "run")["state_dict"]
+    small.distill(teacher, tmp_path / "longer")
+    last = small.checkpoint(tmp_path / "longer")["state_dict"]
+    names = [name for name, _ in modules[0].named_parameters()]
+    still = [name for name in names if torch.equal(first[name], last[name])]
+    assert still == []
+
+
+def test_baseline_and_distilled_start_alike_and_see_the_same(teacher: Path, tmp_path: Path, modules):
+    small.train(tmp_path / "baseline", role="baseline")
+    small.distill(teacher, tmp_path / "distilled")
+    baseline, distilled = modules
+    assert small.differences(baseline.first, distilled.first) == []
+    assert baseline.ids == distilled.ids
+    assert len(baseline.ids) == small.STEPS
+    assert small.differences(dict(student_of(tmp_path / "baseline")), dict(student_of(tmp_path / "distilled"))) != []
+    other = small.train(tmp_path / "other", role="baseline", seed=1)
+    assert other.summary["seed"] == 1
+    assert modules[2].ids != baseline.ids
+    assert small.differences(modules[2].first, baseline.first) != []
+
+
+@pytest.mark.parametrize("method", ["pkd", "fitnet"])
+def test_without_weight_distillation_is_the_baseline(method: str, teacher: Path, tmp_path: Path):
+    """Clipping is off: a method's own parameters have a gradient that counts in the norm."""
+    small.train(tmp_path / "baseline", role="baseline", clip=0)
+    small.distill(teacher, tmp_path / "distilled", method=method, dis=0.0, clip=0)
+    assert small.differences(dict(student_of(tmp_path / "baseline")), dict(student_of(tmp_path / "distilled"))) == []
+    names = [f"val/{name}" for name in ("AP", "AP50", "AR100")]
+    scores = [[row[name] for row in small.rows(tmp_path / run) for name in names] for run in ("baseline", "distilled")]
+    assert scores[0] == scores[1]
+
+
+def test_dis_scales_what_is_learned(teacher: Path, tmp_path: Path):
+    for dis in (1.0, 3.0):
+        small.distill(teacher, tmp_path / str(dis), method="pkd", dis=dis, steps=1)
+    one, three = (small.rows(tmp_path / name)[0] for name in ("1.0", "3.0"))
+    assert float(three["train/pkd"]) == pytest.approx(3 * float(one["train/pkd"]), rel=1e-5)
+    assert three["train/classification"] == one["train/classification"]
+    assert float(three["loss"]) - float(one["loss"]) == pytest.approx(2 * float(one["train/pkd"]), rel=1e-4)
+
+
+def test_inherit_copies_the_head(teacher: Path, tmp_path: Path, modules):
+    result = small.distill(teacher, tmp_path / "run", inherit=True)
+    theirs = student_of(teacher)
+    prefixes = modules[0].student.head_prefixes
+    head = {name: value for name, value in modules[0].first.items() if name.startswith(prefixes)}
+    assert len(head) > 10
+    assert all(torch.equal(value, theirs[name]) for name, value in head.items())
+    assert not all(torch.equal(value, theirs[name]) for name, value in modules[0].first.items())
+    assert json.loads((result.folder / "summary.json").read_text())["inherit"] is True
+
+
+def test_shares_sum_to_one_and_are_measured_on_time(teacher: Path, tmp_path: Path):
+    for accumulate in (1, 2):
+        folder = tmp_path / str(accumulate)
+        small.distill(teacher, folder, monitor_every=3, log_every=2, accumulate=accumulate, batch=4 // accumulate, ema=0.5)
+        measured = [row for row in small.rows(folder) if row["share/mgd"]]
+        assert [int(row["step"]) for row in measured] == [1, 4, 7, 10]
+        for row in measured:
+            shares = [float(value) for name, value in row.items() if name.startswith("share/")]
+            assert len(shares) == 4
+            assert sum(shares) == pytest.approx(1, abs=1e-5)
+            assert min(shares) > 0
+        logged = [int(row["step"]) for row in small.rows(folder) if row["loss"]]
+        assert logged == [1, 2, 4, 6, 7, 8, 10, 12]
+
+
+def test_measuring_shares_changes_nothing(teacher: Path, tmp_path: Path):
+    small.distill(teacher, tmp_path / "a", monitor_every=0)
+    small.distill(teacher, tmp_path / "b", monitor_every=1)
+    states = [small.checkpoint(tmp_path / name)["state_dict"] for name in ("a", "b")]
+    assert small.differences(*states) == []
+
+
+def test_half_precision_computes_losses_in_float32(teacher: Path, tmp_path: Path, monkeypatch, modules):
+    kinds: list[Any] = []
+    learn = PKD.learn
+
+    def watched(self, student, seen, taught, batch, clock):
+        losses = learn(self, student, seen, taught, batch, clock)
+        kinds.append((seen.features.maps[0].dtype, taught.features.maps[0].dtype, losses.terms["pkd"].dtype))
+        kinds.append(torch.is_autocast_enabled("cpu"))
+        return losses
+
+    convolved = []
+    monkeypatch.setattr(PKD, "learn", watched)
+    forward = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: convolved.append(forward(self, x)) or convolved[-1])
+    small.distill(teacher, tmp_path / "run", method="pkd", precision="bf16", steps=1, evaluate_every=5, monitor_every=0)
+    assert kinds == [(torch.float32, torch.float32, torch.float32), False]
+    assert torch.bfloat16 in {tensor.dtype for tensor in convolved}
+    assert {p.dtype for p in modules[0].parameters()} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------------ averages and batches
+
+
+def test_moving_average_by_hand(tmp_path: Path, modules, monkeypatch):
+    history: list[dict[str, torch.Tensor]] = []
+    step = StageModule.optimizer_step
+
+    def watched(self: Any, *arguments: Any, **options: Any) -> None:
+        step(self, *arguments, **options)
+        history.append({name: p.detach().clone() for name, p in self.student.named_parameters()})
+
+    monkeypatch.setattr(StageModule, "optimizer_step", watched)
+    small.train(tmp_path / "run", ema=0.75)
+    assert len(history) == small.STEPS
+    expected = history[0]
+    for weights in history[1:]:
+        expected = {name: 0.75 * expected[name] + 0.25 * value for name, value in weights.items()}
+    exported = student_of(tmp_path / "run")
+    for name, value in expected.items():
+        torch.testing.assert_close(exported[name], value, rtol=1e-5, atol=1e-6)
+    assert small.differences({name: exported[name] for name in expected}, history[-1]) != []
+
+
+def pixel_stage(student: TinyDense) -> Stage:
+    """A layer without batch statistics, and a loss that is a mean over images."""
+    layer = student.backbone[0]
+
+    def step(batch: Batch, clock: Clock) -> Losses:
+        return Losses({"mse": (layer(batch.images) - 1).square().mean()})
+
+    return Stage("train", step, lambda clock: (layer,), None)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_two_halves_make_the_step_of_one_batch(optimizer: Any, tmp_path: Path, monkeypatch):
+    """For losses that are means over images. Detection losses are divided by the positives of their own batch instead, so
+    there two halves weigh each half's boxes differently, as everywhere; batch statistics differ as well.
+    """
+    ends = []
+    for batch, accumulate in ((4, 1), (2, 2)):
+        student = TinyDense()
+        settings = TrainSettings(
+            **{**small.SETTINGS, "batch": batch, "accumulate": accumulate, "optimizer": optimizer, "clip": 0.5, "flip": 0.0},
+            out=tmp_path / f"{batch}",
+        )
+        plan = Plan(small.MODEL, small.DATA, settings)
+        splits = load_data(small.DATA)
+        loop = run_module._Loop(plan, splits, run_module._open(plan, settings.out), student, None, Progress(quiet=True))
+        loop.fit(pixel_stage(student), [])
+        assert loop.trained_steps == small.STEPS
+        assert loop.images_seen == 48
+        ends.append(student.backbone[0].weight.detach().clone())
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+
+def test_frozen_parts_stay_frozen(teacher: Path, tmp_path: Path, modules, monkeypatch):
+    build = build_detector
+
+    def frozen(name: str, classes: Sequence[str]) -> Detector:
+        detector = build(name, classes)
+        for parameter in detector.model.backbone.body.parameters():
+            parameter.requires_grad_(False)
+        return detector
+
+    monkeypatch.setattr(run_module, "build_detector", frozen)
+    small.distill(teacher, tmp_path / "run")
+    (module,) = modules
+    last = dict(module.student.named_parameters())
+    body = {name for name in last if name.startswith("model.backbone.body.")}
+    assert body
+    assert all(torch.equal(last[name], module.first[name]) for name in body)
+    assert [name for name in set(last) - body if torch.equal(last[name], module.first[name])] == []
+
+
+class Toy(Method):
+    """Three stages: its own layer, then the student's pyramid for two epochs, then both on the task."""
+
+    slug = "toy"
+    title = "toy"
+    bibtex = ""
+    needs = Needs(teacher=False)
+
+    def __init__(self, teacher: Teacher | None, student: Detector) -> None:
+        super().__init__(teacher, student)
+        self.own = nn.Conv2d(32, 32, 1)
+
+    def match(self, student: Detector, batch: Batch) -> Losses:
+        return Losses(
+            {f"match{level}": (self.own(maps) - 1).square().mean() for level, maps in enumerate(student.features(batch).maps)}
+        )
+
+    def learn(self, student: Any, seen: Any, taught: Any, batch: Batch, clock: Clock) -> Losses:
+        noise = torch.rand_like(seen.features.maps[0])
+        return Losses({"toy": (self.own(seen.features.maps[0]) - noise).square().mean()})
+
+    def stages(self, student: Detector) -> tuple[Stage, ...]:
+        neck = student.model.backbone.fpn
+        return (
+            Stage("own", lambda batch, clock: self.match(student, batch), lambda clock: (self,), None, share=0.5),
+            Stage("neck", lambda batch, clock: self.match(student, batch), lambda clock: (neck,), None),
+            *super().stages(student),
+        )
+
+
+STAGES = {"own": 6, "neck": 12, "distill": 12}
+
+
+def run_toy(out: Path, teacher: Path, resume: bool = False) -> Any:
+    settings = DistillSettings(**{**small.SETTINGS, "checkpoint_every": 1}, out=out, resume=resume)
+    plan = Plan(small.MODEL, small.DATA, settings, role="distilled", teacher=str(teacher))
+    return run(plan, load_data(small.DATA), Teacher(load_detector(teacher)), Progress(quiet=True))
+
+
+def test_three_stages(teacher: Path, tmp_path: Path, modules, monkeypatch):
+    monkeypatch.setattr(run_module, "build_method", lambda text, teacher, student: Toy(teacher, student))
+    result = run_toy(tmp_path / "run", teacher)
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = {stage: [int(row["step"]) for row in rows if row["stage"] == stage and row["loss"]] for stage in STAGES}
+    assert steps == {stage: list(range(1, count + 1)) for stage, count in STAGES.items()}
+    assert {row["stage"] for row in rows if row["val/AP"]} == {"distill"}
+    assert [float(row["seconds"]) for row in rows] == sorted(float(row["seconds"]) for row in rows)
+    assert result.summary["steps"] == 30
+    assert result.summary["images_seen"] == 120
+    own, neck, distill = modules
+    parameters = {name for name, _ in own.student.named_parameters()}
+    moved = [
+        {name for name in parameters if not torch.equal(first.first[name], then.first[name])}
+        for first, then in ((own, neck), (neck, distill))
+    ]
+    assert moved[0] == set()
+    assert moved[1] == {name for name in parameters if name.startswith("model.backbone.fpn.")}
+    assert all(not torch.equal(distill.first[name], p) for name, p in distill.student.named_parameters())
+
+
+@pytest.mark.parametrize(("stage", "step"), [("own", 4), ("neck", 6), ("neck", 12), ("distill", 1), ("distill", 7)])
+def test_three_stages_resume_bit_equal(stage: str, step: int, teacher: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(run_module, "build_method", lambda text, teacher, student: Toy(teacher, student))
+    whole = run_toy(tmp_path / "whole", teacher)
+    with monkeypatch.context() as patched:
+        where = "on_train_epoch_end" if step == STAGES[stage] else "on_train_batch_end"
+        kill_when(patched, Checkpoints, where, "after", step, stage)
+        assert small.killed(lambda: run_toy(tmp_path / "run", teacher)) == -9
+    resumed = run_toy(tmp_path / "run", teacher, resume=True)
+    assert small.unequal_runs(tmp_path / "whole", tmp_path / "run") == []
+    assert {key: resumed.summary[key] for key in ("steps", "images_seen")} == {"steps": 30, "images_seen": 120}
+    assert whole.summary["metrics"] == resumed.summary["metrics"]
