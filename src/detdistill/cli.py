@@ -192,7 +192,8 @@ def _train(chosen: Namespace) -> None:
     from detdistill import api
 
     result = api.train(**_plain(chosen))
-    _say(f"AP {100 * result.scores.metrics['AP']:.1f}; run folder {result.folder}; report {result.folder / 'report.html'}")
+    page = f"; report {result.folder / 'report.html'}" if chosen.report else ""
+    _say(f"AP {100 * result.scores.metrics['AP']:.1f}; run folder {result.folder}{page}")
 
 
 def _distill_flags(parser: Parser) -> None:
@@ -209,7 +210,7 @@ def _distill(chosen: Namespace) -> None:
     result = api.distill(**_plain(chosen))
     if result.gains:
         _show_gains(result.gains)
-    _say(f"runs in {result.folder}; report {result.report}")
+    _say(f"runs in {result.folder}" + (f"; report {result.report}" if chosen.report else ""))
 
 
 def _eval_flags(parser: Parser) -> None:
