@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb runs, so ``--help`` is quick.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -52,34 +53,12 @@ class Parser(ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb; user errors end with one line and exit code 2, Ctrl-C with 130."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:2] == ["data", "inspect"]:
-        given = ["data-inspect", *given[2:]]
-    if not given or given[0] in ("-h", "--help", "help"):
-        print(overview())
-        return
-    if given[0] == "--version":
-        from detdistill import __version__
-
-        print(f"detdistill {__version__}")
-        return
-    verb, *rest = given
-    names = {verb: "data inspect" if verb == "data-inspect" else verb for verb in VERBS}
-    if verb not in VERBS:
-        typed = " ".join(given[:2]) if verb == "data" else verb
-        _fail(f"no command {typed!r}{nearest(typed, names.values())}; commands: {', '.join(names.values())}")
-    describe, act, summary = VERBS[verb]
-    name = names[verb]
-    parser = Parser(prog=f"detdistill {name}", description=summary, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
-    describe(parser)
     try:
-        chosen = parser.parse_args(_normalized(parser, rest))
-        act(chosen)
+        _run(list(sys.argv[1:] if arguments is None else arguments))
     except DetdistillError as error:
         _fail(str(error))
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader of a pipe has seen enough; nothing may be flushed to it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in DISK:
             raise
@@ -87,6 +66,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted; --resume true goes on from the last checkpoint\n")
         sys.exit(130)
+
+
+def _run(given: list[str]) -> None:
+    if given[:2] == ["data", "inspect"]:
+        given = ["data-inspect", *given[2:]]
+    if not given or given[0] in ("-h", "--help", "help"):
+        _say(overview())
+        return
+    if given[0] == "--version":
+        from detdistill import __version__
+
+        _say(f"detdistill {__version__}")
+        return
+    verb, *rest = given
+    names = {verb: "data inspect" if verb == "data-inspect" else verb for verb in VERBS}
+    if verb not in VERBS:
+        typed = " ".join(given[:2]) if verb == "data" else verb
+        _fail(f"no command {typed!r}{nearest(typed, names.values())}; commands: {', '.join(names.values())}")
+    describe, act, summary = VERBS[verb]
+    parser = Parser(prog=f"detdistill {names[verb]}", description=summary, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    describe(parser)
+    act(parser.parse_args(_normalized(parser, rest)))
 
 
 def overview() -> str:
@@ -417,4 +419,4 @@ def _plain(chosen: Namespace) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    print(text)
+    print(text, flush=True)  # here, where a closed pipe is no error
