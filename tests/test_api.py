@@ -1,0 +1,131 @@
+import json
+
+import pytest
+import torch
+import yaml
+
+import detdistill
+from detdistill import api, cli
+from detdistill.detectors.build import build_detector, load_detector
+from detdistill.detectors.saved import save_student
+from detdistill.errors import DetdistillError, RunError
+from detdistill.methods.build import MethodError
+
+MODEL = "fcos:resnet10t,channels=16-16-16-16,stem=8,neck=32,levels=3-4,convs=1"
+DIGITS = "digits:train=24,val=8,size=64,seed=0"
+QUICK = {"size": 64, "batch": 4, "device": "cpu", "threads": 1, "epochs": 1, "report": False, "monitor_every": 0}
+CLASSES = tuple(str(digit) for digit in range(10))
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    torch.manual_seed(0)
+    return save_student(build_detector(MODEL, CLASSES), tmp_path_factory.mktemp("saved") / "student")
+
+
+def written_by(folder):
+    return json.loads((folder / "summary.json").read_text()), yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def test_every_public_name_is_there():
+    for name in detdistill.__all__:
+        assert getattr(detdistill, name) is not None
+    assert set(dir(detdistill)) == set(detdistill.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        _ = detdistill.distil
+
+
+def test_what_needs_no_data_is_said_before_they_are_read():
+    nowhere = "/there/is/no/such/data"
+    with pytest.raises(RunError, match=r"no setting 'epohs' \(did you mean 'epochs'\?\)"):
+        api.train(MODEL, nowhere, epohs=3)
+    with pytest.raises(RunError, match="optimizer: 'adam' is not one of adamw, sgd"):
+        api.train(MODEL, nowhere, optimizer="adam")
+    with pytest.raises(MethodError, match=r"no method 'pdk' \(did you mean 'pkd'\?\)"):
+        api.distill(MODEL, MODEL, nowhere, "pdk")
+    with pytest.raises(DetdistillError, match=r"unknown option 'nek' \(did you mean 'neck'\?\)"):
+        api.distill(MODEL, "fcos:resnet10t,nek=4", nowhere)
+    with pytest.raises(DetdistillError, match="there is no such file or folder"):
+        api.distill(MODEL, MODEL, nowhere)
+
+
+def test_a_student_folder_is_evaluated_on_any_split(student):
+    first, again = (api.evaluate(str(student), DIGITS, size=64, device="cpu") for _ in range(2))
+    assert first.metrics == again.metrics
+    assert first.images == 8
+    assert tuple(first.per_class) == CLASSES
+    assert api.evaluate(str(student), DIGITS, split="train", size=64, device="cpu").images == 24
+    with pytest.raises(RunError, match=r"no split 'test' in digits.*; there are train, val"):
+        api.evaluate(str(student), DIGITS, split="test", size=64)
+
+
+def test_a_run_is_evaluated_and_predicts_at_its_own_size(tmp_path, student, monkeypatch):
+    from PIL import Image
+
+    import detdistill.evaluation as evaluation
+    from detdistill.evaluation import predict
+
+    (tmp_path / "student").symlink_to(student, target_is_directory=True)
+    (tmp_path / "config.yaml").write_text("size: 96\nresize: stretch\nmax_size: null\n")
+    seen = []
+    plain = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: seen.append(a[2]) or plain(*a, **k))
+    for model in (tmp_path, tmp_path / "student"):
+        api.evaluate(str(model), DIGITS, device="cpu")
+    api.evaluate(str(tmp_path), DIGITS, device="cpu", size=64)
+    assert [(view.size, view.resize) for view in seen] == [(96, "stretch"), (96, "stretch"), (64, "stretch")]
+    monkeypatch.setattr(predict, "predict_folder", lambda *a, **k: seen.append(a[3]) or a[2])
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    folder = api.predict(str(tmp_path), tmp_path / "a.png", tmp_path / "out", device="cpu")
+    assert folder == tmp_path / "out"
+    assert (seen[-1].size, seen[-1].resize) == (96, "stretch")
+
+
+def test_data_are_inspected():
+    found = api.inspect_data(DIGITS)
+    assert json.loads(found.to_json())
+
+
+# ------------------------------------------------------------------------------------------ from the command line to runs
+
+
+def test_a_runs_config_runs_again_as_it_is(tmp_path, capsys):
+    words = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in QUICK.items()]
+    cli.main(["train", "--model", MODEL, "--data", DIGITS, *words, "--role", "teacher", "--out", str(tmp_path / "a"), "lr=3e-3"])
+    assert f"run folder {tmp_path / 'a'}\n" in capsys.readouterr().out
+    cli.main(["train", "--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "b")])
+    (first, config), (second, other) = written_by(tmp_path / "a"), written_by(tmp_path / "b")
+    assert config["role"] == "teacher"
+    assert config["lr"] == 3e-3
+    assert {**config, "out": None} == {**other, "out": None}
+    assert first["config_fingerprint"] == second["config_fingerprint"]
+    assert first["metrics"] == second["metrics"]
+    mine, theirs = (load_detector(str(tmp_path / name)).state_dict() for name in "ab")
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_distilled_runs_config_runs_again_as_it_is(tmp_path, capsys, student):
+    words = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in QUICK.items()]
+    line = [
+        "distill",
+        f"distill_model={student}",
+        "--student",
+        MODEL,
+        "--data",
+        DIGITS,
+        *words,
+        "--recipe",
+        "mgd",
+        "--accumulate=1",
+    ]
+    cli.main([*line, "dis=2", "--inherit", "false", "--out", str(tmp_path / "a")])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "WARNING: the teacher's AP is" in said
+    cli.main(["distill", "--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "b")])
+    (first, config), (second, other) = written_by(tmp_path / "a"), written_by(tmp_path / "b")
+    assert (config["method"], config["dis"], config["epochs"]) == ("mgd,weight=2e-05,dropped=0.65", 2.0, 1)
+    assert {**config, "out": None} == {**other, "out": None}
+    assert first["role"] == "distilled"
+    assert first["teacher_metrics"]["AP"] == second["teacher_metrics"]["AP"]
+    assert first["metrics"] == second["metrics"]
+    assert first["config_fingerprint"] == second["config_fingerprint"]
