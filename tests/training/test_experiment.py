@@ -88,7 +88,7 @@ def test_resume_does_what_is_missing(one_by_one: Path, teacher: Path, tmp_path: 
     assert done == ["baseline, seed 0", "distilled, seed 0", "baseline, seed 1", "distilled, seed 1"] or len(done) == 4
     assert summaries(tmp_path / "e") == summaries(one_by_one)
     assert (tmp_path / "e" / "baseline-seed0" / "summary.json").stat().st_mtime_ns == before
-    with pytest.raises(RunError, match="cannot resume .*baseline-seed0: lr was 0.001 and is now 0.5"):
+    with pytest.raises(RunError, match=r"cannot resume .*baseline-seed0: lr was 0.001 and is now 0.5"):
         small.distill(teacher, tmp_path / "e", **BOTH, lr=0.5, resume=True)
     with pytest.raises(RunError, match="exists; give another --out"):
         small.distill(teacher, tmp_path / "e", **BOTH)
