@@ -45,7 +45,6 @@ def test_plans(teacher: Path, tmp_path: Path):
         assert ("teacher" in config) == (single.role == "distilled")
         assert "baseline" not in config or config["baseline"] is False
         assert config.get("score_teacher", False) is False
-    assert DistillSettings(**{k: v for k, v in plans[1].config().items() if k not in ("teacher", "student", "data")}).seed == 0
 
 
 def test_folders_and_teacher_numbers(one_by_one: Path, teacher: Path, tmp_path: Path):
@@ -72,10 +71,11 @@ def test_side_by_side_gives_the_same(one_by_one: Path, teacher: Path, tmp_path: 
 
 def test_resume_does_what_is_missing(one_by_one: Path, teacher: Path, tmp_path: Path, monkeypatch):
     done: list[str] = []
+    stopped = [False, True]
     run = experiment.run
 
     def watched(plan: Plan, *rest: Any) -> Any:
-        if plan.title == "baseline, seed 1" and len(done) == 2:
+        if plan.title == "baseline, seed 1" and stopped.pop():
             raise RunError("no more")
         done.append(plan.title)
         return run(plan, *rest)
@@ -85,7 +85,7 @@ def test_resume_does_what_is_missing(one_by_one: Path, teacher: Path, tmp_path: 
         small.distill(teacher, tmp_path / "e", **BOTH)
     before = (tmp_path / "e" / "baseline-seed0" / "summary.json").stat().st_mtime_ns
     small.distill(teacher, tmp_path / "e", **BOTH, resume=True)
-    assert done == ["baseline, seed 0", "distilled, seed 0", "baseline, seed 1", "distilled, seed 1"] or len(done) == 4
+    assert done == ["baseline, seed 0", "distilled, seed 0", "baseline, seed 1", "distilled, seed 1"]
     assert summaries(tmp_path / "e") == summaries(one_by_one)
     assert (tmp_path / "e" / "baseline-seed0" / "summary.json").stat().st_mtime_ns == before
     with pytest.raises(RunError, match=r"cannot resume .*baseline-seed0: lr was 0.001 and is now 0.5"):

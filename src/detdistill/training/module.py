@@ -100,7 +100,8 @@ class StageModule(L.LightningModule):
         total = losses.total()
         every = self.settings.monitor_every
         steps_now = (index + 1) % self.settings.accumulate == 0 or index + 1 == self.trainer.num_training_batches
-        if every and self.global_step % every == 0 and steps_now and len(losses.terms) > 1:
+        learns = any(p.requires_grad for p in self.student.parameters())  # not in stages that train only the method
+        if every and self.global_step % every == 0 and steps_now and len(losses.terms) > 1 and learns:
             losses = Losses(losses.terms, {**losses.monitors, **self._shares(losses)})
         self.last = Losses(
             {name: term.detach() for name, term in losses.terms.items()},
