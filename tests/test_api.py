@@ -8,7 +8,7 @@ import detdistill
 from detdistill import api, cli
 from detdistill.detectors.build import build_detector, load_detector
 from detdistill.detectors.saved import save_student
-from detdistill.errors import DetdistillError, RunError
+from detdistill.errors import ClassCountError, DetdistillError, RunError
 from detdistill.methods.build import MethodError
 
 MODEL = "fcos:resnet10t,channels=16-16-16-16,stem=8,neck=32,levels=3-4,convs=1"
@@ -129,3 +129,14 @@ def test_a_distilled_runs_config_runs_again_as_it_is(tmp_path, capsys, student):
     assert first["teacher_metrics"]["AP"] == second["teacher_metrics"]["AP"]
     assert first["metrics"] == second["metrics"]
     assert first["config_fingerprint"] == second["config_fingerprint"]
+
+
+def test_a_teacher_of_other_classes_serves_a_composition_on_features(tmp_path, capsys):
+    teacher = save_student(build_detector(MODEL, ("cell", "platelet")), tmp_path / "teacher")
+    quick = {**QUICK, "out": tmp_path / "run"}
+    with pytest.raises(ClassCountError, match="--other_classes true"):
+        api.distill(str(teacher), MODEL, DIGITS, "fgd+pkd", **quick)
+    result = api.distill(str(teacher), MODEL, DIGITS, "fgd+pkd", other_classes=True, **quick)
+    assert "does not know 0, 1" in capsys.readouterr().err
+    header = (result.folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/classification", "train/fgd/fgd_foreground", "train/pkd/pkd"} <= set(header)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from detdistill.compare import Gain
     from detdistill.data.inspect import DataReport
     from detdistill.data.records import DataSplits
+    from detdistill.detectors.contract import Detector
     from detdistill.evaluation import Scores
     from detdistill.progress import Progress
     from detdistill.training.run import Run
@@ -97,14 +98,14 @@ def distill(
 
     parse_methods(wanted.method)  # a misspelt method is said before the data is read
     _check_start(student, wanted)
-    from detdistill.detectors.build import build_detector, load_detector
+    from detdistill.detectors.build import build_detector
     from detdistill.detectors.contract import Teacher
     from detdistill.training.experiment import run_experiment
     from detdistill.training.run import Plan, is_main_process, note_teacher, run, score_teacher
 
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
-        frozen = Teacher(load_detector(teacher, splits.train.classes))
+        frozen = Teacher(_load_teacher(teacher, splits, wanted.other_classes))
         build_method(wanted.method, frozen, build_detector(student, splits.train.classes))  # what cannot work is said at once
         finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
         score = wanted.score_teacher and is_main_process() and not finished
@@ -320,6 +321,18 @@ def _load(data: str, strict: bool, progress: Progress) -> DataSplits:
             f"[yellow]{len(splits.defects)} defects in {where}: {counted}; see `detdistill data inspect {where}`[/yellow]"
         )
     return splits
+
+
+def _load_teacher(teacher: str, splits: DataSplits, other_classes: bool) -> Detector:
+    from detdistill.detectors.build import load_detector
+    from detdistill.errors import ClassCountError
+
+    if other_classes and Path(teacher).exists():
+        return load_detector(teacher)
+    try:
+        return load_detector(teacher, splits.train.classes)
+    except ClassCountError as error:
+        raise ClassCountError(f"{error}; --other_classes true lets such a teacher serve methods on features") from error
 
 
 def _report(runs: Sequence[Path], page: Path, progress: Progress) -> None:

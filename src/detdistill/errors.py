@@ -18,6 +18,10 @@ class ModelError(DetdistillError):
     """A detector cannot be built or loaded."""
 
 
+class ClassCountError(ModelError):
+    """A detector with weights knows another number of classes than is wanted."""
+
+
 class RunError(DetdistillError):
     """A run cannot start or go on."""
 

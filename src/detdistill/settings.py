@@ -144,6 +144,7 @@ class DistillSettings(TrainSettings):
         seeds: run once for each of these seeds instead of ``seed`` alone.
         jobs: runs at a time; each is a process of its own.
         score_teacher: evaluate the teacher before anything is trained.
+        other_classes: the teacher may know other classes than the data has; methods on features do not mind.
     """
 
     method: str = "pkd"
@@ -153,6 +154,7 @@ class DistillSettings(TrainSettings):
     seeds: tuple[int, ...] = ()
     jobs: int = 1
     score_teacher: bool = True
+    other_classes: bool = False
 
     def __post_init__(self) -> None:
         """Check every value.

@@ -23,7 +23,7 @@ from detdistill.detectors import standalone
 from detdistill.detectors._torchvision import write_atomically
 from detdistill.detectors.build import adapter, build_detector, wrap_torchvision
 from detdistill.detectors.contract import Detector
-from detdistill.errors import ModelError
+from detdistill.errors import ClassCountError, ModelError
 
 PACKAGES = ("detdistill", "torch", "torchvision", "timm", "transformers", "safetensors")
 
@@ -147,10 +147,10 @@ def check_class_count(where: object, own: Sequence[str], wanted: Sequence[str] |
     """Refuse a detector with another number of classes.
 
     Raises:
-        ModelError: naming both.
+        ClassCountError: naming both.
     """
     if wanted is not None and len(own) != len(wanted):
-        raise ModelError(f"{where}: has {len(own)} classes ({_few(own)}), but {len(wanted)} are wanted ({_few(wanted)})")
+        raise ClassCountError(f"{where}: has {len(own)} classes ({_few(own)}), but {len(wanted)} are wanted ({_few(wanted)})")
 
 
 def _few(names: Sequence[str]) -> str:
