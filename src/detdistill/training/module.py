@@ -253,6 +253,8 @@ class StageModule(L.LightningModule):
         """Put the random states back, after all else is ready."""
         self._started = time.monotonic()
         self.restore_random_state()
+        if self.global_rank > 0:  # all processes were seeded alike; masks and samples should differ between them
+            torch.manual_seed(self.settings.seed + 1_000_003 * self.global_rank + self.global_step)
 
     def restore_random_state(self) -> None:
         """That of the checkpoint, if there is one and it was not put back yet."""
