@@ -419,4 +419,5 @@ def _plain(chosen: Namespace) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)  # here, where a closed pipe is no error
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the further processes of a distributed run keep quiet
+        print(text, flush=True)  # here, where a closed pipe is no error
