@@ -104,8 +104,8 @@ def demo(
             console.print(f"[dim]{note}[/dim]")
     console.print(
         f"Much of what so short a training shows is faster convergence: both students had {epochs} epochs from random weights, "
-        "and the teacher's maps show the way. With longer training the baseline catches up in part (the report draws both curves); "
-        "what remains then is what the teacher knows and the student could not find alone."
+        "and the teacher's maps show the way. With longer training the baseline catches up in part (the report draws both "
+        "curves); what remains then is what the teacher knows and the student could not find alone."
     )
     console.print(f"report: [bold]{page}[/bold]\nthe student, which loads without detdistill: {result.runs[-1] / 'student'}")
     return result
