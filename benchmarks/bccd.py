@@ -8,7 +8,6 @@ Finished runs in ``--work`` are not repeated, so an interrupted benchmark goes o
 import argparse
 import json
 import shlex
-import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,14 @@ TEACHERS = {
     "faster_rcnn": "faster_rcnn:resnet10t,channels=32-64-128-256,neck=64,levels=3-5,proposals=100,rois=48,mlp=256",
 }
 STUDENT = "fcos:resnet10t,channels=16-32-64-128,stem=16,neck=64,levels=3-5,convs=2"
+PLANS = (
+    ("fcos", "pkd", False),
+    ("fcos", "pkd", True),
+    ("faster_rcnn", "pkd", False),
+    ("faster_rcnn", "pkd,weight=2", False),
+    ("faster_rcnn", "pkd,levels=1/2", False),
+)
+"""Teacher, method, and whether the teacher's neck and head are inherited."""
 IMAGES = {"size": 192, "resize": "short_side", "max_size": 256, "flip": 0.5, "in_memory": True}
 TRAINING = {"batch": 8, "lr": 3e-3, "precision": "bf16", "channels_last": True, "schedule": "one_cycle", "evaluate_every": 5}
 
@@ -33,7 +40,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--teacher-epochs", type=int, default=40)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--method", default="pkd")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args()
@@ -53,18 +59,21 @@ def main() -> None:
                 **settings,
             )
     runs: list[Path] = []
-    for index, name in enumerate(TEACHERS):
-        folder = chosen.work / f"students-of-{name}"
+    for index, (name, method, inherit) in enumerate(PLANS):
+        folder = (
+            chosen.work / f"{name}-{method.replace(',', '_').replace('=', '-').replace('/', '-')}{'-inherit' if inherit else ''}"
+        )
         result = detdistill.distill(
             str(chosen.work / f"teacher-{name}"),
             STUDENT,
             chosen.data,
-            chosen.method,
+            method,
             out=folder,
             resume=folder.exists(),
             epochs=chosen.epochs,
             seeds=tuple(chosen.seeds),
-            baseline=index == 0,  # one baseline for each seed serves both teachers
+            inherit=inherit,
+            baseline=index == 0,  # one baseline for each seed serves all
             jobs=chosen.jobs,
             report=False,
             **settings,
@@ -108,10 +117,7 @@ def main() -> None:
     from rich.console import Console
 
     Console().print(gains_table(gains["AP"]))
-    print(
-        {name: f"AP {100 * t['metrics']['AP']:.1f}" for name, t in teachers.items()},
-        {"seed APs": statistics.fmean(r["metrics"]["AP"] for r in summaries)},
-    )
+    print({name: f"AP {100 * run['metrics']['AP']:.1f}" for name, run in teachers.items()})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -219,3 +220,13 @@ def test_table_and_json_say_the_same(tmp_path):
     assert written["mean"] == pytest.approx(gain.mean)
     assert written["verdict"] == "gain"
     assert written["pairs"][2] == {"seed": 2, "baseline": 0.2, "distilled": pytest.approx(0.24)}
+
+
+def test_rows_of_different_teachers_can_be_told_apart(tmp_path):
+    from rich.console import Console
+
+    (gain,) = compare_runs([make_pairs(tmp_path, (0.02, 0.03, 0.04))])
+    plain = Console(width=120)
+    with plain.capture() as captured:
+        plain.print(gains_table([replace(gain, teacher="runs/a"), replace(gain, teacher="runs/b")]))
+    assert [name in captured.get() for name in ("teacher", "runs/a", "runs/b", "student")] == [True, True, True, False]

@@ -195,14 +195,17 @@ def gains_table(gains: Sequence[Gain]) -> Table:
     """The comparison as a rich table; AP times 100, as papers print it."""
     from rich.table import Table
 
+    # What is the same in all rows needs no column.
+    several = [side for side in ("teacher", "student") if len({getattr(gain, side) for gain in gains}) > 1]
     table = Table(title=f"{gains[0].metric} on the validation images (x 100)")
-    for title in ("method", "seeds", "baseline", "distilled", "gain", "95 % interval", "verdict"):
-        table.add_column(title, justify="left" if title in ("method", "verdict") else "right")
+    for title in ("method", *several, "seeds", "baseline", "distilled", "gain", "95 % interval", "verdict"):
+        table.add_column(title, justify="left" if title in ("method", "verdict", *several) else "right")
     for gain in gains:
         colour = {"gain": "green", "worse": "red"}.get(gain.verdict, "yellow")
         interval = "-" if gain.low is None or gain.high is None else f"{100 * gain.low:+.1f} .. {100 * gain.high:+.1f}"
         table.add_row(
             gain.method,
+            *(getattr(gain, side) for side in several),
             str(len(gain.pairs)),
             f"{100 * statistics.fmean(pair.baseline for pair in gain.pairs):.1f}",
             f"{100 * statistics.fmean(pair.distilled for pair in gain.pairs):.1f}",
