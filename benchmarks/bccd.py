@@ -26,6 +26,7 @@ PLANS = (
     ("faster_rcnn", "pkd", False),
     ("faster_rcnn", "pkd,weight=2", False),
     ("faster_rcnn", "pkd,levels=1/2", False),
+    ("faster_rcnn", "pkd,levels=0", False),
 )
 """Teacher, method, and whether the teacher's neck and head are inherited."""
 IMAGES = {"size": 192, "resize": "short_side", "max_size": 256, "flip": 0.5, "in_memory": True}

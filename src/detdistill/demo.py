@@ -80,7 +80,8 @@ def demo(
         bar = progress.bar("make the images", train_images + val_images)
         digits_folder(train=train_images, val=val_images, size=128, seed=0, progress=bar.follow)
         teacher = folder / "teacher"
-        api.train(TEACHER, data, role="teacher", out=teacher, epochs=teacher_epochs, progress=progress, report=False, **SETTINGS)
+        length = {"epochs": teacher_epochs, "evaluate_every": 2}
+        api.train(TEACHER, data, role="teacher", out=teacher, progress=progress, report=False, **length, **SETTINGS)
         result = api.distill(
             str(teacher),
             STUDENT,
