@@ -101,7 +101,7 @@ def main() -> None:
         "settings": settings,
         "gains": {metric: [asdict(gain) for gain in rows] for metric, rows in gains.items()},
         "runs": [
-            {key: run[key] for key in ("role", "teacher", "method", "seed", "metrics", "per_class", "seconds")}
+            {key: run[key] for key in ("role", "teacher", "method", "inherit", "seed", "metrics", "per_class", "seconds")}
             for run in summaries
         ],
         "hardware": summaries[0]["hardware"],

@@ -199,7 +199,8 @@ def gains_table(gains: Sequence[Gain]) -> Table:
     several = [side for side in ("teacher", "student") if len({getattr(gain, side) for gain in gains}) > 1]
     table = Table(title=f"{gains[0].metric} on the validation images (x 100)")
     for title in ("method", *several, "seeds", "baseline", "distilled", "gain", "95 % interval", "verdict"):
-        table.add_column(title, justify="left" if title in ("method", "verdict", *several) else "right")
+        left = title in ("method", "verdict", *several)
+        table.add_column(title, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
     for gain in gains:
         colour = {"gain": "green", "worse": "red"}.get(gain.verdict, "yellow")
         interval = "-" if gain.low is None or gain.high is None else f"{100 * gain.low:+.1f} .. {100 * gain.high:+.1f}"
