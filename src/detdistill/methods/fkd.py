@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError
@@ -177,12 +176,8 @@ class FKDLevel(nn.Module):
             feature=fkd_feature_loss(self.adapt_feature(student), fixed, cells, channels),
             channel=fkd_channel_loss(self.adapt_channel(student.mean(dim=(2, 3))), fixed),
             spatial=fkd_spatial_loss(self.adapt_spatial(student.mean(dim=1, keepdim=True)), fixed),
-            # Run again in the backward pass: it would keep 5 to 9 maps of this level, and costs little.
-            relation=checkpoint(self._relation, student, fixed, use_reentrant=False, preserve_rng_state=False),
+            relation=fkd_relation_loss(self.adapt_relation(self.student_nonlocal(student)), self.teacher_nonlocal(fixed)),
         )
-
-    def _relation(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return fkd_relation_loss(self.adapt_relation(self.student_nonlocal(student)), self.teacher_nonlocal(teacher))
 
 
 @torch.no_grad()
