@@ -2,8 +2,7 @@
 
     uv run python benchmarks/methods.py --work runs/methods --out benchmarks/results/methods_digits.json
 
-Finished runs in ``--work`` are not repeated. Sum-reduced losses were published for 256 channels at 800 x 1333 pixels; here
-they meet 64 channels at 128 x 128, so ``mgd`` and ``fkd`` run with weights scaled to that size (as well as the published).
+Finished runs in ``--work`` are not repeated. Weights are the published ones for students of FCOS's kind.
 """
 
 import argparse
@@ -17,18 +16,7 @@ import detdistill
 from detdistill.compare import compare_runs, gains_table, read_run
 from detdistill.demo import SETTINGS, STUDENT, TEACHER
 
-METHODS = (
-    "pkd",
-    "fitnet",
-    "fitnet,variant=normalized",
-    "cwd",
-    "fgd",
-    "mgd",
-    "mgd,weight=5e-3",
-    "fkd",
-    "fkd,feature_weight=1e-3,channel_weight=6e-2,spatial_weight=6e-2,relation_weight=1e-3",
-    "fgd+pkd",
-)
+METHODS = ("pkd", "fitnet", "cwd", "mgd", "fkd,profile=one_stage", "fgd,profile=anchor_free")
 
 
 def main() -> None:
@@ -76,7 +64,10 @@ def write(chosen: argparse.Namespace, runs: list[Path], gains: list) -> None:
     teacher = read_run(chosen.work / "teacher")
     content = {
         "what": "digits, 2000 training and 400 validation images of 128 pixels; student from random weights",
-        "command": "uv run python " + shlex.join(sys.argv).replace(str(chosen.work), "runs/methods"),
+        "command": "uv run python "
+        + shlex.join(sys.argv)
+        .replace(str(chosen.work), "runs/methods")
+        .replace(str(chosen.out), "benchmarks/results/" + chosen.out.name),
         "seeds": chosen.seeds,
         "teacher": {"model": TEACHER, "AP": teacher["metrics"]["AP"], "epochs": teacher["epochs"]},
         "student": {"model": STUDENT, "epochs": chosen.epochs},
