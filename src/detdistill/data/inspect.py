@@ -95,12 +95,10 @@ class DataReport:
         if not self.defects:
             console.print(f"no defects ({checked})")
         for kind, found in self.by_kind().items():
-            table = Table(
-                "split", "file", "record", "message", "skipped", title=f"{escape(kind)}: {len(found)}", title_justify="left"
-            )
-            for split, defect in found[:SHOWN_DEFECTS]:
-                table.add_row(*map(escape, (split, defect.file, defect.record, defect.message, defect.skipped)))
-            console.print(table)
+            console.print(f"[bold]{escape(kind)}: {len(found)}[/bold]")
+            for split, defect in found[:SHOWN_DEFECTS]:  # whole lines: a file's name must never be cut short
+                line = f"  {split}  {defect.file}  {defect.record}: {defect.message} (skipped: {defect.skipped})"
+                console.print(escape(line), soft_wrap=True, highlight=False)
             if len(found) > SHOWN_DEFECTS:
                 console.print(f"... and {len(found) - SHOWN_DEFECTS} more")
         if self.defects:
