@@ -9,7 +9,9 @@ loop over the same batches. All contenders take turns in one process, so that th
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +33,6 @@ from detdistill.training.optimizers import build_optimizer, build_schedule
 from detdistill.training.run import hardware, plain_stage, versions
 
 METHODS = ("fitnet", "pkd", "cwd", "fkd", "fgd", "mgd")
-TEACHER = "retinanet:resnet50,levels=3-7"
-STUDENT = "retinanet:resnet18,levels=3-7"
 
 
 def turns(contenders: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
@@ -51,12 +51,14 @@ def turns(contenders: dict[str, Callable[[], None]], rounds: int, device: str) -
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def method_ratios(size: int, batch_size: int, rounds: int, device: str) -> list[dict[str, float | str]]:
+def method_ratios(
+    teacher_name: str, student_name: str, size: int, batch_size: int, rounds: int, device: str
+) -> list[dict[str, float | str]]:
     """Online step over (student step + teacher forward), for each method."""
     splits = load_data(f"digits:train={batch_size},val={batch_size},size=128,seed=0")
     loader = DetectionLoader(splits.train, ViewSettings(size=size), batch_size, train=True)
     batch: Batch = next(iter(loader)).to(device)
-    teacher = Teacher(build_detector(TEACHER, splits.classes)).to(device)
+    teacher = Teacher(build_detector(teacher_name, splits.classes)).to(device)
     settings = TrainSettings(lr=1e-5)
 
     def stepper(student: Detector, method: Method | None) -> Callable[[], None]:
@@ -79,8 +81,8 @@ def method_ratios(size: int, batch_size: int, rounds: int, device: str) -> list[
 
     rows: list[dict[str, float | str]] = []
     for slug in METHODS:
-        alone = build_detector(STUDENT, splits.classes).to(device).train()
-        taught = build_detector(STUDENT, splits.classes).to(device).train()
+        alone = build_detector(student_name, splits.classes).to(device).train()
+        taught = build_detector(student_name, splits.classes).to(device).train()
         method = build_method(slug, teacher, taught).to(device)
         found = turns({"student": stepper(alone, None), "teacher": look, "online": stepper(taught, method)}, rounds, device)
         ratio = found["online"] / (found["student"] + found["teacher"])
@@ -145,6 +147,8 @@ def framework_ratio(rounds: int, device: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--teacher", default="retinanet:resnet50", help="model string")
+    parser.add_argument("--student", default="retinanet:resnet18", help="model string")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=256)
@@ -152,10 +156,11 @@ def main() -> None:
     chosen = parser.parse_args()
     framework = framework_ratio(chosen.rounds, chosen.device)
     print("framework", framework, flush=True)
-    rows = method_ratios(chosen.size, chosen.batch, chosen.rounds, chosen.device)
+    rows = method_ratios(chosen.teacher, chosen.student, chosen.size, chosen.batch, chosen.rounds, chosen.device)
     content = {
-        "what": f"{STUDENT} under {TEACHER}, {chosen.size} pixels, batch {chosen.batch}, float32; framework: demo's student",
-        "command": f"uv run python benchmarks/steps.py --device {chosen.device} --rounds {chosen.rounds} --out {chosen.out}",
+        "what": f"{chosen.student} under {chosen.teacher}, {chosen.size} pixels, batch {chosen.batch}, float32; "
+        "framework: demo's student",
+        "command": "uv run python benchmarks/steps.py " + shlex.join(sys.argv[1:]),
         "online_over_parts": rows,
         "loop_over_plain_pytorch": framework,
         "hardware": hardware(),

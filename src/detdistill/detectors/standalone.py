@@ -7,17 +7,22 @@ This file is copied as ``load_student.py`` into every exported folder, so it imp
     model([image])                             # image: [3, H, W] RGB in 0..1, resized as for training
 
 A description is a tree of calls, ``{"call": "torchvision.models.detection.FCOS", "num_classes": 11, ...}``: a dotted name
-of torchvision, or a function of this file, with its keyword arguments, which may be calls themselves.
+of torchvision, a class of the folder ``models`` beside this file (``models.atss.ATSS``; copied along when it is needed), or
+a function of this file, with its keyword arguments, which may be calls themselves.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import sys
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, cast
 
 import timm
@@ -52,7 +57,8 @@ def load(folder: str | Path) -> nn.Module:
 def build(tree: Mapping[str, Any]) -> Any:
     """A freshly initialised detector from its description; images keep their size (see ``KeepSize``)."""
     model = make(tree)
-    if isinstance(model.transform, GeneralizedRCNNTransform) and model.transform.fixed_size is None:
+    transform = getattr(model, "transform", None)
+    if isinstance(transform, GeneralizedRCNNTransform) and transform.fixed_size is None:
         model.transform = KeepSize(model.transform)
     return model
 
@@ -67,16 +73,43 @@ def make(node: Any) -> Any:
         arguments = {key: make(value) for key, value in node.items() if key != "call"}
         if "call" not in node:
             return arguments
-        module, _, name = node["call"].rpartition(".")
-        if module and module.split(".")[0] != "torchvision":
-            raise ValueError(f"{node['call']!r} is no part of torchvision; refusing to call it")
-        if not module and name not in CALLS:
-            raise ValueError(f"{node['call']!r} is unknown here; known: {', '.join(CALLS)}")
-        call: Any = getattr(importlib.import_module(module), name) if module else CALLS[name]
-        return call(**arguments)
+        return find(node["call"])(**arguments)
     if isinstance(node, (list, tuple)):
         return tuple(make(item) for item in node)
     return node
+
+
+def find(name: str) -> Any:
+    """What a call names.
+
+    Raises:
+        ValueError: it names neither a part of torchvision, nor a class of ``models``, nor a function of this file.
+    """
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        if name not in CALLS:
+            raise ValueError(f"{name!r} is unknown here; known: {', '.join(CALLS)}")
+        return CALLS[name]
+    package = module.split(".")[0]
+    if package not in ("torchvision", "models"):
+        raise ValueError(f"{name!r} is no part of torchvision or models; refusing to call it")
+    return getattr(beside(module) if package == "models" else importlib.import_module(module), attribute)
+
+
+def beside(module: str) -> ModuleType:
+    """``models.<file>`` next to this file: a part of the library, or the copy in a student's folder."""
+    if __package__:
+        return importlib.import_module(f".{module}", __package__)
+    folder = Path(__file__).resolve().parent / "models"
+    # each student's folder under a name of its own: two of them in one process may hold different versions
+    name = f"student_models_{zlib.crc32(str(folder).encode()):08x}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return importlib.import_module(name + module.removeprefix("models"))
 
 
 class KeepSize(GeneralizedRCNNTransform):
