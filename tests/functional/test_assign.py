@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from detdistill.functional.assign import max_iou_assign, pairwise_iou
+from detdistill.functional.assign import max_iou_assign, pairwise_iou, point_assign
 from tests.golden import Golden, assert_golden
 
 
@@ -60,3 +60,27 @@ def test_ground_truth_that_overlaps_nothing():
 def test_nothing_to_match():
     assert max_iou_assign(boxes((0, 0, 10, 10)), boxes(), 0.5, 0.4).tolist() == [-1]
     assert max_iou_assign(boxes(), boxes((0, 0, 10, 10)), 0.5, 0.4).tolist() == []
+
+
+@pytest.mark.parametrize(("count", "name"), [(1, "out_point_assigned"), (3, "out_point_assigned_pos3")])
+def test_points_equal_mmdet(count, name):
+    golden = Golden("_reppoints")
+    points = golden["out_points"]
+    images = len(golden["in_image_sizes"])
+    for image in range(images):
+        matched = point_assign(points[:, :2], points[:, 2], golden[f"in_boxes_{image}"], golden.meta["point_base_scale"], count)
+        assert torch.equal(released_numbers(matched), golden[f"{name}_{image}"])
+
+
+def test_points_by_hand():
+    points = boxes((0, 0, 8, 0), (8, 0, 8, 0), (16, 0, 8, 0), (0, 0, 16, 0), (16, 0, 16, 0))
+    xy, strides = points[:, :2], points[:, 2]
+    # 32 x 32 is made for stride 8, 64 x 64 for 16; 4 px and 4000 px go to the ends
+    for side, point in ((32, 1), (64, 3), (4, 1), (4000, 3)):
+        matched = point_assign(xy, strides, boxes((7 - side / 2, -side / 2, 7 + side / 2, side / 2)))
+        assert torch.nonzero(matched == 0).flatten().tolist() == [point]
+    near, far = (-8, -16, 23, 16), (-10, -16, 22, 16)  # centres 7.5 and 6: both want the point at 8
+    assert point_assign(xy, strides, boxes(far, near)).tolist() == [-1, 1, -1, -1, -1]
+    assert point_assign(xy, strides, boxes(near, near)).tolist() == [-1, 0, -1, -1, -1]  # the first one on ties
+    assert point_assign(xy, strides, boxes(near), count=9).tolist() == [0, 0, 0, -1, -1]  # a level has only so many
+    assert point_assign(xy, strides, boxes()).tolist() == [-1] * 5

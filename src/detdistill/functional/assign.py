@@ -1,6 +1,6 @@
-"""Which ground-truth box each anchor, proposal or predicted box belongs to, by overlap.
+"""Which ground-truth box each anchor, point, proposal or predicted box belongs to: by overlap, or by distance and size.
 
-Shape letters: P boxes to be matched, G ground-truth boxes.
+Shape letters: P boxes or points to be matched, G ground-truth boxes.
 """
 
 from __future__ import annotations
@@ -69,4 +69,45 @@ def max_iou_assign(
         numbers = torch.arange(1, len(ground_truth_xyxy) + 1, device=matched.device)[:, None]
         last = (claims * numbers).amax(dim=0) - 1  # [P], -1 where nobody claims
         matched = torch.where(last >= 0, last, matched)
+    return matched
+
+
+@torch.no_grad()
+def point_assign(points_xy: Tensor, strides: Tensor, ground_truth_xyxy: Tensor, scale: float = 4.0, count: int = 1) -> Tensor:
+    """Match each ground truth to the points nearest its centre, on the level of its size (RepPoints, section 4).
+
+    The level of a box of w x h pixels is the one of stride ``2^l``, ``l = trunc((log2(w / scale) + log2(h / scale)) / 2)``,
+    or the nearest there is. Distances are in box widths and heights. Of the ground truths that want a point, the nearest
+    has it (the first one on ties); the others get none in its place.
+
+    Args:
+        points_xy: [P, 2] pixels.
+        strides: [P] stride of each point's level, powers of 2.
+        ground_truth_xyxy: [G, 4]; without any, all points are negative.
+        scale: side, in strides, of the boxes that a level is made for.
+        count: points that a ground truth wants.
+
+    Returns:
+        [P] int64: index of the ground truth, -1 negative.
+
+    Example:
+        >>> points = torch.tensor([[0.0, 0.0], [8.0, 0.0], [16.0, 0.0], [0.0, 0.0]])
+        >>> strides = torch.tensor([8, 8, 8, 16])
+        >>> point_assign(points, strides, torch.tensor([[4.0, -10.0, 36.0, 30.0], [-40.0, -40.0, 50.0, 50.0]])).tolist()
+        [-1, -1, 0, 1]
+    """
+    matched = torch.full((len(points_xy),), NEGATIVE, dtype=torch.int64, device=points_xy.device)
+    if len(points_xy) == 0 or len(ground_truth_xyxy) == 0:
+        return matched
+    point_levels = strides.to(ground_truth_xyxy).log2().round().long()
+    centers = (ground_truth_xyxy[:, :2] + ground_truth_xyxy[:, 2:]) / 2
+    sizes = (ground_truth_xyxy[:, 2:] - ground_truth_xyxy[:, :2]).clamp(min=1e-6)
+    wanted = (sizes / scale).log2().mean(dim=1).trunc().long().clamp(int(point_levels.min()), int(point_levels.max()))
+    for level in sorted(set(wanted.tolist())):
+        boxes, points = torch.nonzero(wanted == level).flatten(), torch.nonzero(point_levels == level).flatten()
+        distances = ((points_xy[points] - centers[boxes, None]) / sizes[boxes, None]).norm(dim=-1)  # [g, p]
+        closest = distances.topk(min(count, len(points)), dim=1, largest=False).indices
+        claims = torch.full_like(distances, torch.inf).scatter(1, closest, distances.gather(1, closest))
+        best, first = claims.min(dim=0)  # [p]
+        matched[points] = torch.where(best.isfinite(), boxes[first], NEGATIVE)
     return matched
