@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.fcos import FCOSHead
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import generalized_box_iou_loss
 
 from detdistill.detectors import _torchvision as shared
 from detdistill.detectors import standalone
+from detdistill.detectors._dense import DenseDetector, supervision
 from detdistill.detectors.backbones import image_statistics, load_pretrained, pyramid_description
-from detdistill.detectors.contract import Tower, dense_positives
 from detdistill.detectors.options import ModelOptions
 from detdistill.errors import ModelError
-from detdistill.structures import IGNORED, Assignment, Batch, Dense, Detections, Features, Losses, Positives, Prediction
+from detdistill.structures import Assignment, Batch, Losses, Prediction
 
 MODEL_CLASS = FCOS
 
@@ -87,62 +87,33 @@ def wrap_model(
     return FCOSDetector(model, classes, name, family="dense", columns=columns, description=description)
 
 
-class FCOSDetector(shared.TorchvisionDetector):
+class FCOSDetector(DenseDetector):
     """FCOS with towers, copies and backbone features. One point for each cell; ``deltas`` are l, t, r, b over the stride."""
+
+    layers_per_block = 3  # convolution, GroupNorm and ReLU, one after the other
 
     # ------------------------------------------------------------------------------------------------------- prediction
 
-    def predict(self, features: Features, batch: Batch) -> Dense:
-        """One prediction for each cell; ``quality`` is the centerness."""
-        return self.finish(self.tower(features, upto=0), batch)
-
-    @property
-    def tower_depth(self) -> int:
-        """Blocks of convolution, GroupNorm and ReLU on each side."""
-        return len(self.model.head.classification_head.conv) // 3
-
-    def tower(self, features: Features, upto: int | None = None) -> Tower:
-        """Both sides after ``upto`` blocks."""
-        depth = self.tower_depth if upto is None else upto
-        head = self.model.head
-        return Tower(
-            tuple(head.classification_head.conv[: 3 * depth](level) for level in features.maps),
-            tuple(head.regression_head.conv[: 3 * depth](level) for level in features.maps),
-            depth,
-            features.strides,
-        )
-
-    def finish(self, hidden: Tower, batch: Batch) -> Dense:
-        """The remaining blocks and the output layers."""
+    def outputs(self, class_maps: Sequence[Tensor], box_maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Under torchvision's names."""
         classification, regression = self.model.head.classification_head, self.model.head.regression_head
-        class_maps = [classification.conv[3 * hidden.depth :](level) for level in hidden.classification]
-        box_maps = [regression.conv[3 * hidden.depth :](level) for level in hidden.regression]
-        outputs = {
+        return {
             "cls_logits": shared.flat_outputs(
                 [classification.cls_logits(level) for level in class_maps], classification.num_classes
             ),
             "bbox_regression": shared.flat_outputs([regression.bbox_reg(level).relu() for level in box_maps], 4),
             "bbox_ctrness": shared.flat_outputs([regression.bbox_ctrness(level) for level in box_maps], 1),
         }
-        outputs = {key: value.to(batch.images.dtype) for key, value in outputs.items()}
-        shapes = [(level.shape[-2], level.shape[-1]) for level in class_maps]
-        stand_ins = [batch.images.new_empty(1, 1, *shape) for shape in shapes]  # anchors in full precision under autocast
-        anchors = tuple(self.model.anchor_generator(self.image_shapes(batch), stand_ins))
-        priors = torch.stack(anchors)
-        levels, cells, numbers = shared.layout(shapes, [1] * len(shapes), priors.device)
-        return Dense(
-            logits=outputs["cls_logits"][..., self.columns],
-            deltas=outputs["bbox_regression"],
-            boxes_xyxy=self.model.box_coder.decode(outputs["bbox_regression"], priors),
-            priors_xyxy=priors,
-            levels=levels,
-            cells=cells,
-            anchors=numbers,
-            quality=outputs["bbox_ctrness"][..., 0],
-            own=shared.OwnOutputs(outputs, anchors, tuple(height * width for height, width in shapes)),
-        )
 
-    # ------------------------------------------------------------------------------------------------ training, results
+    def decode(self, regression: Tensor, priors_xyxy: Tensor, levels: Tensor) -> Tensor:
+        """By the model's coder."""
+        return cast(Tensor, self.model.box_coder.decode(regression, priors_xyxy))
+
+    def final_scores(self, outputs: dict[str, Tensor]) -> Tensor:
+        """The square root of class score times centerness."""
+        return (outputs["cls_logits"].sigmoid() * outputs["bbox_ctrness"].sigmoid()).sqrt()
+
+    # --------------------------------------------------------------------------------------------------------- training
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
         """Torchvision's rule: points near the centre and inside of a box of the level's size; the smallest box wins.
@@ -166,16 +137,11 @@ class FCOSDetector(shared.TorchvisionDetector):
         if assignment is None:
             targets = shared.target_dicts(batch, self.columns)
             return Losses(self.model.compute_loss(targets, own.outputs, list(own.anchors), list(own.counts)))
-        targets = shared.target_dicts(batch, self.columns, only_trainable=False)
-        matched, positive = assignment.matched, assignment.matched >= 0
-        weights = torch.ones_like(own.outputs["bbox_ctrness"][..., 0]) if assignment.weights is None else assignment.weights
+        asked = supervision(assignment, batch, self.class_outputs)
+        positive, boxes, weights = asked.positive, asked.boxes_xyxy, asked.weights[asked.positive]
         normalizer = positive.sum().clamp(min=1) if assignment.normalizer is None else assignment.normalizer
-        boxes, labels = shared.matched_targets(matched, targets)  # [M, 4], [M] of the positives, in their order
         anchors = torch.stack(own.anchors)[positive]
 
-        wanted = torch.zeros_like(own.outputs["cls_logits"])
-        wanted[(*torch.nonzero(positive, as_tuple=True), labels)] = 1.0
-        focal = sigmoid_focal_loss(own.outputs["cls_logits"], wanted, reduction="none").sum(dim=-1)
         predicted = self.model.box_coder.decode(own.outputs["bbox_regression"][positive], anchors)
         overlap = generalized_box_iou_loss(predicted, boxes, reduction="none")
         left, top, right, bottom = self.model.box_coder.encode(anchors, boxes).clamp(min=0).unbind(dim=-1)
@@ -184,38 +150,10 @@ class FCOSDetector(shared.TorchvisionDetector):
         centerness = F.binary_cross_entropy_with_logits(
             own.outputs["bbox_ctrness"][..., 0][positive], (across * down).sqrt(), reduction="none"
         )
-        counted = weights.masked_fill(matched == IGNORED, 0.0)
         return Losses(
             {
-                "classification": (focal * counted).sum() / normalizer,
-                "bbox_regression": (overlap * weights[positive]).sum() / normalizer,
-                "bbox_ctrness": (centerness * weights[positive]).sum() / normalizer,
+                "classification": asked.focal(own.outputs["cls_logits"]).sum() / normalizer,
+                "bbox_regression": (overlap * weights).sum() / normalizer,
+                "bbox_ctrness": (centerness * weights).sum() / normalizer,
             }
         )
-
-    def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
-        """Torchvision's selection: the square root of class score times centerness, best ``topk`` of each level, NMS."""
-        own = shared.own_outputs(prediction, self)
-        split = {key: list(value.split(list(own.counts), dim=1)) for key, value in own.outputs.items()}
-        anchors = [list(image.split(list(own.counts))) for image in own.anchors]
-        sizes = shared.image_sizes(batch)
-        results = self.model.postprocess_detections(split, anchors, sizes)
-        scores = (own.outputs["cls_logits"].sigmoid() * own.outputs["bbox_ctrness"].sigmoid()).sqrt()
-        return shared.to_detections(results, self, cast(Dense, prediction), scores, sizes)
-
-    def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
-        """By the assignment."""
-        return dense_positives(cast(Dense, prediction), assignment, batch)
-
-    # ----------------------------------------------------------------------------------------------------------- copies
-
-    def copy_head(self, fresh: bool = False) -> FCOSDetector:
-        """A copy that can do all but compute features."""
-        head = cast(FCOSDetector, self.without_backbone())
-        if fresh:
-            shared.reset_dense_head(head.model.head)
-        return head
-
-    def class_rows(self, name: str) -> Tensor | None:
-        """Rows of the class outputs; see ``inherit``."""
-        return self.columns[:, None] if name.startswith("model.head.classification_head.cls_logits.") else None

@@ -6,6 +6,7 @@ Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, as in ``torchvis
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
 from detdistill.detectors import _torchvision as shared
 from detdistill.detectors import standalone
+from detdistill.detectors._dense import DenseDetector, supervision
 from detdistill.detectors.backbones import image_statistics, load_pretrained, pyramid_description
-from detdistill.detectors.contract import Tower, dense_positives
 from detdistill.detectors.options import ModelOptions
 from detdistill.errors import ModelError
-from detdistill.structures import IGNORED, Assignment, Batch, Dense, Detections, Features, Losses, Positives, Prediction
+from detdistill.structures import Assignment, Batch, Losses, Prediction
 
 MODEL_CLASS = RetinaNet
 
@@ -88,63 +89,31 @@ def wrap_model(
     return RetinaNetDetector(model, classes, name, family="dense", columns=columns, description=description)
 
 
-class RetinaNetDetector(shared.TorchvisionDetector):
+class RetinaNetDetector(DenseDetector):
     """RetinaNet with towers, copies and backbone features; ``deltas`` are dx, dy, dw, dh of the anchor."""
 
     # ------------------------------------------------------------------------------------------------------- prediction
 
-    def predict(self, features: Features, batch: Batch) -> Dense:
-        """One prediction for each anchor."""
-        return self.finish(self.tower(features, upto=0), batch)
-
-    @property
-    def tower_depth(self) -> int:
-        """Blocks of convolution, (in version 2) GroupNorm, and ReLU on each side."""
-        return len(self.model.head.classification_head.conv)
-
-    def tower(self, features: Features, upto: int | None = None) -> Tower:
-        """Both sides after ``upto`` blocks."""
-        depth = self.tower_depth if upto is None else upto
-        head = self.model.head
-        return Tower(
-            tuple(head.classification_head.conv[:depth](level) for level in features.maps),
-            tuple(head.regression_head.conv[:depth](level) for level in features.maps),
-            depth,
-            features.strides,
-        )
-
-    def finish(self, hidden: Tower, batch: Batch) -> Dense:
-        """The remaining blocks and the output layers."""
+    def outputs(self, class_maps: Sequence[Tensor], box_maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Under torchvision's names."""
         classification, regression = self.model.head.classification_head, self.model.head.regression_head
-        class_maps = [classification.conv[hidden.depth :](level) for level in hidden.classification]
-        box_maps = [regression.conv[hidden.depth :](level) for level in hidden.regression]
-        outputs = {
+        return {
             "cls_logits": shared.flat_outputs(
                 [classification.cls_logits(level) for level in class_maps], classification.num_classes
             ),
             "bbox_regression": shared.flat_outputs([regression.bbox_reg(level) for level in box_maps], 4),
         }
-        outputs = {key: value.to(batch.images.dtype) for key, value in outputs.items()}
-        shapes = [(level.shape[-2], level.shape[-1]) for level in class_maps]
-        stand_ins = [batch.images.new_empty(1, 1, *shape) for shape in shapes]  # anchors in full precision under autocast
-        anchors = tuple(self.model.anchor_generator(self.image_shapes(batch), stand_ins))
-        priors = torch.stack(anchors)
-        per_cell = self.model.anchor_generator.num_anchors_per_location()
-        levels, cells, numbers = shared.layout(shapes, per_cell, priors.device)
-        decoded = self.model.box_coder.decode_single(outputs["bbox_regression"].flatten(0, 1), priors.flatten(0, 1))
-        counts = tuple(height * width * count for (height, width), count in zip(shapes, per_cell, strict=True))
-        return Dense(
-            logits=outputs["cls_logits"][..., self.columns],
-            deltas=outputs["bbox_regression"],
-            boxes_xyxy=decoded.view_as(priors),
-            priors_xyxy=priors,
-            levels=levels,
-            cells=cells,
-            anchors=numbers,
-            own=shared.OwnOutputs(outputs, anchors, counts),
-        )
 
-    # ------------------------------------------------------------------------------------------------ training, results
+    def decode(self, regression: Tensor, priors_xyxy: Tensor, levels: Tensor) -> Tensor:
+        """By the model's coder."""
+        decoded = self.model.box_coder.decode_single(regression.flatten(0, 1), priors_xyxy.flatten(0, 1))
+        return cast(Tensor, decoded.view_as(priors_xyxy))
+
+    def final_scores(self, outputs: dict[str, Tensor]) -> Tensor:
+        """The class scores."""
+        return outputs["cls_logits"].sigmoid()
+
+    # --------------------------------------------------------------------------------------------------------- training
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
         """Torchvision's rule: IoU from 0.5 positive, below 0.4 negative, else ignored; each box keeps its best anchors.
@@ -168,25 +137,22 @@ class RetinaNetDetector(shared.TorchvisionDetector):
         if assignment is None:
             targets = shared.target_dicts(batch, self.columns)
             return Losses(self.model.compute_loss(targets, own.outputs, list(own.anchors)))
-        targets = shared.target_dicts(batch, self.columns, only_trainable=False)
-        matched, positive = assignment.matched, assignment.matched >= 0
         if assignment.weights is None and assignment.normalizer is None:
-            return Losses(self.model.head.compute_loss(targets, own.outputs, list(own.anchors), list(matched)))
-        logits, deltas = own.outputs["cls_logits"], own.outputs["bbox_regression"]
-        weights = torch.ones_like(logits[..., 0]) if assignment.weights is None else assignment.weights
-        if assignment.normalizer is None:
-            weights = weights / (positive.sum(dim=1, keepdim=True).clamp(min=1) * len(batch))
-        else:
-            weights = weights / assignment.normalizer
-        boxes, labels = shared.matched_targets(matched, targets)  # [M, 4], [M] of the positives, in their order
-        wanted = torch.zeros_like(logits)
-        wanted[(*torch.nonzero(positive, as_tuple=True), labels)] = 1.0
-        focal = sigmoid_focal_loss(logits, wanted, reduction="none").sum(dim=-1)
-        regression = self._box_losses(deltas[positive], torch.stack(own.anchors)[positive], boxes)
+            targets = shared.target_dicts(batch, self.columns, only_trainable=False)
+            matched = list(assignment.matched)
+            return Losses(self.model.head.compute_loss(targets, own.outputs, list(own.anchors), matched))
+        asked = supervision(assignment, batch, self.class_outputs)
+        normalizer = assignment.normalizer
+        if normalizer is None:
+            normalizer = asked.positive.sum(dim=1, keepdim=True).clamp(min=1) * len(batch)
+        asked = replace(asked, weights=asked.weights / normalizer)
+        positive = asked.positive
+        deltas, anchors = own.outputs["bbox_regression"][positive], torch.stack(own.anchors)[positive]
+        regression = self._box_losses(deltas, anchors, asked.boxes_xyxy)
         return Losses(
             {
-                "classification": (focal * weights.masked_fill(matched == IGNORED, 0.0)).sum(),
-                "bbox_regression": (regression * weights[positive]).sum(),
+                "classification": asked.focal(own.outputs["cls_logits"]).sum(),
+                "bbox_regression": (regression * asked.weights[positive]).sum(),
             }
         )
 
@@ -199,33 +165,3 @@ class RetinaNetDetector(shared.TorchvisionDetector):
             return loss(deltas, wanted, reduction="none").sum(dim=-1)
         losses = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}
         return losses[side._loss_type](side.box_coder.decode_single(deltas, anchors), boxes, reduction="none")
-
-    def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
-        """Torchvision's selection: best ``topk`` of each level above the score threshold, NMS."""
-        own = shared.own_outputs(prediction, self)
-        split = {key: list(value.split(list(own.counts), dim=1)) for key, value in own.outputs.items()}
-        anchors = [list(image.split(list(own.counts))) for image in own.anchors]
-        sizes = shared.image_sizes(batch)
-        results = self.model.postprocess_detections(split, anchors, sizes)
-        return shared.to_detections(results, self, cast(Dense, prediction), own.outputs["cls_logits"].sigmoid(), sizes)
-
-    def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
-        """By the assignment."""
-        return dense_positives(cast(Dense, prediction), assignment, batch)
-
-    # ----------------------------------------------------------------------------------------------------------- copies
-
-    def copy_head(self, fresh: bool = False) -> RetinaNetDetector:
-        """A copy that can do all but compute features."""
-        head = cast(RetinaNetDetector, self.without_backbone())
-        if fresh:
-            shared.reset_dense_head(head.model.head)
-        return head
-
-    def class_rows(self, name: str) -> Tensor | None:
-        """Rows of the class outputs, anchor by anchor; see ``inherit``."""
-        if not name.startswith("model.head.classification_head.cls_logits."):
-            return None
-        side = self.model.head.classification_head
-        anchors = torch.arange(side.num_anchors, device=self.columns.device) * side.num_classes
-        return self.columns[:, None] + anchors[None]
