@@ -17,7 +17,10 @@ RESNETS = ("resnet",)
 
 
 def pyramid_description(
-    backbone: str, options: ModelOptions, levels: tuple[int, int], top: Literal["conv", "pool"] = "conv"
+    backbone: str,
+    options: ModelOptions,
+    levels: tuple[int, int],
+    top: Literal["conv", "linear", "input", "pool"] = "conv",
 ) -> dict[str, Any]:
     """The ``TimmPyramid`` call that a model's description holds under ``backbone``.
 
@@ -25,7 +28,8 @@ def pyramid_description(
         backbone: name of a timm model.
         options: of the model string; ``options.levels`` goes before ``levels``.
         levels: the detector's default levels.
-        top: how levels above the backbone's deepest are made; ``pool`` makes exactly one (torchvision's two-stage models).
+        top: how levels above the backbone's deepest are made, see ``TimmPyramid``; ``pool`` makes exactly one (torchvision's
+            two-stage models).
 
     Raises:
         ModelError: the backbone is unknown, or cannot have these levels, channels or stem.

@@ -132,7 +132,7 @@ class TimmPyramid(nn.Module):
         indices: Sequence[int],
         out_channels: int,
         extra: Sequence[int] = (),
-        top: Literal["conv", "pool"] = "conv",
+        top: Literal["conv", "linear", "input", "pool"] = "conv",
         norm: Literal["bn", "frozen"] = "bn",
         **timm_options: Any,
     ) -> None:
@@ -143,7 +143,9 @@ class TimmPyramid(nn.Module):
             indices: which of its maps enter the pyramid (timm's ``out_indices``).
             out_channels: of every level.
             extra: numbers of the levels above the backbone's deepest, e.g. (6, 7) for P6 and P7.
-            top: how they are made: stride-2 convolutions, or torchvision's subsampling (one level, without weights).
+            top: how they are made: stride-2 convolutions from the pyramid's highest level with a ReLU between them (``conv``)
+                or without (``linear``), the same without ReLU from the backbone's deepest map (``input``), or torchvision's
+                subsampling (``pool``: one level, without weights).
             norm: ``frozen`` turns the backbone's BatchNorm into constants.
             timm_options: for ``timm.create_model``.
         """
@@ -155,7 +157,8 @@ class TimmPyramid(nn.Module):
         self.channels_last = str(getattr(body, "output_fmt", None)).upper().endswith("NHWC")
         blocks = None
         if extra:
-            blocks = LastLevelMaxPool() if top == "pool" else StridedLevels(out_channels, extra)
+            below = self.channels[-1] if top == "input" else None
+            blocks = LastLevelMaxPool() if top == "pool" else StridedLevels(out_channels, extra, below, relu=top == "conv")
         self.fpn = FeaturePyramidNetwork(list(self.channels), out_channels, extra_blocks=blocks)
         self.out_channels = out_channels
 
@@ -174,19 +177,32 @@ class TimmPyramid(nn.Module):
 class StridedLevels(ExtraFPNBlock):
     """Any number of levels by stride-2 convolutions above the highest one (two: torchvision's ``LastLevelP6P7``)."""
 
-    def __init__(self, channels: int, levels: Sequence[int]) -> None:
+    def __init__(self, channels: int, levels: Sequence[int], below: int | None = None, relu: bool = True) -> None:
+        """Build with random weights.
+
+        Args:
+            channels: of the pyramid.
+            levels: numbers of the levels to add.
+            below: channels of the backbone's deepest map, if the first level is made from that; None: from the pyramid's.
+            relu: a ReLU between two added levels.
+        """
         super().__init__()
         self.names = [f"p{level}" for level in levels]
-        for name in self.names:
-            convolution = nn.Conv2d(channels, channels, 3, 2, 1)
+        self.on_input = below is not None
+        self.relu = relu
+        for index, name in enumerate(self.names):
+            convolution = nn.Conv2d(below if below is not None and index == 0 else channels, channels, 3, 2, 1)
             nn.init.kaiming_uniform_(convolution.weight, a=1)
             nn.init.zeros_(cast(Tensor, convolution.bias))
             self.add_module(name, convolution)
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        """Add the levels; each but the first reads the one below through a ReLU."""
+        """Add the levels, each from the one below."""
         for index, name in enumerate(self.names):
-            below = results[-1] if index == 0 else F.relu(results[-1])
+            if index == 0:
+                below = x[-1] if self.on_input else results[-1]
+            else:
+                below = F.relu(results[-1]) if self.relu else results[-1]
             results.append(self.get_submodule(name)(below))
         return results, names + self.names
 
