@@ -1,7 +1,10 @@
-"""Multi-scale deformable attention in plain PyTorch, and the encoder layer of Deformable DETR built on it.
+"""Multi-scale deformable attention in plain PyTorch, and the layers of Deformable DETR built on it.
 
-Zhu et al., "Deformable DETR", ICLR 2021, equation 3. Every cell of a pyramid looks at a few points around itself, on all
+Zhu et al., "Deformable DETR", ICLR 2021, equation 3. Every query looks at a few points around its reference, on all
 levels; where, and how much each point counts, are learned. No compiled kernel: ``grid_sample`` on any device.
+
+References are parts of the VALID image; ``valid_ratios`` say how much of each padded map that is, so that padding a batch
+further changes nothing.
 
 Shape letters: B images, L levels, S = sum of H_l * W_l cells, Q queries, M heads, D channels of one head, P points.
 """
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -47,35 +51,38 @@ def deformable_attention(value: Tensor, spatial_shapes: Sequence[tuple[int, int]
     return summed.reshape(images, heads * width, queries).transpose(1, 2)
 
 
-def sine_positions(height: int, width: int, channels: int, like: Tensor) -> Tensor:
-    """Sine and cosine of the cell's place, rows in the first half of the channels, columns in the second.
-
-    Places are scaled to 0..2 pi over the map, so levels of one pyramid agree; the temperature is 10000 (as in DETR).
+def valid_ratios(padding: Sequence[Tensor]) -> Tensor:
+    """Which part of each padded map shows an image, in whole cells, as Deformable DETR counts it.
 
     Args:
-        height: rows.
-        width: columns.
-        channels: D, any number.
-        like: its device and dtype are used.
+        padding: L masks [B, H_l, W_l] bool, True where a cell shows padding only.
 
     Returns:
-        [H * W, D].
+        [B, L, 2] valid columns over W_l, valid rows over H_l.
+    """
+    ratios = [torch.stack([(~m).any(1).float().mean(1), (~m).any(2).float().mean(1)], dim=-1) for m in padding]
+    return torch.stack(ratios, dim=1)
+
+
+def sine_positions(places: Tensor, channels: int) -> Tensor:
+    """Sine and cosine of places, y in the first half of the channels, x in the second; temperature 10000 (as in DETR).
+
+    Args:
+        places: [..., 2] x and y, 0..1; scaled to 0..2 pi, so the levels of one pyramid agree.
+        channels: D, any number.
+
+    Returns:
+        [..., D].
     """
     count = math.ceil(channels / 4)  # sine and cosine of each frequency, for each of two axes
-    exponents = torch.arange(count, device=like.device, dtype=like.dtype) / count
-    frequencies = 2 * math.pi / 10000**exponents
-    codes = []
-    for size in (height, width):
-        places = (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) / size
-        angles = places[:, None] * frequencies
-        codes.append(torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1))  # [size, D / 2]
-    rows, columns = codes
-    both = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1)
-    return both.flatten(0, 1)[:, :channels]
+    exponents = torch.arange(count, device=places.device, dtype=places.dtype) / count
+    angles = places[..., None] * (2 * math.pi / 10000**exponents)  # [..., 2, count]
+    codes = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)  # [..., 2, 2 * count]
+    return codes.flip(-2).flatten(-2)[..., :channels]
 
 
 def cell_centers(spatial_shapes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
-    """[S, 2] x and y (0..1) of every cell's centre, level by level."""
+    """[S, 2] x and y of every cell's centre, 0..1 of its padded map, level by level."""
     centers = []
     for rows, columns in spatial_shapes:
         y = (torch.arange(rows, device=like.device, dtype=like.dtype) + 0.5) / rows
@@ -84,13 +91,19 @@ def cell_centers(spatial_shapes: Sequence[tuple[int, int]], like: Tensor) -> Ten
     return torch.cat(centers)
 
 
+def places_of_cells(spatial_shapes: Sequence[tuple[int, int]], ratios: Tensor) -> Tensor:
+    """[B, S, 2] every cell's centre in parts of the valid image (beyond 1: padding); ``ratios`` [B, L, 2]."""
+    counts = torch.tensor([rows * columns for rows, columns in spatial_shapes], device=ratios.device)
+    return cell_centers(spatial_shapes, like=ratios) / ratios.repeat_interleave(counts, dim=1)
+
+
 def num_heads(channels: int, wanted: int = 8) -> int:
     """The largest number of heads up to ``wanted`` that divides the channels."""
     return max(heads for heads in range(1, wanted + 1) if channels % heads == 0)
 
 
-class DeformableSelfAttention(nn.Module):
-    """Each cell of a pyramid attends to ``points`` places on every level, for each head.
+class DeformableAttention(nn.Module):
+    """Each query looks at ``points`` places on every level, for each head.
 
     Initialised as in Deformable DETR: heads look in evenly spread directions, the k-th point k cells away, all equally.
     """
@@ -99,7 +112,7 @@ class DeformableSelfAttention(nn.Module):
         """Build it.
 
         Args:
-            channels: of every level; a multiple of ``heads``.
+            channels: of queries and of every level; a multiple of ``heads``.
             levels: L.
             heads: M.
             points: P, for each head and level.
@@ -129,64 +142,176 @@ class DeformableSelfAttention(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(
-        self, cells: Tensor, positions: Tensor, spatial_shapes: Sequence[tuple[int, int]], padding: Tensor | None = None
+        self,
+        queries: Tensor,
+        references: Tensor,
+        cells: Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
+        ratios: Tensor,
+        padding: Tensor | None = None,
     ) -> Tensor:
-        """Attend.
+        """Attend; no residual.
+
+        Args:
+            queries: [B, Q, C].
+            references: [B, Q, 2] x and y, or [B, Q, 4] box as centre and size, in parts of the valid image. Offsets are
+                cells around a point, and parts of half the box for a box.
+            cells: [B, S, C] what is looked at.
+            spatial_shapes: L pairs (rows, columns).
+            ratios: [B, L, 2] valid part of each map (x, y).
+            padding: [B, S] bool, True where there is nothing to see; or None.
+
+        Returns:
+            [B, Q, C].
+        """
+        heads, levels, points = self.shape
+        images, count, channels = queries.shape
+        value = self.value_proj(cells)
+        if padding is not None:
+            value = value.masked_fill(padding[..., None], 0.0)
+        # Places need at least float32: half precision is off by a cell at the far side of a large map.
+        offsets = _at_least_float32(self.sampling_offsets(queries)).view(images, count, heads, levels, points, 2)
+        weights = _at_least_float32(self.attention_weights(queries)).view(images, count, heads, levels * points)
+        places = (
+            references.to(offsets.dtype)[:, :, None] * ratios.to(offsets.dtype).repeat(1, 1, references.shape[-1] // 2)[:, None]
+        )
+        places = places[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
+        if references.shape[-1] == 2:
+            sizes = [(columns, rows) for rows, columns in spatial_shapes]
+            offsets = offsets / torch.tensor(sizes, device=offsets.device, dtype=offsets.dtype)[:, None]
+        else:
+            offsets = offsets / points * places[..., 2:] * 0.5
+        shares = weights.softmax(dim=-1).view(images, count, heads, levels, points)
+        value = value.to(offsets.dtype).view(images, -1, heads, channels // heads)
+        attended = deformable_attention(value, spatial_shapes, places[..., :2] + offsets, shares)
+        out: Tensor = self.output_proj(attended.to(queries.dtype))
+        return out
+
+
+def _feed_forward(channels: int, width: int | None) -> nn.Sequential:
+    width = width or 4 * channels
+    return nn.Sequential(nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, channels))
+
+
+class DeformableEncoderLayer(nn.Module):
+    """The cells of a pyramid attend to its cells, then a feed-forward part; LayerNorm after each residual, no dropout."""
+
+    def __init__(self, channels: int, levels: int, heads: int, points: int = 4, width: int | None = None) -> None:
+        """Build it; ``width`` of the feed-forward part: 4 times ``channels`` when None."""
+        super().__init__()
+        self.attention = DeformableAttention(channels, levels, heads, points)
+        self.attention_norm = nn.LayerNorm(channels)
+        self.feed_forward = _feed_forward(channels, width)
+        self.feed_forward_norm = nn.LayerNorm(channels)
+
+    def forward(
+        self,
+        cells: Tensor,
+        positions: Tensor,
+        places: Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
+        ratios: Tensor,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """Let the cells see each other.
 
         Args:
             cells: [B, S, C].
-            positions: [S, C], added to what decides where to look, not to what is seen.
-            spatial_shapes: L pairs (rows, columns).
-            padding: [B, S] bool, True where there is nothing to see; or None.
+            positions: [B, S, C], added to what decides where to look, not to what is seen.
+            places: [B, S, 2] of the cells (``places_of_cells``).
+            spatial_shapes: as in ``DeformableAttention``.
+            ratios: likewise.
+            padding: likewise.
 
         Returns:
             [B, S, C].
         """
-        heads, levels, points = self.shape
-        images, count, channels = cells.shape
-        value = self.value_proj(cells)
-        if padding is not None:
-            value = value.masked_fill(padding[..., None], 0.0)
-        query = cells + positions
-        # Places need at least float32: half precision is off by a cell at the far side of a large map.
-        offsets = _at_least_float32(self.sampling_offsets(query)).view(images, count, heads, levels, points, 2)
-        weights = _at_least_float32(self.attention_weights(query)).view(images, count, heads, levels * points)
-        sizes = torch.tensor([(columns, rows) for rows, columns in spatial_shapes], device=offsets.device, dtype=offsets.dtype)
-        centers = cell_centers(spatial_shapes, like=offsets)
-        locations = centers[:, None, None, None] + offsets / sizes[:, None]
-        shares = weights.softmax(dim=-1).view(images, count, heads, levels, points)
-        value = value.to(offsets.dtype).view(images, count, heads, channels // heads)
-        out: Tensor = self.output_proj(deformable_attention(value, spatial_shapes, locations, shares).to(cells.dtype))
-        return out
-
-
-class DeformableEncoderLayer(nn.Module):
-    """Attention and a feed-forward part, each with a residual and a LayerNorm after it; no dropout."""
-
-    def __init__(self, channels: int, levels: int, heads: int, points: int = 4) -> None:
-        """Build it; the feed-forward part is 4 times as wide as ``channels``."""
-        super().__init__()
-        self.attention = DeformableSelfAttention(channels, levels, heads, points)
-        self.attention_norm = nn.LayerNorm(channels)
-        self.feed_forward = nn.Sequential(nn.Linear(channels, 4 * channels), nn.ReLU(), nn.Linear(4 * channels, channels))
-        self.feed_forward_norm = nn.LayerNorm(channels)
-
-    def forward(
-        self, cells: Tensor, positions: Tensor, spatial_shapes: Sequence[tuple[int, int]], padding: Tensor | None = None
-    ) -> Tensor:
-        """As ``DeformableSelfAttention.forward``."""
-        cells = self.attention_norm(cells + self.attention(cells, positions, spatial_shapes, padding))
+        attended = self.attention(cells + positions, places, cells, spatial_shapes, ratios, padding)
+        cells = self.attention_norm(cells + attended)
         out: Tensor = self.feed_forward_norm(cells + self.feed_forward(cells))
         return out
 
 
+class DeformableDecoderLayer(nn.Module):
+    """Queries attend to each other (if wanted), to a pyramid, then a feed-forward part; LayerNorm after each, no dropout."""
+
+    def __init__(
+        self,
+        channels: int,
+        levels: int,
+        heads: int,
+        points: int = 4,
+        width: int | None = None,
+        self_attention: bool = True,
+    ) -> None:
+        """Build it; ``width`` of the feed-forward part: 4 times ``channels`` when None."""
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(channels, heads, batch_first=True) if self_attention else None
+        self.self_attention_norm = nn.LayerNorm(channels) if self_attention else None
+        self.cross_attention = DeformableAttention(channels, levels, heads, points)
+        self.cross_attention_norm = nn.LayerNorm(channels)
+        self.feed_forward = _feed_forward(channels, width)
+        self.feed_forward_norm = nn.LayerNorm(channels)
+
+    def forward(
+        self,
+        queries: Tensor,
+        references: Tensor,
+        cells: Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
+        ratios: Tensor,
+        padding: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """As ``DeformableAttention.forward``, with ``positions`` [B, Q, C] added wherever queries decide where to look."""
+        if self.self_attention is not None and self.self_attention_norm is not None:
+            keys = queries if positions is None else queries + positions
+            seen, _ = self.self_attention(keys, keys, queries, need_weights=False)
+            queries = self.self_attention_norm(queries + seen)
+        looking = queries if positions is None else queries + positions
+        queries = self.cross_attention_norm(
+            queries + self.cross_attention(looking, references, cells, spatial_shapes, ratios, padding)
+        )
+        out: Tensor = self.feed_forward_norm(queries + self.feed_forward(queries))
+        return out
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A pyramid as attention reads it: its cells in a row, and where they lie."""
+
+    cells: Tensor
+    """[B, S, C]."""
+    spatial_shapes: tuple[tuple[int, int], ...]
+    """L pairs (rows, columns)."""
+    ratios: Tensor
+    """[B, L, 2] valid part of each map."""
+    padding: Tensor | None
+    """[B, S] bool."""
+
+    @staticmethod
+    def of(maps: Sequence[Tensor], padding: Sequence[Tensor] | None = None, ratios: Tensor | None = None) -> Cells:
+        """Flatten maps [B, C, H_l, W_l] and masks [B, H_l, W_l]; without ``ratios``, they are counted from the masks."""
+        shapes = tuple((level.shape[2], level.shape[3]) for level in maps)
+        if ratios is None:
+            like = maps[0]
+            ratios = like.new_ones(len(like), len(maps), 2) if padding is None else valid_ratios(padding).to(like.dtype)
+        hidden = None if padding is None else torch.cat([mask.flatten(1) for mask in padding], dim=1)
+        return Cells(torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1), shapes, ratios, hidden)
+
+    def maps(self) -> list[Tensor]:
+        """Back to L maps [B, C, H_l, W_l]."""
+        levels = torch.split(self.cells, [rows * columns for rows, columns in self.spatial_shapes], dim=1)
+        pairs = zip(levels, self.spatial_shapes, strict=True)
+        return [level.transpose(1, 2).reshape(len(level), -1, *shape) for level, shape in pairs]
+
+
 class DeformableEncoder(nn.Module):
-    """The encoder of Deformable DETR on a pyramid of equal channels.
+    """The encoder of Deformable DETR on a pyramid of equal channels; padded cells are never seen."""
 
-    Places are relative to the padded map, where Deformable DETR takes the valid part; padded cells are never seen.
-    """
-
-    def __init__(self, channels: int, levels: int, layers: int, heads: int = 8, points: int = 4) -> None:
+    def __init__(
+        self, channels: int, levels: int, layers: int, heads: int = 8, points: int = 4, width: int | None = None
+    ) -> None:
         """Build it.
 
         Args:
@@ -195,37 +320,25 @@ class DeformableEncoder(nn.Module):
             layers: how many; 0 gives the identity.
             heads: at most; the largest number up to it that divides ``channels`` is used.
             points: sampled by each head on each level.
+            width: of the feed-forward parts; None: 4 times ``channels``.
         """
         super().__init__()
         self.layers = nn.ModuleList(
-            DeformableEncoderLayer(channels, levels, num_heads(channels, heads), points) for _ in range(layers)
+            DeformableEncoderLayer(channels, levels, num_heads(channels, heads), points, width) for _ in range(layers)
         )
         self.level_embedding = nn.Parameter(torch.randn(levels, channels)) if layers else None
 
-    def forward(self, maps: Sequence[Tensor], padding: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Let the cells of all levels see each other.
-
-        Args:
-            maps: L tensors [B, C, H_l, W_l].
-            padding: L masks [B, H_l, W_l] bool, True where a cell shows padding only; or None.
-
-        Returns:
-            L tensors of the same shapes.
-        """
+    def forward(self, pyramid: Cells) -> Cells:
+        """Let the cells of all levels see each other."""
         if self.level_embedding is None:
-            return list(maps)
-        shapes = [(level.shape[2], level.shape[3]) for level in maps]
-        cells = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)  # [B, S, C]
-        places = [
-            sine_positions(rows, columns, cells.shape[2], like=self.level_embedding) + embedding
-            for (rows, columns), embedding in zip(shapes, self.level_embedding, strict=True)
-        ]
-        hidden = None if padding is None else torch.cat([mask.flatten(1) for mask in padding], dim=1)
-        positions = torch.cat(places)
+            return pyramid
+        shapes, cells = pyramid.spatial_shapes, pyramid.cells
+        places = places_of_cells(shapes, _at_least_float32(pyramid.ratios))
+        counts = torch.tensor([rows * columns for rows, columns in shapes], device=cells.device)
+        positions = sine_positions(places, cells.shape[2]) + self.level_embedding.repeat_interleave(counts, dim=0)
         for layer in self.layers:
-            cells = layer(cells, positions, shapes, hidden)
-        levels = torch.split(cells, [rows * columns for rows, columns in shapes], dim=1)
-        return [level.transpose(1, 2).reshape(len(level), -1, *shape) for level, shape in zip(levels, shapes, strict=True)]
+            cells = layer(cells, positions.to(cells.dtype), places, shapes, pyramid.ratios, pyramid.padding)
+        return replace(pyramid, cells=cells)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError
-from detdistill.functional.deformable import DeformableEncoder
+from detdistill.functional.deformable import Cells, DeformableEncoder
 from detdistill.functional.masks import foreground_mask
 from detdistill.functional.similarity import mean_cosine
 from detdistill.methods._settings import check_choice, check_weights
@@ -162,7 +162,7 @@ class FitNetAttentionAdapter(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], padding: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Student maps [B, Cs, h, w] (and masks [B, h, w] of padded cells) to [B, Ct, h, w]."""
-        adapted: list[Tensor] = self.leave(self.attention(self.project(maps), padding))
+        adapted: list[Tensor] = self.leave(self.attention(Cells.of(self.project(maps), padding)).maps())
         return adapted
 
 
