@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from detdistill.detectors import ssd
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import HasBackboneFeatures, HasCopies
 from detdistill.detectors.inherit import inherit_head
 from detdistill.detectors.options import ModelOptions
@@ -11,6 +12,8 @@ from tests.detectors.single_shot import (
     assert_same_detections,
     assert_same_training,
     detections_of_the_export,
+    library_images,
+    library_targets,
     make_batch,
 )
 
@@ -80,6 +83,52 @@ def test_vgg16_equals_the_library():
     assert detector.head_prefixes[0] == "model.backbone.extra.1."
     with pytest.raises(ModelError, match="ssd:vgg16 is made for images of 300x300, but got 128x128; set --size 300"):
         detector.features(mixed_batch())
+
+
+@pytest.mark.slow
+def test_ssd512_with_vgg16_is_the_papers_and_its_export_loads_alone(tmp_path):
+    torch.manual_seed(0)
+    detector = ssd.build("vgg16", CLASSES, ModelOptions(score=0.2, dets=20, size=512, name="ssd:vgg16,size=512"))
+    with torch.no_grad():
+        for parameter in detector.model.head.parameters():
+            parameter.mul_(0.1)  # as for SSD300
+    spec = detector.spec
+    assert (spec.fixed_size_hw, spec.name) == ((512, 512), "ssd:vgg16,size=512")
+    assert spec.strides == (8, 16, 32, 64, 128, 256, 512)
+    assert spec.channels == (512, 1024, 512, 256, 256, 256, 256)
+    batch = make_batch([(512, 512)], [BOXES[0]], (512, 512))
+    with torch.no_grad():  # gradients are those of SSD300's test: the code is the same
+        prediction = detector(batch).prediction  # VGG has no BatchNorm: training and evaluation see the same maps
+        expected = detector.train().model(library_images(batch), library_targets(batch))
+        losses = detector.loss(prediction, batch).terms
+        (mine,), (theirs,) = detector.detect(prediction, batch), detector.eval().model(library_images(batch))
+    assert losses.keys() == expected.keys()
+    assert all(torch.equal(losses[name], value) for name, value in expected.items())
+    assert len(mine) > 0
+    assert torch.equal(mine.boxes_xyxy, theirs["boxes"])
+    assert torch.equal(mine.scores, theirs["scores"])
+    assert torch.equal(mine.labels + 1, theirs["labels"])
+    # Grids of 64, 32, 16, 8, 4, 2 and 1 cells, with 4, 6, 6, 6, 6, 4 and 4 boxes: 24564, as in the paper (table 7).
+    grids, anchors = (64, 32, 16, 8, 4, 2, 1), (4, 6, 6, 6, 6, 4, 4)
+    assert prediction.levels.bincount().tolist() == [side**2 * count for side, count in zip(grids, anchors, strict=True)]
+    assert len(prediction.levels) == 24564
+    first_of_level = [int((prediction.levels == level).float().argmax()) for level in range(7)]
+    boxes = prediction.priors_xyxy[0, first_of_level]
+    scales = torch.tensor([0.04, 0.1, 0.26, 0.42, 0.58, 0.74, 0.9]) * 512
+    torch.testing.assert_close(boxes[:, 2] - boxes[:, 0], scales)
+    torch.testing.assert_close(boxes[:, 0] + scales / 2, torch.tensor([4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0]))
+    alone = detections_of_the_export(detector, batch.images[0], tmp_path)
+    assert torch.equal(alone["boxes"], mine.boxes_xyxy)
+    assert torch.equal(alone["scores"], mine.scores)
+
+
+def test_the_size_of_an_ssd_is_300_or_512():
+    with pytest.raises(ModelError, match="size=400: SSD with VGG-16 is made for 300 or 512 pixels"):
+        build_detector("ssd:vgg16,size=400", CLASSES)
+    with pytest.raises(ModelError, match="ssd:resnet10t has no option size"):
+        build_detector("ssd:resnet10t,size=512", CLASSES)
+    with pytest.raises(ModelError, match="fcos has no option size; leave it out"):
+        build_detector("fcos:resnet10t,size=512", CLASSES)
 
 
 def assert_backbone_and_neck_make_the_features(detector, batch):

@@ -9,11 +9,15 @@ import torch
 from torch import nn
 
 from detdistill.detectors.options import ModelOptions
-from detdistill.detectors.standalone import TimmPyramid
+from detdistill.detectors.standalone import TimmPyramid, timm_features
 from detdistill.errors import ModelError, nearest
 
 RESNETS = ("resnet",)
 """timm modules whose models take ``channels=`` and ``stem_width=``."""
+NOT_IN_TIMM = {
+    "uniformer": "UniFormer is neither in timm nor in transformers; take swin_tiny_patch4_window7_224 or convnext_tiny"
+}
+"""Beginnings of names that people look for in vain, and what to say."""
 
 
 def pyramid_description(
@@ -62,13 +66,19 @@ def pyramid_description(
 
 
 def timm_description(backbone: str, options: ModelOptions) -> dict[str, Any]:
-    """Keyword arguments of ``timm.create_model`` for these options.
+    """Keyword arguments of ``standalone.timm_features`` for these options.
+
+    ``plain_stem`` is among them where a stem of one convolution is to have other than timm's 64 channels; all others are
+    ``timm.create_model``'s.
 
     Raises:
         ModelError: no such model, or it cannot be scaled like this.
     """
     if not timm.is_model(backbone):
         known = timm.list_models()
+        for beginning, reason in NOT_IN_TIMM.items():
+            if backbone.lower().startswith(beginning):
+                raise ModelError(f"unknown backbone {backbone!r}: {reason}")
         raise ModelError(f"unknown backbone {backbone!r}{nearest(backbone, known)}; any of timm's {len(known)} models will do")
     wanted: dict[str, Any] = {}
     if timm.models.is_model_in_modules(backbone, ["swin_transformer", "swin_transformer_v2"]):
@@ -93,11 +103,11 @@ def timm_description(backbone: str, options: ModelOptions) -> dict[str, Any]:
         wanted["channels"] = [scale_channels(channels, options.width) for channels in (64, 128, 256, 512)]
     deep_stem = isinstance(probe(backbone, {}).conv1, nn.Sequential)
     if options.stem is not None:
-        if not deep_stem:
-            raise ModelError(f"backbone {backbone}: stem= needs a deep stem; take a model such as resnet10t or resnet18d")
-        wanted["stem_width"] = options.stem
-    elif options.width != 1.0 and deep_stem:
-        wanted["stem_width"] = scale_channels(32, options.width)
+        if not deep_stem and options.stem % 2:
+            raise ModelError(f"backbone {backbone}: stem={options.stem} must be an even number of channels")
+        wanted["stem_width" if deep_stem else "plain_stem"] = options.stem
+    elif options.width != 1.0:
+        wanted["stem_width" if deep_stem else "plain_stem"] = scale_channels(32 if deep_stem else 64, options.width)
     return wanted
 
 
@@ -114,7 +124,7 @@ def probe(backbone: str, timm_options: dict[str, Any]) -> Any:
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            return timm.create_model(backbone, features_only=True, pretrained=False, **timm_options)
+            return timm_features(backbone, **timm_options)
         except Exception as error:  # timm raises whatever a model's constructor does
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ModelError(f"backbone {backbone}: timm cannot build it as features: {reason}") from error

@@ -58,6 +58,7 @@ def build_detector(name: str, classes: Sequence[str]) -> Detector:
     if model.detector not in known:
         choices = [*known, "torchvision"]
         raise ModelError(f"unknown detector {model.detector!r}{nearest(model.detector, choices)}; known: {', '.join(choices)}")
+    model.options.refuse_foreign(model.detector)
     detector: Detector = adapter(model.detector).build(model.backbone, tuple(classes), model.options)
     return detector
 

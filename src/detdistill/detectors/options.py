@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from detdistill.errors import ModelError, nearest
@@ -23,7 +23,7 @@ class ModelOptions:
     channels: tuple[int, ...] | None = None
     """Channels of the backbone's stages (timm's resnet family), written ``16-32-64-128``."""
     stem: int | None = None
-    """timm's ``stem_width`` (resnets with a deep stem)."""
+    """Channels of the stem (timm's resnet family); of a deep stem, timm's ``stem_width``: it ends in twice as many."""
     convs: int | None = None
     """Convolutions in the head before the output layers."""
     pretrained: bool = False
@@ -42,10 +42,35 @@ class ModelOptions:
     """Regions of an image that the second stage is trained on (two-stage detectors)."""
     mlp: int | None = None
     """Width of the box head's two layers (two-stage detectors)."""
+    size: int | None = field(default=None, metadata={"only": ("ssd",)})
+    """Side of the images that the detector is made for: 300 or 512 (``ssd:vgg16`` only)."""
+    dim: int | None = field(default=None, metadata={"only": ("adamixer",)})
+    """Channels of the queries and of the features they read (detectors with queries)."""
+    queries: int | None = field(default=None, metadata={"only": ("adamixer",)})
+    """Queries of an image (detectors with queries)."""
+    decoder: int | None = field(default=None, metadata={"only": ("adamixer",)})
+    """Decoder layers (detectors with queries)."""
+    heads: int | None = field(default=None, metadata={"only": ("adamixer",)})
+    """Heads of the attention (detectors with queries)."""
+    ffn: int | None = field(default=None, metadata={"only": ("adamixer",)})
+    """Inner width of the feed-forward layers (detectors with queries)."""
+    groups: int | None = field(default=None, metadata={"only": ("adamixer",)})
+    """Groups of channels that are sampled and mixed apart (``adamixer`` only)."""
+    points: int | None = field(default=None, metadata={"only": ("adamixer",)})
+    """Points that a query samples for each group (``adamixer`` only)."""
     weights: str | None = None
     """Name of torchvision's weights (``torchvision:`` only), e.g. ``COCO_V1``."""
     name: str = ""
     """The whole model string: the name that the detector gets."""
+
+    def refuse_foreign(self, detector: str) -> None:
+        """Refuse options of other detectors: fields whose metadata ``only`` names the adapters that have them.
+
+        Raises:
+            ModelError: one was given.
+        """
+        foreign = [f.name for f in dataclasses.fields(self) if detector not in f.metadata.get("only", (detector,))]
+        self.refuse(detector, *foreign)
 
     def refuse(self, detector: str, *names: str) -> None:
         """Say that a detector has no use for some options, if they were given.
@@ -164,6 +189,14 @@ READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "proposals": (_positive, "positive whole number"),
     "rois": (_positive, "positive whole number"),
     "mlp": (_positive, "positive whole number"),
+    "size": (_positive, "positive whole number"),
+    "dim": (_positive, "positive whole number"),
+    "queries": (_positive, "positive whole number"),
+    "decoder": (_positive, "positive whole number"),
+    "heads": (_positive, "positive whole number"),
+    "ffn": (_positive, "positive whole number"),
+    "groups": (_positive, "positive whole number"),
+    "points": (_positive, "positive whole number"),
     "weights": (str, "name of weights"),
 }
 """Options of the model string: how each is read, and what it should have been."""

@@ -26,8 +26,8 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Singl
     """A fresh SSD.
 
     Args:
-        backbone: ``vgg16`` for torchvision's SSD300; or a timm model, whose maps are followed by stride-2 blocks of
-            ``options.neck`` channels up to the last level (levels 3-8).
+        backbone: ``vgg16`` for torchvision's SSD300, with ``size=512`` for SSD512; or a timm model, whose maps are followed by
+            stride-2 blocks of ``options.neck`` channels up to the last level (levels 3-8).
         classes: names of the labels.
         options: of the model string.
 
@@ -38,6 +38,7 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Singl
     name = options.name or f"ssd:{backbone}"
     if backbone == "vgg16":
         return _vgg16(classes, options, name)
+    options.refuse(f"ssd:{backbone}", "size")  # it takes images as they come
     pyramid = pyramid_description(backbone, options, levels=(3, 8))
     pyramid = {key: value for key, value in pyramid.items() if key != "top"} | {"call": "TimmLevels"}
     mean, std = image_statistics(backbone, options)
@@ -81,13 +82,13 @@ def wrap_model(
 
 def _vgg16(classes: Sequence[str], options: ModelOptions, name: str) -> SingleShotDetector:
     options.refuse("ssd:vgg16", "neck", "levels", "width", "channels", "stem", "norm")
-    description: dict[str, Any] = {
-        "call": "torchvision.models.detection.ssd300_vgg16",
-        "weights": None,
-        "weights_backbone": None,
-        "num_classes": len(classes) + 1,
-        **_results(options),
-    }
+    if options.size not in (None, 300, 512):
+        raise ModelError(f"{name}: size={options.size}: SSD with VGG-16 is made for 300 or 512 pixels")
+    description: dict[str, Any] = {"num_classes": len(classes) + 1, **_results(options)}
+    if options.size == 512:
+        description["call"] = "ssd512_vgg16"
+    else:
+        description |= {"call": "torchvision.models.detection.ssd300_vgg16", "weights": None, "weights_backbone": None}
     model: Any = standalone.build(description)
     if options.pretrained:
         try:

@@ -34,7 +34,7 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssd import SSD, SSDFeatureExtractorVGG
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, FrozenBatchNorm2d
@@ -123,6 +123,24 @@ class KeepSize(GeneralizedRCNNTransform):
         return image, target
 
 
+def timm_features(name: str, plain_stem: int | None = None, **timm_options: Any) -> Any:
+    """A timm model as features, with random weights.
+
+    Args:
+        name: of the timm model.
+        plain_stem: channels of a resnet's stem of one 7x7 convolution, which timm itself holds at 64; even.
+        timm_options: for ``timm.create_model``.
+    """
+    if plain_stem is None:
+        return timm.create_model(name, features_only=True, pretrained=False, **timm_options)
+    # A deep stem may have any width: with one, timm gives all that follows the right one. Then the plain stem takes its place.
+    deep: dict[str, Any] = {"stem_type": "deep", "stem_width": plain_stem // 2}
+    body: Any = timm.create_model(name, features_only=True, pretrained=False, **deep, **timm_options)
+    body.conv1 = nn.Conv2d(3, plain_stem, 7, stride=2, padding=3, bias=False)
+    nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return body
+
+
 class TimmPyramid(nn.Module):
     """A timm backbone (``body``) under torchvision's feature pyramid (``fpn``)."""
 
@@ -147,10 +165,10 @@ class TimmPyramid(nn.Module):
                 or without (``linear``), the same without ReLU from the backbone's deepest map (``input``), or torchvision's
                 subsampling (``pool``: one level, without weights).
             norm: ``frozen`` turns the backbone's BatchNorm into constants.
-            timm_options: for ``timm.create_model``.
+            timm_options: for ``timm_features``.
         """
         super().__init__()
-        body: Any = timm.create_model(name, features_only=True, pretrained=False, out_indices=tuple(indices), **timm_options)
+        body = timm_features(name, out_indices=tuple(indices), **timm_options)
         self.body = freeze_batch_norm_2d(body) if norm == "frozen" else body
         self.channels = tuple(body.feature_info.channels())
         self.reductions = tuple(body.feature_info.reduction())
@@ -227,10 +245,10 @@ class TimmLevels(nn.Module):
             out_channels: of every added level.
             extra: numbers of the levels above the backbone's deepest, e.g. (6, 7, 8).
             norm: ``frozen`` turns the backbone's BatchNorm into constants.
-            timm_options: for ``timm.create_model``.
+            timm_options: for ``timm_features``.
         """
         super().__init__()
-        body: Any = timm.create_model(name, features_only=True, pretrained=False, out_indices=tuple(indices), **timm_options)
+        body = timm_features(name, out_indices=tuple(indices), **timm_options)
         self.body = freeze_batch_norm_2d(body) if norm == "frozen" else body
         self.channels_last = str(getattr(body, "output_fmt", None)).upper().endswith("NHWC")
         channels = list(body.feature_info.channels())
@@ -299,6 +317,27 @@ def single_shot(
     return model
 
 
+def ssd512_vgg16(num_classes: int, **settings: Any) -> SSD:
+    """SSD512 on VGG-16, with random weights: torchvision's parts, the paper's strides and default boxes.
+
+    Grids of 64, 32, 16, 8, 4, 2 and 1 cells (Liu et al., ECCV 2016, section 3.1, and the authors' configuration for COCO).
+    torchvision's extractor leaves out two of the strides at high resolution, which would end in grids of 6, 4 and 1.
+    """
+    backbone: Any = SSDFeatureExtractorVGG(torchvision.models.vgg16(weights=None).features, highres=True)
+    for block in backbone.extra[3:5]:
+        block[2].stride, block[2].padding = (2, 2), (1, 1)
+    backbone.extra[5][2].padding = (1, 1)
+    backbone.out_channels = [512, 1024, 512, 256, 256, 256, 256]
+    boxes = DefaultBoxGenerator(
+        [[2], [2, 3], [2, 3], [2, 3], [2, 3], [2], [2]],
+        scales=[0.04, 0.1, 0.26, 0.42, 0.58, 0.74, 0.9, 1.06],
+        steps=[8, 16, 32, 64, 128, 256, 512],
+    )
+    # The statistics of VGG's own weights, as in torchvision's SSD300.
+    normalization = {"image_mean": [0.48235, 0.45882, 0.40784], "image_std": [1.0 / 255.0] * 3}
+    return SSD(backbone, boxes, (512, 512), num_classes, **{**normalization, **settings})
+
+
 def retinanet_head(in_channels: int, num_anchors: int, num_classes: int, num_convs: int = 4) -> RetinaNetHead:
     """The RetinaNet head of torchvision, cut down to its first ``num_convs`` blocks on both sides."""
     head = RetinaNetHead(in_channels, num_anchors, num_classes)
@@ -337,6 +376,7 @@ CALLS = {
     "TimmLevels": TimmLevels,
     "TimmLiteLevels": TimmLiteLevels,
     "single_shot": single_shot,
+    "ssd512_vgg16": ssd512_vgg16,
 }
 """What a description may call beside torchvision."""
 
