@@ -58,6 +58,8 @@ class ModelOptions:
     """Groups of channels that are sampled and mixed apart (``adamixer`` only)."""
     points: int | None = field(default=None, metadata={"only": ("adamixer",)})
     """Points that a query samples for each group (``adamixer`` only)."""
+    headnorm: str = field(default="gn", metadata={"only": ("reppoints",)})
+    """``gn``: GroupNorm in the towers of the head; ``none``: no norm (``reppoints`` only)."""
     weights: str | None = None
     """Name of torchvision's weights (``torchvision:`` only), e.g. ``COCO_V1``."""
     name: str = ""
@@ -166,6 +168,10 @@ def _norm(text: str) -> str:
     return text if text in ("bn", "frozen") else _fail(text)
 
 
+def _head_norm(text: str) -> str:
+    return text if text in ("gn", "none") else _fail(text)
+
+
 def _convs(text: str) -> int:
     return int(text) if int(text) >= 0 else int(_fail(text))
 
@@ -197,6 +203,7 @@ READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "ffn": (_positive, "positive whole number"),
     "groups": (_positive, "positive whole number"),
     "points": (_positive, "positive whole number"),
+    "headnorm": (_head_norm, "known norm of the head (gn or none)"),
     "weights": (str, "name of weights"),
 }
 """Options of the model string: how each is read, and what it should have been."""

@@ -48,6 +48,7 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RepPo
         "strides": [2**level for level in range(first, last + 1)],
         "channels": options.neck,
         "convs": 3 if options.convs is None else options.convs,
+        "norm": options.headnorm == "gn",
         "image_mean": mean,
         "image_std": std,
         "score_thresh": 0.05 if options.score is None else options.score,
