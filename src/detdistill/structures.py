@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+D = TypeVar("D", bound="Dense")
 
 
 def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
@@ -137,9 +138,32 @@ class Batch(Movable):
     ids: tuple[int, ...]
     """Image ids as in the data set's annotations."""
     views: tuple[View, ...]
+    canvases_hw: tuple[tuple[int, int], ...] | None = None
+    """Height and width that each image would be padded to in a batch of its own; None: those of ``images`` for all."""
 
     def __len__(self) -> int:
         return self.images.shape[0]
+
+    def by_canvas(self) -> list[tuple[list[int], Batch]]:
+        """The images (their indices) and a batch for each canvas, on which nothing shows what else was in this batch."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, canvas in enumerate(self.canvases_hw or [self.padding_hw] * len(self)):
+            groups.setdefault(canvas, []).append(index)
+        if list(groups) == [self.padding_hw]:
+            return [(groups[self.padding_hw], self)]
+        return [(chosen, self._on_canvas(chosen, canvas)) for canvas, chosen in groups.items()]
+
+    def _on_canvas(self, chosen: Sequence[int], canvas_hw: tuple[int, int]) -> Batch:
+        height, width = canvas_hw
+        targets = [self.targets[index] for index in chosen]
+        masks = [None if target.masks is None else target.masks[:, :height, :width] for target in targets]
+        return Batch(
+            self.images[list(chosen), :, :height, :width],
+            self.sizes[list(chosen)],
+            tuple(replace(target, masks=mask) for target, mask in zip(targets, masks, strict=True)),
+            tuple(self.ids[index] for index in chosen),
+            tuple(self.views[index] for index in chosen),
+        )
 
     def with_targets(self, targets: Sequence[Target]) -> Batch:
         """The same images with other boxes (SSD-Det refines them inside the step).
@@ -195,7 +219,7 @@ class PerImage(Movable):
 
     @classmethod
     def stack(cls, pieces: Sequence[Self]) -> Self:
-        """The inverse of ``split``; maps of different sizes are zero-padded on the right and at the bottom."""
+        """The inverse of ``split``; what differs in size is zero-padded at its end: maps on the right and at the bottom."""
         first = pieces[0]
         joined: dict[str, Any] = {}
         for f in dataclasses.fields(first):
@@ -222,17 +246,21 @@ def _cut(value: Any, index: int, count: int, axis: int) -> Any:
 def _join(values: Sequence[Any], axis: int) -> Any:
     first = values[0]
     if isinstance(first, Tensor):
-        if axis == 0 and first.ndim == 4 and len({tuple(value.shape[-2:]) for value in values}) > 1:
-            height, width = (max(value.shape[dim] for value in values) for dim in (-2, -1))
-            values = [
-                torch.nn.functional.pad(value, (0, width - value.shape[-1], 0, height - value.shape[-2])) for value in values
-            ]
+        if axis == 0 and len({tuple(value.shape[1:]) for value in values}) > 1:
+            largest = [max(value.shape[dim] for value in values) for dim in range(first.ndim)]
+            values = [_padded(value, largest) for value in values]
         return torch.cat(list(values), dim=axis)
     if isinstance(first, PerImage):
         return type(first).stack(values)
     if isinstance(first, tuple):
         return tuple(_join([value[i] for value in values], axis) for i in range(len(first)))
     return first
+
+
+def _padded(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros (False) at the end of every dimension but the first."""
+    missing = [(0, wanted - has) for has, wanted in zip(value.shape[1:], shape[1:], strict=True)]
+    return torch.nn.functional.pad(value, [number for pair in reversed(missing) for number in pair])
 
 
 @dataclass(frozen=True)
@@ -256,6 +284,11 @@ class Features(PerImage):
         padding = None if self.padding is None else tuple(self.padding[level] for level in levels)
         return Features(tuple(self.maps[level] for level in levels), tuple(self.strides[level] for level in levels), padding)
 
+    def split(self, count: int) -> list[Self]:
+        """One pyramid for each image; without masks where the image fills its maps, whatever the others do."""
+        pieces = super().split(count)
+        return [piece if _masks_something(piece) else replace(piece, padding=None) for piece in pieces]
+
     @classmethod
     def stack(cls, pieces: Sequence[Self]) -> Self:
         """The inverse of ``split``; where maps of different sizes are zero-padded, the mask says so."""
@@ -273,6 +306,14 @@ class Features(PerImage):
                 first += count
             padding.append(mask)
         return replace(joined, padding=tuple(padding))
+
+
+def _masks_something(features: Features) -> bool:
+    return features.padding is not None and any(bool(mask.any()) for mask in features.padding)
+
+
+NO_OBJECT = -20.0
+"""Sigmoid logit of what cannot be there: a probability of 2e-9, and still a number to calculate with."""
 
 
 @dataclass(frozen=True)
@@ -298,10 +339,80 @@ class Dense(PerImage):
     softmax: bool = field(default=False, metadata=SHARED)
     own: Any = field(default=None, metadata=SHARED)
     """The adapter's own outputs, for its own loss and decoding. Nobody else reads them; they are not saved."""
+    padding: Tensor | None = None
+    """[B, P] bool, True where ``stack`` added a cell beyond an image's own maps: no object, an empty box; None: nowhere."""
 
     def split(self, count: int) -> list[Self]:
         """One value for each image, without the adapter's own outputs."""
         return super(Dense, replace(self, own=None)).split(count)
+
+    @classmethod
+    def stack(cls, pieces: Sequence[Self]) -> Self:
+        """The inverse of ``split``; predictions on maps of different sizes are laid on the smallest maps that hold them all."""
+        first = pieces[0]
+        if all(torch.equal(piece.cells, first.cells) and torch.equal(piece.levels, first.levels) for piece in pieces):
+            return super().stack([_with_padding(piece) for piece in pieces] if _any_padding(pieces) else pieces)
+        return super().stack(_on_common_cells(pieces))
+
+
+def _any_padding(pieces: Sequence[Dense]) -> bool:
+    return any(piece.padding is not None for piece in pieces)
+
+
+def _with_padding(piece: D) -> D:
+    if piece.padding is not None:
+        return piece
+    return replace(piece, padding=torch.zeros_like(piece.boxes_xyxy[..., 0], dtype=torch.bool))
+
+
+def _on_common_cells(pieces: Sequence[D]) -> list[D]:
+    """The same predictions on maps of one size, in the order level, row, column, anchor."""
+    places = [torch.stack([p.levels, *p.cells.unbind(1), p.anchors], dim=1) for p in pieces]
+    depth = max(int(place[:, 0].max()) for place in places) + 1
+    wanted = []
+    for level in range(depth):
+        here = torch.cat([place[place[:, 0] == level] for place in places])
+        if len(here):
+            rows, columns, anchors = (torch.arange(int(size) + 1, device=here.device) for size in here[:, 1:].amax(dim=0))
+            wanted.append(torch.cartesian_prod(torch.full_like(rows[:1], level), rows, columns, anchors))
+    grid = torch.cat(wanted)
+    spread = grid.amax(dim=0) + 1
+
+    def number(place: Tensor) -> Tensor:
+        """Of each place, rising in the order of ``grid``."""
+        return ((place[:, 0] * spread[1] + place[:, 1]) * spread[2] + place[:, 2]) * spread[3] + place[:, 3]
+
+    numbers = number(grid)
+    laid = []
+    for piece, place in zip(pieces, places, strict=True):
+        index = torch.searchsorted(numbers, number(place))
+
+        def lay(tensor: Tensor, empty: float, index: Tensor = index) -> Tensor:
+            whole = tensor.new_full((tensor.shape[0], len(grid), *tensor.shape[2:]), empty)
+            whole[:, index] = tensor
+            return whole
+
+        logits = lay(piece.logits, NO_OBJECT)
+        masked = lay(
+            torch.zeros_like(piece.boxes_xyxy[..., 0], dtype=torch.bool) if piece.padding is None else piece.padding, True
+        )
+        if piece.softmax:
+            logits[..., -1] = logits[..., -1].masked_fill(masked, 0.0)
+        laid.append(
+            replace(
+                piece,
+                logits=logits,
+                deltas=lay(piece.deltas, 0.0),
+                boxes_xyxy=lay(piece.boxes_xyxy, 0.0),
+                priors_xyxy=lay(piece.priors_xyxy, 0.0),
+                levels=grid[:, 0],
+                cells=grid[:, 1:3],
+                anchors=grid[:, 3],
+                quality=None if piece.quality is None else lay(piece.quality, NO_OBJECT),
+                padding=masked,
+            )
+        )
+    return laid
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ sentence that says which are missing.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -335,6 +339,15 @@ class Teacher:
     def spec(self) -> DetectorSpec:
         """The detector's own."""
         return self.detector.spec
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of all weights and buffers (their names, types, shapes and values) and of the ``spec``."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.spec), sort_keys=True).encode())
+        for name, tensor in sorted(self.detector.state_dict().items()):
+            digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> Self:
         """Move the detector."""

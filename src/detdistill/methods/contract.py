@@ -45,6 +45,7 @@ class Needs:
 
 
 StageStep = Callable[[Batch, Clock], Losses]
+Source = Callable[[Batch], Taught]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ class Method(nn.Module):
     bibtex: ClassVar[str]
     """What ``detdistill cite`` prints."""
     needs: ClassVar[Needs] = Needs()
+    teach_settings: ClassVar[tuple[str, ...] | None] = None
+    """Hyper-parameters on which the result of ``teach`` depends, so that one cache serves all values of the others. None: all of
+    them where the class defines ``teach``, and none where it does not."""
 
     def __init__(self, teacher: Teacher | None, student: Detector) -> None:
         """Check the pair.
@@ -89,6 +93,8 @@ class Method(nn.Module):
         self._teacher = teacher
         self.strength = 1.0
         """Factor on what ``learn`` returns; the run's ``dis``."""
+        self.source: Source | None = None
+        """Where ``taught`` comes from instead of the teacher: a cache."""
 
     @property
     def teacher(self) -> Teacher:
@@ -105,6 +111,26 @@ class Method(nn.Module):
             return None
         return self._teacher.observe(batch, backbone=self.needs.teacher_backbone, prediction=self.needs.teacher_prediction)
 
+    def taught(self, batch: Batch) -> Taught | None:
+        """What steps use: from the cache when there is one, else ``teach``, each image on its own canvas.
+
+        The canvas is the padding that an image has in a batch of its own; what is taught about an image does not depend on
+        the others of its batch, so online and offline training learn the same. With ``letterbox`` all canvases are equal.
+        """
+        if self.source is not None:
+            return self.source(batch)
+        groups = batch.by_canvas()
+        if len(groups) == 1 and groups[0][1] is batch:
+            return self.teach(batch)
+        pieces: list[tuple[int, Taught]] = []
+        for chosen, part in groups:
+            taught = self.teach(part)
+            if taught is None:
+                return None
+            pieces += zip(chosen, taught.split(len(part)), strict=True)
+        ordered = [piece for _, piece in sorted(pieces, key=lambda pair: pair[0])]
+        return type(ordered[0]).stack(ordered)
+
     def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
         """Losses that make the student (and this method's modules) follow what was taught."""
         raise TypeError(f"{type(self).__name__} must define learn()")
@@ -119,7 +145,7 @@ class Method(nn.Module):
 
         The networks run in the caller's precision; all losses, and the method's own modules, in float32.
         """
-        taught = self.teach(batch)
+        taught = self.taught(batch)
         seen = student(batch)
         with torch.autocast(batch.images.device.type, enabled=False):
             seen, taught = seen.float(), None if taught is None else taught.float()

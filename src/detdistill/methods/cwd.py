@@ -106,6 +106,7 @@ class CWD(Method):
   booktitle={IEEE/CVF International Conference on Computer Vision},
   year={2021}
 }"""
+    teach_settings = ("on",)
 
     def __init__(
         self,

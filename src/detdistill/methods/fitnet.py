@@ -280,7 +280,7 @@ class FitNet(Method):
             return last
 
         def step(batch: Batch, clock: Clock) -> Losses:
-            return self.hint(student(batch), self.teach(batch), batch, clock)
+            return self.hint(student(batch), self.taught(batch), batch, clock)
 
         hints = Stage("hint", step, trains=lambda clock: (student, self), evaluates=None, share=self.hint_share)
         return (hints, *last)
