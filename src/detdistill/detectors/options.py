@@ -9,6 +9,9 @@ from typing import Any
 
 from detdistill.errors import ModelError, nearest
 
+DETRS = ("detr", "conditional_detr", "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine")
+"""Adapters of transformers' DETR families."""
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -44,15 +47,17 @@ class ModelOptions:
     """Width of the box head's two layers (two-stage detectors)."""
     size: int | None = field(default=None, metadata={"only": ("ssd",)})
     """Side of the images that the detector is made for: 300 or 512 (``ssd:vgg16`` only)."""
-    dim: int | None = field(default=None, metadata={"only": ("adamixer",)})
+    dim: int | None = field(default=None, metadata={"only": ("adamixer", *DETRS)})
     """Channels of the queries and of the features they read (detectors with queries)."""
-    queries: int | None = field(default=None, metadata={"only": ("adamixer",)})
+    queries: int | None = field(default=None, metadata={"only": ("adamixer", *DETRS)})
     """Queries of an image (detectors with queries)."""
-    decoder: int | None = field(default=None, metadata={"only": ("adamixer",)})
+    encoder: int | None = field(default=None, metadata={"only": DETRS})
+    """Encoder layers (DETR families)."""
+    decoder: int | None = field(default=None, metadata={"only": ("adamixer", *DETRS)})
     """Decoder layers (detectors with queries)."""
-    heads: int | None = field(default=None, metadata={"only": ("adamixer",)})
+    heads: int | None = field(default=None, metadata={"only": ("adamixer", *DETRS)})
     """Heads of the attention (detectors with queries)."""
-    ffn: int | None = field(default=None, metadata={"only": ("adamixer",)})
+    ffn: int | None = field(default=None, metadata={"only": ("adamixer", *DETRS)})
     """Inner width of the feed-forward layers (detectors with queries)."""
     groups: int | None = field(default=None, metadata={"only": ("adamixer",)})
     """Groups of channels that are sampled and mixed apart (``adamixer`` only)."""
@@ -198,6 +203,7 @@ READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "size": (_positive, "positive whole number"),
     "dim": (_positive, "positive whole number"),
     "queries": (_positive, "positive whole number"),
+    "encoder": (_positive, "positive whole number"),
     "decoder": (_positive, "positive whole number"),
     "heads": (_positive, "positive whole number"),
     "ffn": (_positive, "positive whole number"),
