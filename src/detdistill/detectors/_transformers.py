@@ -1,0 +1,907 @@
+"""What the adapters of transformers' DETR families share.
+
+A family's adapter derives from ``TransformersDetector`` and says how its library model encodes and decodes; everything
+else is here: backbones and their traps, images and masks, matching as a value, losses by the library's own criterion,
+detections by its image processor's rule, copies, files.
+
+Facts of transformers 5 that the code below answers:
+
+- A ``TimmBackboneConfig`` cannot hold timm's keyword arguments, so a scaled resnet (``width``, ``channels``, ``stem``) is
+  built as transformers' own ResNet of the same depth and widths (``backbone_config``).
+- Half of the families turn every BatchNorm of the backbone into constants and freeze parameters of backbones whose type
+  contains "resnet": ``fresh_model`` undoes both. What is saved still loads into the library's constants.
+- The matcher fails on a batch without any box; ``assign`` does not ask it then.
+
+Boxes of these models are parts of the VALID image, not of the padded tensor: the library trains them on boxes divided by
+each image's own size, and its position embeddings count valid cells only.
+
+Shape letters: B images, L decoder layers, N queries, K classes, C = K or K+1 outputs, D width, S cells of all maps.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torchvision.ops import box_convert, box_iou, clip_boxes_to_image, generalized_box_iou_loss
+from transformers import AutoConfig, PreTrainedConfig, ResNetConfig, RTDetrResNetConfig, TimmBackboneConfig
+from transformers.utils import cached_file
+from transformers.utils import logging as library_logging
+
+from detdistill.detectors._torchvision import trainable, whole_indices
+from detdistill.detectors.backbones import image_statistics, probe, timm_description
+from detdistill.detectors.contract import Detector, DetectorSpec, query_positives
+from detdistill.detectors.options import ModelOptions, parse_model
+from detdistill.errors import ClassCountError, ModelError
+from detdistill.structures import (
+    IGNORED,
+    NEGATIVE,
+    Assignment,
+    Batch,
+    Detections,
+    Features,
+    Losses,
+    Origin,
+    Positives,
+    Prediction,
+    Queries,
+    QuerySeed,
+)
+
+Matches = list[tuple[Tensor, Tensor]]
+"""The library's form of a matching: for each image the queries [M] and the boxes [M] they answer for."""
+
+
+class TransformersDetector(Detector):
+    """The parts that are the same for all DETR families. ``model`` is the library's ``...ForObjectDetection``.
+
+    A family gives ``backbone_maps``, ``encode``, ``seed``, ``decode`` and ``criterion``, and the names of its modules.
+    """
+
+    backbone_modules: tuple[str, ...]
+    """Dotted names, inside ``model``, of what runs before the neck."""
+    neck_modules: tuple[str, ...]
+    """Dotted names of projection and encoder."""
+    head_modules: tuple[str, ...]
+    """Dotted names of queries, decoder and outputs."""
+    class_outputs: tuple[str, ...]
+    """Dotted names of the modules whose outputs (rows of weight and bias) are classes; for head inheritance."""
+    model_class: Any
+    """The library's ``...ForObjectDetection`` of the family."""
+    softmax = False
+    """K+1 softmax outputs with the background last, or K sigmoid outputs."""
+    class_term = "loss_ce"
+    """The name of the classification loss in the library's criterion."""
+    top_k: int | None = 100
+    """Detections of an image by the library's image processor; None: as many as queries."""
+
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        *,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        score: float | None = None,
+        dets: int | None = None,
+    ) -> None:
+        """Wrap a library model; its classes are those of its config.
+
+        Args:
+            model: its parameters keep their names below ``model.``.
+            name: as the command line writes it.
+            mean: of the normalisation.
+            std: of the normalisation.
+            score: detections must score above this; None: any.
+            dets: detections of an image at most; None: the family's rule (``top_k``).
+        """
+        super().__init__()
+        self.model = model
+        self.score = 0.0 if score is None else score
+        self.dets = dets
+        self.head_prefixes = tuple(f"model.{part}." for part in (*self.neck_modules, *self.head_modules))
+        self.backbone_strides = self.find_strides()
+        strides = self.neck_strides()
+        self.spec = DetectorSpec(
+            name=name,
+            family="queries",
+            classes=class_names(model.config),
+            channels=(self.width,) * len(strides),
+            strides=strides,
+            softmax=self.softmax,
+            mean=cast(tuple[float, float, float], tuple(mean)),
+            std=cast(tuple[float, float, float], tuple(std)),
+        )
+
+    @property
+    def config(self) -> Any:
+        """The library model's config."""
+        return self.model.config
+
+    @property
+    def width(self) -> int:
+        """Channels of every map of ``features``."""
+        return int(self.config.d_model)
+
+    def neck_strides(self) -> tuple[int, ...]:
+        """Strides of ``features``; families whose neck adds levels override it."""
+        return self.backbone_strides
+
+    @torch.no_grad()
+    def find_strides(self, size: int = 128) -> tuple[int, ...]:
+        """Strides of the backbone's maps, found out by an empty image (statistics stay untouched)."""
+        training = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        parameter = next(self.model.parameters())
+        image = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
+        maps = self.backbone_maps(image, torch.ones(1, size, size, device=parameter.device, dtype=torch.int64))
+        for module, was in training.items():
+            module.training = was
+        return tuple(size // level.shape[-1] for level, _ in maps)
+
+    # --------------------------------------------------------------------------------------------- what a family gives
+
+    @abstractmethod
+    def backbone_maps(self, images: Tensor, pixel_mask: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """The maps that enter the neck, each with its mask, as the library's backbone module returns them.
+
+        Args:
+            images: [B, 3, H, W] normalised.
+            pixel_mask: [B, H, W] int64, 1 where the pixel is valid.
+
+        Returns:
+            For each map, finest first: [B, C_l, H_l, W_l] and bool [B, H_l, W_l], True where valid.
+        """
+
+    @abstractmethod
+    def encode(self, features: Features) -> Features:
+        """Projection and encoder: backbone ``Features`` to the detector's. Needs nothing but them."""
+
+    @abstractmethod
+    def seed(self, features: Features, batch: Batch) -> QuerySeed:
+        """The detector's own initial queries."""
+
+    @abstractmethod
+    def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
+        """Decode from any seed; a second pass of the decoder, which knows nothing of an earlier one."""
+
+    @abstractmethod
+    def criterion(self) -> Any:
+        """The library's criterion, fresh: called with outputs and labels, its ``matcher`` may be replaced."""
+
+    def criterion_outputs(self, prediction: Queries) -> dict[str, Any]:
+        """What the library's criterion reads; the default has all decoder layers and nothing else."""
+        layers = [
+            {"logits": prediction.logits[layer], "pred_boxes": prediction.boxes_cxcywh01[layer]}
+            for layer in layers_of(prediction)
+        ]
+        return layers[-1] | ({"auxiliary_outputs": layers[:-1]} if len(layers) > 1 else {})
+
+    def term_weights(self) -> Mapping[str, float]:
+        """Weight of each of the criterion's losses, by its name without the layer's number; others are monitors."""
+        config = self.config
+        return {"loss_ce": 1.0, "loss_bbox": config.bbox_loss_coefficient, "loss_giou": config.giou_loss_coefficient}
+
+    def class_loss(self, logits: Tensor, wanted: Tensor, overlap: Tensor) -> Tensor:
+        """[B, N] the family's classification loss of each query, not normalised; the default is the focal loss.
+
+        Args:
+            logits: [B, N, C].
+            wanted: [B, N] the class, or K for none.
+            overlap: [B, N] IoU of the predicted with the matched box, no gradient; for families that need it.
+        """
+        onehot = F.one_hot(wanted, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)
+        probability = logits.sigmoid()
+        entropy = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none")
+        missing = onehot * (1 - probability) + (1 - onehot) * probability
+        alpha = self.config.focal_alpha
+        return (entropy * missing**2 * (alpha * onehot + (1 - alpha) * (1 - onehot))).sum(dim=-1)
+
+    def class_normalizer(self, wanted: Tensor, counted: Tensor, boxes: Tensor) -> Tensor:
+        """[] what the classification loss is divided by, unless the assignment says.
+
+        Args:
+            wanted: [B, N] the class, or K for none.
+            counted: [B, N] bool, False where the assignment ignores a query.
+            boxes: [] the divisor of the box losses.
+        """
+        return boxes
+
+    # --------------------------------------------------------------------------------------------------------- features
+
+    def backbone_features(self, batch: Batch) -> Features:
+        """The backbone's maps that enter the neck; masks as the library makes them."""
+        pixel_mask = (~batch.padding_mask()).long()
+        maps = self.backbone_maps(self.normalized(batch), pixel_mask)
+        padding = tuple(~mask for _, mask in maps)
+        padded = any(bool(mask.any()) for mask in padding)
+        return Features(tuple(level for level, _ in maps), self.backbone_strides, padding if padded else None)
+
+    def features(self, batch: Batch) -> Features:
+        """The encoder's maps."""
+        return self.encode(self.backbone_features(batch))
+
+    # -------------------------------------------------------------------------------------------------------- prediction
+
+    def predict(self, features: Features, batch: Batch) -> Queries:
+        """The decoder on the detector's own queries."""
+        return self.decode(features, self.seed(features, batch), batch)
+
+    @contextmanager
+    def attention_maps(self, wanted: bool) -> Iterator[dict[str, bool]]:
+        """Inside, attention runs in the form that yields its maps, if wanted; gives the argument that asks for them.
+
+        The library's faster forms yield none. Values differ by rounding.
+        """
+        if not wanted:
+            yield {}
+            return
+        before = self.config._attn_implementation
+        self.config._attn_implementation = "eager"
+        try:
+            yield {"output_attentions": True}
+        finally:
+            self.config._attn_implementation = before
+
+    # ----------------------------------------------------------------------------------------------------------- training
+
+    def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
+        """The library's Hungarian matching of every layer: [L, B, N]."""
+        queries = cast(Queries, prediction)
+        matched = torch.full(queries.logits.shape[:3], NEGATIVE, device=queries.logits.device)
+        labels = self.labels(batch)
+        if not any(len(entry["boxes"]) for entry in labels):
+            return Assignment(matched)  # the library's matcher cannot reshape an empty cost matrix
+        matcher = self.criterion().matcher
+        for layer in layers_of(queries):
+            outputs = {"logits": queries.logits[layer].detach(), "pred_boxes": queries.boxes_cxcywh01[layer].detach()}
+            for image, (query, box) in enumerate(matcher(outputs, labels)):
+                matched[layer, image, query.to(matched.device)] = box.to(matched.device)
+        for image, target in enumerate(batch.targets):
+            matched[:, image] = whole_indices(matched[:, image], target)
+        return Assignment(matched)
+
+    def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
+        """The library's losses with its weights, for every decoder layer; the others of its criterion as monitors.
+
+        A plain assignment (matches only) goes through the library's criterion, whoever made it. With weights, ignored
+        queries, a normalizer, or matches to boxes that training leaves out, the same formulas are computed here: weights
+        multiply each query's losses and leave the divisors alone, ignored queries count nowhere, and a normalizer takes the
+        place of every divisor.
+        """
+        queries = cast(Queries, prediction)
+        if assignment is None:
+            assignment = self.assign(queries, batch)
+        if self.is_plain(assignment, batch):
+            return self.library_losses(queries, batch, assignment)
+        return self.weighted_losses(queries, batch, assignment)
+
+    def is_plain(self, assignment: Assignment, batch: Batch) -> bool:
+        """True when the library's criterion can express an assignment: matches to trainable boxes, and nothing else."""
+        if assignment.weights is not None or assignment.normalizer is not None or bool((assignment.matched == IGNORED).any()):
+            return False
+        for image, target in enumerate(batch.targets):
+            used = assignment.matched[:, image]
+            if not bool(torch.isin(used[used >= 0], trainable(target)).all()):
+                return False
+        return True
+
+    def library_losses(self, queries: Queries, batch: Batch, assignment: Assignment) -> Losses:
+        """The library's criterion under given matches."""
+        criterion = self.criterion().to(queries.logits.device)
+        layers = list(layers_of(queries))
+        criterion.matcher = GivenMatches([self.library_matches(assignment.matched[layer], batch) for layer in layers])
+        return self.weighed(criterion(self.criterion_outputs(queries), self.labels(batch)))
+
+    def weighed(self, found: Mapping[str, Tensor]) -> Losses:
+        """A criterion's losses times their weights; those without weight as monitors."""
+        weights = self.term_weights()
+        terms = {key: value * weights[kind_of(key)] for key, value in found.items() if kind_of(key) in weights}
+        monitors = {key: value.detach() for key, value in found.items() if kind_of(key) not in weights}
+        return Losses(terms, monitors)
+
+    def library_matches(self, matched: Tensor, batch: Batch) -> Matches:
+        """[B, N] matches of one layer in the library's form, as indices into ``labels``; queries in ascending order."""
+        matches = []
+        for row, target in zip(matched, batch.targets, strict=True):
+            query = torch.nonzero(row >= 0).flatten()
+            number = torch.full((max(1, len(target)),), NEGATIVE, device=row.device)
+            kept = trainable(target)
+            number[kept] = torch.arange(len(kept), device=row.device)
+            matches.append((query, number[row[query]]))
+        return matches
+
+    def weighted_losses(self, queries: Queries, batch: Batch, assignment: Assignment) -> Losses:
+        """The same formulas with weights, ignored queries and a normalizer."""
+        labels = self.labels(batch, only_trainable=False)
+        count = sum(len(trainable(target)) for target in batch.targets)
+        boxes_divisor = queries.logits.new_tensor(float(max(1, count)))
+        weights = torch.ones_like(queries.logits[..., 0]) if assignment.weights is None else assignment.weights
+        term_weights, terms = self.term_weights(), {}
+        for layer in layers_of(queries):
+            matched, weight = assignment.matched[layer], weights[layer]
+            counted = matched != IGNORED
+            image, query = torch.nonzero(matched >= 0, as_tuple=True)
+            index = matched[image, query]
+            pairs = list(zip(image.tolist(), index.tolist(), strict=True))
+            target = torch.stack([labels[i]["boxes"][j] for i, j in pairs]) if pairs else queries.boxes_cxcywh01.new_zeros(0, 4)
+            wanted = torch.full_like(matched, len(self.spec.classes))
+            wanted[image, query] = torch.tensor(
+                [int(labels[i]["class_labels"][j]) for i, j in pairs], device=matched.device, dtype=wanted.dtype
+            )
+            predicted = queries.boxes_cxcywh01[layer][image, query]
+            corners, target_corners = corners_of(predicted), corners_of(target)
+            overlap = torch.zeros_like(weight)
+            overlap[image, query] = box_iou(corners.detach(), target_corners).diagonal().to(overlap.dtype)
+            divisor = boxes_divisor if assignment.normalizer is None else assignment.normalizer
+            class_divisor = divisor if assignment.normalizer is not None else self.class_normalizer(wanted, counted, divisor)
+            found = {
+                self.class_term: (self.class_loss(queries.logits[layer], wanted, overlap) * weight * counted).sum()
+                / class_divisor,
+                "loss_bbox": ((predicted - target).abs().sum(dim=-1) * weight[image, query]).sum() / divisor,
+                "loss_giou": (generalized_box_iou_loss(corners, target_corners) * weight[image, query]).sum() / divisor,
+            }
+            suffix = "" if layer == len(queries.logits) - 1 else f"_{layer}"
+            terms.update({f"{key}{suffix}": value * term_weights[key] for key, value in found.items()})
+        return Losses(terms)
+
+    def labels(self, batch: Batch, only_trainable: bool = True) -> list[dict[str, Tensor]]:
+        """Targets in the library's form: ``class_labels`` [G], ``boxes`` [G, 4] as cxcywh in parts of the valid image.
+
+        Args:
+            batch: its targets are read.
+            only_trainable: leave out crowd and empty boxes; False keeps the indices that an ``Assignment`` speaks of.
+        """
+        found = []
+        for target, (height, width) in zip(batch.targets, batch.sizes.tolist(), strict=True):
+            keep = trainable(target) if only_trainable else slice(None)
+            boxes = target.boxes_xyxy[keep].to(batch.images.dtype)
+            boxes = box_convert(boxes, "xyxy", "cxcywh") / boxes.new_tensor([width, height, width, height])
+            found.append({"class_labels": target.labels[keep], "boxes": boxes})
+        return found
+
+    # ------------------------------------------------------------------------------------------------------------ results
+
+    def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
+        """The last layer by the rule of the library's image processor, best first, clipped to the valid image.
+
+        Softmax: each query's best class. Sigmoid: the best ``top_k`` pairs of query and class, so a query may be found
+        twice. ``origin.anchor`` is the query; level and cell are -1.
+        """
+        queries = cast(Queries, prediction)
+        found = []
+        for image, (height, width) in enumerate(batch.sizes.tolist()):
+            logits, boxes = queries.logits[-1, image], queries.boxes_cxcywh01[-1, image]
+            if self.softmax:
+                scores, labels = logits.softmax(dim=-1)[:, :-1].max(dim=-1)
+                scores, query = scores.sort(descending=True, stable=True)
+                labels = labels[query]
+            else:
+                limit = self.dets or self.top_k or len(logits)
+                scores, place = logits.sigmoid().flatten().topk(min(limit, logits.numel()))
+                query, labels = place // logits.shape[1], place % logits.shape[1]
+            keep = torch.nonzero(scores > self.score).flatten()[: self.dets]
+            scores, labels, query = scores[keep], labels[keep], query[keep]
+            corners = corners_of(boxes[query]) * boxes.new_tensor([width, height, width, height])
+            nowhere = torch.full_like(query, -1)
+            origin = Origin(torch.full_like(query, image), nowhere, nowhere[:, None].repeat(1, 2), query, nowhere)
+            found.append(Detections(clip_boxes_to_image(corners, (height, width)), scores, labels, origin))
+        return found
+
+    def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
+        """By the assignment, of all layers."""
+        return query_positives(cast(Queries, prediction), assignment, batch)
+
+    # ------------------------------------------------------------------------------------------------------------- copies
+
+    def copy_head(self, fresh: bool = False) -> TransformersDetector:
+        """A copy that decodes, assigns and computes losses on anybody's features, on its own trainable parameters."""
+        return self.without((*self.backbone_modules, *self.neck_modules), fresh)
+
+    def copy_neck(self, fresh: bool = False) -> EncoderNeck:
+        """Projection and encoder alone, on their own trainable parameters."""
+        return EncoderNeck(self.without((*self.backbone_modules, *self.head_modules), fresh))
+
+    def without(self, modules: Sequence[str], fresh: bool) -> TransformersDetector:
+        """A copy of the detector without some of its modules, trainable and in training mode.
+
+        Args:
+            modules: dotted names inside ``model``.
+            fresh: random weights, drawn as the library draws them.
+        """
+        gone: dict[int, Any] = {id(self.model.get_submodule(name)): nn.Identity() for name in modules}
+        other = copy.deepcopy(self, gone).requires_grad_(True).train()
+        if fresh:
+            parameter = next(self.parameters())
+            made = type(self.model)(copy.deepcopy(self.config)).to(parameter)
+            state = made.state_dict()
+            other.model.load_state_dict({name: state[name] for name in other.model.state_dict()})
+        return other
+
+    def class_rows(self, name: str) -> Tensor | None:
+        """Rows of the class outputs; see ``inherit``."""
+        if not any(name.startswith(f"model.{part}.") for part in self.class_outputs):
+            return None
+        return torch.arange(len(self.spec.classes))[:, None]
+
+    # -------------------------------------------------------------------------------------------------------------- files
+
+    def export(self, folder: Path) -> None:
+        """Write the library's files: ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``.
+
+        ``transformers.AutoModelForObjectDetection.from_pretrained(folder)`` loads them without this package.
+        """
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
+            with quiet():
+                self.model.save_pretrained(temporary, state_dict=saved_state(self.model))
+            processor = {
+                "image_processor_type": "DetrImageProcessor",
+                "do_resize": False,
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "do_normalize": True,
+                "image_mean": list(self.spec.mean),
+                "image_std": list(self.spec.std),
+                "do_pad": True,
+            }
+            Path(temporary, "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+            for path in sorted(Path(temporary).iterdir()):
+                os.replace(path, folder / path.name)
+
+
+class EncoderNeck(nn.Module):
+    """A detector's projection and encoder: maps backbone ``Features`` to its own."""
+
+    def __init__(self, detector: TransformersDetector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, features: Features) -> Features:
+        """As ``Detector.features`` after the backbone."""
+        return self.detector.encode(features)
+
+
+class GivenMatches(nn.Module):
+    """Stands in for the library's matcher: the criterion asks for the last layer first, then for the others in order."""
+
+    def __init__(self, layers: Sequence[Matches]) -> None:
+        super().__init__()
+        self.waiting = [layers[-1], *layers[:-1]]
+
+    def forward(self, outputs: Any, targets: Any) -> Matches:
+        """The next layer's."""
+        return self.waiting.pop(0)
+
+
+# ------------------------------------------------------------------------------------------------------------ small parts
+
+
+def layers_of(queries: Queries) -> range:
+    """Numbers of the decoder layers."""
+    return range(len(queries.logits))
+
+
+def kind_of(name: str) -> str:
+    """A criterion's loss without the number of its layer: ``loss_ce`` of ``loss_ce_2``."""
+    head, _, tail = name.rpartition("_")
+    return head if tail.isdigit() else name
+
+
+def corners_of(boxes_cxcywh: Tensor) -> Tensor:
+    """[..., 4] as xyxy."""
+    return box_convert(boxes_cxcywh, "cxcywh", "xyxy")
+
+
+def class_names(config: Any) -> tuple[str, ...]:
+    """Names of a config's classes, in label order."""
+    return tuple(str(config.id2label[index]) for index in range(config.num_labels))
+
+
+def valid_masks(features: Features) -> tuple[Tensor, ...]:
+    """[B, H_l, W_l] bool for each map, True where a cell shows the image: the library's masks."""
+    if features.padding is not None:
+        return tuple(~mask for mask in features.padding)
+    return tuple(torch.ones_like(level[:, 0], dtype=torch.bool) for level in features.maps)
+
+
+def flat_map(level: Tensor) -> Tensor:
+    """A map [B, D, H, W] as a sequence [B, H*W, D]."""
+    return level.flatten(2).transpose(1, 2)
+
+
+def as_map(sequence: Tensor, like: Tensor) -> Tensor:
+    """A sequence [B, H*W, D] as a map [B, D, H, W] of the size of another."""
+    return sequence.transpose(1, 2).unflatten(2, like.shape[-2:])
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """float32 under mixed precision, else as it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+# ----------------------------------------------------------------------------------------------------- models from options
+
+
+def backbone_config(backbone: str, options: ModelOptions, strides: Sequence[int]) -> PreTrainedConfig:
+    """The library's config of a timm backbone that yields the maps of some strides.
+
+    A resnet that is scaled (``width``, ``channels``, ``stem``) becomes transformers' own ResNet of the same depths, widths
+    and kind of block, because a ``TimmBackboneConfig`` holds no keyword arguments of timm: RT-DETR's with the deep stem
+    for timm's deep stems where the stem ends in as many channels as the first stage has, else the plain one (7x7).
+
+    Raises:
+        ModelError: the backbone is unknown, cannot be scaled, lacks a stride, or needs what the library cannot say.
+    """
+    timm_options = timm_description(backbone, options)
+    scaled = timm_options.keys() & {"channels", "stem_width", "plain_stem"}
+    if timm_options and not scaled:
+        needed = ", ".join(timm_options)
+        raise ModelError(f"backbone {backbone} needs timm's {needed}, which transformers cannot store; take a convolutional one")
+    body = probe(backbone, timm_options)
+    if str(getattr(body, "output_fmt", "NCHW")).upper().endswith("NHWC"):
+        raise ModelError(f"backbone {backbone} puts its channels last, which transformers' detectors do not expect")
+    index_of = dict(zip(body.feature_info.reduction(), body.feature_info.out_indices, strict=True))
+    missing = [stride for stride in strides if stride not in index_of]
+    if missing:
+        known = ", ".join(map(str, index_of))
+        raise ModelError(f"backbone {backbone} has maps of stride {known}, none of stride {missing[0]}, which the detector needs")
+    if not scaled:
+        return TimmBackboneConfig(backbone=backbone, out_indices=[index_of[stride] for stride in strides])
+    depths = [len(getattr(body, f"layer{stage}")) for stage in range(1, 5)]
+    widths = [int(channels) for channels in body.feature_info.channels()[-4:]]
+    bottleneck = hasattr(body.layer1[0], "conv3")
+    stem = int(body.layer1[0].conv1.in_channels)
+    deep = isinstance(body.conv1, nn.Sequential)
+    config_class = RTDetrResNetConfig if deep and (bottleneck or stem == widths[0]) else ResNetConfig
+    return config_class(
+        embedding_size=stem,
+        hidden_sizes=widths,
+        depths=depths,
+        layer_type="bottleneck" if bottleneck else "basic",
+        out_features=[f"stage{int(stride).bit_length() - 2}" for stride in strides],
+    )
+
+
+def fresh_model(
+    model_class: Callable[[Any], Any], config: Any, backbone_modules: Sequence[str], backbone: str, options: ModelOptions
+) -> Any:
+    """A library model with random weights (the backbone's from timm, if pretrained), all of it trainable.
+
+    Args:
+        model_class: the library's ``...ForObjectDetection``.
+        config: its config; ``backbone_norm`` is noted in it, so that a saved model can be trained on as it was.
+        backbone_modules: dotted names of the backbone inside the model.
+        backbone: name of the timm model.
+        options: of the model string; ``norm`` and ``pretrained`` are read.
+
+    Raises:
+        ModelError: the library would break the backbone, or there are no pretrained weights.
+    """
+    config.backbone_norm = options.norm
+    model = model_class(config)
+    body = backbone_body(model, backbone_modules)
+    if config.backbone_config.model_type == "timm_backbone":
+        refuse_lost_activations(body, backbone)
+        if options.pretrained:
+            load_timm_weights(body, backbone, config.backbone_config.out_indices)
+    return ready_model(model, backbone_modules)
+
+
+def ready_model(model: Any, backbone_modules: Sequence[str]) -> Any:
+    """Make a library model trainable as its config's ``backbone_norm`` says (absent: the library's own norms stay)."""
+    model.requires_grad_(True)
+    if getattr(model.config, "backbone_norm", None) == "bn":
+        for name in backbone_modules:
+            trainable_norms(model.get_submodule(name))
+    return model
+
+
+def trainable_norms(module: nn.Module) -> None:
+    """Turn the library's constant norms back into BatchNorm that trains, with the same values and epsilon."""
+    for name, child in list(module.named_children()):
+        if is_constant_norm(child):
+            constant = cast(Any, child)
+            norm = nn.BatchNorm2d(len(constant.weight), eps=1e-5).to(constant.weight)
+            values = {key: value for key, value in constant.state_dict().items() if key != "num_batches_tracked"}
+            norm.load_state_dict(values, strict=False)
+            setattr(module, name, norm)
+        else:
+            trainable_norms(child)
+
+
+def is_constant_norm(module: nn.Module) -> bool:
+    """True for the ``...FrozenBatchNorm2d`` that a family of transformers puts in place of BatchNorm."""
+    return type(module).__name__.endswith("FrozenBatchNorm2d") and type(module).__module__.startswith("transformers.")
+
+
+def saved_state(model: Any) -> dict[str, Tensor]:
+    """A model's state as the library knows it: without the counters of norms that are constants there."""
+    state = model.state_dict()
+    if (
+        getattr(model.config, "backbone_norm", None) != "bn"
+        or getattr(model.config, "freeze_backbone_batch_norms", None) is False
+    ):
+        return dict(state)
+    return {
+        name: tensor for name, tensor in state.items() if not (".backbone." in name and name.endswith(".num_batches_tracked"))
+    }
+
+
+def backbone_body(model: Any, backbone_modules: Sequence[str]) -> Any:
+    """The timm (or transformers) backbone inside the library's wrappers."""
+    body = model.get_submodule(backbone_modules[0])
+    while True:
+        inner = getattr(body, "model", None) or getattr(body, "_backbone", None)
+        if not isinstance(inner, nn.Module):
+            return body
+        body = inner
+
+
+def refuse_lost_activations(body: nn.Module, backbone: str) -> None:
+    """Refuse backbones whose norms hold their activation: replaced by the library's constants, they would lose it.
+
+    Raises:
+        ModelError: it is such a backbone.
+    """
+    if any(isinstance(module, BatchNormAct2d) for module in probe(backbone, {}).modules()) and any(
+        is_constant_norm(module) for module in body.modules()
+    ):
+        raise ModelError(
+            f"backbone {backbone}: transformers would replace its norms, which hold the activations; take a resnet, or rt_detr"
+        )
+
+
+def load_timm_weights(body: nn.Module, backbone: str, indices: Sequence[int]) -> None:
+    """Copy timm's pretrained weights into the backbone of a library model.
+
+    Raises:
+        ModelError: there are none, or they cannot be fetched.
+    """
+    try:
+        source = timm.create_model(backbone, features_only=True, pretrained=True, out_indices=tuple(indices))
+    except Exception as error:  # the hub's errors have no common base
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"backbone {backbone}: no pretrained weights: {reason}; leave out pretrained=true") from error
+    own = body.state_dict()
+    body.load_state_dict({name: value for name, value in source.state_dict().items() if name in own})
+
+
+def label_maps(classes: Sequence[str]) -> dict[str, Any]:
+    """A config's arguments that name the classes."""
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
+
+
+def selection(options: ModelOptions) -> dict[str, Any]:
+    """The constructor's arguments that come from a model string."""
+    return {"score": options.score, "dets": options.dets}
+
+
+def statistics(backbone: str, options: ModelOptions) -> dict[str, Any]:
+    """The constructor's arguments that say how images are normalised."""
+    mean, std = image_statistics(backbone, options)
+    return {"mean": mean, "std": std}
+
+
+# ------------------------------------------------------------------------------------------------------ models from files
+
+
+def load_pretrained(
+    detector_class: type[TransformersDetector],
+    source: str | Path,
+    classes: Sequence[str] | None,
+    name: str,
+    options: ModelOptions | None = None,
+) -> TransformersDetector:
+    """A detector from a ``save_pretrained`` folder or a name of the hub, with its weights (safetensors only).
+
+    Args:
+        detector_class: the family's adapter.
+        source: folder or name.
+        classes: as many as the detector must have; None: any. The detector keeps its own names.
+        name: that the detector gets.
+        options: ``score`` and ``dets`` are read.
+
+    Raises:
+        ModelError: files are missing or broken, hold something else, or want a package that is not installed.
+    """
+    config = read_config(source)
+    own = class_names(config)
+    if classes is not None and len(own) != len(classes):
+        raise ClassCountError(f"{source}: has {len(own)} classes ({few(own)}), but {len(classes)} are wanted ({few(classes)})")
+    with quiet():
+        try:
+            model, info = detector_class.model_class.from_pretrained(
+                source, config=config, use_safetensors=True, output_loading_info=True
+            )
+        except Exception as error:  # the library raises OSError, ImportError, SafetensorError, RuntimeError, ValueError
+            raise ModelError(f"{source}: {reason_of(error)}") from error
+    lost = [*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])]
+    if lost:
+        kind = detector_class.model_class.__name__
+        raise ModelError(f"{source}: {len(lost)} tensors of a {kind} are missing or of another shape, e.g. {sorted(lost)[0]}")
+    model = ready_model(model, detector_class.backbone_modules)
+    options = options or ModelOptions()
+    return detector_class(model, name, **read_statistics(source), **selection(options))
+
+
+def load_exported(
+    detector_class: type[TransformersDetector], folder: Path, classes: Sequence[str], name: str
+) -> TransformersDetector:
+    """A student that ``export`` wrote; its options are those of its name, its classes those of ``student.json``."""
+    try:
+        options = parse_model(name).options
+    except ModelError:  # somebody gave the student another name
+        options = ModelOptions()
+    return load_pretrained(detector_class, folder, classes, name, options)
+
+
+def read_config(source: str | Path) -> Any:
+    """The library's config of a folder or a name of the hub.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if Path(source).is_dir() and not Path(source, "config.json").is_file():
+        raise ModelError(f"{source}: no config.json in it; give a folder that save_pretrained wrote")
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(source)
+        except Exception as error:  # OSError, ValueError, KeyError, the hub's and the validator's own
+            raise ModelError(f"{source}: {reason_of(error)}") from error
+
+
+def read_statistics(source: str | Path) -> dict[str, Any]:
+    """Mean and deviation from ``preprocessor_config.json``; ImageNet's where there is none.
+
+    Raises:
+        ModelError: the file is broken.
+    """
+    with quiet():
+        found = cached_file(str(source), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    if found is None:
+        return {}
+    try:
+        content = json.loads(Path(found).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{found}: cannot be read as JSON: {error}") from error
+    if content.get("do_normalize") is False:
+        return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    given = {"mean": content.get("image_mean"), "std": content.get("image_std")}
+    return {key: tuple(value) for key, value in given.items() if value}
+
+
+def reason_of(error: Exception) -> str:
+    """An error of the library in one line; a missing package is named."""
+    if isinstance(error, ImportError):
+        package = getattr(error, "name", None)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"the package {package} is missing; install it" if package else f"a package is missing: {lines[0]}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of a list."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, the library shows no progress bars and no advice."""
+    verbosity, bars = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
+    library_logging.set_verbosity_error()
+    library_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(verbosity)
+        if bars:
+            library_logging.enable_progress_bar()
+
+
+# ------------------------------------------------------------------- DETR, Conditional DETR and DAB-DETR: one map, one memory
+
+
+def single_scale_arguments(detector: str, options: ModelOptions, queries: int) -> dict[str, Any]:
+    """A config's arguments from the options of a family with one map.
+
+    Args:
+        detector: as messages name it.
+        options: of the model string.
+        queries: the family's default number.
+
+    Raises:
+        ModelError: an option has no meaning here, or the width is no multiple of the heads.
+    """
+    options.refuse(detector, "neck", "levels", "convs", "topk", "proposals", "rois", "mlp", "weights")
+    width, heads = options.dim or 256, options.heads or 8
+    if width % (2 * heads):
+        raise ModelError(f"{detector}: dim={width} must be a multiple of twice heads={heads}")
+    return {
+        "d_model": width,
+        "num_queries": options.queries or queries,
+        "encoder_layers": options.encoder or 6,
+        "decoder_layers": options.decoder or 6,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "encoder_ffn_dim": options.ffn or 2048,
+        "decoder_ffn_dim": options.ffn or 2048,
+    }
+
+
+def single_scale_positions(embedding: Any, features: Features) -> Tensor:
+    """[B, S, D] the position embeddings of DETR and Conditional DETR, which see the map's shape and mask only."""
+    level, mask = features.maps[-1], valid_masks(features)[-1]
+    dtype = full_precision(level).dtype
+    return flat_map(embedding(shape=level.shape, device=level.device, dtype=dtype, mask=mask))
+
+
+def encode_single_scale(model: Any, features: Features, positions: Tensor) -> Features:
+    """Projection and encoder of DETR and Conditional DETR on the last map."""
+    level, mask = features.maps[-1], valid_masks(features)[-1]
+    encoded = model.encoder(
+        inputs_embeds=flat_map(model.input_projection(level)),
+        attention_mask=mask.flatten(1),
+        spatial_position_embeddings=positions,
+    )
+    padding = None if features.padding is None else features.padding[-1:]
+    return Features((as_map(encoded.last_hidden_state, level),), features.strides[-1:], padding)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a decoder made of its queries."""
+
+    hidden: Tensor
+    """[L, B, N, D] normalised, what the outputs read."""
+    attention: Tensor | None
+    """[L, B, heads, N, S], if asked for."""
+    outputs: Any
+    """The library's."""
+
+
+def decode_single_scale(
+    detector: TransformersDetector,
+    features: Features,
+    positions: Tensor,
+    content: Tensor,
+    position: Tensor,
+    attention: bool,
+) -> Decoded:
+    """Every layer of the decoder of DETR and Conditional DETR.
+
+    With ``auxiliary_loss`` the library normalises between the layers, too, and the last layer's output twice; without, it
+    shows the inner layers' outputs before the norm, which is then applied here. The last layer is the library's output.
+    """
+    model = detector.model.model
+    auxiliary = bool(detector.config.auxiliary_loss)
+    with detector.attention_maps(attention) as wanted:
+        outputs = model.decoder(
+            inputs_embeds=content,
+            attention_mask=None,
+            spatial_position_embeddings=positions,
+            object_queries_position_embeddings=position,
+            encoder_hidden_states=flat_map(features.maps[-1]),
+            encoder_attention_mask=valid_masks(features)[-1].flatten(1),
+            output_hidden_states=not auxiliary,
+            **wanted,
+        )
+    if auxiliary:
+        inner = list(outputs.intermediate_hidden_states[:-1])
+    else:
+        inner = [model.decoder.layernorm(hidden) for hidden in outputs.hidden_states[1:-1]]
+    hidden = torch.stack([*inner, outputs.last_hidden_state])
+    return Decoded(hidden, torch.stack(tuple(outputs.cross_attentions)) if attention else None, outputs)

@@ -1,0 +1,108 @@
+"""DETR: transformers' model in stages.
+
+Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, as in ``transformers.models.detr``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DetrConfig, DetrForObjectDetection
+from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
+
+from detdistill.detectors import _transformers as shared
+from detdistill.detectors.options import ModelOptions
+from detdistill.structures import Batch, Features, Queries, QuerySeed
+
+MODEL_TYPE = "detr"
+
+
+def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DetrDetector:
+    """A fresh DETR on a timm backbone: 100 queries, 6 encoder and 6 decoder layers, losses on every decoder layer.
+
+    Raises:
+        ModelError: the options do not fit the backbone or each other.
+    """
+    config = DetrConfig(
+        backbone_config=shared.backbone_config(backbone, options, (32,)),
+        auxiliary_loss=True,
+        **shared.single_scale_arguments(MODEL_TYPE, options, queries=100),
+        **shared.label_maps(classes),
+    )
+    model = shared.fresh_model(DetrForObjectDetection, config, DetrDetector.backbone_modules, backbone, options)
+    name = options.name or f"{MODEL_TYPE}:{backbone}"
+    return DetrDetector(model, name, **shared.statistics(backbone, options), **shared.selection(options))
+
+
+def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
+    """A DETR from a folder or the hub; see ``hf``."""
+    return shared.load_pretrained(DetrDetector, source, classes, name, options)
+
+
+def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
+    """A student's folder."""
+    return shared.load_exported(DetrDetector, folder, classes, name)
+
+
+class DetrDetector(shared.TransformersDetector):
+    """DETR. Features are the encoder's one map, of stride 32; queries have learned positions and start from zero."""
+
+    model_class = DetrForObjectDetection
+    backbone_modules = ("model.backbone",)
+    neck_modules = ("model.input_projection", "model.encoder")
+    head_modules = ("model.query_position_embeddings", "model.decoder", "class_labels_classifier", "bbox_predictor")
+    class_outputs = ("class_labels_classifier",)
+    softmax = True
+    top_k = None
+
+    def backbone_maps(self, images: Tensor, pixel_mask: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """The last map."""
+        return self.model.model.backbone(images, pixel_mask)[-1:]
+
+    def encode(self, features: Features) -> Features:
+        """1x1 projection and encoder."""
+        return shared.encode_single_scale(self.model.model, features, self.positions(features))
+
+    def positions(self, features: Features) -> Tensor:
+        """[B, S, D] embeddings of the cells' places in the valid image."""
+        return shared.single_scale_positions(self.model.model.position_embedding, features)
+
+    def seed(self, features: Features, batch: Batch) -> QuerySeed:
+        """Zero content and the learned positions; no reference."""
+        position = self.model.model.query_position_embeddings.weight.unsqueeze(0).repeat(len(batch), 1, 1)
+        return QuerySeed(torch.zeros_like(position), position)
+
+    def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
+        """Decode from any seed; without a position it is zero."""
+        position = torch.zeros_like(seed.content) if seed.position is None else seed.position
+        decoded = shared.decode_single_scale(self, features, self.positions(features), seed.content, position, attention)
+        boxes = shared.full_precision(self.model.bbox_predictor(decoded.hidden)).sigmoid()
+        logits = shared.full_precision(self.model.class_labels_classifier(decoded.hidden))
+        return Queries(logits, boxes, decoded.hidden, seed, decoded.attention, softmax=True)
+
+    # ------------------------------------------------------------------------------------------------------------ training
+
+    def criterion(self) -> Any:
+        """The library's, with its matching costs."""
+        config = self.config
+        matcher = HungarianMatcher(class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost)
+        return ImageLoss(matcher, config.num_labels, config.eos_coefficient, ["labels", "boxes", "cardinality"])
+
+    def class_loss(self, logits: Tensor, wanted: Tensor, overlap: Tensor) -> Tensor:
+        """Cross-entropy; queries without a box count by the library's ``eos_coefficient``."""
+        return F.cross_entropy(logits.transpose(1, 2), wanted, self.empty_weights(logits), reduction="none")
+
+    def class_normalizer(self, wanted: Tensor, counted: Tensor, boxes: Tensor) -> Tensor:
+        """The sum of the class weights of all queries, as torch's weighted mean has it."""
+        return (self.empty_weights(boxes)[wanted] * counted).sum()
+
+    def empty_weights(self, like: Tensor) -> Tensor:
+        """[K+1] weight of each class, the background last."""
+        weights = like.new_ones(len(self.spec.classes) + 1)
+        weights[-1] = self.config.eos_coefficient
+        return weights
