@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,18 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from detdistill.detectors import _torchvision as shared
+from detdistill.detectors import standalone
+from detdistill.detectors.backbones import image_statistics, load_pretrained, pyramid_description
 from detdistill.detectors.contract import Tower, dense_positives
 from detdistill.detectors.models.dense import OneStage, valid_cells
+from detdistill.detectors.options import ModelOptions
+from detdistill.functional.atss import atss_assign
 from detdistill.structures import IGNORED, Assignment, Batch, Dense, Detections, Features, Losses, Origin, Positives, Prediction
+
+EPSILON = torch.finfo(torch.float32).eps
+"""What mmdet adds to every divisor of a loss."""
+Top = Literal["conv", "linear", "input", "pool"]
+Built = tuple[OneStage, dict[str, Any]]
 
 
 class DenseDetector(shared.TorchvisionDetector):
@@ -195,6 +204,10 @@ class OwnDenseDetector(DenseDetector):
         """[B, P] predictions whose cell belongs to its image."""
         return valid_cells(prediction.levels, prediction.cells, self.model.strides, batch.sizes)
 
+    def supervision(self, assignment: Assignment, batch: Batch) -> Supervision:
+        """What an assignment asks of ``prediction.logits``, whose columns are our labels."""
+        return supervision(assignment, batch, torch.arange(len(self.columns), device=self.columns.device))
+
     def final_scores(self, outputs: dict[str, Tensor]) -> Tensor:
         """Class score, times the centerness where there is one."""
         scores = outputs["cls_logits"].sigmoid()
@@ -224,7 +237,72 @@ class OwnDenseDetector(DenseDetector):
         return self.columns - 1
 
 
-# ----------------------------------------------------------------------------------------------------------- supervision
+def one_stage_model(call: str, backbone: str, classes: Sequence[str], options: ModelOptions, top: Top = "linear") -> Built:
+    """A model of the folder ``models`` on a timm backbone, with random weights (or the backbone's pretrained ones).
+
+    Levels 3-7 and four head convolutions unless the options say otherwise.
+
+    Args:
+        call: its name in a description, e.g. ``models.atss.ATSS``.
+        backbone: name of a timm model.
+        classes: names of the classes.
+        options: of the model string; what they do not say is the model's own default.
+        top: how levels above the backbone's deepest are made, see ``TimmPyramid``.
+
+    Returns:
+        The model and its description.
+
+    Raises:
+        ModelError: the options do not fit the backbone or the head.
+    """
+    options.refuse(call.split(".")[1], "weights", "proposals", "rois", "mlp")
+    pyramid = pyramid_description(backbone, options, levels=(3, 7), top=top)
+    first, last = options.levels or (3, 7)
+    mean, std = image_statistics(backbone, options)
+    description: dict[str, Any] = {
+        "call": call,
+        "backbone": pyramid,
+        "channels": options.neck,
+        "num_classes": len(classes),
+        "strides": [2**level for level in range(first, last + 1)],
+        "convs": 4 if options.convs is None else options.convs,
+        "image_mean": mean,
+        "image_std": std,
+        "score_thresh": 0.05 if options.score is None else options.score,
+        "topk_candidates": options.topk or 1000,
+        "detections_per_img": options.dets or 100,
+    }
+    model = standalone.build(description)
+    if options.pretrained:
+        load_pretrained(model.backbone, pyramid)
+    return model, description
+
+
+# ----------------------------------------------------------------------------------------------- assignment, supervision
+
+
+def adaptive_assignment(prediction: Dense, valid: Tensor, batch: Batch, candidates: int = 9) -> Assignment:
+    """ATSS (see ``atss_assign``) for each image: the rule of ATSS and GFL.
+
+    Args:
+        prediction: its anchors are read.
+        valid: [B, P] bool, predictions that take part; the others are ignored.
+        batch: its targets are read; crowd boxes and boxes without area are none.
+        candidates: anchors of a level and box.
+    """
+    matched = torch.full(valid.shape, IGNORED, device=valid.device)
+    for image, target in enumerate(batch.targets):
+        mine = valid[image]
+        anchors, levels = prediction.priors_xyxy[image, mine], prediction.levels[mine]
+        boxes = target.boxes_xyxy[shared.trainable(target)].to(anchors.dtype)
+        matched[image, mine] = shared.whole_indices(atss_assign(anchors, levels, boxes, candidates)[0], target)
+    return Assignment(matched)
+
+
+def number_of_positives(assignment: Assignment, batch: Batch) -> Tensor:
+    """[] mmdet's divisor: the positives of a batch, each image counting at least 1, averaged over processes, plus 1.2e-7."""
+    positives = (assignment.matched >= 0).sum(dim=1).clamp(min=1).sum()
+    return over_ranks(positives.to(batch.images.dtype)) + EPSILON
 
 
 @dataclass(frozen=True)
@@ -270,7 +348,7 @@ def supervision(assignment: Assignment, batch: Batch, class_outputs: Tensor) -> 
     return Supervision(matched >= 0, boxes, outputs, weights.masked_fill(matched == IGNORED, 0.0))
 
 
-def over_ranks(value: Any) -> Tensor:
+def over_ranks(value: Tensor) -> Tensor:
     """The mean of a scalar over all processes of a distributed run, without a graph; in a single process: as it is.
 
     All processes must call it equally often.
@@ -279,4 +357,4 @@ def over_ranks(value: Any) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(value)
         value /= dist.get_world_size()
-    return cast(Tensor, value)
+    return value

@@ -1,0 +1,65 @@
+"""Adaptive training sample selection: which anchors answer for which box, by the statistics of their overlaps.
+
+Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample Selection",
+CVPR 2020, algorithm 1. Also the rule of GFL, LD and others.
+
+Shape letters: P anchors of an image, G ground-truth boxes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detdistill.functional.assign import pairwise_iou
+from detdistill.structures import NEGATIVE
+
+
+@torch.no_grad()
+def atss_assign(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Tensor, candidates: int = 9) -> tuple[Tensor, Tensor]:
+    """Match the anchors of one image.
+
+    For each ground truth: the ``candidates`` anchors of each level whose centres are nearest to its centre; of these, the
+    ones whose IoU is at least mean + standard deviation (unbiased) of all of them, and whose centre lies inside the box by
+    more than 0.01 pixel. An anchor that several boxes claim goes to the one of highest IoU, on ties the first.
+
+    Which of several equally near anchors are candidates is ``torch.topk``'s choice and may differ between devices.
+
+    Args:
+        anchors_xyxy: [P, 4]; only those that may take part.
+        levels: [P] level of each.
+        ground_truth_xyxy: [G, 4]; without any, all anchors are negative.
+        candidates: of each level and box, fewer on levels that have fewer anchors.
+
+    Returns:
+        [P] int64: index of the ground truth or -1; and [P] its IoU with the anchor, 0 for negatives.
+
+    Example:
+        >>> anchors = torch.tensor([[-8.0, -8.0, 8.0, 8.0], [0.0, -8.0, 16.0, 8.0], [8.0, -8.0, 24.0, 8.0]])
+        >>> atss_assign(anchors, torch.zeros(3, dtype=torch.int64), torch.tensor([[2.0, -8.0, 16.0, 8.0]]))[0].tolist()
+        [-1, 0, -1]
+    """
+    matched = torch.full((len(anchors_xyxy),), NEGATIVE, dtype=torch.int64, device=anchors_xyxy.device)
+    none = anchors_xyxy.new_zeros(len(anchors_xyxy))
+    if len(anchors_xyxy) == 0 or len(ground_truth_xyxy) == 0:
+        return matched, none
+    overlaps = pairwise_iou(anchors_xyxy, ground_truth_xyxy)  # [P, G]
+    centers = (anchors_xyxy[:, :2] + anchors_xyxy[:, 2:]) / 2
+    box_centers = (ground_truth_xyxy[:, :2] + ground_truth_xyxy[:, 2:]) / 2
+    distances = (centers[:, None] - box_centers[None]).pow(2).sum(dim=-1).sqrt()  # [P, G]
+    chosen = []
+    for level in torch.unique(levels).tolist():
+        mine = torch.nonzero(levels == level).flatten()
+        nearest = distances[mine].topk(min(candidates, len(mine)), dim=0, largest=False).indices
+        chosen.append(mine[nearest])
+    index = torch.cat(chosen)  # [c, G] candidates of each box
+    own = overlaps.gather(0, index)
+    threshold = own.mean(dim=0) + (own.std(dim=0) if len(own) > 1 else 0)  # one value has no deviation
+    from_start = centers[index] - ground_truth_xyxy[None, :, :2]
+    to_end = ground_truth_xyxy[None, :, 2:] - centers[index]
+    inside = torch.cat([from_start, to_end], dim=-1).amin(dim=-1) > 0.01
+    claims = torch.full_like(overlaps, -1.0)
+    claims.scatter_(0, index, torch.where((own >= threshold) & inside, own, -1.0))
+    best, box = claims.max(dim=1)  # max gives the first of equal boxes
+    positive = best >= 0
+    return torch.where(positive, box, matched), torch.where(positive, best, none)
