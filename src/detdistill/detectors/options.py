@@ -9,8 +9,15 @@ from typing import Any
 
 from detdistill.errors import ModelError, nearest
 
-DETRS = ("detr", "conditional_detr", "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine")
+DETRS = (
+    *("detr", "conditional_detr", "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine"),
+    *("deimv2", "lw_detr", "rf_detr"),
+)
 """Adapters of transformers' DETR families."""
+DENOISING = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2")
+"""Those that train on noisy ground truth beside their queries."""
+DEFORMABLE = ("deformable_detr", *DENOISING, "lw_detr", "rf_detr")
+"""Those whose queries sample points of the maps."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,14 @@ class ModelOptions:
     """Inner width of the feed-forward layers (detectors with queries)."""
     groups: int | None = field(default=None, metadata={"only": ("adamixer",)})
     """Groups of channels that are sampled and mixed apart (``adamixer`` only)."""
-    points: int | None = field(default=None, metadata={"only": ("adamixer",)})
-    """Points that a query samples for each group (``adamixer`` only)."""
+    points: int | None = field(default=None, metadata={"only": ("adamixer", *DEFORMABLE)})
+    """Points that a query samples for each group (``adamixer``), or for each head and level (deformable DETRs)."""
+    denoising: int | None = field(default=None, metadata={"only": DENOISING})
+    """Denoising queries in training, about; 0: none (RT-DETR and its relatives)."""
+    refine: bool = field(default=False, metadata={"only": ("deformable_detr",)})
+    """Each decoder layer moves the boxes of the layer before (``deformable_detr`` only)."""
+    two_stage: bool = field(default=False, metadata={"only": ("deformable_detr",)})
+    """Queries are chosen from the encoder's cells; includes ``refine`` (``deformable_detr`` only)."""
     headnorm: str = field(default="gn", metadata={"only": ("reppoints",)})
     """``gn``: GroupNorm in the towers of the head; ``none``: no norm (``reppoints`` only)."""
     weights: str | None = None
@@ -209,6 +222,9 @@ READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "ffn": (_positive, "positive whole number"),
     "groups": (_positive, "positive whole number"),
     "points": (_positive, "positive whole number"),
+    "denoising": (_convs, "whole number"),
+    "refine": (_truth, "truth value (true or false)"),
+    "two_stage": (_truth, "truth value (true or false)"),
     "headnorm": (_head_norm, "known norm of the head (gn or none)"),
     "weights": (str, "name of weights"),
 }
