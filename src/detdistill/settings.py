@@ -45,6 +45,7 @@ class TrainSettings:
         flip: probability of a horizontal flip.
         colour: strength of colour jitter, 0..1.
         scale_jitter: smallest and largest zoom, e.g. 0.5,1.5; none turns it off.
+        scales: factors on the resized image, e.g. 0.8,1,1.2, one of which is drawn for each image; a cache can hold these.
         mosaic: probability of putting four images into one.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
         checkpoint_every: steps between checkpoints beside the one of each epoch; 0: none.
@@ -84,6 +85,7 @@ class TrainSettings:
     flip: float = 0.5
     colour: float = 0.0
     scale_jitter: tuple[float, float] | None = None
+    scales: tuple[float, ...] = ()
     mosaic: float = 0.0
     evaluate_every: int = 1
     checkpoint_every: int = 0

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detdistill.data.records import DetectionSet
+from detdistill.data.records import DetectionSet, Record
 from detdistill.data.transforms import ViewSettings, make_mosaic, make_view, resize_image
 from detdistill.errors import DataError, RunError
 from detdistill.structures import Batch, Target, View
@@ -166,13 +166,14 @@ class DetectionLoader:
                 batch_size=None,
                 sampler=plan,
                 num_workers=self._workers,
-                collate_fn=_as_it_is,
+                collate_fn=as_it_is,
                 generator=torch.Generator(),
             )
         )
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """What torch calls a collate function: a batch that is one already."""
     return batch
 
 
@@ -194,9 +195,9 @@ class _Batches(Dataset[Batch | DataError]):
             return
         kept = []
         for index, record in enumerate(self.data.records):
-            image = self._decode(index)
+            image = read_pixels(self.data.records[index], self.data.root)
             # A zoom is computed from the file's own pixels: then those are kept.
-            zooms = self.train and self.settings.scale_jitter is not None
+            zooms = self.train and (self.settings.scale_jitter is not None or bool(self.settings.scales))
             kept.append(image if zooms else resize_image(image, self.settings.resized_hw(*record.size_hw)))
         self.kept = kept
 
@@ -219,26 +220,29 @@ class _Batches(Dataset[Batch | DataError]):
         return *view, records[index].id
 
     def _image(self, index: int) -> Tensor:
-        return self.kept[index] if self.kept else self._decode(index)
-
-    def _decode(self, index: int) -> Tensor:
-        record = self.data.records[index]
-        advice = f"run `detdistill data inspect {self.data.root} --deep` to find all such files"
-        try:
-            image = read_image(record.path)
-        except (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{record.path}: the image cannot be decoded ({reason}); {advice}") from error
-        if tuple(image.shape[-2:]) != tuple(record.size_hw):
-            (height, width), (real_h, real_w) = record.size_hw, image.shape[-2:]
-            raise DataError(
-                f"{record.path}: the image has {real_w}x{real_h} pixels but {width}x{height} were announced; {advice}"
-            )
-        return image
+        return self.kept[index] if self.kept else read_pixels(self.data.records[index], self.data.root)
 
 
 _UNUSED = torch.Generator()
 """For plain views, which draw nothing."""
+
+
+def read_pixels(record: Record, root: Path) -> Tensor:
+    """[3, H, W] uint8 of a record's file.
+
+    Raises:
+        DataError: it cannot be decoded, or has another size than the record says.
+    """
+    advice = f"run `detdistill data inspect {root} --deep` to find all such files"
+    try:
+        image = read_image(record.path)
+    except (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{record.path}: the image cannot be decoded ({reason}); {advice}") from error
+    if tuple(image.shape[-2:]) != tuple(record.size_hw):
+        (height, width), (real_h, real_w) = record.size_hw, image.shape[-2:]
+        raise DataError(f"{record.path}: the image has {real_w}x{real_h} pixels but {width}x{height} were announced; {advice}")
+    return image
 
 
 def read_image(path: Path) -> Tensor:
@@ -266,7 +270,8 @@ def collate(samples: Sequence[Sample], settings: ViewSettings) -> Batch:
         images = torch.zeros(len(samples), 3, height, width)
         for image, own, (own_h, own_w) in zip(images, pixels, sizes, strict=True):
             image[:, :own_h, :own_w] = own
-    return Batch(images, torch.tensor(sizes, dtype=torch.int64), _side_by_side(targets, (height, width)), ids, views)
+    canvases = tuple(settings.padded_hw([size]) for size in sizes)
+    return Batch(images, torch.tensor(sizes, dtype=torch.int64), _side_by_side(targets, (height, width)), ids, views, canvases)
 
 
 def _side_by_side(targets: Sequence[Target], padded_hw: tuple[int, int]) -> tuple[Target, ...]:

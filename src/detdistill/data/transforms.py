@@ -48,6 +48,9 @@ class ViewSettings:
     to ``0.1 * colour`` of the circle."""
     scale_jitter: tuple[float, float] | None = None
     """Smallest and largest zoom, drawn log-uniformly. Above 1 a random part is cut out, below 1 the image gets smaller."""
+    scales: tuple[float, ...] = ()
+    """Factors on the resized image, one of which is drawn; the whole image is shown. Unlike ``scale_jitter`` they make a finite
+    number of views, which a cache can hold. Empty: always 1."""
     mosaic: float = 0.0
     """Probability that four images are put together instead of one."""
     masks: bool = False
@@ -77,6 +80,10 @@ class ViewSettings:
                 raise RunError(f"scale_jitter={self.scale_jitter} must be two positive numbers: smallest and largest zoom")
             if self.scale_jitter[0] > self.scale_jitter[1]:
                 raise RunError(f"scale_jitter={self.scale_jitter} must name the smaller zoom first")
+        if not all(0 < scale < math.inf for scale in self.scales) or len(set(self.scales)) < len(self.scales):
+            raise RunError(f"scales={self.scales} must be different positive numbers")
+        if self.scales and (self.scale_jitter is not None or self.mosaic > 0):
+            raise RunError("scales cannot be combined with scale_jitter or mosaic; use one of them")
 
     def resized_hw(self, height: int, width: int, zoom: float = 1.0) -> tuple[int, int]:
         """Size of an image after resizing, before any crop."""
@@ -130,13 +137,29 @@ def make_view(
         [3, h, w] float32 in 0..1, the boxes in its pixels clipped to it, and the way back.
     """
     draw = _Draw.of(settings, generator) if train else _Draw()
+    view, (zoomed_h, zoomed_w) = _view(record, settings, draw)
+    (height, width), left, top = view.size_hw, round(-view.offset_xy[0]), round(-view.offset_xy[1])
+    pixels = resize_image(image, (zoomed_h, zoomed_w))[:, top : top + height, left : left + width]
+    target = _target(record, view, settings.masks)
+    if train:
+        target = _drop_small(target)
+    return _finish(pixels, view), target, view
+
+
+def plain_view(record: Record, settings: ViewSettings) -> View:
+    """The view of a record that ``make_view`` makes with settings that leave nothing to chance, without its pixels."""
+    draw = _Draw(flip=settings.flip == 1, scale=settings.scales[0] if settings.scales else 1.0)
+    return _view(record, settings, draw)[0]
+
+
+def _view(record: Record, settings: ViewSettings, draw: _Draw) -> tuple[View, tuple[int, int]]:
+    """Where the pixels come from, and the size to which the image is resized before it is cut."""
     original_hw = record.size_hw
-    canvas_h, canvas_w = settings.resized_hw(*original_hw)
+    canvas_h, canvas_w = settings.resized_hw(*original_hw, zoom=draw.scale)
     # The zoomed image, of which the part that fits on the canvas is shown.
-    zoomed_h, zoomed_w = settings.resized_hw(*original_hw, zoom=draw.zoom)
+    zoomed_h, zoomed_w = settings.resized_hw(*original_hw, zoom=draw.scale * draw.zoom)
     height, width = min(canvas_h, zoomed_h), min(canvas_w, zoomed_w)
     top, left = math.floor(draw.place[0] * (zoomed_h - height + 1)), math.floor(draw.place[1] * (zoomed_w - width + 1))
-    pixels = resize_image(image, (zoomed_h, zoomed_w))[:, top : top + height, left : left + width]
     view = View(
         original_hw=original_hw,
         size_hw=(height, width),
@@ -145,10 +168,7 @@ def make_view(
         flip=draw.flip,
         photometric=draw.photometric,
     )
-    target = _target(record, view, settings.masks)
-    if train:
-        target = _drop_small(target)
-    return _finish(pixels, view), target, view
+    return view, (zoomed_h, zoomed_w)
 
 
 def make_mosaic(
@@ -215,6 +235,7 @@ class _Draw:
     """Of the crop, or of a mosaic's centre: vertical and horizontal, in [0, 1)."""
     flip: bool = False
     photometric: tuple[float, ...] = ()
+    scale: float = 1.0
 
     @staticmethod
     def of(settings: ViewSettings, generator: torch.Generator) -> _Draw:
@@ -231,7 +252,9 @@ class _Draw:
                 *(round(1 + settings.colour * (2 * colour - 1), 3) for colour in colours[:3]),
                 round(0.1 * settings.colour * (2 * colours[3] - 1), 4),
             )
-        return _Draw(factor, (vertical, horizontal), flip < settings.flip, photometric)
+        # The place in the row of scales is the zoom's number, which is free: both at once are refused.
+        scale = settings.scales[int(zoom * len(settings.scales))] if settings.scales else 1.0
+        return _Draw(factor, (vertical, horizontal), flip < settings.flip, photometric, scale)
 
 
 def _finish(pixels: Tensor, view: View) -> Tensor:

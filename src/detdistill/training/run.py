@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -89,7 +90,7 @@ class Run:
 
 def view_settings(settings: TrainSettings, **changes: Any) -> ViewSettings:
     """How this run makes images."""
-    names = ("size", "resize", "max_size", "flip", "colour", "scale_jitter", "mosaic")
+    names = ("size", "resize", "max_size", "flip", "colour", "scale_jitter", "scales", "mosaic")
     return ViewSettings(**{**{name: getattr(settings, name) for name in names}, **changes})
 
 
@@ -273,7 +274,7 @@ class _Loop:
 
     def fit(self, stage: Stage, done_before: list[str]) -> None:
         """Train one stage, or skip it when the checkpoint shows it finished."""
-        settings = self.settings
+        settings = dataclasses.replace(self.settings, **stage.overrides)
         world = settings.devices * settings.nodes
         batches = -(-len(self.splits.train.records) // (settings.batch * world))
         per_epoch = -(-batches // settings.accumulate)
@@ -302,7 +303,7 @@ class _Loop:
         if self.table is not None:
             callbacks.append(Records(self.table, settings.log_every))
         callbacks += [self.evaluation, Checkpoints(self.folder.checkpoints, settings.checkpoint_every)]
-        trainer = self._trainer(callbacks, epochs)
+        trainer = self._trainer(settings, callbacks, epochs)
         with warnings.catch_warnings():
             # Lightning's advice on loaders and intervals is about its own defaults, which are not used here.
             warnings.filterwarnings("ignore", module="lightning")
@@ -323,8 +324,7 @@ class _Loop:
 
         return MetricsTable(self.folder.metrics, keep)
 
-    def _trainer(self, callbacks: list[L.Callback], epochs: int) -> L.Trainer:
-        settings = self.settings
+    def _trainer(self, settings: TrainSettings, callbacks: list[L.Callback], epochs: int) -> L.Trainer:
         accelerator = {"auto": "gpu" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "cuda": "gpu"}[settings.device]
         several = settings.devices * settings.nodes > 1
         # Some methods and stages leave parameters without a gradient; DDP must look for them.
