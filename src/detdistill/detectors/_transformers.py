@@ -38,6 +38,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou, clip_boxes_to_image, generalized_box_iou_loss
 from transformers import AutoConfig, PreTrainedConfig, ResNetConfig, RTDetrResNetConfig, TimmBackboneConfig
+from transformers.models.conditional_detr.modeling_conditional_detr import inverse_sigmoid as library_inverse_sigmoid
 from transformers.utils import cached_file
 from transformers.utils import logging as library_logging
 
@@ -87,6 +88,8 @@ class TransformersDetector(Detector):
     """The name of the classification loss in the library's criterion."""
     top_k: int | None = 100
     """Detections of an image by the library's image processor; None: as many as queries."""
+    image_processor = "DetrImageProcessor"
+    """The library's image processor, whose rule for detections is the family's; exported beside the model."""
 
     def __init__(
         self,
@@ -448,7 +451,7 @@ class TransformersDetector(Detector):
             with quiet():
                 self.model.save_pretrained(temporary, state_dict=saved_state(self.model))
             processor = {
-                "image_processor_type": "DetrImageProcessor",
+                "image_processor_type": self.image_processor,
                 "do_resize": False,
                 "do_rescale": True,
                 "rescale_factor": 1 / 255,
@@ -484,6 +487,12 @@ class GivenMatches(nn.Module):
     def forward(self, outputs: Any, targets: Any) -> Matches:
         """The next layer's."""
         return self.waiting.pop(0)
+
+
+def focal_criterion(config: Any, matcher_class: Any, criterion_class: Any) -> Any:
+    """The criterion of Deformable, Conditional and DAB-DETR, whose classes the caller imports from the library."""
+    matcher = matcher_class(class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost)
+    return criterion_class(matcher, config.num_labels, config.focal_alpha, ["labels", "boxes", "cardinality"])
 
 
 # ------------------------------------------------------------------------------------------------------------ small parts
@@ -525,6 +534,11 @@ def flat_map(level: Tensor) -> Tensor:
 def as_map(sequence: Tensor, like: Tensor) -> Tensor:
     """A sequence [B, H*W, D] as a map [B, D, H, W] of the size of another."""
     return sequence.transpose(1, 2).unflatten(2, like.shape[-2:])
+
+
+def inverse_sigmoid(value: Tensor, eps: float = 1e-5) -> Tensor:
+    """The logit of a value in 0..1, kept away from the ends by ``eps``, with the rounding of the library's own function."""
+    return library_inverse_sigmoid(value, eps)
 
 
 def full_precision(tensor: Tensor) -> Tensor:
