@@ -15,10 +15,11 @@ import inspect
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from detdistill.detectors.build import adapter, adapter_names, build_detector
-from detdistill.detectors.contract import CAPABILITIES, Detector, Teacher
+from detdistill.detectors.contract import Detector, Teacher
+from detdistill.detectors.probe import CHECKS, Probed, probe_all, tiny_detector
 from detdistill.methods.build import build_method, method_class, method_slugs
 from detdistill.methods.contract import PairError
 from detdistill.settings import DistillSettings, TrainSettings
@@ -35,11 +36,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
     old = []
-    detectors = {name: build_detector(f"{name}:resnet10t,neck=32", ("one", "two")) for name in adapter_names()}
+    probed = probe_all()
+    # What cannot be built stands in the table of detectors with its reason; it takes part in no pair.
+    detectors = {found.name: tiny_detector(found.name) for found in probed if found.family != "-"}
     tables = {
         "methods": methods_table(),
         "pairs": pairs_table(detectors),
-        "detectors": detectors_table(detectors),
+        "detectors": detectors_table(probed),
         "hyperparameters": hyperparameters_table(),
         "train settings": settings_table(TrainSettings),
         "distill settings": settings_table(DistillSettings, beside=TrainSettings),
@@ -89,14 +92,11 @@ def pairs_table(detectors: dict[str, Detector]) -> str:
     return table(("method", "pairs served", "students refused (and from which teacher)"), *rows)
 
 
-def detectors_table(detectors: dict[str, Detector]) -> str:
-    """What each adapter predicts and can do."""
-    rows = []
-    for name, detector in detectors.items():
-        able = [words.partition(" (")[0] for protocol, words in CAPABILITIES.items() if isinstance(detector, protocol)]
-        first = (inspect.getdoc(adapter(name)) or "").splitlines()[0]
-        rows.append((f"`{name}`", first.rstrip("."), detector.spec.family, ", ".join(able) or "-"))
-    return table(("detector", "what it is", "predicts", "further capabilities"), *rows)
+def detectors_table(probed: Sequence[Probed]) -> str:
+    """What each adapter predicts and can do, as found by running it; whatever fails, with its reason below the table."""
+    rows = [(f"`{found.name}`", found.about, found.family, *map(found.cell, CHECKS)) for found in probed]
+    failures = "".join(f"\n- {line}" for found in probed for line in found.failures)
+    return table(("detector", "what it is", "predicts", *CHECKS), *rows) + (failures + "\n" if failures else "")
 
 
 def hyperparameters_table() -> str:

@@ -45,17 +45,26 @@ def _detector(name: str, classes: Sequence[str]) -> Detector:
 
 
 def show_detectors() -> None:
-    """All detectors and their first lines."""
-    from detdistill.detectors.build import adapter, adapter_names
+    """All detectors and what each can do, found by running it on a tiny backbone."""
+    from detdistill.progress import Progress
 
-    table = Table("detector", "what it is")
-    for name in adapter_names():
-        table.add_row(name, escape((adapter(name).__doc__ or "").strip().splitlines()[0]))
-    table.add_row(
-        "torchvision:NAME", "any of torchvision's own detectors by name, e.g. torchvision:fcos_resnet50_fpn,weights=COCO_V1"
-    )
+    with Progress() as progress:
+        bar = progress.bar("trying every detector on a tiny backbone", 1)
+        from detdistill.detectors.probe import CHECKS, probe_all
+
+        found = probe_all(bar.follow)
+    table = Table("detector", "what it is", "predicts", *CHECKS)
+    colours = {"yes": "green", "no": "dim", "FAILS": "bold red"}
+    for probed in found:
+        cells = [f"[{colours[cell]}]{cell}[/]" for cell in map(probed.cell, CHECKS)]
+        table.add_row(probed.name, escape(probed.about), probed.family, *cells)
+    about = "any of torchvision's own detectors by name, e.g. torchvision:fcos_resnet50_fpn,weights=COCO_V1"
+    table.add_row("torchvision:NAME", about, "as its kind", *[""] * len(CHECKS))
     console = Console()
     console.print(table)
+    for probed in found:
+        for failure in probed.failures:
+            console.print(f"[red]{escape(failure)}[/red]", soft_wrap=True)
     console.print("Write detector:backbone[,key=value ...], e.g. fcos:resnet18,width=0.5,neck=64,levels=3-5")
 
 

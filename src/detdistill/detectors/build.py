@@ -10,6 +10,7 @@ It may also define
     MODEL_CLASS, wrap_model(model, classes, name, columns, description)    for torchvision's models of that class
     load(backbone, classes, options)                   a model string that brings weights and classes (classes: or None)
     load_exported(folder, classes, name)               a student's folder without ``model.json``
+    TINY = "resnet10t,queries=10"                      its smallest useful model, after ``NAME:``; see ``probe``
 """
 
 from __future__ import annotations
@@ -127,5 +128,14 @@ def wrap_torchvision(
 
 
 def adapter(name: str) -> ModuleType:
-    """An adapter's module."""
-    return importlib.import_module(f"detdistill.detectors.{name}")
+    """An adapter's module.
+
+    Raises:
+        ModelError: it needs transformers, which is not installed.
+    """
+    try:
+        return importlib.import_module(f"detdistill.detectors.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ModelError(f"{name} needs the package transformers: pip install 'detdistill[hf]'") from error

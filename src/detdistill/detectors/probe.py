@@ -1,0 +1,293 @@
+"""What each detector can do, found by doing it: every adapter on a tiny backbone, every part of the contract called.
+
+An adapter's tiny model is the string ``NAME:TINY``, where ``TINY`` is a constant of the adapter's file, or ``GENERIC``.
+Whatever does not work is reported with its reason; nothing is left out, nothing is taken from a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from detdistill.detectors.build import adapter, adapter_names, build_detector
+from detdistill.detectors.contract import (
+    CAPABILITIES,
+    Detector,
+    HasBackboneFeatures,
+    HasCopies,
+    HasQueries,
+    HasRegions,
+    HasTowers,
+)
+from detdistill.errors import DetdistillError
+from detdistill.structures import Batch, Features, Prediction, Regions, Target, View, map_tensors
+
+GENERIC = "resnet10t,channels=8-16-32-64,stem=8,neck=32"
+"""The tiny model of adapters that do not say otherwise, after ``NAME:``."""
+STAGES = "all stages"
+"""Name of the check that every detector must pass: features, predict, assign, loss, backward, detect, positives."""
+CHECKS = (STAGES, *(words.partition(" (")[0] for words in CAPABILITIES.values()))
+"""What is asked of every detector, in the order of the tables."""
+
+
+class ProbeError(Exception):
+    """Something ran, but its result breaks the contract."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What was found out about one adapter."""
+
+    name: str
+    about: str
+    """First line of its file."""
+    family: str = "-"
+    """Which prediction it makes."""
+    results: Mapping[str, bool] = field(default_factory=dict)
+    """For each of ``CHECKS`` whether it works; False also where the detector makes no claim to it."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Why something that should work does not, in one line."""
+
+    def cell(self, check: str) -> str:
+        """``yes``, ``no`` (not claimed), or ``FAILS``."""
+        if check in self.reasons:
+            return "FAILS"
+        return "yes" if self.results.get(check) else "no"
+
+    @property
+    def able(self) -> tuple[str, ...]:
+        """Names of the capabilities that work."""
+        return tuple(check for check in CHECKS[1:] if self.results.get(check))
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """One line for each failure."""
+        return tuple(f"{self.name}, {check}: {reason}" for check, reason in self.reasons.items())
+
+
+def tiny_name(name: str) -> str:
+    """The model string of an adapter's tiny model.
+
+    Raises:
+        ImportError: the adapter's file needs a package that is missing or too old.
+    """
+    return f"{name}:{getattr(adapter(name), 'TINY', GENERIC)}"
+
+
+def tiny_detector(name: str, classes: Sequence[str] = ("one", "two")) -> Detector:
+    """An adapter's tiny model with random weights (seeded), in training mode.
+
+    Raises:
+        ImportError: as ``tiny_name``.
+        ModelError: its own tiny string does not fit it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_detector(tiny_name(name), classes).train()
+
+
+def probe_all(follow: Callable[[int, int], None] | None = None) -> list[Probed]:
+    """All adapters of the folder, in order of name.
+
+    Args:
+        follow: called with how many are done, and how many there are.
+    """
+    names, found = adapter_names(), []
+    for index, name in enumerate(names):
+        if follow is not None:
+            follow(index, len(names))
+        found.append(probe_adapter(name))
+    if follow is not None:
+        follow(len(names), len(names))
+    return found
+
+
+def probe_adapter(name: str) -> Probed:
+    """One adapter: built, run and asked; never raises because of the adapter."""
+    try:
+        about = (adapter(name).__doc__ or "").strip().splitlines()[0].rstrip(".")
+    except Exception as error:  # a missing or too old package, or any fault of the file
+        return Probed(name, "cannot be imported", reasons={STAGES: _one_line(error)})
+    try:
+        detector = tiny_detector(name)
+    except Exception as error:
+        return Probed(name, about, reasons={STAGES: _one_line(error)})
+    return replace(probe_detector(detector), name=name, about=about)
+
+
+def probe_detector(detector: Detector) -> Probed:
+    """Run a small detector through every part of the contract; its gradients and statistics do not survive."""
+    probes: dict[type, Callable[[Any, Batch], None]] = {
+        HasBackboneFeatures: _backbone_features,
+        HasTowers: _towers,
+        HasRegions: _regions,
+        HasQueries: _queries,
+        HasCopies: _copies,
+    }
+    batch = probe_batch(len(detector.spec.classes))
+    results, reasons = {}, dict[str, str]()
+    asked: list[tuple[str, bool, Callable[[Any, Batch], None]]] = [(STAGES, True, _stages)]
+    for protocol, words in CAPABILITIES.items():
+        asked.append((words.partition(" (")[0], isinstance(detector, protocol), probes[protocol]))
+    with torch.random.fork_rng(devices=[]):
+        for check, claimed, run in asked:
+            torch.manual_seed(0)
+            try:
+                if claimed:
+                    run(detector, batch)
+            except Exception as error:  # whatever a library raises is the answer
+                reasons[check] = _one_line(error)
+            results[check] = claimed and check not in reasons
+    name, _, _ = detector.spec.name.partition(":")
+    return Probed(name, type(detector).__doc__ or "", detector.spec.family, results, reasons)
+
+
+def probe_batch(classes: int = 2, size: int = 64) -> Batch:
+    """Two noise images of different height with boxes (and masks) of one size or another, and one without any box."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, size, size, generator=generator)
+    heights, targets = (size, size * 3 // 4, size), []
+    corners: tuple[list[list[float]], ...] = ([[0.05, 0.1, 0.6, 0.7], [0.5, 0.4, 0.75, 0.65]], [[0.2, 0.1, 0.9, 0.7]], [])
+    for index, (height, rows) in enumerate(zip(heights, corners, strict=True)):
+        images[index, :, height:] = 0
+        boxes = torch.tensor(rows).reshape(-1, 4) * size
+        masks = torch.zeros(len(rows), size, size, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.long().tolist(), strict=True):
+            mask[top:bottom, left:right] = True
+        labels = torch.arange(len(rows)) % classes
+        targets.append(Target(boxes, labels, torch.zeros(len(rows), dtype=torch.bool), masks))
+    views = tuple(View((height, size), (height, size)) for height in heights)
+    return Batch(images, torch.tensor([[height, size] for height in heights]), tuple(targets), (0, 1, 2), views)
+
+
+# ------------------------------------------------------------------------------------------------------ the single probes
+
+
+def _stages(detector: Detector, batch: Batch) -> None:
+    detector.train()
+    features = detector.features(batch)
+    _check(features.channels == detector.spec.channels, f"features have channels {features.channels}, not those of its spec")
+    _check(features.strides == detector.spec.strides, f"features have strides {features.strides}, not those of its spec")
+    prediction = detector.predict(features, batch)
+    assignment = detector.assign(prediction, batch)
+    _check(bool((assignment.matched >= 0).any()), "assign finds no positive")
+    losses = detector.loss(prediction, batch)
+    total = losses.total()
+    _check(bool(torch.isfinite(total)), f"the loss is {float(total.detach())}")
+    total.backward()  # type: ignore[no-untyped-call]
+    gradients = [parameter.grad for parameter in detector.parameters() if parameter.grad is not None]
+    _check(bool(gradients), "no parameter gets a gradient")
+    _check(all(bool(torch.isfinite(gradient).all()) for gradient in gradients), "a gradient is not finite")
+    detector.zero_grad()
+    empty = batch.with_targets([map_tensors(target, lambda rows: rows[:0]) for target in batch.targets])
+    without = detector.loss(detector.predict(detector.features(empty), empty), empty).total()
+    _check(bool(torch.isfinite(without)), f"the loss of a batch without boxes is {float(without.detach())}")
+    again = detector.predict(detector.features(batch), batch)
+    positives = detector.positives(again, detector.assign(again, batch), batch)
+    _check(len(positives) > 0, "positives are empty")
+    _check(positives.boxes_xyxy.requires_grad, "the boxes of positives are not differentiable")
+    with torch.no_grad():
+        detections = detector.eval().detect(detector(batch).prediction, batch)  # type: ignore[arg-type]
+    _check(len(detections) == len(batch), f"detect gives {len(detections)} results for {len(batch)} images")
+    for found, size in zip(detections, batch.sizes, strict=True):
+        limit = size.flip(0).repeat(2)
+        inside = (found.boxes_xyxy >= 0).all() and (found.boxes_xyxy <= limit + 1e-3).all()
+        _check(bool(inside), "detections leave the image")
+
+
+@torch.no_grad()
+def _backbone_features(detector: Any, batch: Batch) -> None:
+    found = detector.eval().backbone_features(batch)
+    _check(len(found.maps) == len(found.strides) > 0, "backbone features without maps, or with other strides than maps")
+
+
+@torch.no_grad()
+def _towers(detector: Any, batch: Batch) -> None:
+    features = detector.eval().features(batch)
+    own = detector.predict(features, batch)
+    for depth in (None, *range(detector.tower_depth + 1)):
+        finished = detector.finish(detector.tower(features, depth), batch)
+        _check_same(finished, own, f"finish(tower(features, {depth})) differs from predict(features)")
+
+
+@torch.no_grad()
+def _regions(detector: Any, batch: Batch) -> None:
+    features = detector.eval().features(batch)
+    boxes = [torch.tensor([[4.0, 4.0, 40.0, 30.0], [10.0, 8.0, 50.0, 44.0]]), torch.zeros(0, 4), torch.tensor([[0.0, 0, 20, 20]])]
+    found = detector.regions(features, boxes, batch)
+    while found.previous is not None:  # a cascade's first stage looks at the boxes that were given
+        found = found.previous
+    _check(torch.equal(found.boxes_xyxy, torch.cat(boxes)), "regions are not those asked about, in their order")
+    _check(found.origin.image.tolist() == [0, 0, 2], "regions lost their image")
+    _check(found.logits.shape[1] == len(detector.spec.classes) + 1, "regions have other classes than the detector")
+    proposals, origins = detector.proposals(features, batch)
+    _check([len(rows) for rows in proposals] == [len(rows.image) for rows in origins], "proposals without their origin")
+
+
+@torch.no_grad()
+def _queries(detector: Any, batch: Batch) -> None:
+    features = detector.eval().features(batch)
+    seed = detector.seed(features, batch)
+    own = detector.decode(features, seed, batch)
+    _check_same(own, detector.predict(features, batch), "decode(seed) differs from predict")
+    foreign = replace(
+        seed,
+        content=seed.content.flip(1)[:, :3] + 0.1,
+        position=None if seed.position is None else seed.position[:, :3],
+        reference=None if seed.reference is None else seed.reference[:, :3],
+    )
+    other = detector.decode(features, foreign, batch)
+    _check(other.logits.shape[2] == 3, "a foreign group of 3 queries gives another number of predictions")
+    _check_same(detector.decode(features, seed, batch), own, "decoding a foreign group changes the own result")
+
+
+@torch.no_grad()
+def _copies(detector: Any, batch: Batch) -> None:
+    features = detector.eval().features(batch)
+    own = detector.predict(features, batch)
+    head = _eval(detector.copy_head())
+    _check_same(head.predict(features, batch), own, "a copied head predicts something else")
+    fresh = _eval(detector.copy_head(fresh=True))
+    fresh.predict(features, batch)
+    mine = {id(parameter) for parameter in detector.parameters()}
+    _check(not any(id(p) in mine for part in (head, fresh) for p in part.parameters()), "a copied head shares parameters")
+    below = detector.backbone_features(batch)
+    made: Features = _eval(detector.copy_neck())(below)
+    same = len(made.maps) == len(features.maps) and all(
+        torch.equal(copied, level) for copied, level in zip(made.maps, features.maps, strict=True)
+    )
+    _check(same, "a copied neck makes other features")
+    anew: Features = _eval(detector.copy_neck(fresh=True))(below)
+    _check(anew.channels == features.channels, "a fresh neck makes features of other channels")
+
+
+def _eval(module: Any) -> Any:
+    return module.eval() if isinstance(module, nn.Module) else module
+
+
+def _check(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ProbeError(otherwise)
+
+
+def _check_same(found: Prediction, expected: Prediction, otherwise: str) -> None:
+    """Bit by bit, in logits and boxes."""
+    names = ("logits", "refined_xyxy") if isinstance(expected, Regions) else ("logits", "boxes_xyxy", "boxes_cxcywh01")
+    for name in names:
+        theirs = getattr(expected, name, None)
+        if theirs is not None and not torch.equal(getattr(found, name), theirs):
+            mine = getattr(found, name)
+            by = f" by {float((mine - theirs).abs().max()):.1e}" if mine.shape == theirs.shape else ""
+            raise ProbeError(f"{otherwise}{by} ({name})")
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    if isinstance(error, (DetdistillError, ProbeError, ImportError)):
+        return first
+    return f"{type(error).__name__}: {first}"
