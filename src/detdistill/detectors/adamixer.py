@@ -21,7 +21,8 @@ from detdistill.detectors.contract import query_positives
 from detdistill.detectors.models.adamixer import AdaMixer, to_corners
 from detdistill.detectors.options import ModelOptions
 from detdistill.errors import ModelError
-from detdistill.functional.matching import focal_class_cost, generalized_iou, giou_cost, hungarian, l1_cost
+from detdistill.functional.boxes import giou_loss
+from detdistill.functional.matching import focal_class_cost, giou_cost, hungarian, l1_cost
 from detdistill.structures import (
     IGNORED,
     NEGATIVE,
@@ -201,7 +202,7 @@ class AdaMixerDetector(shared.TorchvisionDetector):
         targets = nn.utils.rnn.pad_sequence([target.boxes_xyxy.to(size.dtype) for target in batch.targets], batch_first=True)
         targets = targets[positives.image, positives.ground_truth]
         l1 = (to_corners(queries.boxes_cxcywh01[where]) - targets / size).abs().sum(dim=-1)
-        giou = 1 - generalized_iou(positives.boxes_xyxy, targets)
+        giou = giou_loss(positives.boxes_xyxy, targets)
         return Losses(
             {
                 "classification": CLASS_WEIGHT * (focal * share.masked_fill(matched == IGNORED, 0.0)).sum(),

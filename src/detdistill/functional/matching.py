@@ -13,6 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from detdistill.functional.boxes import paired_giou
 from detdistill.structures import NEGATIVE
 
 LARGEST_COST = 1e6
@@ -49,27 +50,6 @@ def l1_cost(boxes: Tensor, targets: Tensor) -> Tensor:
     return (boxes[..., :, None, :] - targets).abs().sum(dim=-1)
 
 
-def generalized_iou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
-    """[...] generalized IoU (Rezatofighi et al., CVPR 2019): IoU minus the share of the enclosing box that neither covers.
-
-    Union and enclosing area are at least 1e-6, so that boxes without an area give numbers, and gradients.
-
-    Args:
-        first_xyxy: [..., 4].
-        second_xyxy: [..., 4], broadcast against the first; ``(a[:, None], b)`` compares all pairs.
-
-    Example:
-        >>> generalized_iou(torch.tensor([0.0, 0.0, 2.0, 2.0]), torch.tensor([2.0, 0.0, 4.0, 2.0])).item()
-        0.0
-    """
-    overlap = torch.minimum(first_xyxy[..., 2:], second_xyxy[..., 2:]) - torch.maximum(first_xyxy[..., :2], second_xyxy[..., :2])
-    around = torch.maximum(first_xyxy[..., 2:], second_xyxy[..., 2:]) - torch.minimum(first_xyxy[..., :2], second_xyxy[..., :2])
-    shared, enclosing = overlap.clamp(min=0).prod(dim=-1), around.clamp(min=0).prod(dim=-1).clamp(min=1e-6)
-    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(dim=-1) for boxes in (first_xyxy, second_xyxy)]
-    union = (areas[0] + areas[1] - shared).clamp(min=1e-6)
-    return shared / union - (enclosing - union) / enclosing
-
-
 def giou_cost(boxes_xyxy: Tensor, targets_xyxy: Tensor) -> Tensor:
     """[..., N, G] the negative generalized IoU of every pair.
 
@@ -77,7 +57,7 @@ def giou_cost(boxes_xyxy: Tensor, targets_xyxy: Tensor) -> Tensor:
         boxes_xyxy: [..., N, 4].
         targets_xyxy: [G, 4].
     """
-    return -generalized_iou(boxes_xyxy[..., :, None, :], targets_xyxy)
+    return -paired_giou(boxes_xyxy[..., :, None, :], targets_xyxy)
 
 
 @torch.no_grad()

@@ -296,8 +296,9 @@ class PositionAwareAttention(nn.Module):
         """[B, N, D] of content [B, N, D] and position [B, N, 4]; the residual is added."""
         inputs = content + position_embedding(xyzr, content.shape[-1])
         query, key, value = self.project_in(inputs).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, h, N, d]
-        bias = (self.tau[:, None, None] * self.overlap(xyzr)[:, None]).to(query.dtype)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        bias = self.tau[:, None, None] * self.overlap(xyzr)[:, None]
+        # Not torch's fused attention: it takes other kernels without gradients, and results would differ in the last bits.
+        attended = (query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1]) + bias).softmax(dim=-1) @ value
         return cast(Tensor, inputs + self.project_out(attended.transpose(1, 2).flatten(2)))
 
     @staticmethod
