@@ -9,9 +9,9 @@ constructor takes the teacher and the student, then its hyper-parameters as keyw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -62,7 +62,10 @@ class Stage:
     share: float = 1.0
     """Length as a multiple of the run's ``epochs``."""
     depends_on: str = ""
-    """Fingerprint of all its result depends on; a finished stage with the same one is reused. Empty: never reused."""
+    """Fingerprint of all its result depends on beside data and schedule; a finished stage with the same one is reused.
+    Empty: never reused."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Training settings of this stage that differ from the run's: ``{"optimizer": "adamw", "lr": 2e-4}``."""
 
 
 class Method(nn.Module):
