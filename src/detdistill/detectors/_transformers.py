@@ -34,6 +34,7 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import logging as hub_logging
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou, clip_boxes_to_image, generalized_box_iou_loss
@@ -573,13 +574,13 @@ def backbone_config(backbone: str, options: ModelOptions, strides: Sequence[int]
         known = ", ".join(map(str, index_of))
         raise ModelError(f"backbone {backbone} has maps of stride {known}, none of stride {missing[0]}, which the detector needs")
     if not scaled:
-        return TimmBackboneConfig(backbone=backbone, out_indices=[index_of[stride] for stride in strides])
+        return cast(Any, TimmBackboneConfig)(backbone=backbone, out_indices=[index_of[stride] for stride in strides])
     depths = [len(getattr(body, f"layer{stage}")) for stage in range(1, 5)]
     widths = [int(channels) for channels in body.feature_info.channels()[-4:]]
     bottleneck = hasattr(body.layer1[0], "conv3")
     stem = int(body.layer1[0].conv1.in_channels)
     deep = isinstance(body.conv1, nn.Sequential)
-    config_class = RTDetrResNetConfig if deep and (bottleneck or stem == widths[0]) else ResNetConfig
+    config_class: Any = RTDetrResNetConfig if deep and (bottleneck or stem == widths[0]) else ResNetConfig
     return config_class(
         embedding_size=stem,
         hidden_sizes=widths,
@@ -657,11 +658,13 @@ def saved_state(model: Any) -> dict[str, Tensor]:
 def backbone_body(model: Any, backbone_modules: Sequence[str]) -> Any:
     """The timm (or transformers) backbone inside the library's wrappers."""
     body = model.get_submodule(backbone_modules[0])
-    while True:
-        inner = getattr(body, "model", None) or getattr(body, "_backbone", None)
-        if not isinstance(inner, nn.Module):
-            return body
+    while type(body).__module__.startswith("transformers."):
+        inner = getattr(body, "model", None)
+        inner = getattr(body, "_backbone", None) if inner is None else inner
+        if inner is None:
+            break
         body = inner
+    return body
 
 
 def refuse_lost_activations(body: nn.Module, backbone: str) -> None:
@@ -768,8 +771,11 @@ def read_config(source: str | Path) -> Any:
     Raises:
         ModelError: there is none.
     """
-    if Path(source).is_dir() and not Path(source, "config.json").is_file():
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{source}: no config.json in it; give a folder that save_pretrained wrote")
+    if not path.is_dir() and (path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2):
+        raise ModelError(f"{source}: no such folder")  # names of the hub have one slash at most
     with quiet():
         try:
             return AutoConfig.from_pretrained(source)
@@ -804,6 +810,8 @@ def reason_of(error: Exception) -> str:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"the package {package} is missing; install it" if package else f"a package is missing: {lines[0]}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OSError) and lines and "couldn't connect" in lines[0]:
+        return "is no folder, and the hub cannot be reached to look for the name; give a folder that save_pretrained wrote"
     return lines[0] if lines else type(error).__name__
 
 
@@ -816,12 +824,15 @@ def few(names: Sequence[str]) -> str:
 def quiet() -> Iterator[None]:
     """Inside, the library shows no progress bars and no advice."""
     verbosity, bars = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
+    hub_verbosity = hub_logging.get_verbosity()
     library_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     library_logging.disable_progress_bar()
     try:
         yield
     finally:
         library_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         if bars:
             library_logging.enable_progress_bar()
 

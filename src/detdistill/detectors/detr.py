@@ -21,6 +21,9 @@ from detdistill.structures import Batch, Features, Queries, QuerySeed
 
 MODEL_TYPE = "detr"
 
+TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,encoder=1,decoder=2"
+"""The smallest useful model, for ``probe``."""
+
 
 def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DetrDetector:
     """A fresh DETR on a timm backbone: 100 queries, 6 encoder and 6 decoder layers, losses on every decoder layer.

@@ -125,7 +125,7 @@ def parse_model(text: str) -> ModelName:
         >>> parse_model("fcos:resnet10t,channels=16-32-64-128,levels=3-5").options.levels
         (3, 5)
     """
-    head, *parts = [part.strip() for part in text.split(",")]
+    head, *parts = _pieces(text)
     detector, colon, backbone = head.partition(":")
     if not (detector and colon and backbone):
         raise ModelError(f"model {text!r}: expected detector:backbone[,key=value]..., e.g. retinanet:resnet18")
@@ -144,6 +144,17 @@ def parse_model(text: str) -> ModelName:
         except ValueError:
             raise ModelError(f"model {text!r}: {key}={value} is no {wanted}") from None
     return ModelName(text, detector, backbone, ModelOptions(**values, name=text))
+
+
+def _pieces(text: str) -> list[str]:
+    """A model string cut at its commas; a name after ``hf:`` may hold commas of its own, so options are read from the end."""
+    pieces = text.split(",")
+    if text.startswith("hf:"):
+        first = len(pieces)
+        while first > 1 and pieces[first - 1].partition("=")[0].strip() in READERS:
+            first -= 1
+        pieces = [",".join(pieces[:first]), *pieces[first:]]
+    return [piece.strip() for piece in pieces]
 
 
 def _positive(text: str) -> int:

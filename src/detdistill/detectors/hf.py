@@ -1,0 +1,66 @@
+"""``hf:<name or folder>``: a detector of transformers with its weights, from a ``save_pretrained`` folder or the hub.
+
+    hf:facebook/detr-resnet-50            a name of the hub (or of its cache on this machine)
+    hf:path/to/folder,score=0.3           a folder; options: score, dets
+
+The config's ``model_type`` says which adapter reads it: every adapter of this folder that names one as ``MODEL_TYPE``.
+Weights come from safetensors files only. Classes are the config's; the model's own names are kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from detdistill.detectors import _transformers as shared
+from detdistill.detectors.build import adapter
+from detdistill.detectors.contract import Detector
+from detdistill.detectors.options import ModelOptions
+from detdistill.errors import ModelError, nearest
+
+TINY = None
+"""It loads models of other kinds; there is none of its own to try."""
+
+
+def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Detector:
+    """As ``load``: such a model string always brings its weights."""
+    return load(backbone, classes, options)
+
+
+def load(backbone: str, classes: Sequence[str] | None, options: ModelOptions) -> Detector:
+    """The detector of a folder or of a name of the hub.
+
+    Args:
+        backbone: folder or name.
+        classes: as many as the detector must have; None: any.
+        options: ``score`` and ``dets``.
+
+    Raises:
+        ModelError: there is no such thing, it is no detector known here, or its files are missing or broken.
+    """
+    options.refuse("hf", "neck", "levels", "width", "channels", "stem", "convs", "pretrained", "norm", "topk")
+    options.refuse("hf", "proposals", "rois", "mlp", "weights")
+    config = shared.read_config(backbone)
+    known = model_types()
+    if config.model_type not in known:
+        kind = str(config.model_type)
+        raise ModelError(
+            f"{backbone}: its config.json says model_type {kind!r}{nearest(kind, known)}; detectors that can be loaded: "
+            f"{', '.join(known)}"
+        )
+    name = options.name or f"hf:{backbone}"
+    detector: Detector = adapter(known[config.model_type]).load_pretrained(backbone, classes, name, options)
+    return detector
+
+
+@cache
+def model_types() -> dict[str, str]:
+    """Which adapter reads which ``model_type``, found without importing them."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        named = re.search(r'^MODEL_TYPE = "(.+)"$', path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        if named:
+            found[named.group(1)] = path.stem
+    return found
