@@ -10,7 +10,8 @@ It may also define
     MODEL_CLASS, wrap_model(model, classes, name, columns, description)    for torchvision's models of that class
     load(backbone, classes, options)                   a model string that brings weights and classes (classes: or None)
     load_exported(folder, classes, name)               a student's folder without ``model.json``
-    TINY = "resnet10t,queries=10"                      its smallest useful model, after ``NAME:``; see ``probe``
+    TINY = "resnet10t,queries=10"                      its smallest useful model, after ``NAME:``; see ``probe``.
+                                                       None: it only loads models of other kinds
 """
 
 from __future__ import annotations
