@@ -38,7 +38,7 @@ def main() -> None:
     old = []
     probed = probe_all()
     # What cannot be built stands in the table of detectors with its reason; it takes part in no pair.
-    detectors = {found.name: tiny_detector(found.name) for found in probed if found.family != "-"}
+    detectors = {found.name: tiny_detector(found.name) for found in probed if found.results}
     tables = {
         "methods": methods_table(),
         "pairs": pairs_table(detectors),

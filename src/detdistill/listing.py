@@ -54,9 +54,9 @@ def show_detectors() -> None:
 
         found = probe_all(bar.follow)
     table = Table("detector", "what it is", "predicts", *CHECKS)
-    colours = {"yes": "green", "no": "dim", "FAILS": "bold red"}
+    coloured = {"yes": "[green]yes[/]", "no": "[dim]no[/]", "FAILS": "[bold red]FAILS[/]", "": ""}
     for probed in found:
-        cells = [f"[{colours[cell]}]{cell}[/]" for cell in map(probed.cell, CHECKS)]
+        cells = [coloured[cell] for cell in map(probed.cell, CHECKS)]
         table.add_row(probed.name, escape(probed.about), probed.family, *cells)
     about = "any of torchvision's own detectors by name, e.g. torchvision:fcos_resnet50_fpn,weights=COCO_V1"
     table.add_row("torchvision:NAME", about, "as its kind", *[""] * len(CHECKS))

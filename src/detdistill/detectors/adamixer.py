@@ -39,6 +39,8 @@ from detdistill.structures import (
 )
 
 MODEL_CLASS = AdaMixer
+TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,decoder=2,groups=2,points=4"
+"""The smallest useful model, for ``probe``."""
 
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0
 """Of the matching's costs and of the losses alike (section 4.1)."""

@@ -19,6 +19,8 @@ from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.standalone import TimmPyramid
 
 MODEL_CLASS = FasterRCNN
+TINY = "resnet10t,channels=8-16-32-64,stem=8,neck=32,mlp=32,proposals=20,rois=16"
+"""The smallest useful model, for ``probe``."""
 
 
 def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> FasterRCNNDetector:
