@@ -1,4 +1,4 @@
-"""What Faster R-CNN and Mask R-CNN share: torchvision's region proposal network and RoI heads, called part by part.
+"""What Faster R-CNN, Mask R-CNN and their cascades share: torchvision's region proposal network and RoI heads in parts.
 
 Shape letters: B images, L levels, A anchors of a cell, P anchors of an image, R regions of the batch, K classes.
 
@@ -11,7 +11,7 @@ one seed ``predict`` and ``loss`` give what ``model(images, targets)`` gives.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,7 @@ from torchvision.ops.poolers import initLevelMapper
 from detdistill.detectors import _torchvision as shared
 from detdistill.detectors.backbones import image_statistics, pyramid_description
 from detdistill.detectors.contract import region_positives
+from detdistill.detectors.models.cascade import IOUS, STDS, ClassAgnosticPredictor, mean_logits
 from detdistill.detectors.options import ModelOptions
 from detdistill.errors import DataError, ModelError
 from detdistill.structures import (
@@ -74,6 +75,8 @@ class TwoStageDetector(shared.TorchvisionDetector):
 
     unused: Tensor
 
+    without_masks = "faster_rcnn"
+    """The detector to use on data without masks, for messages."""
     head_prefixes = ("model.backbone.fpn.", "model.rpn.", "model.roi_heads.")
 
     def __init__(
@@ -131,8 +134,8 @@ class TwoStageDetector(shared.TorchvisionDetector):
 
     def class_rows(self, name: str) -> Tensor | None:
         """Rows of the class outputs (one each), of the boxes (four each) and of the masks; see ``inherit``."""
-        outputs = ("model.roi_heads.box_predictor.cls_score.", "model.roi_heads.mask_predictor.mask_fcn_logits.")
-        if name.startswith(outputs):
+        outputs = (".box_predictor.cls_score.", ".mask_predictor.mask_fcn_logits.")
+        if name.startswith("model.roi_heads.") and any(output in name for output in outputs):
             return self.columns[:, None]
         if name.startswith("model.roi_heads.box_predictor.bbox_pred."):
             return 4 * self.columns[:, None] + torch.arange(4, device=self.columns.device)
@@ -149,22 +152,23 @@ class TwoStageDetector(shared.TorchvisionDetector):
         features = features.float()
         rpn = self._first_stage(features, batch)
         boxes, origins = self._propose(rpn, batch)
-        if self.model.roi_heads.training:
+        training = bool(self.model.roi_heads.training)
+        if training:
             if len(batch.targets) != len(batch):
                 raise DataError(
                     f"a two-stage detector samples its regions by ground truth in training, but the batch has "
                     f"{len(batch.targets)} targets for {len(batch)} images; give targets, or call eval() first"
                 )
             rpn = replace(rpn, own=self._sample_anchors(rpn, batch))
-            boxes, origins = self._sample_regions(boxes, origins, batch)
-        return replace(self._second_stage(features, boxes, Origin.cat(origins), batch), rpn=rpn)
+        return replace(self._after_first_stage(features, boxes, origins, batch, sample=training), rpn=rpn)
 
     def regions(self, features: Features, boxes_xyxy: Sequence[Tensor], batch: Batch) -> Regions:
         """The second stage on given boxes."""
         features = features.float()
         boxes = [given.detach().to(features.maps[0]) for given in boxes_xyxy]
         origin = Origin.given([len(given) for given in boxes], features.maps[0].device)
-        return self._second_stage(features, boxes, origin, batch)
+        origins = [origin[origin.image == image] for image in range(len(boxes))]
+        return self._after_first_stage(features, boxes, origins, batch, sample=False)
 
     def proposals(self, features: Features, batch: Batch) -> tuple[list[Tensor], list[Origin]]:
         """The first stage's boxes, best first, and their origins; as many as the mode (train or eval) keeps."""
@@ -210,22 +214,36 @@ class TwoStageDetector(shared.TorchvisionDetector):
             )
         return kept_boxes, origins
 
-    def _second_stage(self, features: Features, boxes: Sequence[Tensor], origin: Origin, batch: Batch) -> Regions:
+    def _after_first_stage(
+        self, features: Features, boxes: Sequence[Tensor], origins: Sequence[Origin], batch: Batch, sample: bool
+    ) -> Regions:
+        """Everything behind the proposals; ``sample``: among them and the ground truth, as in training."""
+        heads = self.model.roi_heads
+        if sample:
+            boxes, origins = self._sample_regions(boxes, origins, batch, heads)
+        return self._region_stage(features, boxes, origins, batch, heads)
+
+    def _region_stage(
+        self, features: Features, boxes: Sequence[Tensor], origins: Sequence[Origin], batch: Batch, heads: Any
+    ) -> Regions:
+        """One stage's ``heads`` (``RoIHeads``) on boxes."""
         flat = torch.cat(list(boxes))
-        pooled = self._pool(self.model.roi_heads.box_roi_pool, features, boxes, batch)
-        embedding = self.model.roi_heads.box_head(pooled)
-        logits, deltas = (_full(output) for output in self.model.roi_heads.box_predictor(embedding))
-        deltas = deltas.reshape(len(flat), -1, 4)[:, self.columns]
-        refined = self.model.roi_heads.box_coder.decode_single(deltas.flatten(1), flat).reshape(deltas.shape)
+        pooled = self._pool(heads.box_roi_pool, features, boxes, batch)
+        embedding = heads.box_head(pooled)
+        logits, deltas = (_full(output) for output in heads.box_predictor(embedding))
+        deltas = deltas.unflatten(1, (-1, 4))
+        if deltas.shape[1] > 1:  # not class-agnostic
+            deltas = deltas[:, self.columns]
+        refined = heads.box_coder.decode_single(deltas.flatten(1), flat).reshape(deltas.shape)
         return Regions(
             boxes_xyxy=flat,
-            origin=origin,
+            origin=Origin.cat(origins),
             logits=self._background_last(logits),
             deltas=deltas,
             refined_xyxy=refined,
             pooled=pooled,
             embedding=embedding,
-            own=features if self.model.roi_heads.has_mask() else None,
+            own=features if heads.has_mask() else None,
         )
 
     def _background_last(self, logits: Tensor) -> Tensor:
@@ -252,12 +270,7 @@ class TwoStageDetector(shared.TorchvisionDetector):
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
         """IoU with the regions' boxes, by the library's matcher and threshold (0.5). Crowd boxes match nothing."""
-        prediction = cast(Regions, prediction)
-        matched = torch.full_like(prediction.origin.image, NEGATIVE)
-        for image, target in enumerate(batch.targets):
-            mine = prediction.origin.image == image
-            matched[mine] = self._match(prediction.boxes_xyxy[mine], target)
-        return Assignment(matched)
+        return self._assign_regions(cast(Regions, prediction), batch, self.model.roi_heads)
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
         """The library's terms; those of the first stage only where the prediction has one.
@@ -275,21 +288,25 @@ class TwoStageDetector(shared.TorchvisionDetector):
         if prediction.rpn is not None:
             terms |= self._first_stage_losses(prediction.rpn, batch)
         assignment = assignment or self.assign(prediction, batch)
-        terms |= self._second_stage_losses(prediction, batch, assignment)
-        if self.model.roi_heads.has_mask():
-            terms["loss_mask"] = self._mask_loss(prediction, batch, assignment)
-        return Losses(terms)
+        return Losses(terms | self._region_losses(prediction, batch, assignment, self.model.roi_heads))
 
-    def _match(self, boxes: Tensor, target: Target) -> Tensor:
+    def _assign_regions(self, regions: Regions, batch: Batch, heads: Any) -> Assignment:
+        matched = torch.full_like(regions.origin.image, NEGATIVE)
+        for image, target in enumerate(batch.targets):
+            mine = regions.origin.image == image
+            matched[mine] = self._match(regions.boxes_xyxy[mine], target, heads)
+        return Assignment(matched)
+
+    def _match(self, boxes: Tensor, target: Target, heads: Any) -> Tensor:
         """[n] index of each box's ground truth among ALL of the target's boxes, -1 negative, -2 between thresholds."""
         usable = shared.trainable(target)
         if len(usable) == 0 or len(boxes) == 0:
             return torch.full((len(boxes),), NEGATIVE, device=boxes.device)
-        matched = self.model.roi_heads.proposal_matcher(box_iou(target.boxes_xyxy[usable].to(boxes.dtype), boxes))
+        matched = heads.proposal_matcher(box_iou(target.boxes_xyxy[usable].to(boxes.dtype), boxes))
         return torch.where(matched >= 0, usable[matched.clamp(min=0)], matched)
 
     def _sample_regions(
-        self, boxes: Sequence[Tensor], origins: Sequence[Origin], batch: Batch
+        self, boxes: Sequence[Tensor], origins: Sequence[Origin], batch: Batch, heads: Any
     ) -> tuple[list[Tensor], list[Origin]]:
         """``RoIHeads.select_training_samples``, with origins: ground truth is appended, then both are sampled."""
         all_boxes, all_origins, labels = [], [], []
@@ -299,10 +316,10 @@ class TwoStageDetector(shared.TorchvisionDetector):
             inserted = Origin(torch.full_like(usable, image), nowhere, nowhere[:, None].expand(-1, 2), nowhere, usable)
             all_boxes.append(torch.cat([proposals, target.boxes_xyxy[usable].to(proposals.dtype)]))
             all_origins.append(Origin.cat([origin, inserted]))
-            matched = self._match(all_boxes[-1], target)
+            matched = self._match(all_boxes[-1], target, heads)
             # as the sampler reads them: 1 positive, 0 negative, -1 left out
             labels.append((matched >= 0).long() - (matched == IGNORED).long())
-        sampled = self.model.roi_heads.subsample(labels)
+        sampled = heads.subsample(labels)
         chosen = [given[index] for given, index in zip(all_boxes, sampled, strict=True)]
         return chosen, [origin[index] for origin, index in zip(all_origins, sampled, strict=True)]
 
@@ -333,7 +350,9 @@ class TwoStageDetector(shared.TorchvisionDetector):
             "loss_rpn_box_reg": box / sampled.numel(),
         }
 
-    def _second_stage_losses(self, prediction: Regions, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
+    def _region_losses(
+        self, prediction: Regions, batch: Batch, assignment: Assignment, heads: Any, beta: float = SMOOTH_L1_BETA
+    ) -> dict[str, Tensor]:
         """``fastrcnn_loss`` under any assignment: both terms are divided by the number of regions that count."""
         logits, deltas = prediction.logits, prediction.deltas
         positives = region_positives(prediction, assignment, batch)
@@ -343,17 +362,18 @@ class TwoStageDetector(shared.TorchvisionDetector):
         weights = counts if assignment.weights is None else counts * assignment.weights
         divisor = counts.sum().clamp(min=1) if assignment.normalizer is None else assignment.normalizer
         classifier = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
-        encoded = self.model.roi_heads.box_coder.encode_single(
-            positives.targets_xyxy.to(deltas.dtype), prediction.boxes_xyxy[positives.index]
-        )
-        column = positives.labels if deltas.shape[1] > 1 else torch.zeros_like(positives.labels)
-        box = F.smooth_l1_loss(deltas[positives.index, column], encoded, beta=SMOOTH_L1_BETA, reduction="none").sum(dim=1)
-        return {
-            "loss_classifier": classifier / divisor,
-            "loss_box_reg": (box * weights[positives.index]).sum() / divisor,
-        }
+        # an empty box (clipped away between two stages) cannot be moved onto another
+        sized = _sized(prediction.boxes_xyxy[positives.index]) & _sized(positives.targets_xyxy)
+        index, labels = positives.index[sized], positives.labels[sized]
+        encoded = heads.box_coder.encode_single(positives.targets_xyxy[sized].to(deltas.dtype), prediction.boxes_xyxy[index])
+        column = labels if deltas.shape[1] > 1 else torch.zeros_like(labels)
+        box = F.smooth_l1_loss(deltas[index, column], encoded, beta=beta, reduction="none").sum(dim=1)
+        terms = {"loss_classifier": classifier / divisor, "loss_box_reg": (box * weights[index]).sum() / divisor}
+        if heads.has_mask():
+            terms["loss_mask"] = self._mask_loss(prediction, batch, assignment, heads)
+        return terms
 
-    def _mask_loss(self, prediction: Regions, batch: Batch, assignment: Assignment) -> Tensor:
+    def _mask_loss(self, prediction: Regions, batch: Batch, assignment: Assignment, heads: Any) -> Tensor:
         """``maskrcnn_loss`` on the positive regions: their mean, so weights and normaliser have no part in it."""
         features = prediction.own
         if not isinstance(features, Features):
@@ -363,7 +383,7 @@ class TwoStageDetector(shared.TorchvisionDetector):
             if target.masks is None and len(target) > 0:
                 raise DataError(
                     f"Mask R-CNN needs instance masks, but image {batch.ids[image]} has none; "
-                    f"use data with segmentations, or faster_rcnn for boxes alone"
+                    f"use data with segmentations, or {self.without_masks} for boxes alone"
                 )
             given = batch.images.new_zeros(0, height, width) if target.masks is None else target.masks
             mine = torch.nonzero((prediction.origin.image == image) & (assignment.matched >= 0)).flatten()
@@ -371,8 +391,8 @@ class TwoStageDetector(shared.TorchvisionDetector):
             labels.append(self.columns[target.labels])
             boxes.append(prediction.boxes_xyxy[mine])
             matched.append(assignment.matched[mine])
-        pooled = self._pool(self.model.roi_heads.mask_roi_pool, features, boxes, batch)
-        logits = _full(self.model.roi_heads.mask_predictor(self.model.roi_heads.mask_head(pooled)))
+        pooled = self._pool(heads.mask_roi_pool, features, boxes, batch)
+        logits = _full(heads.mask_predictor(heads.mask_head(pooled)))
         return cast(Tensor, maskrcnn_loss(logits, boxes, masks, labels, matched))
 
     def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
@@ -387,13 +407,15 @@ class TwoStageDetector(shared.TorchvisionDetector):
         prediction = cast(Regions, prediction)
         heads, classes = self.model.roi_heads, prediction.logits.shape[1] - 1
         # The library's order of logits, so that the softmax adds up in the same order and is equal to the last bit.
-        scores = F.softmax(torch.cat([prediction.logits[:, -1:], prediction.logits[:, :-1]], dim=1), dim=1)[:, 1:]
+        logits = self._detection_logits(prediction)
+        scores = F.softmax(torch.cat([logits[:, -1:], logits[:, :-1]], dim=1), dim=1)[:, 1:]
         found = []
         for image, size in enumerate(shared.image_sizes(batch)):
             region = torch.nonzero(prediction.origin.image == image).flatten().repeat_interleave(classes)
             label = torch.arange(classes, device=region.device).repeat(len(region) // classes)
             score = scores[region, label]
-            box = clip_boxes_to_image(prediction.refined_xyxy[region, label], size)
+            column = label if prediction.refined_xyxy.shape[1] > 1 else torch.zeros_like(label)
+            box = clip_boxes_to_image(prediction.refined_xyxy[region, column], size)
             keep = torch.nonzero(score > heads.score_thresh).flatten()
             keep = keep[remove_small_boxes(box[keep], min_size=1e-2)]
             # + 1: suppression moves the boxes of each label apart by its number, and the library counts from 1
@@ -401,6 +423,101 @@ class TwoStageDetector(shared.TorchvisionDetector):
             keep = keep[best]
             found.append(Detections(box[keep], score[keep], label[keep], prediction.origin[region[keep]]))
         return found
+
+    def _detection_logits(self, prediction: Regions) -> Tensor:
+        """[R, K+1] what the scores of the detections come from."""
+        return prediction.logits
+
+
+class CascadeDetector(TwoStageDetector):
+    """Several stages of RoI heads (``models.cascade``), each on the boxes that the one before refined.
+
+    A prediction is that of the last stage; ``previous`` leads to the stages before it, and the length of that chain says
+    which stage a prediction is of: ``assign`` takes the overlap of that stage. In training mode each stage inserts the
+    ground truth, samples, and hands on what it sampled, refined and clipped, without the inserted boxes; in eval mode, and
+    on given boxes, row r of every stage is about the same region. Refined boxes keep the origin of their proposal.
+
+    The paper's weights and losses (as released): stage t counts 0.5^t, smooth L1 has beta 1, both terms are divided by the
+    sampled regions.
+    """
+
+    without_masks = "cascade_rcnn"
+
+    def __init__(
+        self,
+        model: Any,
+        classes: Sequence[str],
+        name: str,
+        columns: Sequence[int] | None = None,
+        description: Mapping[str, Any] | None = None,
+    ) -> None:
+        """As ``TwoStageDetector``.
+
+        Raises:
+            ModelError: as there, or outputs of the model are no class of ours.
+        """
+        super().__init__(model, classes, name, columns, description)
+        if len(self.unused) > 0:
+            raise ModelError(f"{name}: {len(self.unused)} outputs of the model are no class; name all of its classes")
+
+    def class_rows(self, name: str) -> Tensor | None:
+        """As there; the boxes belong to no class."""
+        return None if ".bbox_pred." in name else super().class_rows(name)
+
+    def _after_first_stage(
+        self, features: Features, boxes: Sequence[Tensor], origins: Sequence[Origin], batch: Batch, sample: bool
+    ) -> Regions:
+        regions: Regions | None = None
+        for heads in self.model.roi_heads.stages:
+            if sample:
+                proposed = [origin.ground_truth < 0 for origin in origins]  # each stage inserts the ground truth anew
+                boxes = [given[mine] for given, mine in zip(boxes, proposed, strict=True)]
+                origins = [origin[mine] for origin, mine in zip(origins, proposed, strict=True)]
+                boxes, origins = self._sample_regions(boxes, origins, batch, heads)
+            regions = replace(self._region_stage(features, boxes, origins, batch, heads), previous=regions)
+            refined = regions.refined_xyxy[:, 0].detach().split([len(given) for given in boxes])
+            sizes = shared.image_sizes(batch)
+            boxes = [clip_boxes_to_image(given, size) for given, size in zip(refined, sizes, strict=True)]
+        return cast(Regions, regions)
+
+    def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
+        """IoU with the boxes that the prediction's stage pooled from, by that stage's threshold; crowds match nothing."""
+        prediction = cast(Regions, prediction)
+        heads = self.model.roi_heads.stages[len(_chain(prediction)) - 1]
+        return self._assign_regions(prediction, batch, heads)
+
+    def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
+        """Terms ``loss_objectness``, ``loss_rpn_box_reg`` and, for each stage t, ``loss_classifier_stage<t>`` and so on.
+
+        A foreign ``assignment`` is that of the last stage's regions; the stages before, and the first of all, keep their
+        own rules. Otherwise as ``TwoStageDetector.loss``.
+
+        Raises:
+            DataError: a mask branch and a target without masks.
+            ModelError: a mask branch and a prediction that has lost the features it was made from.
+        """
+        prediction = cast(Regions, prediction)
+        terms = {} if prediction.rpn is None else self._first_stage_losses(prediction.rpn, batch)
+        stages = zip(_chain(prediction), self.model.roi_heads.stages, strict=False)
+        for number, (regions, heads) in enumerate(stages):
+            foreign = assignment if regions is prediction else None
+            found = self._region_losses(regions, batch, foreign or self._assign_regions(regions, batch, heads), heads, beta=1.0)
+            terms |= {f"{name}_stage{number + 1}": 0.5**number * value for name, value in found.items()}
+        return Losses(terms)
+
+    def _detection_logits(self, prediction: Regions) -> Tensor:
+        """The mean over the stages that a region went through."""
+        earlier = _chain(prediction)[:-1]
+        if all(_same_origin(regions.origin, prediction.origin) for regions in earlier):
+            return mean_logits([*(regions.logits for regions in earlier), prediction.logits])
+        # sampled: a proposal was in all stages before, an inserted box perhaps not
+        total, count = prediction.logits, torch.ones_like(prediction.logits[:, :1])
+        for regions in earlier:
+            row = _rows_of_origin(prediction.origin, regions.origin)
+            known = torch.nonzero(row >= 0).flatten()
+            total = total.index_add(0, known, regions.logits[row[known]])
+            count = count.index_add(0, known, torch.ones_like(count[known]))
+        return total / count
 
 
 def two_stage_description(
@@ -465,6 +582,49 @@ def two_stage_description(
     }
 
 
+def cascade_description(detector: str, call: str, backbone: str, classes: Sequence[str], options: ModelOptions) -> dict[str, Any]:
+    """The call of a model of ``models.cascade``: as ``two_stage_description``, with the box heads of three stages.
+
+    Raises:
+        ModelError: the options do not fit the backbone or the detector.
+    """
+    description = two_stage_description(detector, call, backbone, classes, options)
+    representation = description.pop("box_head")["representation_size"]
+    del description["box_predictor"]
+    stages = {"ious": list(IOUS), "stds": [list(stds) for stds in STDS]}
+    return {**description, **stages, "num_classes": len(classes) + 1, "representation_size": representation}
+
+
+def _chain(prediction: Regions) -> list[Regions]:
+    """The stages of a cascade's prediction, the first one first."""
+    earlier = [] if prediction.previous is None else _chain(prediction.previous)
+    return [*earlier, prediction]
+
+
+def _same_origin(first: Origin, second: Origin) -> bool:
+    """Two predictions are about the same regions, row by row."""
+    mine, theirs = _origin_table(first), _origin_table(second)
+    return mine.shape == theirs.shape and torch.equal(mine, theirs)
+
+
+def _rows_of_origin(wanted: Origin, given: Origin) -> Tensor:
+    """[R] the row of ``given`` with the origin of each row of ``wanted``, -1 where there is none."""
+    numbers = torch.cat([_origin_table(given), _origin_table(wanted)]).unique(dim=0, return_inverse=True)[1]
+    rows = torch.full_like(numbers, -1)
+    rows[numbers[: len(given.image)]] = torch.arange(len(given.image), device=numbers.device)
+    return rows[numbers[len(given.image) :]]
+
+
+def _origin_table(origin: Origin) -> Tensor:
+    """[R, 6] all that is known of each row."""
+    return torch.cat([getattr(origin, f.name)[:, None].flatten(1) for f in fields(Origin)], dim=1)
+
+
+def _sized(boxes: Tensor) -> Tensor:
+    """[n] bool: the box has a width and a height."""
+    return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+
+
 def _full(output: Tensor) -> Tensor:
     """At least single precision: boxes decoded in half precision are pixels off (autocast)."""
     return output if output.dtype == torch.float64 else output.float()
@@ -481,6 +641,7 @@ def _same_boxes(first: Sequence[Target], second: Sequence[Target]) -> bool:
 
 def _initialize(model: Any) -> None:
     """Draw all weights of both stages anew, by torchvision's rules for these modules."""
+    predictors = []
     for module in (*model.rpn.modules(), *model.roi_heads.modules()):
         if isinstance(module, nn.Linear | nn.BatchNorm2d):
             module.reset_parameters()
@@ -488,6 +649,10 @@ def _initialize(model: Any) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, ClassAgnosticPredictor):
+            predictors.append(module)
     for module in model.rpn.head.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.01)
+    for predictor in predictors:  # after their linear layers
+        predictor.reset_parameters()
