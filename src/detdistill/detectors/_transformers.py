@@ -34,6 +34,8 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.utils import get_session
 from huggingface_hub.utils import logging as hub_logging
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
@@ -741,7 +743,7 @@ def load_pretrained(
     with quiet():
         try:
             model, info = detector_class.model_class.from_pretrained(
-                source, config=config, use_safetensors=True, output_loading_info=True
+                source, config=config, use_safetensors=True, output_loading_info=True, local_files_only=is_offline(source)
             )
         except Exception as error:  # the library raises OSError, ImportError, SafetensorError, RuntimeError, ValueError
             raise ModelError(f"{source}: {reason_of(error)}") from error
@@ -778,7 +780,7 @@ def read_config(source: str | Path) -> Any:
         raise ModelError(f"{source}: no such folder")  # names of the hub have one slash at most
     with quiet():
         try:
-            return AutoConfig.from_pretrained(source)
+            return AutoConfig.from_pretrained(source, local_files_only=is_offline(source))
         except Exception as error:  # OSError, ValueError, KeyError, the hub's and the validator's own
             raise ModelError(f"{source}: {reason_of(error)}") from error
 
@@ -790,7 +792,13 @@ def read_statistics(source: str | Path) -> dict[str, Any]:
         ModelError: the file is broken.
     """
     with quiet():
-        found = cached_file(str(source), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+        found = cached_file(
+            str(source),
+            "preprocessor_config.json",
+            local_files_only=is_offline(source),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
     if found is None:
         return {}
     try:
@@ -803,6 +811,17 @@ def read_statistics(source: str | Path) -> dict[str, Any]:
     return {key: tuple(value) for key, value in given.items() if value}
 
 
+def is_offline(source: str | Path) -> bool:
+    """True for a folder, and when the hub does not answer: the library would ask it for minutes before it gives up."""
+    if Path(source).is_dir():
+        return True
+    try:
+        get_session().head(hub_constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the network throws
+        return True
+    return False
+
+
 def reason_of(error: Exception) -> str:
     """An error of the library in one line; a missing package is named."""
     if isinstance(error, ImportError):
@@ -810,7 +829,7 @@ def reason_of(error: Exception) -> str:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"the package {package} is missing; install it" if package else f"a package is missing: {lines[0]}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, OSError) and lines and "couldn't connect" in lines[0]:
+    if isinstance(error, OSError) and lines and ("connect" in lines[0] or "cached" in lines[0]):
         return "is no folder, and the hub cannot be reached to look for the name; give a folder that save_pretrained wrote"
     return lines[0] if lines else type(error).__name__
 
