@@ -14,6 +14,7 @@ from detdistill.detectors.models.dense import flat
 from detdistill.detectors.models.reppoints import points_to_boxes
 from detdistill.detectors.saved import save_student
 from detdistill.errors import ModelError
+from detdistill.functional.assign import pairwise_iou
 from detdistill.structures import IGNORED, Assignment, Batch, View
 from tests.detectors.dense import EMPTY, assert_detections_equal, target, unequal_batch
 from tests.detectors.test_saved import ALONE
@@ -345,10 +346,7 @@ def test_training_learns_one_batch():
         found = detector.detect(detector(batch).prediction, batch)
     for one, expected in zip(found, targets, strict=True):
         best = one.boxes_xyxy[: len(expected)]
-        overlap = F.relu(
-            torch.minimum(best[:, None, 2:], expected.boxes_xyxy[None, :, 2:])
-            - torch.maximum(best[:, None, :2], expected.boxes_xyxy[None, :, :2])
-        ).prod(dim=-1) / (32 * 32)
+        overlap = pairwise_iou(best, expected.boxes_xyxy)
         value, nearest = overlap.max(dim=1)
         assert sorted(nearest.tolist()) == list(range(len(expected)))
         assert float(value.min()) > 0.7
