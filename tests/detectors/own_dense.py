@@ -59,14 +59,16 @@ def golden_prediction(kind, golden, names, dtype, settings=()):
         golden: the file.
         names: our output's name for each name in the file.
         dtype: to compute in.
-        settings: attributes of the model and their names in the file's ``meta``.
+        settings: attributes of the model beside ``anchor_scale``, under the same name in the file's ``meta``.
     """
     strides = golden["in_strides"].tolist()
     first, last = (int(stride).bit_length() - 1 for stride in (strides[0], strides[-1]))
     classes = [str(index) for index in range(golden.meta["num_classes"])]
     detector = fresh(kind, classes, f"resnet10t,channels=8-16-32-64,stem=8,neck=32,convs=0,levels={first}-{last}")
-    for attribute, name in (("anchor_scale", "octave_base_scale"), *settings):
-        setattr(detector.model, attribute, golden.meta[name])
+    detector.model.anchor_scale = golden.meta["octave_base_scale"]
+    detector.candidates = golden.meta.get("topk", 9)
+    for name in settings:
+        setattr(detector.model, name, golden.meta[name])
     leaves = {name: [level.to(dtype).requires_grad_() for level in golden.levels(f"in_{name}")] for name in names}
     outputs = {
         ours: torch.cat([level.flatten(2).transpose(1, 2) for level in leaves[theirs]], dim=1) for theirs, ours in names.items()

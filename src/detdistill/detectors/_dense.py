@@ -281,7 +281,7 @@ def one_stage_model(call: str, backbone: str, classes: Sequence[str], options: M
 # ----------------------------------------------------------------------------------------------- assignment, supervision
 
 
-def adaptive_assignment(prediction: Dense, valid: Tensor, batch: Batch, candidates: int = 9) -> Assignment:
+def adaptive_assignment(prediction: Dense, valid: Tensor, batch: Batch, candidates: int) -> Assignment:
     """ATSS (see ``atss_assign``) for each image: the rule of ATSS and GFL.
 
     Args:

@@ -55,10 +55,13 @@ def wrap_model(
 class ATSSDetector(OwnDenseDetector):
     """ATSS with towers, copies and backbone features; ``deltas`` are dx, dy, dw, dh of the anchor, ``quality`` centerness."""
 
+    candidates = 9
+    """Anchors of each level among which a box finds its own."""
+
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """Adaptive training sample selection with nine candidates of each level."""
+        """Adaptive training sample selection with ``candidates`` of each level."""
         dense = cast(Dense, prediction)
-        return adaptive_assignment(dense, self.valid(dense, batch), batch)
+        return adaptive_assignment(dense, self.valid(dense, batch), batch, self.candidates)
 
     def loss_values(self, prediction: Dense, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
         """``classification`` (focal), ``bbox_regression`` (GIoU, weight 2) and ``centerness``.

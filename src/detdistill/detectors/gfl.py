@@ -61,11 +61,15 @@ class GFLDetector(OwnDenseDetector):
     """
 
     model: GFL
+    candidates = 9
+    """Anchors of each level among which a box finds its own."""
+    beta = 2.0
+    """Exponent of the quality focal loss."""
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """Adaptive training sample selection with nine candidates of each level, as in ATSS."""
+        """Adaptive training sample selection with ``candidates`` of each level, as in ATSS."""
         dense = cast(Dense, prediction)
-        return adaptive_assignment(dense, self.valid(dense, batch), batch)
+        return adaptive_assignment(dense, self.valid(dense, batch), batch, self.candidates)
 
     def loss_values(self, prediction: Dense, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
         """``classification`` (quality focal), ``bbox_regression`` (GIoU, weight 2) and ``distribution`` (weight 0.25).
@@ -85,7 +89,7 @@ class GFLDetector(OwnDenseDetector):
             count, total = number_of_positives(assignment, batch), over_ranks(score.sum()).clamp(min=1)
 
         quality = asked.wanted(prediction.logits, paired_iou(predicted.detach(), boxes))
-        focal = quality_focal_loss(prediction.logits, quality).sum(dim=-1) * asked.weights
+        focal = quality_focal_loss(prediction.logits, quality, self.beta).sum(dim=-1) * asked.weights
         overlap = giou_loss(predicted, boxes) * score / (1 + EPSILON)
         # a tenth below the last bin, so that there is a bin on either side
         sides = distances_to_sides((priors[:, :2] + priors[:, 2:]) / 2, boxes).clamp(0, self.model.reg_max - 0.1)

@@ -20,8 +20,8 @@ def paired_iou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
     """[N] intersection over union of each box of one set [N, 4] with the box at its place in another [N, 4].
 
     Example:
-        >>> paired_iou(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), torch.tensor([[1.0, 0.0, 3.0, 2.0]])).tolist()
-        [0.3333333432674408]
+        >>> paired_iou(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), torch.tensor([[1.0, 0.0, 3.0, 2.0]]))
+        tensor([0.3333])
     """
     overlap, union = _overlap_union(first_xyxy, second_xyxy)
     return overlap / union

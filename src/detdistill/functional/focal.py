@@ -25,8 +25,8 @@ def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Te
         Same shape.
 
     Example:
-        >>> quality_focal_loss(torch.zeros(1, 2), torch.tensor([[0.5, 0.0]])).tolist()
-        [[0.0, 0.17328678071498871]]
+        >>> quality_focal_loss(torch.zeros(1, 2), torch.tensor([[0.5, 0.0]]))
+        tensor([[0.0000, 0.1733]])
     """
     gap = (quality - logits.sigmoid()).abs() ** beta
     return gap * F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
@@ -43,8 +43,8 @@ def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
         [N].
 
     Example:
-        >>> distribution_focal_loss(torch.tensor([[0.0, 20.0, 20.0]]), torch.tensor([1.5])).tolist()
-        [0.6931471824645996]
+        >>> distribution_focal_loss(torch.tensor([[0.0, 20.0, 20.0]]), torch.tensor([1.5]))
+        tensor([0.6931])
     """
     below = target.long()
     weight = target - below
