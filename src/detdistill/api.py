@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detdistill.errors import RunError, nearest
-from detdistill.settings import DistillSettings, TrainSettings
+from detdistill.settings import CacheSettings, DistillSettings, TrainSettings
 
 if TYPE_CHECKING:
+    from detdistill.cache.probe import Forecast
     from detdistill.compare import Gain
     from detdistill.data.inspect import DataReport
     from detdistill.data.records import DataSplits
@@ -67,7 +68,7 @@ def train(
 
 
 def distill(
-    teacher: str,
+    teacher: str | None,
     student: str,
     data: str = "digits",
     method: str = "pkd",
@@ -78,7 +79,7 @@ def distill(
     """Distil a teacher into a student, and with ``baseline=True`` prove what it gave.
 
     Args:
-        teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or any model string.
+        teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or any model string; None with ``cache``.
         student: a model string such as ``fcos:resnet18``.
         data: see ``train``.
         method: one or several: ``pkd``, ``fgd,temperature=0.8+pkd``.
@@ -97,19 +98,36 @@ def distill(
     from detdistill.progress import Progress
 
     parse_methods(wanted.method)  # a misspelt method is said before the data is read
+    if teacher is None and wanted.cache is None:
+        raise RunError("teacher: a distilled run needs one (--teacher), or what it said (--cache)")
+    if teacher is None and wanted.inherit:
+        raise RunError("inherit: copies weights of the teacher, which a cache does not hold; give --teacher too")
     _check_start(student, wanted)
     from detdistill.detectors.build import build_detector
     from detdistill.detectors.contract import Teacher
     from detdistill.training.experiment import run_experiment
-    from detdistill.training.run import Plan, is_main_process, note_teacher, run, score_teacher
+    from detdistill.training.offline import needs_live_teacher, open_cache
+    from detdistill.training.run import Plan, is_main_process, note_teacher, run, score_teacher, view_settings
 
+    live_too = wanted.inherit or needs_live_teacher(wanted.method)
+    if teacher is None and live_too:
+        raise RunError(
+            f"{wanted.method}: uses modules of the teacher when it learns, which a cache does not hold; give --teacher too"
+        )
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
-        frozen = Teacher(_load_teacher(teacher, splits, wanted.other_classes))
+        live = None if teacher is None else Teacher(_load_teacher(teacher, splits, wanted.other_classes))
+        frozen = live
+        if wanted.cache is not None:
+            cache = open_cache(wanted.cache, wanted.method, splits, view_settings(wanted), live)
+            how = "the teacher is loaded too, for its modules" if live_too else "no teacher is run"
+            shown.say(f"learning from {cache.folder.url}; {how}")
+            frozen = live if live_too else cache.teacher()
+        assert frozen is not None
         build_method(wanted.method, frozen, build_detector(student, splits.train.classes))  # what cannot work is said at once
         finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
         score = wanted.score_teacher and is_main_process() and not finished
-        scores = score_teacher(frozen, splits, wanted, shown) if score else None
+        scores = score_teacher(live, splits, wanted, shown) if score and live is not None else None
         plan = Plan(student, data, wanted, role="distilled", teacher=teacher, title=f"distil ({wanted.method})")
         if not wanted.baseline and not wanted.seeds:
             result = run(plan, splits, frozen, shown)
@@ -127,6 +145,97 @@ def distill(
         if wanted.report:
             _report(experiment.runs, page, shown)
         return Distilled(experiment.folder, experiment.runs, page, gains, scores)
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What ``cache`` made, or would make."""
+
+    folder: str
+    records: int
+    """In the cache now, of all writers."""
+    complete: bool
+    store: str
+    forecast: Forecast
+    """Of what was missing at the start."""
+
+
+def cache(
+    teacher: str,
+    out: str | Path,
+    data: str = "digits",
+    method: str = "pkd",
+    *,
+    student: str | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Cached:
+    """Write down what the teacher says, for runs with ``cache=out``; called again, it goes on where it stopped.
+
+    Args:
+        teacher: see ``distill``.
+        out: folder or fsspec URL (``s3://...``).
+        data: see ``train``.
+        method: the run's; a cache for one method that observes features serves all of them.
+        student: the run's, to choose the precision by its losses and where a method asks for one; None: an untrained
+            detector of the teacher's build.
+        progress: where to show it; None: on stderr.
+        settings: fields of ``CacheSettings``; size, resize, max_size, flip and scales as in the run.
+
+    Raises:
+        DetdistillError: one line that says what is wrong (it does not fit, is a cache of something else) and what to do.
+    """
+    wanted = _settings(CacheSettings, {"method": method, **settings})
+    from detdistill.methods.build import parse_methods
+    from detdistill.progress import Progress
+    from detdistill.training.run import check_machine, is_main_process
+
+    parse_methods(wanted.method)
+    check_machine(wanted)
+    with progress or Progress(quiet=not is_main_process()) as shown:
+        from detdistill.training.caching import make_cache
+
+        splits = _load(data, wanted.strict, shown)
+        loaded = _load_teacher(teacher, splits, wanted.other_classes)
+        return Cached(*make_cache(str(out), (teacher, loaded), (data, splits), student, wanted, _device(wanted.device), shown))
+
+
+def verify_cache(
+    out: str | Path,
+    teacher: str | None = None,
+    *,
+    data: str | None = None,
+    records: int = 20,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> str:
+    """Check every record's checksum, and with a teacher compare some of them with what it says now.
+
+    Args:
+        out: a cache.
+        teacher: see ``distill``; None: checksums only.
+        data: the training data, where it is not where it was.
+        records: how many are compared, chosen at random.
+        device: where the teacher runs.
+        progress: where to show it; None: on stderr.
+
+    Returns:
+        What was found, in one line.
+
+    Raises:
+        DetdistillError: a record is damaged or differs; the first one is named.
+    """
+    from detdistill.progress import Progress
+    from detdistill.training.caching import check_cache
+
+    with progress or Progress() as shown:
+
+        def live(known_data: str) -> tuple[Detector, DataSplits]:
+            assert teacher is not None
+            splits = _load(data or known_data, False, shown)
+            return _load_teacher(teacher, splits, True), splits
+
+        return check_cache(str(out), None if teacher is None else live, records, _device(device), shown)
 
 
 def evaluate(
@@ -272,8 +381,9 @@ def _settings(kind: type[Any], given: dict[str, Any]) -> Any:
     for name in given:
         if name not in names:
             raise RunError(f"no setting {name!r}{nearest(name, names)}; settings: {', '.join(names)}")
-    if isinstance(given.get("out"), str):
-        given = {**given, "out": Path(given["out"])}
+    for name in ("out", "stages"):
+        if isinstance(given.get(name), str):
+            given = {**given, name: Path(given[name])}
     return kind(**given)
 
 

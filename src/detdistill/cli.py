@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, get_args
 from jsonargparse import ArgumentParser, Namespace
 
 from detdistill.errors import DetdistillError, nearest
-from detdistill.settings import DistillSettings, TrainSettings, choices, in_words
+from detdistill.settings import CacheSettings, DistillSettings, TrainSettings, choices, in_words
 
 ALIASES = {"distill_model": "teacher", "distill-model": "teacher"}
 """Names other tools use for our flags."""
@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(given: list[str]) -> None:
-    if given[:2] == ["data", "inspect"]:
-        given = ["data-inspect", *given[2:]]
+    if given[:2] in (["data", "inspect"], ["cache", "verify"]):
+        given = ["-".join(given[:2]), *given[2:]]
     if not given or given[0] in ("-h", "--help", "help"):
         _say(overview())
         return
@@ -80,7 +80,7 @@ def _run(given: list[str]) -> None:
         _say(f"detdistill {__version__}")
         return
     verb, *rest = given
-    names = {verb: "data inspect" if verb == "data-inspect" else verb for verb in VERBS}
+    names = {verb: verb.replace("-", " ") for verb in VERBS}
     if verb not in VERBS:
         typed = " ".join(given[:2]) if verb == "data" else verb
         _fail(f"no command {typed!r}{nearest(typed, names.values())}; commands: {', '.join(names.values())}")
@@ -94,9 +94,7 @@ def _run(given: list[str]) -> None:
 def overview() -> str:
     """What ``detdistill --help`` prints."""
     width = max(len(verb) for verb in VERBS) + 2
-    lines = [
-        f"  {('data inspect' if verb == 'data-inspect' else verb):{width}}{summary}" for verb, (_, _, summary) in VERBS.items()
-    ]
+    lines = [f"  {verb.replace('-', ' '):{width}}{summary}" for verb, (_, _, summary) in VERBS.items()]
     return "\n".join(
         [
             "usage: detdistill COMMAND [--flag VALUE ...]",
@@ -199,7 +197,12 @@ def _train(chosen: Namespace) -> None:
 
 
 def _distill_flags(parser: Parser) -> None:
-    parser.add_argument("--teacher", type=str, required=True, help="run folder, checkpoint, or torchvision:NAME,weights=...")
+    parser.add_argument(
+        "--teacher",
+        type=str | None,
+        default=None,
+        help="run folder, checkpoint, or torchvision:NAME,weights=...; not with --cache",
+    )
     parser.add_argument("--student", type=str, required=True, help="detector:backbone[,key=value ...] or torchvision:NAME")
     parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
     parser.add_argument("--recipe", type=str | None, default=None, help="start from these settings; see `detdistill recipes`")
@@ -213,6 +216,45 @@ def _distill(chosen: Namespace) -> None:
     if result.gains:
         _show_gains(result.gains)
     _say(f"runs in {result.folder}" + (f"; report {result.report}" if chosen.report else ""))
+
+
+NOT_FOR_CACHES = {
+    *("out", "resume", "report", "track", "ema", "evaluate_every", "checkpoint_every", "log_every", "monitor_every"),
+    *("in_memory", "deterministic"),
+}
+
+
+def _cache_flags(parser: Parser) -> None:
+    parser.add_argument("--teacher", type=str, required=True, help="run folder, checkpoint, or torchvision:NAME,weights=...")
+    parser.add_argument("--out", type=str, required=True, help="folder or URL (s3://...) of the cache; an unfinished one goes on")
+    parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
+    parser.add_argument("--student", type=str | None, default=None, help="that of the run; needed where a method asks for one")
+    parser.add_class_arguments(CacheSettings, None, skip=NOT_FOR_CACHES)
+
+
+def _cache(chosen: Namespace) -> None:
+    from detdistill import api
+
+    made = api.cache(**_plain(chosen))
+    if not chosen.dry_run:
+        _say(
+            f"cache {made.folder}: {made.records} records as {made.store}"
+            + ("" if made.complete else "; others are still written")
+        )
+
+
+def _verify_flags(parser: Parser) -> None:
+    parser.add_argument("out", type=str, help="folder or URL of a cache")
+    parser.add_argument("--teacher", type=str | None, default=None, help="compare with this teacher; none: checksums only")
+    parser.add_argument("--data", type=str | None, default=None, help="the training data, where it is not where it was")
+    parser.add_argument("--records", type=int, default=20, help="how many are compared")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
+
+
+def _verify(chosen: Namespace) -> None:
+    from detdistill import api
+
+    _say(api.verify_cache(**_plain(chosen)))
 
 
 def _eval_flags(parser: Parser) -> None:
@@ -385,6 +427,8 @@ VERBS: dict[str, tuple[Describe, Act, str]] = {
     "demo": (_demo_flags, _demo, "the embedded example, from data to report, in a few minutes on a CPU"),
     "train": (_train_flags, _train, "train a detector alone: a teacher or a baseline"),
     "distill": (_distill_flags, _distill, "distil a teacher into a student, and prove what it gave"),
+    "cache": (_cache_flags, _cache, "write down what a teacher says, so that runs need not run it"),
+    "cache-verify": (_verify_flags, _verify, "check a cache's checksums, and compare it with its teacher"),
     "eval": (_eval_flags, _eval, "the 12 COCO numbers and the AP of each class"),
     "predict": (_predict_flags, _predict, "draw what a detector finds"),
     "compare": (_compare_flags, _compare, "pair runs by seed: gain, 95 % interval, verdict"),

@@ -130,7 +130,7 @@ class TrainSettings:
 
 
 _LOWEST = {"size": 32} | dict.fromkeys(
-    ("epochs", "steps", "batch", "accumulate", "devices", "nodes", "evaluate_every", "log_every", "jobs"), 1
+    ("epochs", "steps", "batch", "accumulate", "devices", "nodes", "evaluate_every", "log_every", "jobs", "probe", "shard"), 1
 )
 
 
@@ -147,6 +147,8 @@ class DistillSettings(TrainSettings):
         jobs: runs at a time; each is a process of its own.
         score_teacher: evaluate the teacher before anything is trained.
         other_classes: the teacher may know other classes than the data has; methods on features do not mind.
+        cache: folder or URL that `detdistill cache` filled; the teacher is not run, and need not be named.
+        stages: where results of methods' own earlier stages are kept, to be used again by runs they fit.
     """
 
     method: str = "pkd"
@@ -157,6 +159,8 @@ class DistillSettings(TrainSettings):
     jobs: int = 1
     score_teacher: bool = True
     other_classes: bool = False
+    cache: str | None = None
+    stages: Path = Path("runs/stages")
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -167,6 +171,29 @@ class DistillSettings(TrainSettings):
         super().__post_init__()
         if len(set(self.seeds)) < len(self.seeds) or any(seed < 0 for seed in self.seeds):
             raise RunError(f"seeds: {','.join(map(str, self.seeds))} must be different whole numbers, 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings(TrainSettings):
+    """What a run would ask of its teacher, to be written to disk: the run's own settings of views, and how to keep it.
+
+    Args:
+        method: one method or several joined by ``+``, as for ``distill``.
+        store: what numbers are kept as; auto: the smallest that changes no loss of the probe by more than 1 %.
+        probe: images that forecast and choice are made from.
+        dry_run: stop after the forecast.
+        shard: most records of one file; what a killed process has to do again.
+        other_classes: the teacher may know other classes than the data has; methods on features do not mind.
+        stages: where results of methods' own earlier stages are kept, to be used again by runs they fit.
+    """
+
+    method: str = "pkd"
+    store: Literal["auto", "float32", "float16", "bfloat16", "int8"] = "auto"
+    probe: int = 8
+    dry_run: bool = False
+    shard: int = 256
+    other_classes: bool = False
+    stages: Path = Path("runs/stages")
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
@@ -228,7 +255,7 @@ def in_words(kind: Any) -> str:
     return " or ".join(map(name, _members(kind)))
 
 
-NOT_THE_RUN = ("out", "resume", "report", "jobs", "score_teacher")
+NOT_THE_RUN = ("out", "resume", "report", "jobs", "score_teacher", "stages")
 """Settings that decide nothing about what is trained: a run may be resumed with others."""
 
 

@@ -49,6 +49,8 @@ def plans_of(plan: Plan, parent: Path) -> list[Plan]:
             folder = parent / f"{role}-seed{seed}"
             mine = replace(alone, out=folder, resume=settings.resume and (folder / "config.yaml").exists())
             teacher = plan.teacher if role == "distilled" else None
+            if role == "baseline":
+                mine = replace(mine, cache=None)
             plans.append(replace(plan, settings=mine, role=role, teacher=teacher, title=f"{role}, seed {seed}"))
     return plans
 
@@ -85,7 +87,7 @@ def run_experiment(
         _run_side_by_side(waiting, settings.jobs, progress)
     else:
         for single in waiting:
-            run(single, splits, teacher if single.teacher else None, progress)
+            run(single, splits, teacher if single.distilling else None, progress)
     folders = tuple(p.settings.out for p in plans if p.settings.out is not None)
     if teacher_scores is not None:
         for folder in folders:
@@ -124,7 +126,7 @@ class _Child:
         scratch.mkdir()
         config = scratch / "config.yaml"
         config.write_text(yaml.safe_dump(plan.config(), sort_keys=False))
-        verb = "distill" if plan.teacher else "train"
+        verb = "distill" if plan.distilling else "train"
         self.log = scratch / "log.txt"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

@@ -26,6 +26,8 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors import SafetensorError
 
+from detdistill.cache.knowledge import KnowledgeCache
+from detdistill.cache.storage import storage
 from detdistill.data.loader import DetectionLoader
 from detdistill.data.records import DataSplits, DetectionSet
 from detdistill.data.transforms import ViewSettings
@@ -44,7 +46,9 @@ from detdistill.training.bar import TrainingBar
 from detdistill.training.callbacks import Checkpoints, Evaluation, Records
 from detdistill.training.folder import RunFolder, new_folder, resume_folder, start_folder
 from detdistill.training.module import StageModule
+from detdistill.training.offline import open_cache, stage_from_cache
 from detdistill.training.records import MetricsTable
+from detdistill.training.stages import load_result, reusable, save_result, stage_file
 
 NEAR_ZERO_AP = 0.02
 
@@ -66,8 +70,10 @@ class Plan:
 
     @property
     def distilling(self) -> DistillSettings | None:
-        """The settings of a distilled run."""
-        return self.settings if isinstance(self.settings, DistillSettings) and self.teacher is not None else None
+        """The settings of a distilled run: one with a teacher, or with what a teacher said."""
+        if not isinstance(self.settings, DistillSettings):
+            return None
+        return None if self.teacher is None and self.settings.cache is None else self.settings
 
     def config(self) -> dict[str, Any]:
         """What ``config.yaml`` holds: the arguments of ``detdistill train`` or ``detdistill distill``, all of them."""
@@ -100,11 +106,11 @@ def run(plan: Plan, splits: DataSplits, teacher: Teacher | None = None, progress
     Args:
         plan: what to do.
         splits: the data of ``plan.data``, loaded.
-        teacher: the loaded teacher of a distilled run.
+        teacher: the loaded teacher of a distilled run; with a cache, only where the method needs it.
         progress: where to show it.
 
     Raises:
-        RunError: the folder exists, nothing to resume, disk full, or a loss that is not finite.
+        RunError: the folder exists, nothing to resume, disk full, a cache that does not fit, or a loss that is not finite.
         PairError: teacher, student and method cannot work together.
         ModelError: a model cannot be built.
     """
@@ -122,7 +128,11 @@ def run(plan: Plan, splits: DataSplits, teacher: Teacher | None = None, progress
     student = build_detector(plan.student, splits.train.classes)
     method = None
     inherited = None
+    cache = None
     if plan.distilling is not None:
+        if plan.distilling.cache is not None:
+            cache = open_cache(plan.distilling.cache, plan.distilling.method, splits, view_settings(settings), teacher)
+            teacher = teacher or cache.teacher()
         assert teacher is not None
         if plan.distilling.inherit:
             inherited = inherit_head(student, teacher.detector)
@@ -133,14 +143,66 @@ def run(plan: Plan, splits: DataSplits, teacher: Teacher | None = None, progress
                 raise RunError(f"inherit: nothing of {teacher.spec.name} fits {student.spec.name}; leave out --inherit")
         method = build_method(plan.distilling.method, teacher, student)
         method.strength = plan.distilling.dis
+        if cache is not None:
+            method.source = cache.source(plan.distilling.method)
     # Both sides of a comparison draw the same numbers from here on, whatever the method drew to initialise itself.
     seed_everything(settings.seed)
     folder = _open(plan, path)
     stages = method.stages(student) if method is not None else (plain_stage(student),)
-    loop = _Loop(plan, splits, folder, student, method, progress)
+    loop = _Loop(plan, splits, folder, student, method, progress, cache)
     for index, stage in enumerate(stages):
         loop.fit(stage, done_before=[earlier.name for earlier in stages[:index]])
     return loop.finish(teacher, inherited)
+
+
+def prepare(plan: Plan, splits: DataSplits, student: Detector, method: Method, progress: Progress) -> tuple[Stage, ...]:
+    """Train, or find, the earlier stages that what a method is taught depends on: before a cache is filled.
+
+    Args:
+        plan: with the settings of a run; its run folder is made only if something must be trained.
+        splits: the data.
+        student: any detector that the method was built with.
+        method: its modules hold the results afterwards.
+        progress: where to show it.
+
+    Returns:
+        The stages whose results it holds now.
+
+    Raises:
+        RunError: as ``run``.
+    """
+    found = tuple(stage for stage in method.stages(student)[:-1] if reusable(stage, method))
+    assert isinstance(plan.settings, DistillSettings)
+    loop = None
+    for index, stage in enumerate(found):
+        if _found_result(stage, dataclasses.replace(plan.settings, **stage.overrides), splits, method, progress):
+            continue
+        if loop is None:
+            check_machine(plan.settings)
+            seed_everything(plan.settings.seed)
+            folder = start_folder(new_folder(plan.settings.out, f"{plan.role}-{method.slug}"), plan.config())
+            loop = _Loop(plan, splits, folder, student, method, progress, None)
+        loop.fit(stage, done_before=[earlier.name for earlier in found[:index]])
+    return found
+
+
+def _found_result(
+    stage: Stage,
+    settings: DistillSettings,
+    splits: DataSplits,
+    method: Method,
+    progress: Progress,
+    cache: KnowledgeCache | None = None,
+) -> bool:
+    """Whether an earlier run (or the cache) had the result of a stage; then it is in the method now."""
+    if cache is not None and stage_from_cache(cache, stage, method):
+        progress.say(f"stage {stage.name}: taken from the cache")
+        return True
+    folder, name = storage(str(settings.stages)), stage_file(stage, settings, splits.train.fingerprint)
+    if not load_result(folder, name, stage):
+        return False
+    progress.say(f"stage {stage.name}: trained before, taken from {folder.url}/{name}")
+    return True
 
 
 def check_machine(settings: TrainSettings) -> None:
@@ -227,8 +289,16 @@ class _Loop:
     """The stages of one run, one after the other, in one folder."""
 
     def __init__(
-        self, plan: Plan, splits: DataSplits, folder: RunFolder, student: Detector, method: Method | None, progress: Progress
+        self,
+        plan: Plan,
+        splits: DataSplits,
+        folder: RunFolder,
+        student: Detector,
+        method: Method | None,
+        progress: Progress,
+        cache: KnowledgeCache | None,
     ) -> None:
+        self.cache = cache
         self.plan, self.splits, self.folder, self.student, self.method = plan, splits, folder, student, method
         self.settings, self.progress = plan.settings, progress
         self.validation: DetectionLoader | None = None
@@ -273,8 +343,18 @@ class _Loop:
         return evaluate(detector, self.splits.val, view_settings(self.settings), loader=self.validation)
 
     def fit(self, stage: Stage, done_before: list[str]) -> None:
-        """Train one stage, or skip it when the checkpoint shows it finished."""
+        """Train one stage, or skip it when the checkpoint shows it finished, or an earlier run has its result."""
         settings = dataclasses.replace(self.settings, **stage.overrides)
+        if isinstance(settings, DistillSettings) and self.method is not None and reusable(stage, self.method):
+            waiting = self.resume_stage is None or self.resume_stage in done_before
+            if waiting and _found_result(stage, settings, self.splits, self.method, self.progress, self.cache):
+                seed_everything(settings.seed)
+                return
+            if self.cache is not None and waiting:
+                raise RunError(
+                    f"stage {stage.name} has no result in {self.cache.folder.url} nor in {settings.stages}, and what was cached "
+                    f"depends on it; run the same `detdistill cache` again, or train online (without --cache)"
+                )
         world = settings.devices * settings.nodes
         batches = -(-len(self.splits.train.records) // (settings.batch * world))
         per_epoch = -(-batches // settings.accumulate)
@@ -313,6 +393,19 @@ class _Loop:
         self.trained_steps += trainer.global_step
         self.images_seen = self.module.images * world
         self.seconds = self.module.seconds
+        if isinstance(settings, DistillSettings) and self.method is not None and reusable(stage, self.method):
+            self._keep(stage, settings)
+
+    def _keep(self, stage: Stage, settings: DistillSettings) -> None:
+        """Write a stage's result for later runs, and go on as they will."""
+        if is_main_process():
+            name = stage_file(stage, settings, self.splits.train.fingerprint)
+            try:
+                save_result(storage(str(settings.stages)), name, stage)
+            except OSError as error:
+                why = error.strerror or error
+                self.progress.say(f"[yellow]stage {stage.name}: its result is not kept in {settings.stages}: {why}[/yellow]")
+        seed_everything(settings.seed)
 
     def _table(self, done_before: list[str] | None) -> MetricsTable:
         """metrics.csv with what the checkpoint knows of: the stages before, and this one up to its step."""
@@ -385,8 +478,9 @@ class _Loop:
             "name": self.folder.path.name,
             "role": plan.role,
             "student": plan.student,
-            "teacher": plan.teacher,
+            "teacher": plan.teacher or (self.cache.about.teacher if self.cache else None),
             "teacher_metrics": None,
+            "cache": {"path": self.cache.folder.url, "fingerprint": self.cache.about.fingerprint} if self.cache else None,
             "method": distilling.method if distilling else None,
             "inherit": bool(inherited and inherited.copied),
             "seed": settings.seed,
@@ -400,7 +494,7 @@ class _Loop:
             "seconds": round(self.seconds, 2),
             "evaluation_seconds": round(scores.seconds, 2),
             "parameters": sum(p.numel() for p in self.student.parameters()),
-            "teacher_parameters": sum(p.numel() for p in teacher.detector.parameters()) if teacher else None,
+            "teacher_parameters": self.cache.about.teacher_parameters if self.cache else _parameters(teacher),
             "versions": versions(),
             "hardware": hardware(),
             "data": {
@@ -414,6 +508,10 @@ class _Loop:
             "config_fingerprint": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }
+
+
+def _parameters(teacher: Teacher | None) -> int | None:
+    return None if teacher is None else sum(p.numel() for p in teacher.detector.parameters())
 
 
 def _fit(trainer: L.Trainer, module: StageModule, checkpoint: Path | None) -> None:

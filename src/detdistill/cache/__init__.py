@@ -1,0 +1,1 @@
+"""What teachers said, on disk: ``detdistill cache`` writes it, ``distill --cache`` reads it back instead of running them."""

@@ -1,0 +1,251 @@
+"""Knowledge of one image as bytes and a layout, and back.
+
+The layout is text: how the structure is nested, and name, type and shape of each tensor in the order of the bytes. It is the
+same for images of one size, so it is written once and referred to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from detdistill.structures import Movable
+
+Store = Literal["float32", "float16", "bfloat16", "int8"]
+"""What floating-point numbers are kept as. Integers, masks and boxes are always exact."""
+STORES: tuple[Store, ...] = get_args(Store)
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""As safetensors names them."""
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+
+EXACT = ("xyxy", "cxcywh", "boxes", "reference")
+"""Floating-point fields with one of these in their name hold coordinates, whose errors would be pixels: kept as they are."""
+LARGEST_HALF = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of a record."""
+
+    name: str
+    stored: str
+    shape: tuple[int, ...]
+    original: str
+    """Type it had, and has again after decoding (half precision and int8 come back as float32)."""
+    scales: int = -1
+    """Index of the slot with the scale of each row (int8 only)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its share of the record."""
+        count = BY_NAME[self.stored].itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A record, ready to be written."""
+
+    layout: str
+    data: bytes
+
+
+def encode(value: Any, store: Store) -> Encoded:
+    """Bytes of a nested structure: ``Movable`` dataclasses, tuples, tensors, None and plain values.
+
+    Tensors that are the same memory (the pyramid that several methods were shown) are written once.
+
+    Raises:
+        TypeError: something in it is neither; the message names its place.
+    """
+    packer = _Packer(store)
+    node = packer.pack(value, "")
+    order = sorted(range(len(packer.tensors)), key=lambda index: -packer.tensors[index].dtype.itemsize)  # stays aligned
+    places = {old: new for new, old in enumerate(order)}
+    slots = [dataclasses.replace(packer.slots[old], scales=places.get(packer.slots[old].scales, -1)) for old in order]
+    rows = [[s.name, s.stored, list(s.shape), s.original, s.scales] for s in slots]
+    layout = json.dumps([_renumbered(node, places), rows], separators=(",", ":"))
+    return Encoded(layout, b"".join(_bytes(packer.tensors[old]) for old in order))
+
+
+def decode(layout: str, data: bytearray) -> Any:
+    """The inverse of ``encode``. Tensors share the memory of ``data``, except those that were int8.
+
+    Raises:
+        ValueError: the bytes do not fill the layout, or it names a class that does not exist here.
+    """
+    node, slots = _parsed(layout)
+    tensors: list[Tensor] = []
+    position = 0
+    for slot in slots:
+        dtype, count = BY_NAME[slot.stored], slot.nbytes
+        if position + count > len(data):
+            raise ValueError("the record is shorter than its layout")
+        flat = torch.frombuffer(data, dtype=dtype, count=count // dtype.itemsize, offset=position) if count else None
+        tensors.append(torch.empty(slot.shape, dtype=dtype) if flat is None else flat.view(slot.shape))
+        position += count
+    return _unpack(node, [_restored(slot, tensor, tensors) for slot, tensor in zip(slots, tensors, strict=True)])
+
+
+def slots_of(layout: str) -> tuple[Slot, ...]:
+    """The tensors of a layout, in the order of the bytes."""
+    return _parsed(layout)[1]
+
+
+@lru_cache(maxsize=4096)
+def _parsed(layout: str) -> tuple[Any, tuple[Slot, ...]]:
+    node, rows = json.loads(layout)
+    return node, tuple(Slot(name, stored, tuple(shape), original, scales) for name, stored, shape, original, scales in rows)
+
+
+class _Packer:
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.tensors: list[Tensor] = []
+        self.slots: list[Slot] = []
+        self._known: dict[tuple[Any, ...], int] = {}
+
+    def pack(self, value: Any, path: str) -> Any:
+        """A JSON node; tensors go to the list."""
+        if isinstance(value, Tensor):
+            return {"t": self._tensor(value, path)}
+        if isinstance(value, tuple):
+            return [self.pack(item, f"{path}[{index}]") for index, item in enumerate(value)]
+        if isinstance(value, Movable) and dataclasses.is_dataclass(value):
+            kind = type(value)
+            fields = {f.name: self.pack(getattr(value, f.name), f"{path}.{f.name}") for f in dataclasses.fields(value) if f.init}
+            return {"is": f"{kind.__module__}:{kind.__qualname__}", "fields": fields}
+        if value is None or isinstance(value, bool | int | float | str):
+            return {"v": value}
+        raise TypeError(
+            f"a {type(value).__name__} at {path or 'the top'} cannot be kept in a cache; use tensors, tuples or PerImage"
+        )
+
+    def _tensor(self, tensor: Tensor, path: str) -> int:
+        memory = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, "exact" if _exact(path) else "")
+        if memory in self._known:
+            return self._known[memory]
+        index = self._add(tensor.detach().cpu(), path.lstrip("."))
+        self._known[memory] = index
+        return index
+
+    def _add(self, tensor: Tensor, name: str) -> int:
+        scales = -1
+        kept = _as_stored(tensor, self.store, name)
+        if kept is None:
+            rows = tensor.float().abs().amax(dim=-1, keepdim=True) / 127
+            kept = (tensor.float() / rows.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+            self._append(rows, f"{name}.scale", torch.float32, -1)
+            scales = len(self.slots) - 1
+        self._append(kept, name, tensor.dtype, scales)
+        return len(self.slots) - 1
+
+    def _append(self, tensor: Tensor, name: str, original: torch.dtype, scales: int) -> None:
+        self.tensors.append(tensor)
+        self.slots.append(Slot(name, DTYPES[tensor.dtype], tuple(tensor.shape), DTYPES[original], scales))
+
+
+def _exact(name: str) -> bool:
+    return any(word in name.rsplit(".", 1)[-1] for word in EXACT)
+
+
+def _as_stored(tensor: Tensor, store: Store, name: str) -> Tensor | None:
+    """What is written, or None for int8 with scales."""
+    if not tensor.is_floating_point():
+        return _narrowed(tensor)
+    if store == "float32" or _exact(name) or tensor.numel() == 0:
+        return tensor
+    if store == "bfloat16":
+        return tensor.to(torch.bfloat16)
+    if store == "int8" and tensor.ndim and bool(torch.isfinite(tensor).all()):
+        return None
+    half = tensor.to(torch.float16)
+    # Beyond the largest half: such a tensor stays what it is. (So does one with infinities, which int8 has no room for.)
+    return half if store == "float16" and bool((tensor.abs() <= LARGEST_HALF).all()) else tensor
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    """Integers in the narrowest type that holds them all."""
+    if tensor.dtype not in (torch.int64, torch.int32, torch.int16) or tensor.numel() == 0:
+        return tensor
+    low, high = (int(limit) for limit in tensor.aminmax())
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
+            return tensor.to(dtype)
+    return tensor
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    array = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    view: memoryview = array.data
+    return view
+
+
+def _restored(slot: Slot, tensor: Tensor, tensors: list[Tensor]) -> Tensor:
+    original = BY_NAME[slot.original]
+    if slot.scales >= 0:
+        return tensor.float() * tensors[slot.scales]
+    if original.is_floating_point:
+        return tensor.float() if tensor.dtype != torch.float64 else tensor
+    return tensor.to(original)
+
+
+def _renumbered(node: Any, places: dict[int, int]) -> Any:
+    if isinstance(node, list):
+        return [_renumbered(item, places) for item in node]
+    if "t" in node:
+        return {"t": places[node["t"]]}
+    if "is" in node:
+        return {"is": node["is"], "fields": {name: _renumbered(item, places) for name, item in node["fields"].items()}}
+    return node
+
+
+def _unpack(node: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(node, list):
+        return tuple(_unpack(item, tensors) for item in node)
+    if "t" in node:
+        return tensors[node["t"]]
+    if "is" in node:
+        return _kind(node["is"])(**{name: _unpack(item, tensors) for name, item in node["fields"].items()})
+    return tuple(node["v"]) if isinstance(node["v"], list) else node["v"]
+
+
+def _kind(name: str) -> type:
+    """A structure by name, among those that are loaded: a cache never imports anything.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for kind in _descendants(Movable):
+        if f"{kind.__module__}:{kind.__qualname__}" == name:
+            return kind
+    raise ValueError(f"the cache holds a {name}, which is not loaded here; import what defines it first")
+
+
+def _descendants(kind: type) -> Iterator[type]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _descendants(child)

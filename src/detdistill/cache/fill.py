@@ -1,0 +1,213 @@
+"""Run the teacher over every view of every image and write down what it said."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from detdistill.cache.encoding import decode, encode
+from detdistill.cache.identity import knowledge_of, unique
+from detdistill.cache.knowledge import KnowledgeCache, unwritable
+from detdistill.cache.probe import Probe, loss_changes
+from detdistill.cache.shards import ShardWriter
+from detdistill.cache.storage import CacheError
+from detdistill.data.records import DetectionSet
+from detdistill.data.transforms import ViewSettings
+from detdistill.data.views import Sight, batches_of
+from detdistill.detectors.contract import Detector
+from detdistill.methods.contract import Composition, Method
+from detdistill.progress import Bar
+from detdistill.structures import Batch, Taught, map_tensors
+
+
+class Lecture:
+    """The methods of a run as a cache asks them: each kind of knowledge once."""
+
+    def __init__(self, methods: str, method: Method, device: str = "cpu", precision: str = "32") -> None:
+        """Choose who is asked.
+
+        Args:
+            methods: the text that ``method`` was built from.
+            method: one, or a composition; moved to the device with its teachers.
+            device: where the teacher runs.
+            precision: 32, or bf16 for autocast.
+
+        Raises:
+            CacheError: there is nothing to keep, because a method has no teacher.
+        """
+        parts = method.methods if isinstance(method, Composition) else (method,)
+        kinds = knowledge_of(methods)
+        for part in parts:
+            if not part.teachers():
+                raise CacheError(f"{part.slug} has no teacher, so there is nothing to cache")
+        self.knowledge = unique(kinds)
+        self.method, self.device, self.precision = method.to(device), device, precision
+        self.asked = [parts[kinds.index(kind)] for kind in self.knowledge]
+        self.parts = [self.knowledge.index(kind) for kind in kinds]
+        """For each part of the method, which knowledge it learns from."""
+        for teacher in method.teachers():
+            teacher.to(device)
+
+    @torch.no_grad()
+    def teach(self, batch: Batch) -> list[tuple[Taught, ...]]:
+        """For each image, what each of the asked methods was taught (on the CPU).
+
+        Raises:
+            CacheError: a method's ``teach`` gave nothing.
+        """
+        moved = batch.to(self.device)
+        said: list[list[Taught]] = []
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
+            for part in self.asked:
+                taught = part.teach(moved)
+                if taught is None:
+                    raise CacheError(f"{part.slug} is taught nothing, so there is nothing to cache")
+                said.append(taught.split(len(batch)))
+        for teacher in self.method.teachers():
+            teacher.forget()
+        return [tuple(pieces) for pieces in zip(*said, strict=True)]
+
+
+def look(
+    lecture: Lecture,
+    student: Detector,
+    data: DetectionSet,
+    settings: ViewSettings,
+    sights: Sequence[Sight],
+    batch_size: int,
+    images: int = 8,
+) -> Probe:
+    """Probe some views, spread over the set.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    probe = Probe()
+    chosen = random.Random(0).sample(list(sights), min(images, len(sights)))
+    student.to(lecture.device)
+    for index, (_, batch) in enumerate(_timed(probe, batches_of(data, settings, chosen, min(batch_size, 4)))):
+        started = time.monotonic()
+        pieces = lecture.teach(batch)
+        if index:
+            probe.seconds += time.monotonic() - started
+        else:  # the first batch warms up caches and kernels, and is not what a batch takes
+            lecture.teach(batch)
+            probe.seconds += time.monotonic() - started
+            probe.seconds /= 2
+        probe.add(batch, pieces)
+        kept = [tuple(piece[place] for place in lecture.parts) for piece in pieces]
+        changes = loss_changes(lecture.method, student, batch.to(lecture.device), kept)
+        probe.changes = {store: max(probe.changes[store], change) for store, change in changes.items()}
+    return probe
+
+
+def _timed(probe: Probe, batches: Iterator[tuple[list[Sight], Batch]]) -> Iterator[tuple[list[Sight], Batch]]:
+    """The same batches; the time they take is noted."""
+    while True:
+        started = time.monotonic()
+        item = next(batches, None)
+        probe.seconds += time.monotonic() - started
+        if item is None:
+            return
+        yield item
+
+
+def fill(
+    cache: KnowledgeCache,
+    lecture: Lecture,
+    data: DetectionSet,
+    settings: ViewSettings,
+    sights: Sequence[Sight],
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    bar: Bar | None = None,
+    shard_records: int = 256,
+) -> int:
+    """Write what is missing of this writer's share.
+
+    Args:
+        cache: made for just these views.
+        lecture: who is asked.
+        data: the images.
+        settings: how they are shown.
+        sights: all views, of all writers.
+        batch_size: images the teacher sees at a time.
+        rank: this writer, 0 .. ``world`` - 1; it takes every ``world``-th view.
+        world: writers that work at the same time, each in a process of its own.
+        workers: processes that read images.
+        bar: shows how far this writer is.
+        shard_records: see ``ShardWriter``.
+
+    Returns:
+        Records written.
+
+    Raises:
+        CacheError: the disk takes no more; finished shards are kept.
+        DataError: an image cannot be read.
+    """
+    share = sights[rank::world]
+    missing = set(cache.index.missing(sight.key for sight in share))
+    todo = [sight for sight in share if sight.key in missing]
+    done = len(share) - len(todo)
+    if bar is not None:
+        bar.resize(len(share))
+        bar.update(done)
+    try:
+        writer = ShardWriter(cache.folder, cache.about.fingerprint, f"{rank:03d}of{world:03d}", shard_records)
+        for group, batch in batches_of(data, settings, todo, batch_size, workers):
+            for sight, pieces in zip(group, lecture.teach(batch), strict=True):
+                writer.add(sight.key, encode(pieces, cache.about.store))
+            done += len(group)
+            if bar is not None:
+                bar.update(done, f"{writer.written} written")
+        writer.flush()
+    except OSError as error:
+        raise unwritable(cache.folder, error) from error
+    return writer.written
+
+
+@torch.no_grad()
+def compare(
+    cache: KnowledgeCache,
+    lecture: Lecture,
+    data: DetectionSet,
+    settings: ViewSettings,
+    sights: Sequence[Sight],
+) -> float:
+    """The largest difference between cached records and what the teacher says now, in parts of each tensor's largest value.
+
+    Beyond what the store rounds away: the live knowledge goes through the same encoding first.
+
+    Raises:
+        CacheError: a record has another form than the teacher's knowledge has now.
+    """
+    largest = 0.0
+    for group, batch in batches_of(data, settings, sights, 1):
+        for sight, pieces in zip(group, lecture.teach(batch), strict=True):
+            record = encode(pieces, cache.about.store)
+            live, kept = _tensors(decode(record.layout, bytearray(record.data))), _tensors(cache.read(sight.key))
+            if [tensor.shape for tensor in live] != [tensor.shape for tensor in kept]:
+                raise CacheError(f"cache {cache.folder.url}, image {sight.key}: the teacher now says something of another form")
+            for one, other in zip(live, kept, strict=True):
+                if one.numel():
+                    scale = one.double().abs().max().clamp(min=1e-12)
+                    largest = max(largest, float((one.double() - other.double()).abs().max() / scale))
+    return largest
+
+
+def _tensors(value: object) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, note)
+    return found

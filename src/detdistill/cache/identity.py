@@ -1,0 +1,101 @@
+"""What a cache was made of. Two caches with one identity hold the same knowledge; a run that asks for another is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from detdistill.cache.storage import CacheError
+from detdistill.data.transforms import PADDING_MULTIPLE, ViewSettings
+from detdistill.data.views import endless, variants
+from detdistill.methods.build import parse_methods
+from detdistill.methods.contract import Method
+
+Knowledge = dict[str, Any]
+"""Which ``teach``, and the hyper-parameters that its result depends on."""
+
+
+def knowledge_of(methods: str) -> list[Knowledge]:
+    """What each method of ``fgd,temperature=0.8+pkd`` is taught, in order.
+
+    All methods that only observe the teacher as ``Method.teach`` does share one kind of knowledge, whatever their names: a
+    cache made for one of them serves them all.
+    """
+    return [_knowledge(kind, given) for kind, given in parse_methods(methods)]
+
+
+def _knowledge(kind: type[Method], given: Mapping[str, Any]) -> Knowledge:
+    if kind.teach is Method.teach:
+        return {
+            "teach": "observation",
+            "backbone": kind.needs.teacher_backbone,
+            "prediction": kind.needs.teacher_prediction,
+        }
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    settings = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY} | dict(given)
+    wanted = settings if kind.teach_settings is None else kind.teach_settings
+    return {"teach": kind.slug, **{name: _plain(settings[name]) for name in wanted}}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def in_words(knowledge: Knowledge) -> str:
+    """For messages."""
+    if knowledge["teach"] == "observation":
+        seen = ["features", *(name for name in ("backbone", "prediction") if knowledge[name])]
+        return " and ".join(seen)
+    settings = [f"{name}={value}" for name, value in knowledge.items() if name != "teach"]
+    return ",".join([knowledge["teach"], *settings])
+
+
+def unique(knowledge: Sequence[Knowledge]) -> list[Knowledge]:
+    """Each once, in order."""
+    return [one for index, one in enumerate(knowledge) if one not in knowledge[:index]]
+
+
+def views_of(settings: ViewSettings) -> dict[str, Any]:
+    """The finite set of views that these settings can draw.
+
+    Raises:
+        CacheError: they are not finitely many; all settings that make it so are named.
+    """
+    if found := endless(settings):
+        raise CacheError(
+            f"{' and '.join(found)} make{'s' if len(found) == 1 else ''} endlessly many views, which no cache can hold; "
+            f"turn that off, use --scales for a few sizes, or train online (without --cache)"
+        )
+    kinds = variants(settings)
+    return {
+        "size": settings.size,
+        "resize": settings.resize,
+        "max_size": settings.max_size,
+        "multiple": PADDING_MULTIPLE,
+        "flips": sorted({bool(kind.flip) for kind in kinds}),
+        "scales": sorted({scale for kind in kinds for scale in kind.scales or (1.0,)}),
+    }
+
+
+def views_lacking(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What a run draws that the cache does not hold, and what it has instead; empty when all is there."""
+    found = [
+        f"{name}={wanted[name]} (the cache has {cached[name]})"
+        for name in ("size", "resize", "max_size", "multiple")
+        if wanted[name] != cached[name]
+    ]
+    words = {False: "images that are not flipped", True: "flipped images"}
+    found += [words[flip] for flip in wanted["flips"] if flip not in cached["flips"]]
+    extra = [scale for scale in wanted["scales"] if scale not in cached["scales"]]
+    if extra:
+        has = ",".join(f"{scale:g}" for scale in cached["scales"])
+        found.append(f"scale {','.join(f'{scale:g}' for scale in extra)} (the cache has {has})")
+    return found
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """sha256 of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,250 @@
+"""A cache as training and the command line see it: what it is made of, what is missing, and what the teacher said."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from detdistill.cache.encoding import Store, decode
+from detdistill.cache.identity import Knowledge, digest, in_words, knowledge_of, views_lacking
+from detdistill.cache.shards import ShardIndex, sealed, unsealed
+from detdistill.cache.standin import AbsentTeacher
+from detdistill.cache.storage import CacheError, Storage, storage
+from detdistill.data.views import key_of
+from detdistill.detectors.contract import DetectorSpec, Teacher
+from detdistill.methods.build import parse_methods
+from detdistill.methods.contract import Source
+from detdistill.structures import Batch, Taught, TaughtTogether
+
+FORMAT = 1
+ABOUT = "cache.json"
+
+
+@dataclass(frozen=True)
+class About:
+    """``cache.json``: what the cache is made of."""
+
+    teacher: str
+    """As it was named on the command line."""
+    teacher_fingerprint: str
+    teacher_parameters: int
+    spec: DetectorSpec
+    method: str
+    """As it was named on the command line."""
+    knowledge: tuple[Knowledge, ...]
+    stages: tuple[str, ...]
+    """Fingerprints of the methods' earlier stages, on whose results the knowledge depends; these are in ``stages/``."""
+    data: str
+    """As it was named on the command line."""
+    data_fingerprint: str
+    views: dict[str, Any]
+    store: Store
+    precision: str
+    """Of the teacher's forward pass."""
+    records: int
+    """Views of images when it is complete."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything the bytes depend on."""
+        parts = dataclasses.asdict(self)
+        for name in ("teacher", "teacher_parameters", "spec", "method", "data", "records"):
+            del parts[name]
+        return digest({"format": FORMAT, **parts})
+
+    def differences(self, other: About) -> list[str]:
+        """What another cache is made of instead, in words."""
+        same_stages = self.stages == other.stages
+        checks = {
+            "teacher (other weights or classes)": self.teacher_fingerprint == other.teacher_fingerprint,
+            "methods (it holds " + _list(self.knowledge) + ")": self.knowledge == other.knowledge and same_stages,
+            "training data": self.data_fingerprint == other.data_fingerprint,
+            f"views (it has {_views(self.views)})": self.views == other.views,
+            f"store ({self.store})": self.store == other.store,
+            f"precision ({self.precision})": self.precision == other.precision,
+        }
+        return [name for name, equal in checks.items() if not equal]
+
+
+def _list(knowledge: Sequence[Knowledge]) -> str:
+    return " + ".join(map(in_words, knowledge))
+
+
+def _views(views: dict[str, Any]) -> str:
+    flips = {(False,): "unflipped", (True,): "flipped", (False, True): "unflipped and flipped"}[tuple(views["flips"])]
+    scales = "" if views["scales"] == [1.0] else f", scales {','.join(f'{scale:g}' for scale in views['scales'])}"
+    return f"{views['resize']} {views['size']}, {flips}{scales}"
+
+
+class KnowledgeCache:
+    """A cache on disk, made by ``create`` or found by ``open``."""
+
+    def __init__(self, folder: Storage, about: About) -> None:
+        """See ``create`` and ``open``.
+
+        Raises:
+            CacheError: a shard is damaged.
+        """
+        self.folder, self.about = folder, about
+        self.index = ShardIndex(folder, about.fingerprint)
+
+    @classmethod
+    def create(cls, url: str, about: About) -> KnowledgeCache:
+        """A new cache, or an unfinished one made of the same.
+
+        Raises:
+            CacheError: the folder holds something else, or cannot be written.
+        """
+        folder = storage(url)
+        there = found_about(folder)
+        if there is None:
+            if folder.sizes(""):
+                raise CacheError(f"{folder.url} holds other files and no cache; give an empty or a new folder")
+            write(folder, ABOUT, sealed({"format": FORMAT, **dataclasses.asdict(about)}))
+            return cls(folder, about)
+        if differing := there.differences(about):
+            raise CacheError(f"{folder.url} is a cache of other {'; other '.join(differing)}; give another folder")
+        return cls(folder, there)
+
+    @classmethod
+    def open(cls, url: str) -> KnowledgeCache:
+        """A cache for reading.
+
+        Raises:
+            CacheError: there is none, or it is damaged.
+        """
+        folder = storage(url)
+        about = found_about(folder)
+        if about is None:
+            raise CacheError(f"{folder.url} is no cache (it has no {ABOUT}); make one with `detdistill cache --out {folder.url}`")
+        return cls(folder, about)
+
+    # ------------------------------------------------------------------------------------------------ for a run
+
+    def check(self, method: str, data_fingerprint: str, views: dict[str, Any], teacher: Teacher | None) -> None:
+        """Whether a run can learn from this cache.
+
+        Args:
+            method: the run's.
+            data_fingerprint: of its training data.
+            views: see ``views_of``.
+            teacher: the one the run names, if any.
+
+        Raises:
+            CacheError: all that does not fit, in one line.
+        """
+        about, wrong = self.about, []
+        if teacher is not None and teacher.fingerprint != about.teacher_fingerprint:
+            wrong.append(f"it was made by another teacher (weights of {about.teacher} at that time)")
+        lacking = [one for one in knowledge_of(method) if one not in about.knowledge]
+        if lacking:
+            wrong.append(f"{method} learns from {_list(lacking)}, it holds {_list(about.knowledge)}")
+        if data_fingerprint != about.data_fingerprint:
+            wrong.append(f"it was made of other training images or boxes ({about.data} at that time)")
+        if missing := views_lacking(about.views, views):
+            wrong.append(f"the run would draw {'; '.join(missing)}")
+        if wrong:
+            raise CacheError(f"cache {self.folder.url} does not fit: {'; '.join(wrong)}")
+
+    def check_complete(self, keys: Iterable[str]) -> None:
+        """Whether every view is there.
+
+        Raises:
+            CacheError: saying how many are missing.
+        """
+        wanted = list(keys)
+        if missing := self.index.missing(wanted):
+            raise CacheError(
+                f"cache {self.folder.url} is unfinished: {len(missing)} of {len(wanted)} records are missing "
+                f"(the first: image {missing[0]}); run the same `detdistill cache` again, it goes on where it stopped"
+            )
+
+    def teacher(self) -> AbsentTeacher:
+        """What methods are built with when no teacher is loaded."""
+        return AbsentTeacher(self.about.spec, self.about.teacher_fingerprint)
+
+    def source(self, method: str) -> Source:
+        """``Method.taught`` from this cache: one record for each image of a batch, stacked.
+
+        Raises:
+            CacheError: when called; a record is missing or damaged.
+        """
+        places = [self.about.knowledge.index(one) for one in knowledge_of(method)]
+        together = len(parse_methods(method)) > 1
+        readers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="cache")
+
+        def read(key: str) -> Taught:
+            parts = self.read(key)
+            chosen = tuple(parts[place] for place in places)
+            return TaughtTogether(chosen) if together else chosen[0]
+
+        def source(batch: Batch) -> Taught:
+            keys = [key_of(image, view.key) for image, view in zip(batch.ids, batch.views, strict=True)]
+            pieces = list(readers.map(read, keys))
+            return type(pieces[0]).stack(pieces).to(batch.images.device, non_blocking=True)
+
+        return source
+
+    def read(self, key: str) -> tuple[Taught, ...]:
+        """All that was taught about one view, for each entry of ``about.knowledge``.
+
+        Raises:
+            CacheError: the record is missing or damaged.
+        """
+        try:
+            layout, data = self.index.read(key)
+        except KeyError as error:
+            raise CacheError(
+                f"cache {self.folder.url} has no record of image {key}; run the same `detdistill cache` again"
+            ) from error
+        try:
+            parts: tuple[Taught, ...] = decode(layout, data)
+        except ValueError as error:
+            raise CacheError(f"cache {self.folder.url}, image {key}: {error}") from error
+        return parts
+
+
+def found_about(folder: Storage) -> About | None:
+    """``cache.json``, or None.
+
+    Raises:
+        CacheError: it is damaged, or of another version.
+    """
+    try:
+        text = folder.read(ABOUT)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CacheError(f"{folder.url}/{ABOUT} cannot be read: {error.strerror or error}") from error
+    content = unsealed(text, f"{folder.url}/{ABOUT}")
+    if (version := content.pop("format")) != FORMAT:
+        raise CacheError(f"{folder.url} is a cache of format {version}, this detdistill reads {FORMAT}; make it anew")
+    spec: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.pop("spec").items()
+    }
+    content |= {name: tuple(content[name]) for name in ("knowledge", "stages")}
+    return About(spec=DetectorSpec(**spec), **content)
+
+
+def write(folder: Storage, name: str, content: bytes) -> None:
+    """A file of the cache.
+
+    Raises:
+        CacheError: it cannot be written.
+    """
+    try:
+        folder.write(name, content)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+def unwritable(folder: Storage, error: OSError) -> CacheError:
+    """The line about a disk that takes no more."""
+    return CacheError(
+        f"cannot write to {folder.url}: {error.strerror or error}; finished records are kept: make space and run the same "
+        f"`detdistill cache` again"
+    )

@@ -1,0 +1,228 @@
+"""Shards: safetensors files of some hundred records, each with a manifest that says where its records lie.
+
+A shard is written whole, then its manifest; only then does it exist. So a cache can be read while it grows, several writers
+never touch the same file, and a process that dies leaves at most one shard without a manifest, which nobody reads.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import uuid
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from detdistill.cache.encoding import Encoded, slots_of
+from detdistill.cache.storage import CacheError, Storage
+
+FOLDER = "shards"
+RECORDS = 256
+"""Most records of a shard: what a killed writer has to do again."""
+MEGABYTES = 256
+"""About the most a shard may hold, for it is built in memory."""
+
+
+def checksum(key: str, layout: str, data: bytes | bytearray | memoryview) -> int:
+    """crc32 of all that a record is: its name, the types and shapes of its tensors, and their bytes."""
+    return zlib.crc32(data, zlib.crc32(f"{key}\0{layout}\0".encode()))
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """JSON with its own checksum."""
+    body = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return f'{{"crc32":{zlib.crc32(body.encode())},"content":\n{body}}}\n'.encode()
+
+
+def unsealed(text: bytes | bytearray, name: str) -> dict[str, Any]:
+    """The content of ``sealed``.
+
+    Raises:
+        CacheError: it is not what was written.
+    """
+    try:
+        whole = json.loads(text)
+        content: dict[str, Any] = whole["content"]
+        body = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        good = zlib.crc32(body.encode()) == whole["crc32"]
+    except (ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise CacheError(f"{name} is damaged (its checksum is wrong); delete it and run the same `detdistill cache` again")
+    return content
+
+
+class ShardWriter:
+    """Collects records and writes a shard whenever there are enough."""
+
+    def __init__(
+        self, folder: Storage, cache: str, writer: str = "0", max_records: int = RECORDS, max_megabytes: float = MEGABYTES
+    ) -> None:
+        """Write nothing yet.
+
+        Args:
+            folder: the cache's.
+            cache: fingerprint of the cache, noted in every manifest.
+            writer: name of this writer; what an earlier writer of this name left unfinished is removed.
+            max_records: of a shard.
+            max_megabytes: of a shard, about.
+        """
+        self.folder, self.cache, self.writer = folder, cache, writer
+        self.max_records, self.max_bytes = max_records, int(max_megabytes * 1e6)
+        self._waiting: dict[str, Encoded] = {}
+        self._bytes = 0
+        self._session = uuid.uuid4().hex[:8]
+        self._number = 0
+        self.written = 0
+        """Records in finished shards."""
+        self._clean()
+
+    def _clean(self) -> None:
+        there = self.folder.sizes(FOLDER)
+        for name in there:
+            stem, _, kind = name.rpartition(".")
+            if kind == "safetensors" and name.startswith(f"{self.writer}-") and f"{stem}.json" not in there:
+                self.folder.remove(f"{FOLDER}/{name}")
+
+    def add(self, key: str, record: Encoded) -> None:
+        """One more record.
+
+        Raises:
+            OSError: the disk does not take the shard; its records are kept and tried again at the next call.
+        """
+        self._waiting[key] = record
+        self._bytes += len(record.data)
+        if len(self._waiting) >= self.max_records or self._bytes >= self.max_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting.
+
+        Raises:
+            OSError: see ``add``.
+        """
+        if not self._waiting:
+            return
+        stem = f"{self.writer}-{self._session}-{self._number:05d}"
+        content, places = shard_bytes(self._waiting)
+        layouts: dict[str, int] = {}
+        records = {}
+        for key, record in self._waiting.items():
+            crc = checksum(key, record.layout, record.data)
+            records[key] = [*places[key], crc, layouts.setdefault(record.layout, len(layouts))]
+        manifest = {"cache": self.cache, "bytes": len(content), "layouts": list(layouts), "records": records}
+        self.folder.write(f"{FOLDER}/{stem}.safetensors", content)
+        self.folder.write(f"{FOLDER}/{stem}.json", sealed(manifest))
+        self.written += len(self._waiting)
+        self._number += 1
+        self._waiting, self._bytes = {}, 0
+
+
+def shard_bytes(records: Mapping[str, Encoded]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """A safetensors file with the tensors of each record side by side, and where in it each record lies.
+
+    (safetensors' own writer sorts all tensors by type, which would spread a record over the file.)
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "detdistill"}}
+    blocks: list[bytes] = []
+    offsets: dict[str, tuple[int, int]] = {}
+    position = 0
+    for key, record in records.items():
+        start = position
+        for slot in slots_of(record.layout):
+            end = position + slot.nbytes
+            header[f"{key}:{slot.name}"] = {"dtype": slot.stored, "shape": list(slot.shape), "data_offsets": [position, end]}
+            position = end
+        offsets[key] = (start, position)
+        blocks.append(record.data)
+        if missing := -position % 8:  # so that the next record's tensors are aligned
+            header[f"{key}:padding"] = {"dtype": "U8", "shape": [missing], "data_offsets": [position, position + missing]}
+            blocks.append(bytes(missing))
+            position += missing
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    before = 8 + len(text)
+    places = {key: (before + start, before + end) for key, (start, end) in offsets.items()}
+    return b"".join([struct.pack("<Q", len(text)), text, *blocks]), places
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a record lies."""
+
+    shard: str
+    start: int
+    end: int
+    crc: int
+    layout: str
+
+
+class ShardIndex:
+    """Every record of the finished shards, by key."""
+
+    def __init__(self, folder: Storage, cache: str) -> None:
+        """Read all manifests.
+
+        Raises:
+            CacheError: see ``refresh``.
+        """
+        self.folder, self.cache = folder, cache
+        self.places: dict[str, Place] = {}
+        self._known: set[str] = set()
+        self._layouts: dict[str, str] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in the shards that were finished since.
+
+        Raises:
+            CacheError: a manifest is damaged or of another cache, or its shard is missing or cut short.
+        """
+        there = self.folder.sizes(FOLDER)
+        for name in sorted(there):
+            if not name.endswith(".json") or name in self._known:
+                continue
+            self._take(name, there)
+            self._known.add(name)
+
+    def _take(self, name: str, there: Mapping[str, int]) -> None:
+        path = f"{self.folder.url}/{FOLDER}/{name}"
+        manifest = unsealed(self.folder.read(f"{FOLDER}/{name}"), path)
+        shard = name.removesuffix(".json") + ".safetensors"
+        if manifest["cache"] != self.cache:
+            raise CacheError(f"{path} belongs to another cache; remove it and its shard")
+        if there.get(shard) != manifest["bytes"]:
+            found = f"has {there[shard]} of {manifest['bytes']} bytes" if shard in there else "is missing"
+            raise CacheError(
+                f"{self.folder.url}/{FOLDER}/{shard} {found}; delete {name} there and run the same `detdistill cache` again"
+            )
+        layouts = [self._layouts.setdefault(layout, layout) for layout in manifest["layouts"]]
+        for key, (start, end, crc, layout) in manifest["records"].items():
+            self.places.setdefault(key, Place(shard, start, end, crc, layouts[layout]))
+
+    def read(self, key: str) -> tuple[str, bytearray]:
+        """Layout and bytes of a record, checked.
+
+        Raises:
+            KeyError: no such record.
+            CacheError: it is not what was written.
+        """
+        place = self.places[key]
+        path = f"{self.folder.url}/{FOLDER}/{place.shard}"
+        try:
+            data = self.folder.read(f"{FOLDER}/{place.shard}", place.start, place.end)
+        except FileNotFoundError as error:
+            raise CacheError(f"{path} is missing; delete its .json and run the same `detdistill cache` again") from error
+        except OSError as error:
+            raise CacheError(f"{path} cannot be read: {error.strerror or error}") from error
+        if len(data) != place.end - place.start or checksum(key, place.layout, data) != place.crc:
+            raise CacheError(
+                f"{path}: the record of image {key} is damaged (its checksum is wrong); "
+                f"delete this shard and its .json and run the same `detdistill cache` again"
+            )
+        return place.layout, data
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those without a record."""
+        return [key for key in keys if key not in self.places]
