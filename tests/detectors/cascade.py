@@ -66,11 +66,11 @@ def lively(detector, std=0.3):
     return detector
 
 
-def jittered(batch, detector):
-    """Proposals near the boxes of a batch: the first stage of an untrained detector finds none."""
+def jittered(batch):
+    """Six proposals near each box: an untrained first stage finds none."""
     generator = torch.Generator().manual_seed(0)
     boxes = []
     for target in batch.targets:
         moved = target.boxes_xyxy.repeat(6, 1)
-        boxes.append(moved + 4 * torch.rand(moved.shape, generator=generator) - 2)
+        boxes.append(moved + 16 * torch.rand(moved.shape, generator=generator) - 8)
     return boxes
