@@ -15,7 +15,7 @@ from detdistill.detectors.models.reppoints import points_to_boxes
 from detdistill.detectors.saved import save_student
 from detdistill.errors import ModelError
 from detdistill.functional.assign import pairwise_iou
-from detdistill.structures import IGNORED, Assignment, Batch, View
+from detdistill.structures import IGNORED, Assignment, Batch, Target, View
 from tests.detectors.dense import EMPTY, assert_detections_equal, target, unequal_batch
 from tests.detectors.test_saved import ALONE
 from tests.golden import Golden, assert_golden
@@ -51,8 +51,10 @@ def golden_case():
     classes = [str(number) for number in range(golden.meta["num_classes"])]
     detector = build_detector(f"reppoints:resnet10t,channels=8-16-32-64,stem=8,neck=32,levels={levels},convs=0", classes)
     assert detector.spec.strides == tuple(strides)
-    detector.double().point_scale, detector.least_iou = golden.meta["point_base_scale"], 0.0
-    detector.model.head.moment.data = golden["param_moment_transfer"]
+    dtype = golden["in_cls_0"].dtype
+    detector.to(dtype).point_scale, detector.least_iou = golden.meta["point_base_scale"], 0.0
+    head = detector.model.head
+    head.moment.data, head.moment_gradient = golden["param_moment_transfer"], golden.meta["moment_mul"]
     leaves = {name: golden.levels(f"in_{name}") for name in ("cls", "pts_init", "pts_refine")}
     for level in itertools.chain(*leaves.values()):
         level.requires_grad_()
@@ -60,9 +62,10 @@ def golden_case():
     outputs = {name: flat(maps) for name, maps in zip(names, leaves.values(), strict=True)}
     images = len(golden["in_image_sizes"])
     size = (height, width)  # the released code trains on all cells of the padded image
-    targets = tuple(target(golden[f"in_boxes_{i}"].tolist(), golden[f"in_labels_{i}"].tolist()) for i in range(images))
+    boxes, labels = golden.levels("in_boxes"), golden.levels("in_labels")
+    targets = tuple(Target(*pair, torch.zeros(len(pair[0]), dtype=torch.bool)) for pair in zip(boxes, labels, strict=True))
     batch = Batch(
-        torch.zeros(images, 3, height, width, dtype=torch.float64),
+        torch.zeros(images, 3, height, width, dtype=dtype),
         torch.tensor([size] * images),
         targets,
         tuple(range(images)),

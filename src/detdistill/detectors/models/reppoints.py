@@ -101,6 +101,8 @@ class RepPointsHead(nn.Module):
 
     offset_gradient = 0.1
     """Part of the gradient that passes from the deformable convolutions into the first points."""
+    moment_gradient = 0.01
+    """Part of the gradient that reaches the moment factors."""
 
     def __init__(self, channels: int, num_classes: int, convs: int = 3, norm: bool = True) -> None:
         """Build with random weights.
@@ -188,4 +190,5 @@ class RepPoints(OneStage):
 
     def decode(self, regression: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
         """Boxes [B, P, 4] in pixels of points [B, P, 18]."""
-        return points_to_boxes(regression, (anchors[..., :2] + anchors[..., 2:]) / 2, strides, self.head.moment)
+        centers = (anchors[..., :2] + anchors[..., 2:]) / 2
+        return points_to_boxes(regression, centers, strides, self.head.moment, self.head.moment_gradient)
