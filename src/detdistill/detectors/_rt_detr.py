@@ -228,7 +228,7 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         memory = self.memory(features)
         chosen = self.choose(memory, batch)
         seed = QuerySeed(chosen.content, reference=chosen.reference * self.scale(batch))
-        noise = self.denoising(batch, chosen.content.shape[1])
+        noise = self.denoising(batch, chosen)
         if noise is None:
             run = self.run(memory, chosen.content, chosen.reference, None)
             return self.queries(run, seed, Own(run, chosen.outputs), batch)
@@ -238,8 +238,8 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         run = both.take(count, None)
         return self.queries(run, seed, Own(run, chosen.outputs, noise, both.take(0, count)), batch)
 
-    def denoising(self, batch: Batch, count: int) -> Denoising | None:
-        """The library's contrastive denoising queries; None in eval mode, without boxes, or when it is switched off."""
+    def denoising(self, batch: Batch, chosen: Chosen) -> Denoising | None:
+        """The library's contrastive denoising queries; None in eval mode, without boxes, or when they are switched off."""
         config = self.config
         if not (self.training and config.num_denoising > 0 and batch.targets):
             return None
@@ -247,7 +247,7 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         content, unactivated, mask, meta = get_contrastive_denoising_training_group(
             targets=labels,
             num_classes=config.num_labels,
-            num_queries=count,
+            num_queries=chosen.content.shape[1],
             class_embed=self.model.model.denoising_class_embed,
             num_denoising_queries=config.num_denoising,
             label_noise_ratio=config.label_noise_ratio,
@@ -255,14 +255,12 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         )
         if content is None:  # no boxes at all
             return None
-        return Denoising(
-            content, unactivated.sigmoid().detach(), mask, tuple(labels), tuple(meta["dn_positive_idx"]), meta["dn_num_group"]
-        )
+        reference = unactivated.to(chosen.reference.dtype).sigmoid().detach()
+        return Denoising(content, reference, mask, tuple(labels), tuple(meta["dn_positive_idx"]), meta["dn_num_group"])
 
     def without(self, modules: Sequence[str], fresh: bool) -> transformers_base.TransformersDetector:
-        """As in the base, without those of the modules that the model has."""
-        names = {name for name, _ in self.model.named_modules(remove_duplicate=False)}
-        other = super().without([name for name in modules if name in names], fresh)
+        """As in the base; fresh norms as ``unit_norms`` has them."""
+        other = super().without(modules, fresh)
         if fresh:
             unit_norms(other.model)
         return other

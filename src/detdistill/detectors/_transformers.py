@@ -65,6 +65,8 @@ from detdistill.structures import (
     QuerySeed,
 )
 
+NO_CLASS = "N/A"
+"""What hub models that count COCO's categories to 90 call those that do not exist."""
 Matches = list[tuple[Tensor, Tensor]]
 """The library's form of a matching: for each image the queries [M] and the boxes [M] they answer for."""
 
@@ -425,10 +427,11 @@ class TransformersDetector(Detector):
         """A copy of the detector without some of its modules, trainable and in training mode.
 
         Args:
-            modules: dotted names inside ``model``.
+            modules: dotted names inside ``model``; those that this variant of the family lacks are passed over.
             fresh: random weights, drawn as the library draws them.
         """
-        gone: dict[int, Any] = {id(self.model.get_submodule(name)): nn.Identity() for name in modules}
+        present = dict(self.model.named_modules(remove_duplicate=False))
+        gone: dict[int, Any] = {id(present[name]): nn.Identity() for name in modules if name in present}
         other = copy.deepcopy(self, gone).requires_grad_(True).train()
         if fresh:
             parameter = next(self.parameters())
@@ -728,7 +731,7 @@ def load_pretrained(
 
     Args:
         detector_class: the family's adapter.
-        source: folder or name.
+        source: folder or name. Outputs of classes called ``N/A`` (COCO's unused numbers) are taken out of the model.
         classes: as many as the detector must have; None: any. The detector keeps its own names.
         name: that the detector gets.
         options: ``score`` and ``dets`` are read.
@@ -737,7 +740,7 @@ def load_pretrained(
         ModelError: files are missing or broken, hold something else, or want a package that is not installed.
     """
     config = read_config(source)
-    own = class_names(config)
+    own = [label for label in class_names(config) if label != NO_CLASS]
     if classes is not None and len(own) != len(classes):
         raise ClassCountError(f"{source}: has {len(own)} classes ({few(own)}), but {len(classes)} are wanted ({few(classes)})")
     with quiet():
@@ -751,9 +754,32 @@ def load_pretrained(
     if lost:
         kind = detector_class.model_class.__name__
         raise ModelError(f"{source}: {len(lost)} tensors of a {kind} are missing or of another shape, e.g. {sorted(lost)[0]}")
+    drop_unused_classes(model, detector_class.class_outputs)
     model = ready_model(model, detector_class.backbone_modules)
     options = options or ModelOptions()
     return detector_class(model, name, **read_statistics(source), **selection(options))
+
+
+def drop_unused_classes(model: Any, class_outputs: Sequence[str]) -> None:
+    """Take the outputs of classes called ``N/A`` out of a model, so that its classes are those that exist.
+
+    Sigmoid scores stay as they are; softmax scores lose the share of the unused classes, which no image ever had.
+    """
+    names = class_names(model.config)
+    kept = [index for index, label in enumerate(names) if label != NO_CLASS]
+    if len(kept) == len(names):
+        return
+    present = dict(model.named_modules(remove_duplicate=False))
+    for part in class_outputs:
+        for layer in present[part].modules() if part in present else ():
+            if isinstance(layer, nn.Linear) and layer.out_features >= len(names):
+                rows = [*kept, *range(len(names), layer.out_features)]  # the background stays
+                layer.weight = nn.Parameter(layer.weight.detach()[rows])
+                layer.bias = nn.Parameter(layer.bias.detach()[rows])
+                layer.out_features = len(rows)
+    for key, value in label_maps([names[index] for index in kept]).items():
+        setattr(model.config, key, value)
+    model.tie_weights()  # outputs that the family shares between decoder layers are one again
 
 
 def load_exported(
