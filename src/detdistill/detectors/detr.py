@@ -102,7 +102,7 @@ class DetrDetector(shared.TransformersDetector):
 
     def class_normalizer(self, wanted: Tensor, counted: Tensor, boxes: Tensor) -> Tensor:
         """The sum of the class weights of all queries, as torch's weighted mean has it."""
-        return (self.empty_weights(boxes)[wanted] * counted).sum()
+        return (self.empty_weights(boxes)[wanted] * counted).sum().clamp(min=1e-6)  # all may be ignored
 
     def empty_weights(self, like: Tensor) -> Tensor:
         """[K+1] weight of each class, the background last."""

@@ -1,0 +1,8 @@
+from transformers import DetrImageProcessor
+
+from tests.detectors.queries import QueryDetectorTests
+
+
+class TestDetr(QueryDetectorTests):
+    family = "detr"
+    processor = DetrImageProcessor
