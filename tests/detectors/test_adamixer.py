@@ -71,13 +71,14 @@ def golden_stage(golden):
     """Our stage with the file's weights."""
     meta = golden.meta
     groups, points = meta["groups"], meta["in_points"]
-    stage = Stage(meta["content_dim"], meta["num_classes"], meta["heads"], meta["ffn"], groups, points, meta["out_points"])
+    width, classes, heads = meta["content_dim"], meta["num_classes"], meta["heads"]
+    stage = Stage(width, classes, heads, meta["ffn"], groups, points, meta["out_points"], meta["tau"])
     state = {}
     for name, value in golden.parameters("param_").items():
         if name != "init_content":
             theirs = max((part for part in PARTS if name.startswith(part)), key=len)
             state[PARTS[theirs] + name[len(theirs) :]] = value
-    stage = stage.to(torch.get_default_dtype() if not state else next(iter(state.values())).dtype)
+    stage = stage.to(next(iter(state.values())).dtype)
     stage.load_state_dict(state)
     return stage
 
@@ -109,7 +110,7 @@ def test_a_stage_equals_the_released_code_step_by_step(golden):
     assert_golden(attended, golden["out_after_attention"])
     points = stage.sampling(attended, xyzr)
     assert_golden(points.flatten(2, 3), golden["out_sample_points"])
-    samples = sample(maps, strides, points)
+    samples = sample(maps, strides, points, golden.meta["tau"])
     assert_golden(samples, golden["out_sampled"])
     mixed = stage.mixing_norm(attended + stage.mixing(samples, attended))
     assert_golden(mixed, golden["out_after_mixing"])

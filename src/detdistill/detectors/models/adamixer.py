@@ -219,8 +219,10 @@ class Stage(nn.Module):
         groups: int,
         points: int,
         mixed_points: int | None = None,
+        temperature: float = 2.0,
     ) -> None:
         super().__init__()
+        self.temperature = temperature
         self.attention = PositionAwareAttention(channels, heads)
         self.attention_norm = nn.LayerNorm(channels)
         self.sampling = Sampling(channels, groups, points)
@@ -264,7 +266,7 @@ class Stage(nn.Module):
             Logits [B, N, K], refined positions [B, N, 4], new content [B, N, D]; the first two in ``xyzr``'s precision.
         """
         content = self.attention_norm(self.attention(content, xyzr))
-        samples = sample(maps, strides, self.sampling(content, xyzr))
+        samples = sample(maps, strides, self.sampling(content, xyzr), self.temperature)
         content = self.mixing_norm(content + self.mixing(samples, content))
         content = self.feedforward_norm(content + self.feedforward(content))
         logits = self.classifier(self.class_tower(content)).to(xyzr.dtype)
@@ -346,19 +348,20 @@ class Sampling(nn.Module):
         return torch.cat([center, xyzr[:, :, None, None, 2:3] + offsets[..., 2:]], dim=-1)
 
 
-def sample(maps: Sequence[Tensor], strides: Sequence[int], points: Tensor) -> Tensor:
+def sample(maps: Sequence[Tensor], strides: Sequence[int], points: Tensor, temperature: float = 2.0) -> Tensor:
     """[B, N, G, P, c] bilinear samples of every map, weighted by how near the map's scale is to the point's z (equation 3).
 
-    The weight of a level of stride s is the softmax over levels of ``-(z - log2 s)^2 / 2``. Outside of a map is zero.
+    The weight of a level of stride s is the softmax over levels of ``-(z - log2 s)^2 / temperature``. Outside of a map is zero.
 
     Args:
         maps: L maps [B, D, H_l, W_l]; group g reads channels ``g c`` to ``(g+1) c``.
         strides: of the maps.
         points: [B, N, G, P, 3].
+        temperature: how much neighbouring levels share; 2 in the paper.
     """
     images, queries, groups, count, _ = points.shape
     scales = points.new_tensor([math.log2(stride) for stride in strides])
-    weights = (-(points[..., 2:] - scales).square() / 2).softmax(dim=-1)  # [B, N, G, P, L]
+    weights = (-(points[..., 2:] - scales).square() / temperature).softmax(dim=-1)  # [B, N, G, P, L]
     weights = weights.permute(4, 0, 2, 1, 3).reshape(len(scales), images * groups, 1, queries, count)
     places = points[..., :2].transpose(1, 2).reshape(images * groups, queries, count, 2)  # groups as images: one call a level
     samples: Tensor | int = 0
