@@ -8,7 +8,7 @@ import detdistill
 from detdistill import api, cli
 from detdistill.detectors.build import build_detector, load_detector
 from detdistill.detectors.saved import save_student
-from detdistill.errors import ClassCountError, DetdistillError, RunError
+from detdistill.errors import ClassNameError, DetdistillError, RunError, name_list
 from detdistill.methods.build import MethodError
 
 MODEL = "fcos:resnet10t,channels=16-16-16-16,stem=8,neck=32,levels=3-4,convs=1"
@@ -134,9 +134,67 @@ def test_a_distilled_runs_config_runs_again_as_it_is(tmp_path, capsys, student):
 def test_a_teacher_of_other_classes_serves_a_composition_on_features(tmp_path, capsys):
     teacher = save_student(build_detector(MODEL, ("cell", "platelet")), tmp_path / "teacher")
     quick = {**QUICK, "out": tmp_path / "run"}
-    with pytest.raises(ClassCountError, match="--other_classes true"):
+    with pytest.raises(ClassNameError, match="--other_classes true"):
         api.distill(str(teacher), MODEL, DIGITS, "fgd+pkd", **quick)
     result = api.distill(str(teacher), MODEL, DIGITS, "fgd+pkd", other_classes=True, **quick)
     assert "does not know 0, 1" in capsys.readouterr().err
     header = (result.folder / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/classification", "train/fgd/fgd_foreground", "train/pkd/pkd"} <= set(header)
+
+
+def refusal_of_a_teacher(folder, classes, **more):
+    save_student(build_detector(MODEL, classes), folder)
+    with pytest.raises(ClassNameError) as caught:
+        api.distill(str(folder), MODEL, DIGITS, "pkd", **{**QUICK, **more})
+    return str(caught.value)
+
+
+def test_classes_that_differ_in_name_are_refused_with_both_lists(tmp_path):
+    folder = tmp_path / "teacher"
+    # As many classes as the data has: the number says nothing, the names do.
+    line = refusal_of_a_teacher(folder, (*CLASSES[:9], "nine"))
+    assert line == (
+        f"teacher {folder} has 10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, nine), but others are wanted "
+        "(0, 1, 2, 3, 4, 5, 6, 7, 8, 9); it does not know 9; --other_classes true lets such a teacher serve methods on features"
+    )
+    line = refusal_of_a_teacher(tmp_path / "few", ("0", "cell", "1"))
+    assert line.startswith(f"teacher {tmp_path / 'few'} has 3 classes (0, cell, 1), but 10 are wanted (0, 1, 2, 3, 4, 5, 6, 7, 8")
+    assert "it does not know 2, 3, 4, 5, 6, 7, 8, 9; " in line
+    many = tuple(f"thing {number}" for number in range(50))
+    line = refusal_of_a_teacher(tmp_path / "many", (*CLASSES[:9], *many))
+    assert "has 59 classes (0, 1, 2, 3, 4, 5, ..., thing 0, thing 1, thing 2, thing 3, thing 4, thing 5, ...)" in line
+
+
+def test_a_class_that_is_only_spelt_otherwise_is_pointed_out(tmp_path):
+    line = refusal_of_a_teacher(tmp_path / "teacher", (*CLASSES[:9], "9 "))
+    assert "it does not know 9 (it spells '9' as '9 '); --other_classes" in line
+
+
+def test_long_lists_of_names_show_their_beginning_and_what_differs():
+    names = [f"n{number}" for number in range(20)]
+    assert name_list(names[:12]) == ", ".join(names[:12])
+    assert name_list(names) == "n0, n1, n2, n3, n4, n5, ..."
+    assert name_list(names, ["n2", "n15"]) == "n0, n1, n2, n3, n4, n5, ..., n15, ..."
+    assert name_list(names, names) == "n0, n1, n2, n3, n4, n5, ..., n6, n7, n8, n9, n10, n11, ..."
+
+
+def test_a_teacher_may_know_the_classes_in_another_order_and_more(tmp_path, student):
+    """Its score is that of its twin in the data's order, and its logits are compared by name."""
+    own = load_detector(str(student))
+    order = tuple(reversed(range(10)))
+    mixed = build_detector(MODEL, (*(CLASSES[index] for index in order), "ten"))
+    state = {name: tensor.clone() for name, tensor in mixed.state_dict().items()}
+    for name, tensor in own.state_dict().items():
+        rows = 1 + torch.tensor(order)  # output 0 is the background's
+        if "cls_logits" in name:
+            state[name][1:11] = tensor[rows]
+        else:
+            state[name] = tensor
+    mixed.load_state_dict(state)
+    teacher = save_student(mixed, tmp_path / "teacher")
+    quick = {**QUICK, "out": tmp_path / "run"}
+    result = api.distill(str(teacher), MODEL, DIGITS, "cwd,on=logits", **quick)
+    twin = api.distill(str(student), MODEL, DIGITS, "cwd,on=logits", **{**quick, "out": tmp_path / "twin"})
+    assert result.teacher_scores.per_class == twin.teacher_scores.per_class
+    mine, theirs = (load_detector(found.folder).state_dict() for found in (result, twin))
+    assert all(torch.allclose(mine[name], theirs[name], atol=1e-6) for name in mine)

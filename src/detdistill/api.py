@@ -434,15 +434,33 @@ def _load(data: str, strict: bool, progress: Progress) -> DataSplits:
 
 
 def _load_teacher(teacher: str, splits: DataSplits, other_classes: bool) -> Detector:
-    from detdistill.detectors.build import load_detector
-    from detdistill.errors import ClassCountError
+    """The teacher; it may know more classes than the data and in any order, as everybody matches them by name.
 
-    if other_classes and Path(teacher).exists():
-        return load_detector(teacher)
+    Raises:
+        ClassNameError: it does not know all of the data's classes, and ``other_classes`` does not say that this is meant.
+    """
+    from detdistill.detectors.build import load_detector
+    from detdistill.errors import ClassCountError, ClassNameError, name_list
+
+    wanted = splits.train.classes
     try:
-        return load_detector(teacher, splits.train.classes)
-    except ClassCountError as error:
-        raise ClassCountError(f"{error}; --other_classes true lets such a teacher serve methods on features") from error
+        detector = load_detector(teacher, wanted)
+    except ClassCountError:
+        detector = load_detector(teacher)
+    known = detector.spec.classes
+    unknown = [name for name in wanted if name not in known]
+    if not unknown or other_classes:
+        return detector
+    surplus = [name for name in known if name not in wanted]
+    plain = {name.strip().lower(): name for name in surplus}
+    spelling = next(((name, plain[name.strip().lower()]) for name in unknown if name.strip().lower() in plain), None)
+    raise ClassNameError(
+        f"teacher {teacher} has {len(known)} classes ({name_list(known, surplus)}), "
+        f"but {len(wanted) if len(wanted) != len(known) else 'others'} are wanted ({name_list(wanted, unknown)}); "
+        f"it does not know {name_list(unknown)}"
+        f"{f' (it spells {spelling[0]!r} as {spelling[1]!r})' if spelling else ''}"
+        f"; --other_classes true lets such a teacher serve methods on features"
+    )
 
 
 def _report(runs: Sequence[Path], page: Path, progress: Progress) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 
 class DetdistillError(ValueError):
@@ -22,6 +22,10 @@ class ClassCountError(ModelError):
     """A detector with weights knows another number of classes than is wanted."""
 
 
+class ClassNameError(ModelError):
+    """A detector does not know some of the classes that are wanted, by their names."""
+
+
 class RunError(DetdistillError):
     """A run cannot start or go on."""
 
@@ -30,3 +34,19 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the closest choice, or nothing."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def name_list(names: Sequence[str], differing: Collection[str] = (), most: int = 12) -> str:
+    """Names for a message: all of them up to ``most``; of more the first, and those that make the difference.
+
+    Example:
+        >>> name_list([str(number) for number in range(80)], differing=["41", "7", "79"], most=6)
+        '0, 1, 2, ..., 7, 41, 79'
+    """
+    if len(names) <= most:
+        return ", ".join(names)
+    first = list(names[: most // 2])
+    others = [name for name in names[most // 2 :] if name in differing]
+    shown = others[: most // 2]
+    rest = ["..."] if not others or len(others) > len(shown) or shown[-1] != names[-1] else []
+    return ", ".join([*first, *(["...", *shown] if shown else []), *rest])
