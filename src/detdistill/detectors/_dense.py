@@ -344,7 +344,8 @@ def supervision(assignment: Assignment, batch: Batch, class_outputs: Tensor) -> 
     """
     matched = assignment.matched
     boxes, outputs = shared.matched_targets(matched, shared.target_dicts(batch, class_outputs, only_trainable=False))
-    weights = batch.images.new_ones(matched.shape) if assignment.weights is None else assignment.weights
+    images = batch.images
+    weights = images.new_ones(matched.shape) if assignment.weights is None else assignment.weights.to(images.dtype)
     return Supervision(matched >= 0, boxes, outputs, weights.masked_fill(matched == IGNORED, 0.0))
 
 

@@ -1,5 +1,6 @@
-"""ATSS: a model of ours (see ``models/atss.py``) with its assignment and losses.
+"""ATSS: one square anchor for each cell, positives by the statistics of their overlaps, centerness.
 
+Network and inference are in ``models/atss.py``, assignment and losses here.
 Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample Selection",
 CVPR 2020; the numbers are mmdet's.
 """

@@ -1,5 +1,6 @@
-"""GFL: a model of ours (see ``models/gfl.py``) with its assignment and losses.
+"""GFL: class scores that carry the box's quality, box sides as distributions of distances.
 
+Network and inference are in ``models/gfl.py``, assignment and losses here.
 Li et al., "Generalized Focal Loss: Learning Qualified and Distributed Bounding Boxes for Dense Object Detection",
 NeurIPS 2020 (version 1); the numbers are mmdet's.
 """
