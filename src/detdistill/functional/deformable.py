@@ -41,13 +41,12 @@ def deformable_attention(value: Tensor, spatial_shapes: Sequence[tuple[int, int]
     images, _, heads, width = value.shape
     queries = locations.shape[1]
     grids = (2 * locations - 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)  # [B*M, L, Q, P, 2]
-    sampled = []
+    factors = weights.permute(0, 2, 3, 1, 4).flatten(0, 1)[:, :, None]  # [B*M, L, 1, Q, P]
+    summed = value.new_zeros(())
     for level, cells in enumerate(torch.split(value, [rows * columns for rows, columns in spatial_shapes], dim=1)):
         maps = cells.permute(0, 2, 3, 1).reshape(images * heads, width, *spatial_shapes[level])
-        sampled.append(F.grid_sample(maps, grids[:, level], mode="bilinear", padding_mode="zeros", align_corners=False))
-    values = torch.stack(sampled, dim=2)  # [B*M, D, L, Q, P]
-    factors = weights.permute(0, 2, 3, 1, 4).flatten(0, 1)[:, None]  # [B*M, 1, L, Q, P]
-    summed = (values * factors).sum(dim=(2, 4))  # [B*M, D, Q]
+        seen = F.grid_sample(maps, grids[:, level], mode="bilinear", padding_mode="zeros", align_corners=False)
+        summed = summed + (seen * factors[:, level]).sum(dim=-1)  # [B*M, D, Q]; level by level needs least memory
     return summed.reshape(images, heads * width, queries).transpose(1, 2)
 
 

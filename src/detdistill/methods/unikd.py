@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou, clip_boxes_to_image, sigmoid_focal_loss
 
 from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
-from detdistill.functional.boxes import giou_loss
+from detdistill.functional.boxes import giou_loss, paired_iou
 from detdistill.functional.deformable import Cells, DeformableDecoderLayer, DeformableEncoder, num_heads
 from detdistill.functional.matching import focal_class_cost, giou_cost, hungarian, l1_cost
 from detdistill.functional.similarity import mean_cosine
@@ -40,7 +40,7 @@ CLS_NORMS = ("num_gt", "num_queries")
 TRIES = 20
 """Draws of a jittered box before the box itself is taken."""
 ROUNDS = 50
-"""Draws of background boxes around objects before they are drawn anywhere."""
+"""Draws of background boxes around the objects before they are drawn anywhere."""
 
 
 # ------------------------------------------------------------------------------------------------------- pure functions
@@ -98,8 +98,8 @@ def unikd_boxes(
     near = _jittered(boxes, size_hw, alpha, generator)
     far = [near[:0]]
     missing = count - len(near)
-    for turn in range(10 * ROUNDS):
-        drawn = 2 * missing + 16
+    for turn in range(2 * ROUNDS):
+        drawn = 4 * missing + 16
         around = len(boxes) > 0 and turn < ROUNDS
         tried = _scattered(boxes, size_hw, drawn, generator) if around else _anywhere(size_hw, drawn, generator)
         if len(boxes):
@@ -108,7 +108,7 @@ def unikd_boxes(
         missing -= len(far[-1])
         if missing == 0:
             break
-    if missing:  # one object fills the image: tiny boxes in its corner overlap it least
+    if missing:  # an object that fills the image leaves little else: a tiny box in a corner
         far.append(torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(missing, 4))
     return torch.cat([near, *far]), len(near)
 
@@ -118,22 +118,19 @@ def _uniform(generator: torch.Generator, low: float, high: float, *shape: int) -
 
 
 def _moved(boxes: Tensor, size_hw: tuple[int, int], shift: float, scale: float, generator: torch.Generator) -> Tensor:
-    """Centres moved by up to ``shift`` sides, sides scaled by up to ``e^scale``, clipped to the image."""
+    """Boxes [..., 4], centres moved by up to ``shift`` sides, sides scaled by up to ``e^scale``, clipped to the image."""
     center_size = box_convert(boxes, "xyxy", "cxcywh")
-    centers = center_size[:, :2] + _uniform(generator, -shift, shift, len(boxes), 2) * center_size[:, 2:]
-    sides = center_size[:, 2:] * _uniform(generator, -scale, scale, len(boxes), 2).exp()
-    return clip_boxes_to_image(box_convert(torch.cat([centers, sides], dim=1), "cxcywh", "xyxy"), size_hw)
+    centers = center_size[..., :2] + _uniform(generator, -shift, shift, *boxes.shape[:-1], 2) * center_size[..., 2:]
+    sides = center_size[..., 2:] * _uniform(generator, -scale, scale, *boxes.shape[:-1], 2).exp()
+    return clip_boxes_to_image(box_convert(torch.cat([centers, sides], dim=-1), "cxcywh", "xyxy"), size_hw)
 
 
 def _jittered(boxes: Tensor, size_hw: tuple[int, int], alpha: float, generator: torch.Generator) -> Tensor:
-    result = boxes.clone()
-    open_ = torch.ones(len(boxes), dtype=torch.bool)
-    for _ in range(TRIES if len(boxes) else 0):
-        tried = _moved(boxes, size_hw, 0.15, 0.25, generator)
-        good = open_ & (box_iou(tried, boxes).diagonal() > alpha)
-        result[good] = tried[good]
-        open_ &= ~good
-    return result
+    """The first of ``TRIES`` draws that overlaps enough; the box itself where none does."""
+    tried = _moved(boxes.expand(TRIES, -1, -1), size_hw, 0.15, 0.25, generator)
+    good = paired_iou(tried, boxes.expand_as(tried)) > alpha  # [TRIES, G]
+    first = tried.gather(0, good.int().argmax(dim=0)[None, :, None].expand(1, -1, 4))[0]
+    return torch.where(good.any(dim=0)[:, None], first, boxes)
 
 
 def _scattered(boxes: Tensor, size_hw: tuple[int, int], count: int, generator: torch.Generator) -> Tensor:
