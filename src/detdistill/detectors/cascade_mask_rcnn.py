@@ -1,8 +1,9 @@
-"""Cascade Mask R-CNN on a feature pyramid: assignment and losses of ``models.cascade.CascadeMaskRCNN``.
+"""Cascade Mask R-CNN on a feature pyramid: three stages, a mask branch in each.
 
-Cai and Vasconcelos, "Cascade R-CNN: High Quality Object Detection and Instance Segmentation", TPAMI 2019: a mask branch in
-each stage, trained on that stage's positive regions with its weight. Detections are boxes; the mask branches
-train (``Target.masks``) and travel with the exported model, whose own call returns the mean of their masks.
+Assignment and losses; network and inference are ``models.cascade.CascadeMaskRCNN``. Cai and Vasconcelos, "Cascade R-CNN:
+High Quality Object Detection and Instance Segmentation", TPAMI 2019: the mask branch of each stage is trained on that
+stage's positive regions, with its weight. Detections are boxes; the mask branches train (``Target.masks``) and travel with
+the exported model, whose own call returns the mean of their masks.
 """
 
 from __future__ import annotations

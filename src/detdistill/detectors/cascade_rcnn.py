@@ -1,8 +1,9 @@
-"""Cascade R-CNN on a feature pyramid: assignment and losses of ``models.cascade.CascadeRCNN``.
+"""Cascade R-CNN on a feature pyramid: three stages of torchvision's RoI heads.
 
-Cai and Vasconcelos, "Cascade R-CNN: Delving into High Quality Object Detection", CVPR 2018, with the loss weights and
-standard deviations of the released configurations. As in torchvision's Faster R-CNN, and unlike there: anchors that cross
-the image's border take part in the first stage, and each bin of RoIAlign samples 2 x 2 points.
+Assignment and losses; network and inference are ``models.cascade.CascadeRCNN``. Cai and Vasconcelos, "Cascade R-CNN:
+Delving into High Quality Object Detection", CVPR 2018, with the loss weights and standard deviations of the released
+configurations. As in torchvision's Faster R-CNN, and unlike there: anchors that cross the image's border take part in the
+first stage, and each bin of RoIAlign samples 2 x 2 points.
 """
 
 from __future__ import annotations
