@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch import nn
 
 from detdistill.detectors import standalone
-from detdistill.detectors._two_stage import CascadeDetector, cascade_description
+from detdistill.detectors._cascade import CascadeDetector, cascade_description
 from detdistill.detectors.backbones import load_pretrained
 from detdistill.detectors.models.cascade import CascadeRCNN
 from detdistill.detectors.options import ModelOptions
