@@ -1,0 +1,157 @@
+"""What the stages of an adapter cost beside the library's own training forward: ratios, measured in one process in turns.
+
+    uv run python benchmarks/adapters.py --out benchmarks/results/adapters_cpu.json
+
+For each detector that wraps a library's model: ``features``, ``predict`` and ``loss`` (no backward) against the library's
+``model(images, targets)`` or ``model(pixel_values, pixel_mask, labels=...)`` on the same model and batch. Both take turns,
+the first of a round alternates, and ratios are of medians. Detectors that no library has are left out, and named.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detdistill.detectors.build import adapter, adapter_names, build_detector
+from detdistill.detectors.contract import Detector
+from detdistill.structures import Batch, Target, View
+from detdistill.training.run import hardware, versions
+
+CLASSES = tuple(f"class {number}" for number in range(20))
+
+
+def make_batch(images: int, size: int, boxes: int = 6) -> Batch:
+    """Noise with boxes (and their masks) of every scale; no padding, so that no side gains by it."""
+    generator = torch.Generator().manual_seed(0)
+    targets = []
+    for _ in range(images):
+        sides = size * (0.05 + 0.6 * torch.rand(boxes, 2, generator=generator) ** 2)
+        corners = torch.rand(boxes, 2, generator=generator) * (size - sides)
+        rows = torch.cat([corners, corners + sides], dim=1)
+        masks = torch.zeros(boxes, size, size, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(masks, rows.long().tolist(), strict=True):
+            mask[top : bottom + 1, left : right + 1] = True
+        labels = torch.randint(0, len(CLASSES), (boxes,), generator=generator)
+        targets.append(Target(rows, labels, torch.zeros(boxes, dtype=torch.bool), masks))
+    pixels = torch.rand(images, 3, size, size, generator=generator)
+    views = tuple(View((size, size), (size, size)) for _ in range(images))
+    return Batch(pixels, torch.tensor([[size, size]] * images), tuple(targets), tuple(range(images)), views)
+
+
+def library_forward(detector: Any, batch: Batch) -> Callable[[], Tensor] | None:
+    """The library's own training forward of an adapter's model, to the sum of its losses; None: there is none."""
+    model = detector.model
+    package = type(model).__module__.partition(".")[0]
+    if package == "torchvision":
+
+        def torchvision_forward() -> Tensor:
+            targets = []
+            for target in batch.targets:
+                entry = {"boxes": target.boxes_xyxy, "labels": target.labels + 1}
+                if target.masks is not None and detector.spec.needs_masks:
+                    entry["masks"] = target.masks.to(torch.uint8)
+                targets.append(entry)
+            return torch.stack(list(model(list(batch.images), targets).values())).sum()
+
+        return torchvision_forward
+    if package == "transformers":
+
+        def transformers_forward() -> Tensor:
+            # Making normalised pixels and labels is the work of the library's image processor; here both sides do it alike.
+            pixels, mask = detector.normalized(batch), (~batch.padding_mask()).long()
+            loss: Tensor = model(pixel_values=pixels, pixel_mask=mask, labels=detector.labels(batch)).loss
+            return loss
+
+        return transformers_forward
+    return None
+
+
+def adapter_forward(detector: Detector, batch: Batch) -> Callable[[], Tensor]:
+    """The three stages of training, to the sum of the losses."""
+
+    def stages() -> Tensor:
+        features = detector.features(batch)
+        return detector.loss(detector.predict(features, batch), batch).total()
+
+    return stages
+
+
+def ratio(name: str, batch: Batch, rounds: int, device: str) -> dict[str, Any] | None:
+    """Median seconds of both and their ratio; None where no library has the detector."""
+    torch.manual_seed(0)
+    detector = build_detector(name, CLASSES).to(device).train()
+    library = library_forward(detector, batch)
+    if library is None:
+        return None
+    contenders = {"library": library, "adapter": adapter_forward(detector, batch)}
+    seconds: dict[str, list[float]] = {side: [] for side in contenders}
+    losses = {}
+    for index in range(rounds + 2):
+        order = list(contenders) if index % 2 else list(reversed(contenders))
+        for side in order:
+            torch.manual_seed(index)  # both sides draw the same samples and denoising queries
+            if device == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            loss = contenders[side]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if index > 1:  # the first two rounds warm up
+                seconds[side].append(time.perf_counter() - started)
+            losses[side] = float(loss.detach())
+    median = {side: statistics.median(values) for side, values in seconds.items()}
+    fastest = {side: min(values) for side, values in seconds.items()}
+    return {
+        "model": name,
+        "ratio": round(median["adapter"] / median["library"], 3),
+        "ratio_of_fastest": round(fastest["adapter"] / fastest["library"], 3),
+        **{f"{side}_s": round(value, 4) for side, value in median.items()},
+        **{f"{side}_loss": round(value, 5) for side, value in losses.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--models", nargs="*", help="model strings; default: every adapter on --backbone")
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    chosen = parser.parse_args()
+    loading = [name for name in adapter_names() if getattr(adapter(name), "TINY", "") is None]
+    names = chosen.models or [f"{name}:{chosen.backbone}" for name in adapter_names() if name not in loading]
+    batch = make_batch(chosen.batch, chosen.size).to(chosen.device)
+    rows, without = [], []
+    for name in names:
+        row = ratio(name, batch, chosen.rounds, chosen.device)
+        if row is None:
+            without.append(name)
+            continue
+        rows.append(row)
+        print(row, flush=True)
+    print("no library has:", ", ".join(without) or "-", flush=True)
+    content = {
+        "what": f"training forward with losses, {chosen.size} pixels, batch {chosen.batch}, float32; adapter over library",
+        "command": "uv run python benchmarks/adapters.py " + shlex.join(sys.argv[1:]),
+        "adapters": rows,
+        "in_no_library": without,
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    if chosen.out:
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.out.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
