@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detdistill.cache.encoding import decode, encode
+from detdistill.cache.standin import AbsentTeacher
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.methods.contract import Method, PairError, Stage
 from detdistill.structures import Batch, Clock, Losses, Target, Taught
@@ -81,6 +83,7 @@ def _check_pair(pair: _Pair) -> None:
     check_half_precision(pair)
     check_one_image(pair)
     check_split_and_stack(pair)
+    check_offline(pair)
 
 
 def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -257,3 +260,61 @@ def check_split_and_stack(pair: _Pair) -> None:
     method.load_state_dict(state)
     actual = learn(method, pair.student, batch, again).terms
     assert_same(actual, expected, "split and stacked knowledge gives another loss: ", rtol=1e-6, atol=1e-7)
+
+
+def check_offline(pair: _Pair) -> None:
+    """Learning from records of single images gives the online losses, without the teacher, with images of unequal size.
+
+    Once with all images on one canvas, once with a canvas for each size. The teacher stays only where the method uses its
+    modules.
+    """
+    whole = tiny_batch(3)
+    apart = dataclasses.replace(whole, canvases_hw=tuple(view.size_hw for view in whole.views))
+    for batch in (whole, apart):
+        pair.forget()
+        online = pair.build()
+        if online.teach(batch) is None:
+            return
+        pair.forget()
+        expected = _all_steps(online, pair.student, batch)
+        records = {}
+        for image in range(len(batch)):
+            pair.forget()
+            alone = next(part for chosen, part in one_by_one(batch) if chosen == image)
+            (piece,) = online.teach(alone).split(1)
+            record = encode(piece, "float32")
+            records[batch.ids[image], batch.views[image].key] = record
+        teacher = pair.teacher
+        if not pair.method_class.needs.teacher_capabilities:
+            pair.teacher = AbsentTeacher(teacher.spec, teacher.fingerprint)
+        offline = pair.build()
+        pair.teacher = teacher
+        offline.load_state_dict(online.state_dict())  # what earlier stages trained comes with the cache
+
+        def source(asked: Batch, records=records) -> Taught:
+            found = [records[key] for key in zip(asked.ids, (view.key for view in asked.views), strict=True)]
+            pieces = [decode(record.layout, bytearray(record.data)) for record in found]
+            return type(pieces[0]).stack(pieces)
+
+        offline.source = source
+        actual = _all_steps(offline, pair.student, batch)
+        assert_same(actual, expected, "learning from records gives another loss: ", rtol=1e-6, atol=1e-6)
+
+
+def one_by_one(batch: Batch) -> Iterator[tuple[int, Batch]]:
+    """Each image in a batch of its own, on its canvas."""
+    canvases = batch.canvases_hw or (batch.padding_hw,) * len(batch)
+    for image in range(len(batch)):
+        yield image, batch._on_canvas([image], canvases[image])
+
+
+def _all_steps(method: Method, student: Detector, batch: Batch) -> dict[str, Tensor]:
+    """Losses of all stages that learn from what was taught."""
+    found: dict[str, Tensor] = {}
+    for stage in method.stages(student):
+        if stage.depends_on:
+            continue
+        torch.manual_seed(7)
+        with torch.no_grad():
+            found |= {f"{stage.name}/{name}": term for name, term in stage.step(batch, MIDDLE).terms.items()}
+    return found
