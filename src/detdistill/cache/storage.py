@@ -53,7 +53,7 @@ def storage(url: str) -> Storage:
         CacheError: a URL of a kind that is not installed here.
     """
     # A Path keeps one of the two slashes of a URL.
-    url = re.sub(r"^([a-z][a-z0-9+.-]+):/+(?=[^/])", r"\1://", str(url))
+    url = re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", str(url))
     if "://" not in url or url.startswith("file://"):
         return LocalFolder(Path(url.removeprefix("file://")))
     return RemoteFolder(url)

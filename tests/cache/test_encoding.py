@@ -1,0 +1,170 @@
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from detdistill.cache.encoding import STORES, decode, encode, slots_of
+from detdistill.structures import Dense, Features, Observation, PerImage, Regions, Taught, TaughtTogether
+from tests.methods.contract_checks import assert_same, tensors
+from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
+
+
+def taught(detector_class, images=2):
+    with torch.no_grad():
+        return detector_class(seed=1).eval()(tiny_batch(images)).split(images)
+
+
+def again(value, store="float32"):
+    record = encode(value, store)
+    return decode(record.layout, bytearray(record.data))
+
+
+@pytest.mark.parametrize("detector_class", [TinyDense, TinyRegions, TinyQueries])
+def test_float32_gives_back_every_family_exactly(detector_class):
+    for piece in taught(detector_class):
+        back = again(piece)
+        assert type(back) is Observation
+        assert back.features.strides == (8, 16)
+        assert type(back.prediction) is type(piece.prediction)
+        assert_same(back, piece, "")
+        assert [t.dtype for _, t in tensors(back)] == [t.dtype for _, t in tensors(piece)]
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_boxes_integers_and_masks_are_exact_in_every_store(store):
+    piece = taught(TinyRegions)[1]
+    back = again(piece, store)
+    for path, tensor in tensors(piece):
+        if not tensor.is_floating_point() or "xyxy" in path:
+            assert torch.equal(dict(tensors(back))[path], tensor), path
+    assert back.features.padding is not None
+
+
+def test_errors_are_those_of_the_number_format():
+    maps = torch.randn(1, 4, 6, 10, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 4)[None, :, None, None]
+    piece = Features((maps,), (8,))
+    relative = {store: (again(piece, store).maps[0] / maps - 1).abs().max().item() for store in ("float16", "bfloat16")}
+    assert 1e-4 < relative["float16"] < 2**-10
+    assert 1e-3 < relative["bfloat16"] <= 2**-8
+    error = (again(piece, "int8").maps[0] - maps).abs()
+    assert (error <= maps.abs().amax(dim=-1, keepdim=True) / 254 * 1.0001).all(), "half a step of each row's own scale"
+    assert error.max() > 0
+
+
+def test_sizes_are_what_the_formats_promise():
+    piece = Features((torch.randn(1, 8, 16, 20),), (8,))
+    count, rows = 8 * 16 * 20, 8 * 16
+    sizes = {store: len(encode(piece, store).data) for store in STORES}
+    assert sizes == {"float32": 4 * count, "float16": 2 * count, "bfloat16": 2 * count, "int8": count + 4 * rows}
+
+
+def test_what_a_format_cannot_hold_stays_as_it_is():
+    large = Features((torch.full((1, 1, 2, 2), 1e6),), (8,))
+    assert torch.equal(again(large, "float16").maps[0], large.maps[0])
+    endless = Features((torch.tensor([[[[1.5, -torch.inf]]]]),), (8,))
+    for store in STORES:
+        assert torch.equal(again(endless, store).maps[0], endless.maps[0]), store
+    empty = Features((torch.zeros(1, 3, 0, 4),), (8,))
+    zeros = Features((torch.zeros(1, 3, 2, 4),), (8,))
+    for store in STORES:
+        assert again(empty, store).maps[0].shape == (1, 3, 0, 4)
+        assert torch.equal(again(zeros, store).maps[0], zeros.maps[0])
+
+
+def test_integers_are_kept_narrow_and_come_back_wide():
+    @dataclass(frozen=True)
+    class Numbers(Taught):
+        small: torch.Tensor
+        large: torch.Tensor
+
+    back = again(Numbers(torch.tensor([[1, -128]]), torch.tensor([[2**40, 0]])))
+    assert back.small.tolist() == [[1, -128]]
+    assert back.large.tolist() == [[2**40, 0]]
+    assert back.small.dtype == back.large.dtype == torch.int64
+    assert len(encode(Numbers(torch.tensor([[1, -128]]), torch.tensor([[2**40, 0]])), "float32").data) == 2 + 16
+
+
+def test_memory_that_parts_share_is_written_once():
+    piece = taught(TinyDense)[0]
+    features = replace(piece, prediction=None)
+    one, both = encode(features, "float32"), encode(TaughtTogether((features, features)), "float32")
+    assert len(both.data) == len(one.data)
+    assert_same(again(TaughtTogether((features, None))).parts[0], features, "")
+
+
+def test_what_cannot_be_kept_is_refused_with_its_place():
+    @dataclass(frozen=True)
+    class Odd(Taught):
+        inner: PerImage
+        what: object
+
+    piece = taught(TinyDense)[0]
+    with pytest.raises(TypeError, match=r"a set at \.what cannot be kept"):
+        encode(Odd(piece, {1}), "float32")
+
+
+def test_a_layout_of_an_unknown_class_imports_nothing():
+    record = encode(taught(TinyDense)[0], "float32")
+    with pytest.raises(ValueError, match="antigravity:Flying, which is not loaded"):
+        decode(record.layout.replace("detdistill.structures:Observation", "antigravity:Flying"), bytearray(record.data))
+    with pytest.raises(ValueError, match="shorter than its layout"):
+        decode(record.layout, bytearray(record.data)[:-10])
+
+
+def test_slots_lie_aligned():
+    record = encode(taught(TinyRegions)[1], "int8")
+    position = 0
+    for slot in slots_of(record.layout):
+        assert position % {"F32": 4, "F64": 8, "I64": 8, "I16": 2}.get(slot.stored, 1) == 0
+        position += slot.nbytes
+    assert position == len(record.data)
+
+
+# ----------------------------------------------------------------------------------------- different sizes in one batch
+
+
+def dense_of(rows, columns, softmax=False):
+    """One level with two anchors a cell, and a level of one cell; logits tell the place."""
+    where = [(0, row, column, anchor) for row in range(rows) for column in range(columns) for anchor in range(2)] + [(1, 0, 0, 0)]
+    levels, row, column, anchors = torch.tensor(where).unbind(1)
+    number = (100.0 * row + 10 * column + anchors + 1000 * levels)[None, :, None]
+    boxes = number.repeat(1, 1, 4)
+    logits = number.repeat(1, 1, 3)
+    return Dense(
+        logits, boxes, boxes, boxes, levels, torch.stack([row, column], 1), anchors, quality=number[..., 0], softmax=softmax
+    )
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_dense_predictions_of_different_sizes_are_laid_on_common_cells(softmax):
+    tall, wide = dense_of(3, 1, softmax), dense_of(2, 2, softmax)
+    both = Dense.stack([tall, wide])
+    assert both.logits.shape == (2, 3 * 2 * 2 + 1, 3)
+    known = {(0, r, c, a): 100.0 * r + 10 * c + a for r in range(3) for c in range(2) for a in range(2)} | {(1, 0, 0, 0): 1000.0}
+    for image, piece in enumerate([tall, wide]):
+        mine = set(zip(piece.levels.tolist(), *piece.cells.T.tolist(), piece.anchors.tolist(), strict=True))
+        for index, place in enumerate(zip(both.levels.tolist(), *both.cells.T.tolist(), both.anchors.tolist(), strict=True)):
+            assert bool(both.padding[image, index]) == (place not in mine)
+            if place in mine:
+                assert both.logits[image, index].tolist() == [known[place]] * 3
+                assert both.boxes_xyxy[image, index, 0] == both.quality[image, index] == known[place]
+            else:
+                background = (
+                    both.logits[image, index].softmax(-1)[-1] > 0.999
+                    if softmax
+                    else both.logits[image, index].sigmoid().max() < 1e-8
+                )
+                assert bool(background)
+                assert both.boxes_xyxy[image, index].tolist() == [0] * 4
+    narrow = Dense.stack([Dense.stack([tall, wide]).split(2)[1], wide])
+    assert narrow.padding.sum().item() == 4 + 4, "padding is kept when it is stacked again"
+    assert Dense.stack([wide, wide]).padding is None
+
+
+def test_regions_of_images_are_stacked_with_their_first_stage_on_different_sizes():
+    pieces = taught(TinyRegions, 2)
+    small = replace(pieces[1].prediction, rpn=dense_of(2, 1))
+    large = replace(pieces[0].prediction, rpn=dense_of(2, 2))
+    both = Regions.stack([large, small])
+    assert both.rpn.padding.sum(dim=1).tolist() == [0, 4]
+    assert both.origin.image.unique().tolist() == [0, 1]
