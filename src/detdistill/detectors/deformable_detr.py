@@ -29,6 +29,9 @@ MODEL_TYPE = "deformable_detr"
 PRIOR = 0.01
 """Every class's score at the start, as in the authors' code; transformers starts at one half, which hardly trains."""
 
+TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,encoder=1,decoder=2"
+"""The smallest useful model, for ``probe``."""
+
 
 def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DeformableDetrDetector:
     """A fresh Deformable DETR on a timm backbone: levels 3-6, 300 queries, 6 encoder and 6 decoder layers.
@@ -222,7 +225,7 @@ class DeformableDetrDetector(shared.TransformersDetector):
         ratios = valid_ratios(masks, shared.full_precision(memory.tokens).dtype)
         valid = torch.cat([mask.flatten(1) for mask in masks], dim=1)
         logits, boxes, embedding = [], [], []
-        with deformable.watched([layer.encoder_attn for layer in decoder.layers], attention) as looks:
+        with self.attention_maps(attention), deformable.watched(decoder.layers, attention) as looks:
             for number, layer in enumerate(decoder.layers):
                 places = reference[:, :, None] * ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]
                 hidden = layer(
@@ -244,8 +247,8 @@ class DeformableDetrDetector(shared.TransformersDetector):
                 embedding.append(hidden)
                 if self.config.with_box_refine:
                     reference = box.detach()
-        maps = looks.stack() if attention else None
-        return Queries(torch.stack(logits), torch.stack(boxes), torch.stack(embedding), seed, maps)
+        stacked = (torch.stack(values) for values in (logits, boxes, embedding))
+        return Queries(*stacked, seed, looks.attention, self_attention=looks.self_attention)
 
     # ------------------------------------------------------------------------------------------------------------ training
 
