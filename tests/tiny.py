@@ -383,10 +383,11 @@ class TinyQueries(TinyDetector):
         hidden, position = seed.content, 0 if seed.position is None else seed.position
         reference = torch.full_like(hidden[..., :4], 0.5) if seed.reference is None else seed.reference
         padding = None if features.padding is None else torch.cat([mask.flatten(1) for mask in features.padding], dim=1)
-        logits, boxes, embedding, seen = [], [], [], []
+        logits, boxes, embedding, seen, among = [], [], [], [], []
         for layer in self.layers:
             query = hidden + position
-            hidden = hidden + (query @ query.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(dim=-1) @ hidden
+            each_other = (query @ query.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(dim=-1)
+            hidden = hidden + each_other @ hidden
             scores = (hidden + position) @ memory.transpose(1, 2) / query.shape[-1] ** 0.5
             if padding is not None:
                 scores = scores.masked_fill(padding[:, None], -torch.inf)
@@ -397,8 +398,11 @@ class TinyQueries(TinyDetector):
             boxes.append(reference)
             embedding.append(hidden)
             seen.append(looks[:, None])
+            among.append(each_other[:, None])
         stacked = (torch.stack(values) for values in (logits, boxes, embedding))
-        return Queries(*stacked, seed, attention=torch.stack(seen) if attention else None)
+        if not attention:
+            return Queries(*stacked, seed)
+        return Queries(*stacked, seed, torch.stack(seen), self_attention=torch.stack(among))
 
     def predict(self, features: Features, batch: Batch) -> Queries:
         return self.decode(features, self.seed(features, batch), batch)

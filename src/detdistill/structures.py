@@ -524,6 +524,8 @@ class Queries(PerImage):
     """[L, B, heads, N, S] cross-attention, on request."""
     softmax: bool = field(default=False, metadata=SHARED)
     own: Any = field(default=None, metadata=SHARED)
+    self_attention: Tensor | None = field(default=None, metadata=SECOND)
+    """[L, B, heads, N, N] of the queries among themselves, with ``attention``."""
 
     def split(self, count: int) -> list[Self]:
         """One value for each image, without the adapter's own outputs."""

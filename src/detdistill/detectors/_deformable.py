@@ -79,21 +79,31 @@ def still_statistics(*modules: nn.Module) -> Iterator[None]:
 class Looks:
     """The attention of each decoder layer, in order, as ``watched`` fills it."""
 
-    maps: list[Tensor]
+    cross: list[Tensor]
+    """Spread over all cells: [B, heads, N, S]."""
+    among: list[Tensor]
+    """Of the queries among themselves: [B, heads, N, N]."""
 
-    def stack(self) -> Tensor:
-        """[L, B, heads, N, S]."""
-        return torch.stack(self.maps)
+    @property
+    def attention(self) -> Tensor | None:
+        """[L, B, heads, N, S]; None if nothing was watched."""
+        return torch.stack(self.cross) if self.cross else None
+
+    @property
+    def self_attention(self) -> Tensor | None:
+        """[L, B, heads, N, N]; None if nothing was watched."""
+        return torch.stack(self.among) if self.among else None
 
 
 @contextmanager
-def watched(attentions: Sequence[nn.Module], wanted: bool) -> Iterator[Looks]:
-    """Note the cross-attention of deformable modules while a decoder runs, as dense maps; nothing when not ``wanted``."""
-    looks = Looks([])
+def watched(layers: Sequence[Any], wanted: bool) -> Iterator[Looks]:
+    """Note the attention of decoder layers while they run, deformable ones as dense maps; nothing when not ``wanted``."""
+    looks = Looks([], [])
     hooks = []
     if wanted:
-        for module in attentions:
-            hooks.append(module.register_forward_hook(partial(_note, looks), with_kwargs=True))
+        for layer in layers:
+            hooks.append(layer.encoder_attn.register_forward_hook(partial(_note, looks), with_kwargs=True))
+            hooks.append(layer.self_attn.register_forward_hook(partial(_note_among, looks), with_kwargs=True))
     try:
         yield looks
     finally:
@@ -120,7 +130,18 @@ def _note(looks: Looks, module: Any, arguments: tuple[Any, ...], given: dict[str
         points = reference[..., :2] + offsets * share * reference[..., 2:] * getattr(module, "offset_scale", 0.5)
     method = getattr(module, "method", None) or getattr(module, "decoder_method", "default")
     weights = result[1].reshape(batch, queries, heads, sum(counts))
-    looks.maps.append(dense_attention(weights, points, shapes, counts, nearest=method == "discrete"))
+    looks.cross.append(dense_attention(weights, points, shapes, counts, nearest=method == "discrete"))
+
+
+def _note_among(looks: Looks, module: Any, arguments: tuple[Any, ...], given: dict[str, Any], result: Any) -> None:
+    """Compute the self-attention once more: the library's fused forms return none, and its plain form rounds otherwise."""
+    hidden, position, mask = given["hidden_states"], given.get("position_embeddings"), given.get("attention_mask")
+    hidden = hidden if position is None else hidden + position
+    queries, keys = (
+        layer(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for layer in (module.q_proj, module.k_proj)
+    )
+    scores = queries @ keys.transpose(2, 3) * module.scaling
+    looks.among.append((scores if mask is None else scores + mask).softmax(dim=-1))
 
 
 def point_counts(attention: Any) -> list[int]:

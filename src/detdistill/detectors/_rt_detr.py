@@ -219,9 +219,10 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
             )
         with shared.still_statistics(self.model.model.decoder_input_proj):
             memory = self.memory(features)
-        with shared.watched([layer.encoder_attn for layer in self.model.model.decoder.layers], attention) as looks:
+        with shared.watched(self.model.model.decoder.layers, attention) as looks:
             run = self.run(memory, seed.content, seed.reference / self.scale(batch), None)
-        return self.queries(run, seed, Own(run), batch, looks.stack() if attention else None)
+        found = self.queries(run, seed, Own(run), batch)
+        return replace(found, attention=looks.attention, self_attention=looks.self_attention)
 
     def predict(self, features: Features, batch: Batch) -> Queries:
         """Decode the own queries; in training beside denoising queries made of ``batch.targets`` (torch's random numbers)."""
@@ -276,10 +277,10 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
             mask: [N, N] added to the self-attention, or None.
         """
 
-    def queries(self, run: Run, seed: QuerySeed, own: Own, batch: Batch, attention: Tensor | None = None) -> Queries:
+    def queries(self, run: Run, seed: QuerySeed, own: Own, batch: Batch) -> Queries:
         """A run as the contract's structure."""
         boxes = torch.stack([layer.boxes for layer in run.layers]) * self.scale(batch)
-        return Queries(torch.stack([layer.logits for layer in run.layers]), boxes, run.embedding, seed, attention, own=own)
+        return Queries(torch.stack([layer.logits for layer in run.layers]), boxes, run.embedding, seed, own=own)
 
     def own(self, prediction: Prediction) -> Own:
         """What the losses need.

@@ -390,17 +390,19 @@ class TransformersDetector(Detector):
         twice. ``origin.anchor`` is the query; level and cell are -1.
         """
         queries = cast(Queries, prediction)
+        logits = queries.logits[-1]
+        probabilities = logits.softmax(dim=-1)[..., :-1] if self.softmax else logits.sigmoid()
         found = []
         for image, (height, width) in enumerate(batch.sizes.tolist()):
-            logits, boxes = queries.logits[-1, image], queries.boxes_cxcywh01[-1, image]
+            probability, boxes = probabilities[image], queries.boxes_cxcywh01[-1, image]
             if self.softmax:
-                scores, labels = logits.softmax(dim=-1)[:, :-1].max(dim=-1)
+                scores, labels = probability.max(dim=-1)
                 scores, query = scores.sort(descending=True, stable=True)
                 labels = labels[query]
             else:
-                limit = self.dets or self.top_k or len(logits)
-                scores, place = logits.sigmoid().flatten().topk(min(limit, logits.numel()))
-                query, labels = place // logits.shape[1], place % logits.shape[1]
+                limit = self.dets or self.top_k or len(probability)
+                scores, place = probability.flatten().topk(min(limit, probability.numel()))
+                query, labels = place // probability.shape[1], place % probability.shape[1]
             keep = torch.nonzero(scores > self.score).flatten()[: self.dets]
             scores, labels, query = scores[keep], labels[keep], query[keep]
             corners = corners_of(boxes[query]) * boxes.new_tensor([width, height, width, height])
@@ -746,7 +748,12 @@ def load_pretrained(
     with quiet():
         try:
             model, info = detector_class.model_class.from_pretrained(
-                source, config=config, use_safetensors=True, output_loading_info=True, local_files_only=is_offline(source)
+                source,
+                config=config,
+                use_safetensors=True,
+                local_files_only=is_offline(source),
+                ignore_mismatched_sizes=True,  # they are named below
+                output_loading_info=True,
             )
         except Exception as error:  # the library raises OSError, ImportError, SafetensorError, RuntimeError, ValueError
             raise ModelError(f"{source}: {reason_of(error)}") from error
@@ -939,6 +946,8 @@ class Decoded:
     """[L, B, N, D] normalised, what the outputs read."""
     attention: Tensor | None
     """[L, B, heads, N, S], if asked for."""
+    self_attention: Tensor | None
+    """[L, B, heads, N, N], likewise."""
     outputs: Any
     """The library's."""
 
@@ -974,4 +983,6 @@ def decode_single_scale(
     else:
         inner = [model.decoder.layernorm(hidden) for hidden in outputs.hidden_states[1:-1]]
     hidden = torch.stack([*inner, outputs.last_hidden_state])
-    return Decoded(hidden, torch.stack(tuple(outputs.cross_attentions)) if attention else None, outputs)
+    if not attention:
+        return Decoded(hidden, None, None, outputs)
+    return Decoded(hidden, torch.stack(tuple(outputs.cross_attentions)), torch.stack(tuple(outputs.attentions)), outputs)

@@ -93,7 +93,7 @@ class ConditionalDetrDetector(shared.TransformersDetector):
         shift = torch.cat([center, torch.zeros_like(center)], dim=-1)
         boxes = (shared.full_precision(self.model.bbox_predictor(decoded.hidden)) + shift).sigmoid()
         logits = shared.full_precision(self.model.class_labels_classifier(decoded.hidden))
-        return Queries(logits, boxes, decoded.hidden, seed, decoded.attention)
+        return Queries(logits, boxes, decoded.hidden, seed, decoded.attention, self_attention=decoded.self_attention)
 
     def criterion(self) -> Any:
         """The library's, with its matching costs."""

@@ -129,7 +129,10 @@ class DabDetrDetector(shared.TransformersDetector):
         before = shared.inverse_sigmoid(shared.full_precision(outputs.reference_points))
         boxes = (shared.full_precision(self.model.bbox_predictor(hidden)) + before).sigmoid()
         logits = shared.full_precision(self.model.class_embed(hidden))
-        return Queries(logits, boxes, hidden, seed, torch.stack(tuple(outputs.cross_attentions)) if attention else None)
+        if not attention:
+            return Queries(logits, boxes, hidden, seed)
+        looks, among = (torch.stack(tuple(maps)) for maps in (outputs.cross_attentions, outputs.attentions))
+        return Queries(logits, boxes, hidden, seed, looks, self_attention=among)
 
     def anchors(self, seed: QuerySeed) -> Tensor:
         """[B, N, 4] a seed's boxes before the sigmoid."""

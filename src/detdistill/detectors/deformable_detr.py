@@ -225,7 +225,7 @@ class DeformableDetrDetector(shared.TransformersDetector):
         ratios = valid_ratios(masks, shared.full_precision(memory.tokens).dtype)
         valid = torch.cat([mask.flatten(1) for mask in masks], dim=1)
         logits, boxes, embedding = [], [], []
-        with self.attention_maps(attention), deformable.watched(decoder.layers, attention) as looks:
+        with deformable.watched(decoder.layers, attention) as looks:
             for number, layer in enumerate(decoder.layers):
                 places = reference[:, :, None] * ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]
                 hidden = layer(

@@ -86,7 +86,9 @@ class DetrDetector(shared.TransformersDetector):
         decoded = shared.decode_single_scale(self, features, self.positions(features), seed.content, position, attention)
         boxes = shared.full_precision(self.model.bbox_predictor(decoded.hidden)).sigmoid()
         logits = shared.full_precision(self.model.class_labels_classifier(decoded.hidden))
-        return Queries(logits, boxes, decoded.hidden, seed, decoded.attention, softmax=True)
+        return Queries(
+            logits, boxes, decoded.hidden, seed, decoded.attention, softmax=True, self_attention=decoded.self_attention
+        )
 
     # ------------------------------------------------------------------------------------------------------------ training
 
