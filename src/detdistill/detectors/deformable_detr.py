@@ -247,8 +247,8 @@ class DeformableDetrDetector(shared.TransformersDetector):
                 embedding.append(hidden)
                 if self.config.with_box_refine:
                     reference = box.detach()
-        stacked = (torch.stack(values) for values in (logits, boxes, embedding))
-        return Queries(*stacked, seed, looks.attention, self_attention=looks.self_attention)
+        layers = [torch.stack(values) for values in (logits, boxes, embedding)]
+        return Queries(layers[0], layers[1], layers[2], seed, looks.attention, self_attention=looks.self_attention)
 
     # ------------------------------------------------------------------------------------------------------------ training
 
