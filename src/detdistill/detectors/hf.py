@@ -18,7 +18,7 @@ from detdistill.detectors import _transformers as shared
 from detdistill.detectors.build import adapter
 from detdistill.detectors.contract import Detector
 from detdistill.detectors.options import ModelOptions
-from detdistill.errors import ModelError, nearest
+from detdistill.errors import ModelError
 
 TINY = None
 """It loads models of other kinds; there is none of its own to try."""
@@ -45,10 +45,8 @@ def load(backbone: str, classes: Sequence[str] | None, options: ModelOptions) ->
     config = shared.read_config(backbone)
     known = model_types()
     if config.model_type not in known:
-        kind = str(config.model_type)
         raise ModelError(
-            f"{backbone}: its config.json says model_type {kind!r}{nearest(kind, known)}; detectors that can be loaded: "
-            f"{', '.join(known)}"
+            f"{backbone}: its config.json says model_type {config.model_type!r}; detectors that can be loaded: {', '.join(known)}"
         )
     name = options.name or f"hf:{backbone}"
     detector: Detector = adapter(known[config.model_type]).load_pretrained(backbone, classes, name, options)
