@@ -28,6 +28,7 @@ def about(teacher, method="pkd", **changes):
         "teacher_parameters": 7,
         "spec": teacher.spec,
         "method": method,
+        "student": None,
         "knowledge": tuple(knowledge_of(method)),
         "stages": (),
         "data": "coco",

@@ -205,6 +205,14 @@ def test_several_writers_share_the_work(teacher, tmp_path, monkeypatch):
     assert writers == {"000of002", "001of002"}
 
 
+def test_devices_start_processes_of_their_own(teacher, tmp_path):
+    made = cache(teacher, tmp_path / "cache", devices=2)
+    assert (made.records, made.complete) == (VIEWS, True)
+    assert {path.name[:8] for path in (tmp_path / "cache").glob("shards/*.json")} == {"000of002", "001of002"}
+    with pytest.raises(CacheError, match="nodes: start the same command on every machine with torchrun"):
+        cache(teacher, tmp_path / "other", nodes=2)
+
+
 # -------------------------------------------------------------------------------------------------------------- refusals
 
 

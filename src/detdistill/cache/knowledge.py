@@ -35,6 +35,8 @@ class About:
     spec: DetectorSpec
     method: str
     """As it was named on the command line."""
+    student: str | None
+    """Likewise; None: an untrained detector of the teacher's build stood in."""
     knowledge: tuple[Knowledge, ...]
     stages: tuple[str, ...]
     """Fingerprints of the methods' earlier stages, on whose results the knowledge depends; these are in ``stages/``."""
@@ -52,7 +54,7 @@ class About:
     def fingerprint(self) -> str:
         """Of everything the bytes depend on."""
         parts = dataclasses.asdict(self)
-        for name in ("teacher", "teacher_parameters", "spec", "method", "data", "records"):
+        for name in ("teacher", "teacher_parameters", "spec", "method", "student", "data", "records"):
             del parts[name]
         return digest({"format": FORMAT, **parts})
 

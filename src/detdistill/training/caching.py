@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 
+import yaml
 from safetensors.torch import save
 
 from detdistill.cache.encoding import Store
@@ -24,7 +30,7 @@ from detdistill.detectors.contract import Detector, Teacher
 from detdistill.methods.build import build_method
 from detdistill.methods.contract import Method, PairError, Stage
 from detdistill.progress import Progress
-from detdistill.settings import CacheSettings, DistillSettings
+from detdistill.settings import CacheSettings, DistillSettings, as_plain
 from detdistill.training.offline import stage_from_cache
 from detdistill.training.run import Plan, prepare, seed_everything, view_settings
 from detdistill.training.stages import cached_stage_file, state_of
@@ -63,13 +69,17 @@ def make_cache(
     """
     folder, views = storage(url), view_settings(settings)
     kinds = views_of(views)  # endless views are refused before anything else
+    if settings.nodes > 1 and "WORLD_SIZE" not in os.environ:
+        raise CacheError("nodes: start the same command on every machine with torchrun, which numbers the processes")
     frozen = Teacher(teacher[1])
     seed_everything(settings.seed)
     learner, method = _learner(frozen, student, data[1], settings.method)
     stages = _prepared(teacher[0], data, student, settings, learner, method, progress)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     lecture = Lecture(settings.method, method, device, settings.precision)
     train, everything = data[1].train, sights(data[1].train, views)
-    rank, world = _rank()
+    rank, world = _rank(settings.devices)
     before = found_about(folder) if rank == 0 else _wait(folder)
     wanted = before.store if before is not None and settings.store == "auto" else settings.store
     about = About(
@@ -78,6 +88,7 @@ def make_cache(
         teacher_parameters=sum(p.numel() for p in teacher[1].parameters()),
         spec=frozen.spec,
         method=settings.method,
+        student=student,
         knowledge=tuple(lecture.knowledge),
         stages=tuple(stage.depends_on for stage in stages),
         data=data[0],
@@ -107,7 +118,8 @@ def make_cache(
     if missing:
         bar = progress.bar("cache", len(missing))
         share = {"rank": rank, "world": world, "workers": settings.workers, "shard_records": settings.shard}
-        fill(cache, lecture, train, views, everything, settings.batch, bar=bar, **share)
+        with _others(settings, about.store, {"teacher": teacher[0], "data": data[0], "student": student, "out": url}):
+            fill(cache, lecture, train, views, everything, settings.batch, bar=bar, **share)
         cache.index.refresh()
     left = len(cache.index.missing(sight.key for sight in everything))
     progress.say(f"{len(everything) - left} of {len(everything)} records in {folder.url}")
@@ -122,9 +134,50 @@ def _wait(folder: Storage) -> About | None:
     return about
 
 
-def _rank() -> tuple[int, int]:
-    """This process among those that a launcher (torchrun) started."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def _rank(devices: int) -> tuple[int, int]:
+    """This process among those that a launcher (torchrun) started, or the first of those that ``_others`` will start."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", devices))
+
+
+@contextlib.contextmanager
+def _others(settings: CacheSettings, store: Store, names: dict[str, str | None]) -> Iterator[None]:
+    """The further processes of ``devices``, where no launcher has started them, at work beside this one.
+
+    Raises:
+        CacheError: one of them failed, with its last line.
+    """
+    if "WORLD_SIZE" in os.environ or settings.devices == 1:
+        yield
+        return
+    plain = {**as_plain(settings), "store": store, **names}
+    skipped = ("resume", "report", "track", "ema", "evaluate_every", "checkpoint_every", "log_every", "monitor_every")
+    for name in (*skipped, "in_memory", "deterministic", "dry_run"):
+        del plain[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        config = Path(scratch) / "config.yaml"
+        config.write_text(yaml.safe_dump(plain))
+        children = []
+        for rank in range(1, settings.devices):
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": settings.devices}
+            with (Path(scratch) / f"{rank}.txt").open("w") as log:
+                children.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "detdistill", "cache", "--config", str(config)],
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env={**os.environ, **{name: str(value) for name, value in numbers.items()}},
+                    )
+                )
+        try:
+            yield
+            for rank, child in enumerate(children, start=1):
+                if child.wait() != 0:
+                    lines = (Path(scratch) / f"{rank}.txt").read_text().strip().splitlines()
+                    raise CacheError(f"writer {rank} of {settings.devices} failed: {lines[-1] if lines else child.returncode}")
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    child.kill()
 
 
 def _learner(frozen: Teacher, student: str | None, splits: DataSplits, method: str) -> tuple[Detector, Method]:
@@ -153,7 +206,8 @@ def _prepared(
     common = {
         field.name: getattr(settings, field.name) for field in fields(CacheSettings) if hasattr(DistillSettings, field.name)
     }
-    run_settings = DistillSettings(**{**common, "out": None, "resume": False, "report": False, "track": ()})
+    alone = {"out": None, "resume": False, "report": False, "track": (), "devices": 1, "nodes": 1}
+    run_settings = DistillSettings(**{**common, **alone})
     plan = Plan(student or teacher, data[0], run_settings, role="stage", teacher=teacher, title="earlier stage")
     return prepare(plan, data[1], learner, method, progress)
 
@@ -179,7 +233,7 @@ def check_cache(
     frozen = Teacher(detector)
     views = _views(cache)
     cache.check(cache.about.method, splits.train.fingerprint, views_of(views), frozen)
-    learner, method = _learner(frozen, None, splits, cache.about.method)
+    learner, method = _learner(frozen, cache.about.student, splits, cache.about.method)
     for stage in method.stages(learner)[:-1]:
         if stage.depends_on:
             stage_from_cache(cache, stage, method)

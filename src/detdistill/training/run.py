@@ -169,7 +169,7 @@ def prepare(plan: Plan, splits: DataSplits, student: Detector, method: Method, p
         The stages whose results it holds now.
 
     Raises:
-        RunError: as ``run``.
+        RunError: as ``run``; or several processes were started, of which each would train a stage for itself.
     """
     found = tuple(stage for stage in method.stages(student)[:-1] if reusable(stage, method))
     assert isinstance(plan.settings, DistillSettings)
@@ -177,8 +177,9 @@ def prepare(plan: Plan, splits: DataSplits, student: Detector, method: Method, p
     for index, stage in enumerate(found):
         if _found_result(stage, dataclasses.replace(plan.settings, **stage.overrides), splits, method, progress):
             continue
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise RunError(f"stage {stage.name} is not trained yet; first run this once in one process, with --dry_run true")
         if loop is None:
-            check_machine(plan.settings)
             seed_everything(plan.settings.seed)
             folder = start_folder(new_folder(plan.settings.out, f"{plan.role}-{method.slug}"), plan.config())
             loop = _Loop(plan, splits, folder, student, method, progress, None)
