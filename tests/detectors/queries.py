@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torchvision.ops import box_convert
-from transformers import AutoModelForObjectDetection
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from detdistill.detectors.build import build_detector, load_detector
 from detdistill.detectors.contract import HasBackboneFeatures, HasCopies, HasQueries, Teacher
@@ -492,10 +493,16 @@ class QueryDetectorTests:
             assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in loaded.modules()) == (
                 13 if backbone == "small" else 14
             )
+        processor = AutoImageProcessor.from_pretrained(tmp_path / "student")
+        height, width = batch.sizes[1].tolist()
+        pixels = (batch.images[1, :, :height, :width] * 255).byte()
+        prepared = processor(images=pixels, return_tensors="pt")["pixel_values"]
+        normal = detector.normalized(replace(batch, images=batch.images.mul(255).byte() / 255))
+        torch.testing.assert_close(prepared[0], normal[1, :, :height, :width], rtol=1e-4, atol=1e-5)
         loaded = load_detector(tmp_path / "student")
         assert loaded.score == detector.score
         outputs = SimpleNamespace(logits=theirs.logits, pred_boxes=theirs.pred_boxes)
-        results = self.processor().post_process_object_detection(outputs, threshold=detector.score, target_sizes=batch.sizes)
+        results = processor.post_process_object_detection(outputs, threshold=detector.score, target_sizes=batch.sizes)
         for one, other in zip(detector.detect(mine, batch), results, strict=True):
             assert len(one) == len(other["scores"]) > 3
             torch.testing.assert_close(one.scores, other["scores"].sort(descending=True).values, rtol=1e-4, atol=1e-5)

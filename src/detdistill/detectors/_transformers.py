@@ -524,7 +524,7 @@ def corners_of(boxes_cxcywh: Tensor) -> Tensor:
 
 def class_names(config: Any) -> tuple[str, ...]:
     """Names of a config's classes, in label order."""
-    return tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    return tuple(str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels))
 
 
 def valid_masks(features: Features) -> tuple[Tensor, ...]:
@@ -813,7 +813,7 @@ def read_config(source: str | Path) -> Any:
         raise ModelError(f"{source}: no such folder")  # names of the hub have one slash at most
     with quiet():
         try:
-            return AutoConfig.from_pretrained(source, local_files_only=is_offline(source))
+            return AutoConfig.from_pretrained(source, local_files_only=is_offline(source), trust_remote_code=False)
         except Exception as error:  # OSError, ValueError, KeyError, the hub's and the validator's own
             raise ModelError(f"{source}: {reason_of(error)}") from error
 

@@ -63,6 +63,7 @@ class ConditionalDetrDetector(shared.TransformersDetector):
     neck_modules = ("model.input_projection", "model.encoder")
     head_modules = ("model.query_position_embeddings", "model.decoder", "class_labels_classifier", "bbox_predictor")
     class_outputs = ("class_labels_classifier",)
+    image_processor = "ConditionalDetrImageProcessor"
 
     def backbone_maps(self, images: Tensor, pixel_mask: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """The last map."""

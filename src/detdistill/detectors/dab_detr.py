@@ -73,6 +73,7 @@ class DabDetrDetector(shared.TransformersDetector):
     neck_modules = ("model.input_projection", "model.encoder")
     head_modules = ("model.query_refpoint_embeddings", "model.decoder", "class_embed", "bbox_predictor")
     class_outputs = ("class_embed",)
+    image_processor = "ConditionalDetrImageProcessor"
 
     @property
     def width(self) -> int:
