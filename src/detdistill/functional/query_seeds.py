@@ -1,0 +1,277 @@
+"""Queries of one decoder for another: what a decoder begins from, what it reads of that, and maps for what differs.
+
+A query begins with a content, in some families with a position embedding, and in some with a reference (a point or a box).
+Two DETRs whose widths and parts are equal can decode each other's queries as they are. Else ``QueryBridge`` makes what is
+missing with learned maps, which no paper on DETRs describes; ``query_gaps`` says what that would be.
+
+Shape letters: B images, N queries, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from detdistill.errors import DetdistillError
+from detdistill.functional.deformable import sine_positions
+from detdistill.structures import Batch, Features, Queries, QuerySeed, Target, View
+
+CANVASES = (128, 256, 512, 1024, 2048)
+"""Pixels of the empty images that a decoder is tried on: the first with as many cells as it has queries."""
+SMALL_SIDE = -2.0
+"""Learned sizes of boxes begin at sigmoid(-2), about 0.12 of the image."""
+
+
+class QueryDecoder(Protocol):
+    """A detector with queries (``detectors.contract.HasQueries``)."""
+
+    spec: Any
+
+    def seed(self, features: Features, batch: Batch) -> QuerySeed:
+        """Its own initial queries."""
+        ...
+
+    def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
+        """Decode any."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As ``torch.nn.Module``."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """As ``torch.nn.Module``."""
+        ...
+
+
+@dataclass(frozen=True)
+class QueryFormat:
+    """What the initial queries of a decoder are made of."""
+
+    width: int
+    """D of content and position."""
+    empty: bool
+    """The contents are all zeros; what makes queries differ is the rest."""
+    position: bool
+    """There is a position embedding."""
+    reference: int
+    """Numbers of a reference: 0 (none), 2 (a point) or 4 (a box)."""
+
+    @staticmethod
+    def of(seed: QuerySeed) -> QueryFormat:
+        """Of given queries."""
+        reference = 0 if seed.reference is None else seed.reference.shape[-1]
+        return QueryFormat(seed.content.shape[-1], not bool(seed.content.any()), seed.position is not None, reference)
+
+
+@dataclass(frozen=True)
+class DecoderFormat:
+    """What a decoder's own queries have, and what it makes of queries."""
+
+    gives: QueryFormat
+    reads: QueryFormat
+    """The same, without a reference that changes nothing (Conditional DETR makes its own of the positions)."""
+    decoded: Queries
+    """Two of its queries, decoded on noise: for the number of layers, heads and cells."""
+    cells_hw: tuple[tuple[int, int], ...]
+    """Rows and columns of the maps it read then."""
+
+
+@torch.no_grad()
+def decoder_format(decoder: QueryDecoder, attention: bool = False) -> DecoderFormat:
+    """Try a decoder on maps of noise, without its backbone.
+
+    Args:
+        decoder: leaves as it came: mode, statistics and the global random state.
+        attention: ask for attention maps, too.
+
+    Raises:
+        DetdistillError: it decodes nothing of the sizes tried, or shows no attention maps.
+    """
+    refusal: DetdistillError | None = None
+    with _evaluating(decoder):
+        for canvas in CANVASES:
+            features, batch = _noise(decoder, canvas)
+            try:
+                own = decoder.seed(features, batch)
+            except DetdistillError as error:  # choosing more queries than there are cells
+                refusal = error
+                continue
+            pair = _first(own, 2)
+            decoded = decoder.decode(features, pair, batch, attention=attention)
+            gives = reads = QueryFormat.of(own)
+            if pair.reference is not None:
+                moved = QuerySeed(pair.content, pair.position, pair.reference * 0.5 + 0.2)
+                if torch.equal(decoder.decode(features, moved, batch).boxes_cxcywh01, decoded.boxes_cxcywh01):
+                    reads = QueryFormat(gives.width, gives.empty, gives.position, 0)
+            return DecoderFormat(gives, reads, decoded, tuple((m.shape[-2], m.shape[-1]) for m in features.maps))
+    assert refusal is not None
+    raise refusal
+
+
+def _noise(decoder: QueryDecoder, canvas: int) -> tuple[Features, Batch]:
+    parameter = next(iter(decoder.parameters()))
+    generator = torch.Generator().manual_seed(0)
+    maps = []
+    for channels, stride in zip(decoder.spec.channels, decoder.spec.strides, strict=True):
+        side = -(-canvas // stride)
+        maps.append(torch.randn(1, channels, side, side, generator=generator).to(parameter))
+    empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+    images = torch.zeros(1, 3, canvas, canvas)
+    batch = Batch(images, torch.tensor([[canvas, canvas]]), (empty,), (0,), (View((canvas, canvas), (canvas, canvas)),))
+    return Features(tuple(maps), tuple(decoder.spec.strides)), batch.to(parameter.device)
+
+
+def _first(seed: QuerySeed, count: int) -> QuerySeed:
+    parts = (seed.content, seed.position, seed.reference)
+    content, position, reference = (None if part is None else part[:, :count] for part in parts)
+    assert content is not None
+    return QuerySeed(content, position, reference)
+
+
+@contextmanager
+def _evaluating(decoder: QueryDecoder) -> Iterator[None]:
+    """Without dropout and without moving statistics."""
+    training = [module for module in decoder.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def query_gaps(gives: QueryFormat, reads: QueryFormat) -> list[str]:
+    """What a decoder would read that somebody's queries do not have, in words; empty: it can decode them as they are."""
+    gaps = []
+    if not gives.empty and gives.width != reads.width:
+        gaps.append(f"contents of {reads.width} channels (these have {gives.width})")
+    if reads.position and not gives.position:
+        gaps.append("position embeddings")
+    elif reads.position and gives.width != reads.width:
+        gaps.append(f"position embeddings of {reads.width} channels (these have {gives.width})")
+    if reads.reference > gives.reference:
+        gaps.append("reference boxes" + (" (these have points)" if gives.reference else "") if reads.reference == 4 else "points")
+    return gaps
+
+
+class QueryBridge(nn.Module):
+    """Somebody's queries as a decoder reads them: parts it does not read are left out, boxes become points.
+
+    What ``query_gaps`` lists is made by learned layers: linear ones between widths; positions of a query that has only a
+    reference by two layers on the sines of its box; references, or the sizes of boxes, by one on content and position.
+    Without gaps there are no parameters. No gradient goes to the queries.
+    """
+
+    def __init__(self, gives: QueryFormat, reads: QueryFormat) -> None:
+        """Build the layers that are needed.
+
+        Args:
+            gives: of the queries.
+            reads: of the decoder.
+        """
+        super().__init__()
+        self.gives, self.reads = gives, reads
+        narrow = gives.width != reads.width
+        self.content = nn.Linear(gives.width, reads.width) if narrow and not gives.empty else None
+        self.position: nn.Module | None = None
+        if reads.position and not gives.position:
+            size = reads.width
+            first = nn.Linear(gives.reference * size // 2 if gives.reference else gives.width, size)
+            self.position = nn.Sequential(first, nn.ReLU(), nn.Linear(size, size))
+        elif reads.position and narrow:
+            self.position = nn.Linear(gives.width, reads.width)
+        self.reference: nn.Linear | None = None
+        if reads.reference > gives.reference:
+            self.reference = nn.Linear(gives.width, reads.reference - gives.reference)
+            with torch.no_grad():
+                self.reference.bias[-2:] = SMALL_SIDE if reads.reference == 4 else 0.0
+
+    def forward(self, seed: QuerySeed) -> QuerySeed:
+        """Content [B, N, D], position [B, N, D] or None, reference [B, N, 2 or 4] or None, as the decoder reads them."""
+        seed = QuerySeed(seed.content, seed.position, seed.reference).detach()
+        if self.gives.empty:
+            content = seed.content.new_zeros(*seed.content.shape[:2], self.reads.width)
+        else:
+            content = seed.content if self.content is None else self.content(seed.content)
+        return QuerySeed(content, self._position(seed), self._reference(seed))
+
+    def _position(self, seed: QuerySeed) -> Tensor | None:
+        if not self.reads.position:
+            return None
+        if seed.position is None:
+            assert self.position is not None
+            read = seed.content if seed.reference is None else _sines(seed.reference, self.reads.width)
+            position: Tensor = self.position(read)
+            return position
+        return seed.position if self.position is None else self.position(seed.position)
+
+    def _reference(self, seed: QuerySeed) -> Tensor | None:
+        if self.reads.reference == 0:
+            return None
+        given = seed.content.new_zeros(*seed.content.shape[:2], 0) if seed.reference is None else seed.reference
+        if self.reference is None:
+            return given[..., : self.reads.reference]
+        hidden = seed.content if seed.position is None else seed.content + seed.position
+        return torch.cat([given, self.reference(hidden).sigmoid()], dim=-1)
+
+
+def _sines(reference: Tensor, width: int) -> Tensor:
+    """[B, N, 2 or 4] as [B, N, width or 2 * width] sines and cosines of the centre, and of the size."""
+    parts = [reference[..., start : start + 2] for start in range(0, reference.shape[-1], 2)]
+    return torch.cat([sine_positions(part, width) for part in parts], dim=-1)
+
+
+def random_queries(wanted: QueryFormat, count: int, like: Tensor) -> QuerySeed:
+    """Queries from nowhere, one set for all images: normal contents (zeros where ``wanted`` has zeros) and positions.
+
+    References are normal before the sigmoid. torch's global random numbers of the CPU are used, so that equal seeds give equal
+    queries on any device.
+
+    Args:
+        wanted: parts and width.
+        count: N.
+        like: its device, floating-point type and first dimension (B) are taken.
+    """
+
+    def draw(width: int) -> Tensor:
+        return torch.randn(count, width).to(like).expand(len(like), -1, -1)
+
+    content = like.new_zeros(len(like), count, wanted.width) if wanted.empty else draw(wanted.width)
+    position = draw(wanted.width) if wanted.position else None
+    return QuerySeed(content, position, draw(wanted.reference).sigmoid() if wanted.reference else None)
+
+
+def class_columns(student: Sequence[str], teacher: Sequence[str], softmax: bool) -> list[int]:
+    """Where each class output of a student is among the teacher's, by name; softmax outputs have the background last.
+
+    Example:
+        >>> class_columns(["b", "a"], ["a", "c", "b"], softmax=True)
+        [2, 0, 3]
+    """
+    return [teacher.index(name) for name in student] + ([len(teacher)] if softmax else [])
+
+
+def giou_with_eps(first_cxcywh: Tensor, second_cxcywh: Tensor, eps: float = 1e-6) -> Tensor:
+    """[...] generalised IoU of boxes [..., 4], as released DETRs have it: ``eps`` is added to both denominators.
+
+    ``functional.boxes`` bounds them from below instead; for boxes in parts of the image that differs in the fifth digit.
+    """
+    first, second = _corners(first_cxcywh), _corners(second_cxcywh)
+    areas = [(box[..., 2:] - box[..., :2]).prod(dim=-1) for box in (first, second)]
+    overlap = (torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])).clamp(min=0)
+    around = (torch.maximum(first[..., 2:], second[..., 2:]) - torch.minimum(first[..., :2], second[..., :2])).clamp(min=0)
+    inside, hull = overlap.prod(dim=-1), around.prod(dim=-1)
+    union = areas[0] + areas[1] - inside
+    return inside / (union + eps) - (hull - union) / (hull + eps)
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([center - half, center + half], dim=-1)

@@ -1,0 +1,300 @@
+"""KD-DETR: teacher and student decode the same queries, the teacher's own and random ones, and should say the same.
+
+Wang et al., "KD-DETR: Knowledge Distillation for Detection Transformer with Consistent Distillation Points Sampling", CVPR
+2024, arXiv 2211.08071. Defaults are those of the code released for DAB-DETR. In it the class loss is a sum over images and
+queries, so it grows with the batch, while the box losses are weighted means.
+
+Shape letters: B images, L decoder layers, N queries of a group (distillation points), C class outputs, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from detdistill.detectors.contract import Detector, HasQueries, Teacher
+from detdistill.functional.query_seeds import (
+    DecoderFormat,
+    QueryBridge,
+    QueryFormat,
+    class_columns,
+    decoder_format,
+    giou_with_eps,
+    query_gaps,
+    random_queries,
+)
+from detdistill.methods._settings import check_choice, check_temperatures, check_weights
+from detdistill.methods.contract import Method, Needs, PairError
+from detdistill.structures import Batch, Clock, Losses, Observation, Queries, QuerySeed, Taught
+
+ClassReduction = Literal["sum", "weighted_mean"]
+
+
+class KDDETRTerms(NamedTuple):
+    """The unweighted losses of one group, [L] each: every student layer against the teacher's last."""
+
+    cls: Tensor
+    l1: Tensor
+    giou: Tensor
+
+
+def kd_detr_weights(teacher_logits: Tensor, softmax: bool = False) -> Tensor:
+    """[B, N] how much each query counts (foreground rebalance): the teacher's highest class score, no gradient.
+
+    Args:
+        teacher_logits: [B, N, C] of the teacher's last layer.
+        softmax: the outputs are softmax logits with the background last (ours; the paper's DETRs have sigmoid outputs).
+    """
+    scores = teacher_logits.softmax(dim=-1)[..., :-1] if softmax else teacher_logits.sigmoid()
+    return scores.amax(dim=-1).detach()
+
+
+def kd_detr_terms(
+    student_logits: Tensor,
+    student_boxes_cxcywh01: Tensor,
+    teacher_logits: Tensor,
+    teacher_boxes_cxcywh01: Tensor,
+    weights: Tensor,
+    temperature: float = 10.0,
+    cls_reduction: ClassReduction = "sum",
+) -> KDDETRTerms:
+    """Losses of one group of distillation points in every student layer.
+
+    With w the weights, p and s the softmax over all C outputs of teacher and student at the temperature T:
+    ``cls = sum w * T^2 / C * sum_c p (log p - log s)``, ``l1 = sum w * mean_4 |b - b_T| / sum w`` and
+    ``giou = sum w * (1 - GIoU) / sum w``, all sums over images and queries.
+
+    Args:
+        student_logits: [L, B, N, C]; gradient flows.
+        student_boxes_cxcywh01: [L, B, N, 4]; gradient flows.
+        teacher_logits: [B, N, C] of its last layer, treated as constant.
+        teacher_boxes_cxcywh01: [B, N, 4], likewise.
+        weights: [B, N], treated as constant.
+        temperature: of the class distributions.
+        cls_reduction: ``sum``: as released. ``weighted_mean``: the sum over classes, averaged by the weights like the boxes
+            (C / sum w times the other).
+
+    Example:
+        >>> logits, boxes = torch.tensor([[[[2.0, 0.0]]]]), torch.tensor([[[[0.5, 0.5, 0.2, 0.2]]]])
+        >>> terms = kd_detr_terms(logits, boxes, logits[0], boxes[0], torch.ones(1, 1))
+        >>> terms.cls.tolist(), terms.l1.tolist(), bool(terms.giou < 1e-3)
+        ([0.0], [0.0], True)
+    """
+    fixed_logits, fixed_boxes, w = teacher_logits.detach(), teacher_boxes_cxcywh01.detach(), weights.detach()
+    wanted = (fixed_logits / temperature).log_softmax(dim=-1)
+    found = (student_logits / temperature).log_softmax(dim=-1)
+    divergence = (wanted.exp() * (wanted - found)).sum(dim=-1) * temperature**2  # [L, B, N]
+    total = w.sum().clamp(min=torch.finfo(w.dtype).tiny)
+    divisor = student_logits.shape[-1] if cls_reduction == "sum" else total
+    distance = (student_boxes_cxcywh01 - fixed_boxes).abs().mean(dim=-1)
+    apart = 1 - giou_with_eps(student_boxes_cxcywh01, fixed_boxes)
+    return KDDETRTerms(
+        cls=(w * divergence).sum(dim=(1, 2)) / divisor,
+        l1=(w * distance).sum(dim=(1, 2)) / total,
+        giou=(w * apart).sum(dim=(1, 2)) / total,
+    )
+
+
+def kd_detr_loss(terms: KDDETRTerms, cls_weight: float = 1.0, l1_weight: float = 5.0, giou_weight: float = 2.0) -> Tensor:
+    """[] of one group: the weighted sum over terms and layers."""
+    return cls_weight * terms.cls.sum() + l1_weight * terms.l1.sum() + giou_weight * terms.giou.sum()
+
+
+@dataclass(frozen=True)
+class KDDETRTaught(Taught):
+    """The teacher's queries and what its last layer makes of them: the specific points."""
+
+    logits: Tensor
+    """[B, N, C]."""
+    boxes_cxcywh01: Tensor
+    """[B, N, 4]."""
+    seed: QuerySeed
+
+
+class KDDETR(Method):
+    """KD-DETR between two DETRs; their backbones, encoders, depths and numbers of queries may differ.
+
+    Both decode two groups beside the student's own queries: the teacher's initial queries (specific points), and random ones,
+    drawn anew in each step and shared by all images (general points). No group attends to another. What differs in the
+    queries of two families (widths, positions, points or boxes) can be bridged, see ``project``.
+    """
+
+    slug = "kd_detr"
+    title = "KD-DETR: Knowledge Distillation for Detection Transformer with Consistent Distillation Points Sampling (CVPR 2024)"
+    bibtex = """@inproceedings{wang2024kddetr,
+  title={KD-DETR: Knowledge Distillation for Detection Transformer with Consistent Distillation Points Sampling},
+  author={Wang, Yu and Li, Xin and Weng, Shengzhao and Zhang, Gang and Yue, Haixiao and Feng, Haocheng and Han, Junyu
+    and Ding, Errui},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2024}
+}"""
+    needs = Needs(
+        teacher_capabilities=(HasQueries,),
+        student_capabilities=(HasQueries,),
+        teacher_families=("queries",),
+        student_families=("queries",),
+        same_classes=True,
+    )
+    teach_settings = ("specific_points",)
+
+    def __init__(
+        self,
+        teacher: Teacher | None,
+        student: Detector,
+        *,
+        temperature: float = 10.0,
+        cls_weight: float = 1.0,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        specific_points: bool = True,
+        general_points: int = 300,
+        rebalance: bool = True,
+        cls_reduction: ClassReduction = "sum",
+        project: bool = False,
+    ) -> None:
+        """Check that the student can decode the teacher's queries.
+
+        Args:
+            teacher: a DETR.
+            student: a DETR with the same kind of class outputs.
+            temperature: T.
+            cls_weight: of the class loss, in both groups.
+            l1_weight: of the L1 loss, likewise.
+            giou_weight: of the GIoU loss, likewise.
+            specific_points: decode the teacher's queries. What the teacher says about them can come from a cache.
+            general_points: how many random queries; 0 turns them off. They need the live teacher in each step.
+            rebalance: weigh queries by the teacher's highest score; off: all alike.
+            cls_reduction: see ``kd_detr_terms``; the class terms' names end in it.
+            project: learn maps for what the student's decoder reads and the teacher's queries lack (``QueryBridge``; not in
+                the paper, which stays within one family, or bridges to a CNN in a similar way).
+
+        Raises:
+            DetdistillError: a hyper-parameter is out of range.
+            PairError: no points; softmax against sigmoid classes; queries that do not fit; no live teacher for the general
+                points.
+        """
+        self._check_teacher(teacher, general_points)
+        super().__init__(teacher, student)
+        check_temperatures(self.slug, temperature=temperature)
+        check_weights(self.slug, cls_weight=cls_weight, l1_weight=l1_weight, giou_weight=giou_weight)
+        check_choice(self.slug, "cls_reduction", cls_reduction, ("sum", "weighted_mean"))
+        if general_points < 0 or not (general_points or specific_points):
+            raise PairError(f"{self.slug}: specific_points=false and general_points=0 leave no points to distil; turn one on")
+        self.temperature, self.cls_reduction, self.rebalance = temperature, cls_reduction, rebalance
+        self.weights = {"cls": cls_weight, "l1": l1_weight, "giou": giou_weight}
+        self.specific_points, self.general_points, self.project = specific_points, general_points, project
+        theirs, mine = self.teacher.spec, student.spec
+        if theirs.softmax != mine.softmax:
+            kinds = [f"{spec.name} has {'softmax' if spec.softmax else 'sigmoid'} classes" for spec in (theirs, mine)]
+            raise PairError(f"{self.slug}: compares class scores, but teacher {kinds[0]} and student {kinds[1]}; take equal ones")
+        self.softmax = mine.softmax
+        self.columns = class_columns(mine.classes, theirs.classes, self.softmax)
+        assert isinstance(student, HasQueries)
+        self.reads = decoder_format(student).reads
+        self.bridge: QueryBridge | None = None
+        if isinstance(self.teacher.detector, HasQueries):
+            own = decoder_format(self.teacher.detector)
+            self._check_general(own)
+            self.gives = own.gives
+            self.bridge = self._bridge(own.gives)
+        elif project:
+            raise PairError(f"{self.slug}: project=true builds its layers for the live teacher's queries; give --teacher too")
+
+    def _check_teacher(self, teacher: Teacher | None, general_points: int) -> None:
+        """Let a stand-in for the teacher pass if there are no general points.
+
+        Raises:
+            PairError: there are.
+        """
+        if teacher is None or teacher.spec.family != "queries" or isinstance(teacher.detector, HasQueries):
+            return
+        if general_points:
+            raise PairError(
+                f"{self.slug}: the general points are random queries that the teacher decodes anew in each step, so they need "
+                f"the live teacher {teacher.spec.name}, which a cache does not hold; give --teacher too, or turn them off with "
+                f"{self.slug},general_points=0 (the specific points learn from the cache)"
+            )
+        self.needs = replace(self.needs, teacher_capabilities=())  # type: ignore[misc]  # of this instance only
+
+    def _check_general(self, own: DecoderFormat) -> None:
+        """Both sides must place a random query alike.
+
+        Raises:
+            PairError: the teacher makes its points of the positions, and the student wants to be told them.
+        """
+        if self.general_points and self.reads.reference and own.gives.reference and not own.reads.reference:
+            raise PairError(
+                f"{self.slug}: the teacher {self.teacher.spec.name} derives its reference points from position embeddings, so "
+                f"random ones cannot be shared with a student that reads references; set general_points=0"
+            )
+
+    def _bridge(self, gives: QueryFormat) -> QueryBridge:
+        gaps = query_gaps(gives, self.reads)
+        if gaps and not self.project:
+            raise PairError(
+                f"{self.slug}: the student's decoder reads {' and '.join(gaps)}, which the queries of the teacher "
+                f"{self.teacher.spec.name} lack; set {self.slug},project=true to learn them, or take a student of the teacher's "
+                f"family and width"
+            )
+        return QueryBridge(gives, self.reads)
+
+    def _bridged(self, seed: QuerySeed) -> QuerySeed:
+        """The teacher's queries as the student reads them."""
+        if self.bridge is None:  # the teacher is a stand-in, so its format is known by its first record only
+            self.bridge = self._bridge(QueryFormat.of(seed))
+        bridged: QuerySeed = self.bridge(seed)
+        return bridged
+
+    @torch.no_grad()
+    def teach(self, batch: Batch) -> KDDETRTaught | None:
+        """The specific points; None without them."""
+        if not self.specific_points:
+            return None
+        prediction = self.teacher.observe(batch, prediction=True).prediction
+        assert isinstance(prediction, Queries)
+        seed = QuerySeed(prediction.seed.content, prediction.seed.position, prediction.seed.reference)
+        return KDDETRTaught(prediction.logits[-1], prediction.boxes_cxcywh01[-1], seed)
+
+    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+        """Terms ``specific_*`` and ``general_*``; monitors the mean weight of each group's queries."""
+        assert isinstance(student, HasQueries)
+        terms: dict[str, Tensor] = {}
+        monitors: dict[str, Tensor] = {}
+        groups: dict[str, KDDETRTaught] = {}
+        if self.specific_points:
+            assert isinstance(taught, KDDETRTaught)
+            groups["specific"] = taught
+        if self.general_points:
+            groups["general"] = self._general(batch)
+        for group, theirs in groups.items():
+            theirs = theirs.float()
+            mine = student.decode(seen.features, self._bridged(theirs.seed), batch).float()
+            logits = theirs.logits[..., self.columns]
+            weights = kd_detr_weights(logits, self.softmax)
+            found = kd_detr_terms(
+                mine.logits,
+                mine.boxes_cxcywh01,
+                logits,
+                theirs.boxes_cxcywh01,
+                weights if self.rebalance else torch.ones_like(weights),
+                self.temperature,
+                self.cls_reduction,
+            )
+            for name, value in found._asdict().items():
+                shown = f"{name}_{self.cls_reduction}" if name == "cls" else name
+                terms[f"{group}_{shown}"] = self.weights[name] * value.sum()
+            monitors[f"{group}_weight"] = weights.mean()
+        return Losses(terms, monitors)
+
+    @torch.no_grad()
+    def _general(self, batch: Batch) -> KDDETRTaught:
+        """Fresh random queries and what the live teacher says about them."""
+        decoder = self.teacher.detector
+        assert isinstance(decoder, HasQueries)
+        features = self.teacher.observe(batch).features.float()
+        seed = random_queries(self.gives, self.general_points, like=features.maps[0])
+        decoded = decoder.decode(features, seed, batch)
+        return KDDETRTaught(decoded.logits[-1], decoded.boxes_cxcywh01[-1], seed)
