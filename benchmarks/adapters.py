@@ -17,11 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 
-from detdistill.detectors.build import adapter, adapter_names, build_detector
+from detdistill.detectors.build import adapter_names, build_detector
 from detdistill.detectors.contract import Detector
+from detdistill.detectors.probe import has_tiny, tiny_name
 from detdistill.structures import Batch, Target, View
 from detdistill.training.run import hardware, versions
 
@@ -118,6 +120,12 @@ def ratio(name: str, batch: Batch, rounds: int, device: str) -> dict[str, Any] |
     }
 
 
+def model_name(name: str, backbone: str) -> str:
+    """An adapter's model string on a timm backbone, or on its own smallest one where it takes none of timm's."""
+    own = tiny_name(name).partition(",")[0]
+    return f"{name}:{backbone}" if timm.is_model(own.partition(":")[2]) else own
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -128,8 +136,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
     chosen = parser.parse_args()
-    loading = [name for name in adapter_names() if getattr(adapter(name), "TINY", "") is None]
-    names = chosen.models or [f"{name}:{chosen.backbone}" for name in adapter_names() if name not in loading]
+    names = chosen.models or [model_name(name, chosen.backbone) for name in adapter_names() if has_tiny(name)]
     batch = make_batch(chosen.batch, chosen.size).to(chosen.device)
     rows, without = [], []
     for name in names:

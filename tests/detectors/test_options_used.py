@@ -6,7 +6,7 @@ import pytest
 
 from detdistill.detectors.build import adapter_names, build_detector
 from detdistill.detectors.options import READERS
-from detdistill.detectors.probe import tiny_name
+from detdistill.detectors.probe import has_tiny, tiny_name
 from detdistill.errors import ModelError
 
 OTHER = {
@@ -57,7 +57,7 @@ def test_every_option_is_tried():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in adapter_names() if name != "hf"])  # hf loads what others build
+@pytest.mark.parametrize("name", [name for name in adapter_names() if has_tiny(name)])
 def test_an_option_changes_the_detector_or_is_refused(name):
     tiny = tiny_name(name)
     own = description(build_detector(tiny, ("a", "b")))

@@ -11,7 +11,7 @@ It may also define
     load(backbone, classes, options)                   a model string that brings weights and classes (classes: or None)
     load_exported(folder, classes, name)               a student's folder without ``model.json``
     TINY = "resnet10t,queries=10"                      its smallest useful model, after ``NAME:``; see ``probe``.
-                                                       None: it only loads models of other kinds
+                                                       None: it only loads models, with their weights
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What each detector can do, found by doing it: every adapter on a tiny backbone, every part of the contract called.
 
 An adapter's tiny model is the string ``NAME:TINY``, where ``TINY`` is a constant of the adapter's file, or ``GENERIC``.
-Adapters that only load models of other kinds by name say ``TINY = None``.
+Adapters that only load models with their weights say ``TINY = None``; there is nothing to try without weights.
 Whatever does not work is reported with its reason; nothing is left out, nothing is taken from a list.
 """
 
@@ -72,6 +72,11 @@ class Probed:
         return tuple(f"{self.name}, {check}: {reason}" for check, reason in self.reasons.items())
 
 
+def has_tiny(name: str) -> bool:
+    """Whether an adapter builds models of its own; False for those that only load them."""
+    return getattr(adapter(name), "TINY", GENERIC) is not None
+
+
 def tiny_name(name: str) -> str:
     """The model string of an adapter's tiny model.
 
@@ -115,8 +120,8 @@ def probe_adapter(name: str) -> Probed:
         about = (adapter(name).__doc__ or "").strip().splitlines()[0].rstrip(".")
     except Exception as error:  # a missing or too old package, or any fault of the file
         return Probed(name, "cannot be imported", reasons={STAGES: _one_line(error)})
-    if getattr(adapter(name), "TINY", GENERIC) is None:
-        return Probed(name, about, "as its kind")
+    if not has_tiny(name):
+        return Probed(name, about, "as loaded")
     try:
         detector = tiny_detector(name)
     except Exception as error:
