@@ -540,7 +540,7 @@ class DETRDistill(Method):
             if spec.softmax:
                 raise PairError(
                     f"{self.slug}: the {side} {spec.name} has softmax classes with a background, but the method compares "
-                    f"sigmoid scores of single classes; take a detector of queries with those (every DETR but the first)"
+                    f"sigmoid scores of single classes; take one that has those, such as deformable_detr or rt_detr"
                 )
 
     def _check_blank(self, student: Detector) -> None:
