@@ -1,0 +1,471 @@
+"""D3ETR: the student's decoder follows the teacher's, layer by layer, in what it predicts and where its queries look.
+
+Chen et al., "D3ETR: Decoder Distillation for Detection Transformer", IJCAI 2024, arXiv 2211.09768. There is no released code.
+Losses, matching costs and WEIGHTS ARE THOSE OF A RE-IMPLEMENTATION by others, for Deformable DETR; its numbers are the golden
+vectors of the tests. They could not be checked against the paper. The form of cross-attention for decoders that see one dense
+map (query by query) could be compared with nothing.
+
+Shape letters: B images, L decoder layers, N student's queries, M teacher's queries, P matched pairs of an image, K classes,
+H heads, S cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detdistill.detectors.contract import Detector, HasQueries, Teacher
+from detdistill.errors import DetdistillError
+from detdistill.functional.matching import hungarian
+from detdistill.functional.query_seeds import (
+    DecoderFormat,
+    QueryBridge,
+    QueryFormat,
+    class_columns,
+    decoder_format,
+    giou_with_eps,
+    query_gaps,
+)
+from detdistill.methods._settings import check_choice, check_weights
+from detdistill.methods.contract import Method, Needs, PairError
+from detdistill.structures import SECOND, Batch, Clock, Features, Losses, Observation, Queries, QuerySeed, Taught
+
+Matching = Literal["both", "adaptive", "fixed"]
+CrossMaps = Literal["each", "sum"]
+
+
+class D3ETRQueries(NamedTuple):
+    """What a decoder makes of one group of queries."""
+
+    logits: Tensor
+    """[L, B, N, K] sigmoid or [L, B, N, K+1] softmax logits."""
+    boxes_cxcywh01: Tensor
+    """[L, B, N, 4]."""
+    self_attention: Tensor | None = None
+    """[L, B, H, N, N] after the softmax, or None to leave it out."""
+    cross_attention: Tensor | None = None
+    """[L, B, H, N, S] of each query, or [L, B, H, S] summed over queries, or None."""
+
+
+class D3ETRTerms(NamedTuple):
+    """The unweighted losses of each layer, [L] each; None where there are no maps."""
+
+    cls: Tensor
+    l1: Tensor
+    giou: Tensor
+    self_attention: Tensor | None
+    cross_attention: Tensor | None
+
+
+@dataclass(frozen=True)
+class D3ETRWeights:
+    """Of the terms, in every layer and both matchings (the re-implementation's)."""
+
+    cls: float = 1.0
+    l1: float = 5.0
+    giou: float = 2.0
+    self_attention: float = 1e4
+    """Entries are about 1/N, so squared differences are tiny."""
+    cross_attention: float = 1e3
+
+
+@torch.no_grad()
+def d3etr_match(
+    student: D3ETRQueries, teacher: D3ETRQueries, costs: Sequence[float] = (1.0, 5.0, 2.0), softmax: bool = False
+) -> Tensor:
+    """[L, B, N] the teacher's query of each of the student's, in every layer: the cheapest one-to-one matching.
+
+    With N > M, N - M queries have none (-1). The cost is a weighted sum of the cross-entropy of the student's class scores
+    under the teacher's (summed over classes), the L1 distance of the boxes, and minus their GIoU; the student's boxes are
+    clamped to 0..1. Attention maps play no part.
+
+    Args:
+        student: N queries.
+        teacher: M queries.
+        costs: of classes, L1 and GIoU.
+        softmax: the outputs are softmax logits (ours).
+    """
+    x = student.logits
+    if softmax:
+        cost = -x.log_softmax(dim=-1) @ teacher.logits.softmax(dim=-1).transpose(-1, -2)
+    else:
+        wanted = teacher.logits.sigmoid().transpose(-1, -2)
+        cost = F.softplus(-x) @ wanted + F.softplus(x) @ (1 - wanted)
+    mine, theirs = student.boxes_cxcywh01.clamp(0, 1)[..., :, None, :], teacher.boxes_cxcywh01[..., None, :, :]
+    cost = costs[0] * cost + costs[1] * (mine - theirs).abs().sum(dim=-1) - costs[2] * giou_with_eps(mine, theirs)
+    return hungarian(cost)
+
+
+def d3etr_terms(student: D3ETRQueries, teacher: D3ETRQueries, match: Tensor, softmax: bool = False) -> D3ETRTerms:
+    """Losses of matched queries in every layer.
+
+    - cls: binary cross-entropy to the teacher's scores, summed over classes; mean over the pairs of all images. With softmax
+      outputs the cross-entropy of the two distributions (ours). At equality its gradient is zero, not its value.
+    - l1: sum over the four coordinates, giou: 1 - GIoU; means over the pairs.
+    - self_attention: mean squared difference of the maps between matched queries, rows and columns both permuted.
+    - cross_attention: mean squared difference of the maps of matched queries; of the summed maps with nothing permuted, for
+      they have lost their queries.
+
+    Args:
+        student: N queries; gradient flows.
+        teacher: M queries, treated as constant.
+        match: [L, B, N] index of the teacher's query, -1 for none; with as many pairs in every image and layer.
+        softmax: the outputs are softmax logits.
+
+    Example:
+        >>> logits, boxes = torch.tensor([[[[0.0], [9.0]]]]), torch.tensor([[[[0.5, 0.5, 1.0, 1.0], [0.2, 0.2, 0.1, 0.1]]]])
+        >>> terms = d3etr_terms(D3ETRQueries(logits, boxes), D3ETRQueries(logits, boxes), torch.tensor([[[0, 1]]]))
+        >>> terms.l1.tolist(), bool(terms.giou < 1e-3), terms.self_attention is None
+        ([0.0], True, True)
+    """
+    layers, images, _ = match.shape
+    mine = torch.nonzero(match >= 0)[:, 2].view(layers, images, -1)  # [L, B, P]
+    theirs = match.gather(2, mine)
+    pairs = images * mine.shape[2]
+    logits, boxes = _take(student.logits, mine), _take(student.boxes_cxcywh01, mine)
+    fixed_logits, fixed_boxes = _take(teacher.logits.detach(), theirs), _take(teacher.boxes_cxcywh01.detach(), theirs)
+    if softmax:
+        entropy = -fixed_logits.softmax(dim=-1) * logits.log_softmax(dim=-1)
+    else:
+        entropy = F.binary_cross_entropy_with_logits(logits, fixed_logits.sigmoid(), reduction="none")
+    among = cross = None
+    if student.self_attention is not None and teacher.self_attention is not None:
+        wanted = _rows(_rows(teacher.self_attention.detach(), theirs).transpose(-1, -2), theirs).transpose(-1, -2)
+        found = _rows(_rows(student.self_attention, mine).transpose(-1, -2), mine).transpose(-1, -2)
+        among = (found - wanted).square().mean(dim=(1, 2, 3, 4))
+    if student.cross_attention is not None and teacher.cross_attention is not None:
+        looks, wanted = student.cross_attention, teacher.cross_attention.detach()
+        if looks.ndim == 5:
+            looks, wanted = _rows(looks, mine), _rows(wanted, theirs)
+        cross = (looks - wanted).square().flatten(1).mean(dim=1)
+    return D3ETRTerms(
+        cls=entropy.sum(dim=(1, 2, 3)) / pairs,
+        l1=(boxes - fixed_boxes).abs().sum(dim=(1, 2, 3)) / pairs,
+        giou=(1 - giou_with_eps(boxes, fixed_boxes)).sum(dim=(1, 2)) / pairs,
+        self_attention=among,
+        cross_attention=cross,
+    )
+
+
+def d3etr_loss(terms: D3ETRTerms, weights: D3ETRWeights = D3ETRWeights()) -> dict[str, Tensor]:
+    """The weighted terms that there are, [] each, summed over layers."""
+    return {name: getattr(weights, name) * value.sum() for name, value in terms._asdict().items() if value is not None}
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """[L, B, P, X] of [L, B, N, X] by an index [L, B, P]."""
+    return values.gather(2, index[..., None].expand(*index.shape, values.shape[-1]))
+
+
+def _rows(maps: Tensor, index: Tensor) -> Tensor:
+    """[L, B, H, P, X] of [L, B, H, N, X] by an index [L, B, P]."""
+    wide = index[:, :, None, :, None].expand(-1, -1, maps.shape[2], -1, maps.shape[4])
+    return maps.gather(3, wide)
+
+
+# ------------------------------------------------------------------------------------------------------- maps of a pyramid
+
+
+def spread_attention(attention: Tensor, cells_hw: Sequence[tuple[int, int]], summed: bool) -> tuple[Tensor, ...]:
+    """Cross-attention as maps, so that what lies at one place of an image is found there under any padding.
+
+    Args:
+        attention: [L, B, H, N, S].
+        cells_hw: rows and columns of each level; S cells in all.
+        summed: add up the queries.
+
+    Returns:
+        For each level [B, L, H, N, h, w], or [B, L, H, h, w] if summed.
+    """
+    attention = (attention.sum(dim=3) if summed else attention).transpose(0, 1)
+    levels = attention.split([rows * columns for rows, columns in cells_hw], dim=-1)
+    return tuple(level.unflatten(-1, shape) for level, shape in zip(levels, cells_hw, strict=True))
+
+
+def gathered_attention(maps: Sequence[Tensor], cells_hw: Sequence[tuple[int, int]]) -> Tensor:
+    """The inverse of ``spread_attention`` on other maps, which are cropped or zero-padded on the right and at the bottom."""
+    flat = []
+    for level, (rows, columns) in zip(maps, cells_hw, strict=True):
+        fitted = F.pad(level, (0, columns - level.shape[-1], 0, rows - level.shape[-2]))
+        flat.append(fitted.flatten(-2))
+    return torch.cat(flat, dim=-1).transpose(0, 1)
+
+
+def _cells(features: Features) -> list[tuple[int, int]]:
+    return [(level.shape[-2], level.shape[-1]) for level in features.maps]
+
+
+# -------------------------------------------------------------------------------------------------------------- the method
+
+
+@dataclass(frozen=True)
+class D3ETRTaught(Taught):
+    """What the teacher's decoder makes of its own queries, in all layers."""
+
+    logits: Tensor = field(metadata=SECOND)
+    """[L, B, M, C]."""
+    boxes_cxcywh01: Tensor = field(metadata=SECOND)
+    """[L, B, M, 4]."""
+    seed: QuerySeed
+    self_attention: Tensor | None = field(default=None, metadata=SECOND)
+    """[L, B, H, M, M]."""
+    cross_attention: tuple[Tensor, ...] | None = None
+    """As ``spread_attention`` has it."""
+
+
+class D3ETR(Method):
+    """D3ETR between two DETRs with decoders of equal depth. Weights and the class loss are unchecked, see the module.
+
+    Adaptive matching pairs the student's queries with the teacher's by what they predict; fixed matching lets the student
+    decode the teacher's queries beside its own. Both compare predictions, self-attention and cross-attention.
+
+    Attention maps come from a second pass of the student's decoder that shows them. Deformable decoders have no dense maps:
+    their sampling weights are scattered to the cells that bilinear sampling reads (with its half-cell shift, which the
+    re-implementation leaves out), and by default summed over queries. Both need memory: L * H * N * S numbers for each image.
+    """
+
+    slug = "d3etr"
+    title = "D3ETR: Decoder Distillation for Detection Transformer (IJCAI 2024)"
+    bibtex = """@inproceedings{chen2024d3etr,
+  title={D3ETR: Decoder Distillation for Detection Transformer},
+  author={Chen, Xiaokang and Chen, Jiahui and Liu, Yan and Tang, Jiaxiang and Zeng, Gang},
+  booktitle={Proceedings of the International Joint Conference on Artificial Intelligence},
+  year={2024}
+}"""
+    needs = Needs(
+        student_capabilities=(HasQueries,), teacher_families=("queries",), student_families=("queries",), same_classes=True
+    )
+    teach_settings = ("self_attention_weight", "cross_attention_weight", "cross_maps")
+
+    def __init__(
+        self,
+        teacher: Teacher | None,
+        student: Detector,
+        *,
+        matching: Matching = "both",
+        cls_weight: float = 1.0,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        self_attention_weight: float = 1e4,
+        cross_attention_weight: float = 1e3,
+        cls_cost: float = 1.0,
+        l1_cost: float = 5.0,
+        giou_cost: float = 2.0,
+        cross_maps: CrossMaps | None = None,
+        average_heads: bool = False,
+        project: bool = False,
+    ) -> None:
+        """Check that the decoders can be compared.
+
+        Args:
+            teacher: a DETR.
+            student: a DETR with as many decoder layers and the same kind of class outputs.
+            matching: adaptive, fixed, or both.
+            cls_weight: of the class loss, in both matchings, as the others.
+            l1_weight: of the L1 loss.
+            giou_weight: of the GIoU loss.
+            self_attention_weight: 0 leaves these maps out. They need equal numbers of heads.
+            cross_attention_weight: 0 leaves these maps out. They need equal heads and strides.
+            cls_cost: of the adaptive matching.
+            l1_cost: likewise.
+            giou_cost: likewise.
+            cross_maps: compare cross-attention query by query (``each``) or summed over queries (``sum``); None: ``sum`` for
+                detectors with several maps, which are deformable, else ``each``.
+            average_heads: compare the means over heads, which may then differ in number (ours).
+            project: learn maps for what the student's decoder reads and the teacher's queries lack (ours, ``QueryBridge``);
+                for fixed matching only.
+
+        Raises:
+            DetdistillError: a hyper-parameter is out of range.
+            PairError: softmax against sigmoid classes; decoders, maps or queries that cannot be compared; ``project`` without
+                the live teacher.
+        """
+        super().__init__(teacher, student)
+        check_choice(self.slug, "matching", matching, ("both", "adaptive", "fixed"))
+        if cross_maps is not None:
+            check_choice(self.slug, "cross_maps", cross_maps, ("each", "sum"))
+        weights = (cls_weight, l1_weight, giou_weight, self_attention_weight, cross_attention_weight)
+        self.weights = D3ETRWeights(*weights)
+        check_weights(self.slug, **{f"{name}_weight": value for name, value in vars(self.weights).items()})
+        check_weights(self.slug, cls_cost=cls_cost, l1_cost=l1_cost, giou_cost=giou_cost)
+        if not any(weights):
+            raise PairError(f"{self.slug}: all weights are 0; nothing would be distilled")
+        self.matchings = [name for name in ("adaptive", "fixed") if matching in (name, "both")]
+        self.costs, self.average_heads, self.project = (cls_cost, l1_cost, giou_cost), average_heads, project
+        theirs, mine = self.teacher.spec, student.spec
+        if theirs.softmax != mine.softmax:
+            kinds = [f"{spec.name} has {'softmax' if spec.softmax else 'sigmoid'} classes" for spec in (theirs, mine)]
+            raise PairError(f"{self.slug}: compares class scores, but teacher {kinds[0]} and student {kinds[1]}; take equal ones")
+        self.softmax = mine.softmax
+        self.columns = class_columns(mine.classes, theirs.classes, self.softmax)
+        self.summed = cross_maps == "sum" or (cross_maps is None and max(len(theirs.strides), len(mine.strides)) > 1)
+        if cross_attention_weight and theirs.strides != mine.strides:
+            raise PairError(
+                f"{self.slug}: compares cross-attention on equal maps, but the strides are {theirs.strides} in teacher "
+                f"{theirs.name} and {mine.strides} in student {mine.name}; set cross_attention_weight=0"
+            )
+        own = self._format("student", student)
+        self.reads = own.reads
+        self._student_shape = self._shape(own)
+        self.bridge: QueryBridge | None = None
+        if isinstance(self.teacher.detector, HasQueries):
+            other = self._format("teacher", self.teacher.detector)
+            self._check_shape(*self._shape(other))
+            self.bridge = self._bridge(other.gives)
+        elif project:
+            raise PairError(f"{self.slug}: project=true builds its layers for the live teacher's queries; train without --cache")
+
+    # ------------------------------------------------------------------------------------------------------- the pair
+
+    @property
+    def attends(self) -> bool:
+        """Attention maps are compared."""
+        return self.weights.self_attention > 0 or self.weights.cross_attention > 0
+
+    def _format(self, side: str, detector: Detector) -> DecoderFormat:
+        """Try one decoder.
+
+        Raises:
+            PairError: it shows no maps, or not on its features.
+        """
+        assert isinstance(detector, HasQueries)
+        without = "set self_attention_weight=0,cross_attention_weight=0"
+        try:
+            found = decoder_format(detector, attention=self.attends)
+        except DetdistillError as error:
+            if not self.attends:
+                raise
+            raise PairError(f"{self.slug}: the {side} shows no attention maps: {error}; or {without}") from error
+        if not self.attends:
+            return found
+        maps = {"self_attention": found.decoded.self_attention, "cross_attention": found.decoded.attention}
+        for name, shown in maps.items():
+            if getattr(self.weights, name) and shown is None:
+                raise PairError(f"{self.slug}: the {side} {detector.spec.name} shows no {name} maps; set {name}_weight=0")
+        cells = sum(rows * columns for rows, columns in found.cells_hw)
+        if self.weights.cross_attention and found.decoded.attention is not None and found.decoded.attention.shape[-1] != cells:
+            raise PairError(
+                f"{self.slug}: the {side} {detector.spec.name} looks at other maps than its features; "
+                f"set cross_attention_weight=0"
+            )
+        return found
+
+    @staticmethod
+    def _shape(found: DecoderFormat) -> tuple[int, int]:
+        """Layers and heads (0 without maps)."""
+        maps = found.decoded.attention if found.decoded.self_attention is None else found.decoded.self_attention
+        return found.decoded.logits.shape[0], 0 if maps is None else maps.shape[2]
+
+    def _check_shape(self, layers: int, heads: int) -> None:
+        """The teacher's decoder against the student's.
+
+        Raises:
+            PairError: other numbers of layers or heads.
+        """
+        mine = self._student_shape
+        if layers != mine[0]:
+            raise PairError(
+                f"{self.slug}: compares decoders layer by layer, but the teacher {self.teacher.spec.name} has {layers} layers "
+                f"and the student {mine[0]}; add decoder={layers} to the student's name, or take kd_detr, which compares all "
+                f"layers with the teacher's last"
+            )
+        if self.attends and heads != mine[1] and not self.average_heads:
+            raise PairError(
+                f"{self.slug}: compares attention maps head by head, but the teacher {self.teacher.spec.name} has {heads} heads "
+                f"and the student {mine[1]}; set average_heads=true, or self_attention_weight=0,cross_attention_weight=0"
+            )
+
+    def _bridge(self, gives: QueryFormat) -> QueryBridge | None:
+        """How the student reads the teacher's queries; None if it does not.
+
+        Raises:
+            PairError: it cannot.
+        """
+        if "fixed" not in self.matchings:
+            return None
+        gaps = query_gaps(gives, self.reads)
+        if gaps and not self.project:
+            raise PairError(
+                f"{self.slug}: in fixed matching the student's decoder reads {' and '.join(gaps)}, which the queries of the "
+                f"teacher {self.teacher.spec.name} lack; set matching=adaptive, or project=true to learn them"
+            )
+        return QueryBridge(gives, self.reads)
+
+    # ---------------------------------------------------------------------------------------------------------- teach
+
+    @torch.no_grad()
+    def teach(self, batch: Batch) -> D3ETRTaught:
+        """All decoder layers, with attention maps if they are compared."""
+        decoder = self.teacher.detector
+        assert isinstance(decoder, HasQueries)
+        features = self.teacher.observe(batch).features
+        found = decoder.decode(features, decoder.seed(features, batch), batch, attention=self.attends)
+        cross = None
+        if self.weights.cross_attention and found.attention is not None:
+            cross = spread_attention(found.attention, _cells(features), self.summed)
+        return D3ETRTaught(
+            found.logits,
+            found.boxes_cxcywh01,
+            QuerySeed(found.seed.content, found.seed.position, found.seed.reference),
+            found.self_attention if self.weights.self_attention else None,
+            cross,
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- learn
+
+    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+        """Terms ``adaptive_*`` and ``fixed_*``."""
+        assert isinstance(taught, D3ETRTaught)
+        assert isinstance(student, HasQueries)
+        assert isinstance(seen.prediction, Queries)
+        taught = taught.float()
+        theirs = self._theirs(taught, seen.features)
+        terms: dict[str, Tensor] = {}
+        for matching in self.matchings:
+            if matching == "fixed":
+                seed = self._bridged(taught)
+                mine = self._mine(student.decode(seen.features, seed, batch, attention=self.attends), seen.features)
+                match = torch.arange(theirs.logits.shape[2], device=theirs.logits.device).expand(theirs.logits.shape[:3])
+            else:
+                own = seen.prediction
+                if self.attends:  # predictions and maps of one pass belong together
+                    own = student.decode(seen.features, own.seed, batch, attention=True)
+                mine = self._mine(own, seen.features)
+                match = d3etr_match(mine, theirs, self.costs, self.softmax)
+            found = d3etr_loss(d3etr_terms(mine, theirs, match, self.softmax), self.weights)
+            terms |= {f"{matching}_{name}": value for name, value in found.items()}
+        return Losses(terms)
+
+    def _bridged(self, taught: D3ETRTaught) -> QuerySeed:
+        """The teacher's queries as the student reads them."""
+        if self.bridge is None:  # the teacher is a stand-in, so its format is known by its first record only
+            self.bridge = self._bridge(QueryFormat.of(taught.seed))
+        assert self.bridge is not None
+        bridged: QuerySeed = self.bridge(taught.seed)
+        return bridged
+
+    def _theirs(self, taught: D3ETRTaught, features: Features) -> D3ETRQueries:
+        cross = None if taught.cross_attention is None else gathered_attention(taught.cross_attention, _cells(features))
+        logits = taught.logits[..., self.columns]
+        maps = cross if taught.self_attention is None else taught.self_attention
+        self._check_shape(len(logits), 0 if maps is None else maps.shape[2])  # a stand-in could not be tried when built
+        return self._with_heads(D3ETRQueries(logits, taught.boxes_cxcywh01, taught.self_attention, cross))
+
+    def _mine(self, found: Queries, features: Features) -> D3ETRQueries:
+        found = found.float()
+        cross = None
+        if self.weights.cross_attention and found.attention is not None:
+            cross = found.attention.sum(dim=3) if self.summed else found.attention
+        among = found.self_attention if self.weights.self_attention else None
+        return self._with_heads(D3ETRQueries(found.logits, found.boxes_cxcywh01, among, cross))
+
+    def _with_heads(self, queries: D3ETRQueries) -> D3ETRQueries:
+        if not self.average_heads:
+            return queries
+        maps = [None if m is None else m.mean(dim=2, keepdim=True) for m in (queries.self_attention, queries.cross_attention)]
+        return queries._replace(self_attention=maps[0], cross_attention=maps[1])
