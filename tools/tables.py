@@ -10,8 +10,10 @@ for every pair of detectors, on small backbones with random weights.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import inspect
+import itertools
 import os
 import re
 from collections import Counter
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detdistill.detectors.contract import Detector, Teacher
+from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.probe import CHECKS, Probed, probe_all, tiny_detector
 from detdistill.methods.build import build_method, method_class, method_slugs
 from detdistill.methods.contract import PairError
@@ -44,6 +47,7 @@ def main() -> None:
         "pairs": pairs_table(detectors),
         "detectors": detectors_table(probed),
         "hyperparameters": hyperparameters_table(),
+        "model options": model_options_table(),
         "train settings": settings_table(TrainSettings),
         "distill settings": settings_table(DistillSettings, beside=TrainSettings),
     }
@@ -97,6 +101,22 @@ def detectors_table(probed: Sequence[Probed]) -> str:
     rows = [(f"`{found.name}`", found.about, found.family, *map(found.cell, CHECKS)) for found in probed]
     failures = "".join(f"\n- {line}" for found in probed for line in found.failures)
     return table(("detector", "what it is", "predicts", *CHECKS), *rows) + (failures + "\n" if failures else "")
+
+
+def model_options_table() -> str:
+    """What a model string may say, described by the docstrings below the fields."""
+    body = ast.parse(inspect.getsource(ModelOptions)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    words: dict[str, str] = {}
+    for statement, after in itertools.pairwise(body.body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            words[ast.unparse(statement.target)] = " ".join(str(after.value.value).split()).replace("``", "`")
+    rows = [
+        (f"`{f.name}`", "detector's own" if f.default is None else f"`{_plain(f.default)}`", words[f.name])
+        for f in dataclasses.fields(ModelOptions)
+        if f.name != "name"
+    ]
+    return table(("key", "default", "meaning"), *rows)
 
 
 def hyperparameters_table() -> str:
