@@ -85,7 +85,7 @@ class DeformableTests:
         return {"pixel_values": detector.normalized(batch), "pixel_mask": (~batch.padding_mask()).long()}
 
     def weight(self, detector, name):
-        return detector.term_weights()[name.rstrip("_0123456789")]
+        return detector.term_weights()[name.removesuffix("_enc").rstrip("_0123456789")]
 
     def library_boxes(self, detector, prediction, batch):
         """[L, B, N, 4] in the library's own coordinates."""

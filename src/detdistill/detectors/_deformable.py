@@ -102,7 +102,8 @@ def watched(layers: Sequence[Any], wanted: bool) -> Iterator[Looks]:
     hooks = []
     if wanted:
         for layer in layers:
-            hooks.append(layer.encoder_attn.register_forward_hook(partial(_note, looks), with_kwargs=True))
+            cross = layer.encoder_attn if hasattr(layer, "encoder_attn") else layer.cross_attn
+            hooks.append(cross.register_forward_hook(partial(_note, looks), with_kwargs=True))
             hooks.append(layer.self_attn.register_forward_hook(partial(_note_among, looks), with_kwargs=True))
     try:
         yield looks
@@ -135,7 +136,8 @@ def _note(looks: Looks, module: Any, arguments: tuple[Any, ...], given: dict[str
 
 def _note_among(looks: Looks, module: Any, arguments: tuple[Any, ...], given: dict[str, Any], result: Any) -> None:
     """Compute the self-attention once more: the library's fused forms return none, and its plain form rounds otherwise."""
-    hidden, position, mask = given["hidden_states"], given.get("position_embeddings"), given.get("attention_mask")
+    hidden, position, mask = given.get("hidden_states"), given.get("position_embeddings"), given.get("attention_mask")
+    hidden = arguments[0] if hidden is None else hidden
     hidden = hidden if position is None else hidden + position
     queries, keys = (
         layer(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for layer in (module.q_proj, module.k_proj)
