@@ -1,0 +1,599 @@
+"""DICOD: an image classifier teaches a detector what its objects are, and where their boxes should lie.
+
+Guo, Alvarez, Salzmann, "Distilling Image Classifiers in Object Detectors", NeurIPS 2021.
+
+The classifier learns on the objects cut out of the training images (stage ``classifier``), or comes from a file. Frozen, it
+says for each object how likely the other classes are, which the student's positives follow; and its features of what a
+predicted box shows must be those of what the true box shows, which moves the predicted box.
+
+Here and not in the released code: objects and predicted boxes below one pixel take no part, boxes are clamped to the image
+instead of the padded batch, a true box is described once instead of once for each of its positives, and two-stage detectors
+and queries are served as dense ones are.
+
+Shape letters: B images, G objects of an image, M positives of the batch, K classes, S side of a crop, C channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import box_convert, sigmoid_focal_loss
+
+from detdistill.detectors.contract import Detector, Teacher
+from detdistill.errors import DetdistillError, ModelError, name_list, nearest
+from detdistill.functional.crops import clamp_boxes, crop_boxes
+from detdistill.methods._settings import check_choice, check_fractions, check_temperatures, check_weights
+from detdistill.methods.contract import Method, Needs, PairError, Stage
+from detdistill.structures import Batch, Clock, Losses, Observation, Positives, Queries, Taught, map_tensors
+
+Form = Literal["softmax", "binary", "normalized"]
+CHUNK = 256
+"""Crops that go through the classifier at once where no gradient is kept; and the most of a batch that it is trained on."""
+TINY = 1e-10
+"""Added to probabilities, as in the released code."""
+LEAST_SIDE = 1.0
+"""Pixels; what is smaller shows nothing."""
+
+
+# ------------------------------------------------------------------------------------------------------- pure functions
+
+
+def dicod_classification_loss(
+    logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0, form: Form = "softmax", normalizer: float | None = None
+) -> Tensor:
+    """Section 3.1: temperature^2 times the mean over positives of KL(classifier || student).
+
+    ``softmax``: over K + 1 classes, of which the background has no part in what the classifier says. ``binary``: the two-way
+    divergence of each class, averaged over the classes (equation 4; that the paper swaps both probabilities at the object's
+    class changes nothing). ``normalized``: sigmoids divided by their sum over the classes, then as ``softmax`` (only in the
+    released code). 1e-10 is added to both distributions, except for ``binary``, where logarithms of sigmoids are exact.
+
+    Args:
+        logits: [M, K+1] with the background last (softmax), else [M, K]; gradient flows.
+        teacher_logits: [M, K], treated as constant.
+        temperature: T, of both.
+        form: see above.
+        normalizer: what the sum over positives is divided by; None: M.
+
+    Returns:
+        [] the loss, without a weight; 0, connected to the graph, without positives.
+
+    Example:
+        >>> import torch
+        >>> alike, nowhere = torch.tensor([[1.0, 2.0]]), torch.tensor([[-1e4]])
+        >>> round(float(dicod_classification_loss(torch.cat([alike, nowhere], dim=1), alike)), 6)
+        0.0
+    """
+    mine, theirs = logits / temperature, teacher_logits.detach() / temperature
+    if form == "softmax":
+        theirs = F.pad(theirs.softmax(dim=-1), (0, 1))
+        divergence = _kl(theirs, mine.softmax(dim=-1)).sum(dim=-1)
+    elif form == "normalized":
+        theirs, mine = (side.sigmoid() / side.sigmoid().sum(dim=-1, keepdim=True) for side in (theirs, mine))
+        divergence = _kl(theirs, mine).sum(dim=-1)
+    else:
+        yes = theirs.sigmoid() * (F.logsigmoid(theirs) - F.logsigmoid(mine))
+        no = (-theirs).sigmoid() * (F.logsigmoid(-theirs) - F.logsigmoid(-mine))
+        divergence = (yes + no).mean(dim=-1)
+    return temperature**2 * divergence.sum() / (max(1, len(logits)) if normalizer is None else normalizer)
+
+
+def _kl(theirs: Tensor, mine: Tensor) -> Tensor:
+    return (theirs + TINY) * ((theirs + TINY).log() - (mine + TINY).log())
+
+
+def dicod_pooled(maps: Sequence[Tensor], cells: int = 4) -> list[Tensor]:
+    """Crops and their feature maps, averaged in ever finer grids: the one at place i in ``cells * 2^i`` squared.
+
+    Args:
+        maps: [M, C_i, H_i, W_i], the pixels first.
+        cells: g.
+    """
+    return [F.adaptive_avg_pool2d(level, cells * 2**index) for index, level in enumerate(maps)]
+
+
+def dicod_localization_loss(
+    predicted: Sequence[Tensor], truth: Sequence[Tensor], pixel_weight: float = 0.15, feature_weight: float = 0.15
+) -> tuple[Tensor, Tensor]:
+    """Equations 7 and 10: how different predicted boxes look from the true ones; mean over positives, channels and cells.
+
+    Args:
+        predicted: pooled crops of the predicted boxes, then their pooled feature maps (see ``dicod_pooled``): [M, C_i, h_i,
+            w_i]; gradient flows.
+        truth: the same of the true boxes, treated as constant.
+        pixel_weight: of the first entry.
+        feature_weight: of the mean over the others; the released code has one weight for both.
+
+    Returns:
+        [] pixels and [] features, weighted; 0, connected to the graph, without positives.
+    """
+    apart = [
+        (mine - fixed.detach()).abs().flatten(1).mean(dim=1).sum() / max(1, len(mine))
+        for mine, fixed in zip(predicted, truth, strict=True)
+    ]
+    features = torch.stack(apart[1:]).mean() if len(apart) > 1 else apart[0] * 0
+    return pixel_weight * apart[0], feature_weight * features
+
+
+def dicod_sample(count: int, limit: int, generator: torch.Generator | None = None) -> Tensor:
+    """At most ``limit`` of the indices below ``count``, each as likely as any other, in rising order.
+
+    So the mean over the sample is, on average, the mean over all.
+    """
+    if count <= limit:
+        return torch.arange(count)
+    return torch.randperm(count, generator=generator)[:limit].sort().values
+
+
+# --------------------------------------------------------------------------------------------------------- the classifier
+
+
+class Classifier(nn.Module):
+    """Any timm model over crops, with the names of its classes."""
+
+    def __init__(self, network: Any, classes: Sequence[str], name: str = "") -> None:
+        """Wrap a network that has timm's ``forward_intermediates``, ``forward_head`` and ``pretrained_cfg``."""
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.network, self.classes, self.name = network, tuple(classes), name
+        for statistic in ("mean", "std"):
+            values = torch.tensor(network.pretrained_cfg[statistic])[:, None, None]
+            self.register_buffer(statistic, values, persistent=False)
+
+    @classmethod
+    def build(cls, name: str, classes: Sequence[str], pretrained: bool = False) -> Self:
+        """A new one.
+
+        Raises:
+            ModelError: timm has no such model, or no weights of it.
+        """
+        import timm
+
+        if not timm.is_model(name):
+            known = timm.list_models()
+            raise ModelError(f"unknown classifier {name!r}{nearest(name, known)}; any of timm's {len(known)} models will do")
+        try:
+            network = timm.create_model(name, num_classes=len(classes), pretrained=pretrained)
+        except Exception as error:  # the hub's errors have no common base
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"classifier {name}: timm cannot build it: {reason}") from error
+        if not hasattr(network, "forward_intermediates"):
+            raise ModelError(f"classifier {name} does not show its inner maps in timm; take a resnet, a convnext, ...")
+        return cls(network, classes, name)
+
+    @classmethod
+    def load(cls, path: str | Path, name: str) -> Self:
+        """One from a safetensors file; its metadata may hold the names of its classes (see ``save``).
+
+        Raises:
+            ModelError: no such file, of another form, or not of this model.
+        """
+        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load_file
+
+        if Path(path).suffix != ".safetensors":
+            raise ModelError(f"classifier weights {path}: only .safetensors files are read")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            state = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"classifier weights {path} cannot be read: {error}") from error
+        known = metadata.get("classifier", name)
+        if known != name:
+            raise ModelError(f"classifier weights {path} are of {known}, not of {name}; write classifier={known}")
+        blank = cls.build(name, ())
+        last = blank.network.pretrained_cfg["classifier"]
+        rows = [len(tensor) for key, tensor in state.items() if key == f"{last}.weight"]
+        try:
+            names = json.loads(metadata.get("classes", "[]")) or [f"class {row}" for row in range(sum(rows))]
+            loaded = cls.build(name, names)
+            loaded.network.load_state_dict(state)
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"classifier weights {path} do not fit {name}: {reason}") from error
+        if "classes" not in metadata:
+            loaded.classes = ()
+        return loaded
+
+    def save(self, path: str | Path) -> None:
+        """Write a file that ``weights=`` reads: timm's state dict, with the model's and the classes' names as metadata."""
+        from safetensors.torch import save_file
+
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.network.state_dict().items()}
+        save_file(state, path, metadata={"classifier": self.name, "classes": json.dumps(self.classes)})
+
+    def crops(self, batch: Batch, boxes_xyxy: Tensor, image: Tensor, size: int) -> Tensor:
+        """[M, 3, S, S] what boxes [M, 4] show, normalised as this classifier is used to; zeros beyond the image."""
+        images = (batch.images.to(boxes_xyxy.dtype) - self.mean) / self.std
+        return crop_boxes(images, boxes_xyxy, image, size, [view.size_hw for view in batch.views])
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """[M, K] logits of crops [M, 3, S, S]."""
+        logits: Tensor = self.network(crops)
+        return logits
+
+    def maps(self, crops: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Some feature maps [M, C, h, w]; nothing beyond the last of them is computed."""
+        found = self.network.forward_intermediates(crops, indices=list(layers), intermediates_only=True, stop_early=True)
+        return self._after_stem(found, layers)
+
+    def describe(self, crops: Tensor, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Logits and some feature maps of one pass."""
+        last, found = self.network.forward_intermediates(crops, indices=list(layers))
+        return self.network.forward_head(last), self._after_stem(found, layers)
+
+    def _after_stem(self, maps: list[Tensor], layers: Sequence[int]) -> list[Tensor]:
+        """The paper's layer 0 is a ResNet's stem with its max-pool, timm's is without."""
+        pool = getattr(self.network, "maxpool", None)
+        return [pool(level) if layer == 0 and pool is not None else level for layer, level in zip(layers, maps, strict=True)]
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards every part is in its own mode again."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@contextlib.contextmanager
+def as_teacher(module: nn.Module) -> Iterator[None]:
+    """In eval mode and without gradients of its own; gradients flow through it."""
+    open_ = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.requires_grad_(False)
+    try:
+        with evaluating(module):
+            yield
+    finally:
+        for parameter in open_:
+            parameter.requires_grad_(True)
+
+
+# ------------------------------------------------------------------------------------------------------------- taught
+
+
+@dataclass(frozen=True)
+class DICODTaught(Taught):
+    """What the classifier says about the true boxes. Images have zeros after their last object."""
+
+    logits: Tensor
+    """[B, G, K] for the classifier's classes."""
+    pixels: Tensor
+    """[B, G, 3, g, g] pooled crops, as the classifier normalises."""
+    features: tuple[Tensor, ...]
+    """[B, G, C, 2g, 2g], [B, G, C, 4g, 4g] ... pooled feature maps of its layers."""
+    usable: Tensor
+    """[B, G] bool: the object is no crowd, and larger than a pixel."""
+    counts: Tensor
+    """[B] objects of each image."""
+
+    def split(self, count: int) -> list[Self]:
+        """One value for each image, with as many places as it has objects, whatever the others have."""
+        pieces = []
+        for piece, objects in zip(super().split(count), self.counts.tolist(), strict=True):
+            features = tuple(level[:, :objects] for level in piece.features)
+            own = {name: getattr(piece, name)[:, :objects] for name in ("logits", "pixels", "usable")}
+            pieces.append(replace(piece, features=features, **own))
+        return pieces
+
+
+# ------------------------------------------------------------------------------------------------------------ the method
+
+
+class DICOD(Method):
+    """DICOD for any detector that predicts; of DETRs the queries matched to an object are its positives.
+
+    No detector teaches: the classifier is a submodule, and ``teach`` asks it about the true boxes, so that may come from a
+    cache. Predicted boxes are cropped and described in ``learn``, for which the frozen classifier stays.
+    """
+
+    slug = "dicod"
+    title = "Distilling Image Classifiers in Object Detectors (NeurIPS 2021)"
+    bibtex = """@inproceedings{guo2021dicod,
+  title={Distilling Image Classifiers in Object Detectors},
+  author={Guo, Shuxuan and Alvarez, Jose M. and Salzmann, Mathieu},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2021}
+}"""
+    needs = Needs(teacher=False, student_families=("dense", "regions", "queries"))
+    teach_settings = (
+        *("classifier", "weights", "pretrained", "size", "cells", "layers"),
+        *("jitter", "classifier_epochs", "classifier_lr"),
+    )
+
+    def __init__(
+        self,
+        teacher: Teacher | None,
+        student: Detector,
+        *,
+        classifier: str = "resnet50",
+        weights: str | None = None,
+        pretrained: bool = False,
+        cls_weight: float = 0.4,
+        temperature: float = 2.0,
+        sigmoid_form: Literal["binary", "normalized"] = "binary",
+        pixel_weight: float = 0.15,
+        feature_weight: float = 0.15,
+        size: int = 112,
+        cells: int = 4,
+        layers: Sequence[int] = (0,),
+        decoder_layers: Literal["last", "all"] = "last",
+        max_crops: int = 256,
+        jitter: float = 0.1,
+        classifier_epochs: float = 1.0,
+        classifier_lr: float = 0.01,
+    ) -> None:
+        """Build or load the classifier.
+
+        Args:
+            teacher: not used; there may be one for the other methods of a composition.
+            student: any detector that predicts.
+            classifier: any timm model.
+            weights: .safetensors file of a trained classifier with the names of its classes (``Classifier.save`` writes one);
+                None: it is trained in a stage of its own.
+            pretrained: begin with timm's weights, as the paper does.
+            cls_weight: of the class distributions (0.1 to 0.4 in the paper).
+            temperature: T, of the class distributions.
+            sigmoid_form: how class scores of sigmoid detectors are compared, see ``dicod_classification_loss``.
+            pixel_weight: of the difference in pixels, which are normalised as the student's input is: in units of 1/255 for an
+                SSD, 58 times as large as with ImageNet's deviations.
+            feature_weight: of the difference in the classifier's features; 0 leaves them out.
+            size: S, side of a crop.
+            cells: g; pixels are compared in g x g cells, the first layer in 2g x 2g, the next in 4g x 4g.
+            layers: of the classifier: 0 is a ResNet's stem, 1 to 4 its stages; for others, what timm shows.
+            decoder_layers: of a DETR, whose positives learn: the last layer's, or all layers' (with one mean over all).
+            max_crops: predicted boxes that are cropped in a step; of more, a random sample, whose mean is on average that of all.
+            jitter: of the boxes that the classifier is trained on, as a part of their sides.
+            classifier_epochs: length of its training as a multiple of the run's epochs.
+            classifier_lr: its learning rate (SGD, cosine).
+
+        Raises:
+            DetdistillError: a hyper-parameter is out of range.
+            ModelError: the classifier cannot be built or loaded.
+            PairError: the classifier does not know the student's classes, there is one class only, or nothing to distil.
+        """
+        super().__init__(None, student)
+        self.places: Tensor
+        self.pixel_scale: Tensor
+        check_weights(self.slug, cls_weight=cls_weight, pixel_weight=pixel_weight, feature_weight=feature_weight)
+        check_weights(self.slug, classifier_epochs=classifier_epochs, classifier_lr=classifier_lr)
+        check_temperatures(self.slug, temperature=temperature)
+        check_fractions(self.slug, jitter=jitter)
+        check_choice(self.slug, "sigmoid_form", sigmoid_form, ("binary", "normalized"))
+        check_choice(self.slug, "decoder_layers", decoder_layers, ("last", "all"))
+        if min(size, cells, max_crops) < 1:
+            raise DetdistillError(f"{self.slug}: size={size}, cells={cells} and max_crops={max_crops} must be 1 or more")
+        if not layers or list(layers) != sorted(set(layers)):
+            raise DetdistillError(f"{self.slug}: layers={'/'.join(map(str, layers))} must rise; feature_weight=0 leaves them out")
+        if cls_weight == pixel_weight == feature_weight == 0:
+            raise PairError(f"{self.slug}: all three weights are 0; nothing would be distilled")
+        self.cls_weight, self.pixel_weight, self.feature_weight = cls_weight, pixel_weight, feature_weight
+        self.temperature, self.size, self.cells, self.layers = temperature, size, cells, tuple(layers)
+        self.decoder_layers, self.max_crops, self.jitter = decoder_layers, max_crops, jitter
+        self.classifier_epochs, self.classifier_lr = classifier_epochs, classifier_lr
+        self.form: Form = "softmax" if student.spec.softmax else sigmoid_form
+        # Section 4.1: the classifier of SSDs learns by cross-entropy, the one that serves all others by focal loss too.
+        self.joint = not (student.spec.softmax and student.spec.family == "dense")
+        classes = student.spec.classes
+        if weights is None:
+            self.classifier = Classifier.build(classifier, classes, pretrained)
+        else:
+            self.classifier = Classifier.load(weights, classifier)
+        self._check_classes(classes, weights, pretrained)
+        self._check_layers()
+        self.own_stage = weights is None and len(classes) > 1 and cls_weight + feature_weight > 0
+        known = self.classifier.classes
+        places = [known.index(name) for name in classes] if set(classes) <= set(known) else []
+        self.register_buffer("places", torch.tensor(places, dtype=torch.int64), persistent=False)
+        scale = self.classifier.std / torch.tensor(student.spec.std)[:, None, None]
+        self.register_buffer("pixel_scale", scale, persistent=False)
+        settings = (classifier, pretrained, size, jitter, classifier_epochs, classifier_lr, self.joint, classes)
+        self._settings = repr(settings)
+
+    def _check_classes(self, classes: Sequence[str], weights: str | None, pretrained: bool) -> None:
+        known = self.classifier.classes
+        if self.cls_weight:
+            if not known:
+                raise PairError(
+                    f"{self.slug}: {weights} does not name its classes; write it with Classifier.save, or set cls_weight=0"
+                )
+            if unknown := [name for name in classes if name not in known]:
+                surplus = [name for name in known if name not in classes]
+                raise PairError(
+                    f"{self.slug}: the classifier {weights} knows {name_list(known, surplus)}; the student's classes are "
+                    f"{name_list(classes, unknown)}; it does not know {name_list(unknown)}: train it on this data (leave out "
+                    f"weights=), or set cls_weight=0"
+                )
+        # Softmax over one class is always 1; and a classifier that has seen nothing else calls everything an object.
+        silent = self.cls_weight > 0 and (self.form == "softmax" or len(known) == 1)
+        blind = self.feature_weight > 0 and weights is None and not pretrained
+        if len(classes) == 1 and (silent or blind):
+            raise PairError(
+                f"{self.slug}: with one class ({classes[0]}) a classifier has nothing to tell apart, nor to learn; set "
+                f"cls_weight=0 and take the features of another (pretrained=true or weights=FILE), or feature_weight=0 too"
+            )
+
+    def _check_layers(self) -> None:
+        """Whether it takes crops of this size and has these layers, by trying."""
+        name = self.classifier.name
+        depth = len(self.classifier.network.feature_info)
+        if self.layers[-1] >= depth:
+            raise DetdistillError(
+                f"{self.slug}: classifier {name} has the layers 0 to {depth - 1}; layers={self.layers[-1]} is none"
+            )
+        try:
+            with as_teacher(self.classifier), torch.no_grad():
+                self.classifier.describe(torch.zeros(1, 3, self.size, self.size), self.layers)
+        except Exception as error:  # a network raises what it likes
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DetdistillError(f"{self.slug}: classifier {name} does not take crops of size={self.size}: {reason}") from error
+
+    # ---------------------------------------------------------------------------------------------------------- teach
+
+    @torch.no_grad()
+    def teach(self, batch: Batch) -> DICODTaught:
+        """Class scores, pooled pixels and pooled features of the true boxes, in float32. Crowds are among them, unused."""
+        counts = [len(target) for target in batch.targets]
+        boxes, image, usable = self._objects(batch)
+        if not len(boxes):  # for the shapes alone: an empty box, described and left out
+            boxes, image = boxes.new_zeros(1, 4), image.new_zeros(1)
+        described = []
+        with as_teacher(self.classifier), torch.autocast(batch.images.device.type, enabled=False):
+            for part, whose in zip(boxes.split(CHUNK), image.split(CHUNK), strict=True):
+                crops = self.classifier.crops(batch, part, whose, self.size)
+                logits, maps = self.classifier.describe(crops, self.layers)
+                described.append((logits, *dicod_pooled([crops, *maps], self.cells)))
+        logits, pixels, *features = (torch.cat(values)[: sum(counts)] for values in zip(*described, strict=True))
+
+        def by_image(flat: Tensor) -> Tensor:
+            return nn.utils.rnn.pad_sequence(list(flat.split(counts)), batch_first=True)
+
+        number = torch.tensor(counts, device=batch.images.device)
+        return DICODTaught(by_image(logits), by_image(pixels), tuple(map(by_image, features)), by_image(usable), number)
+
+    def _objects(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes [M, 4] of all images inside them, the image [M] of each, and whether it can be seen [M]."""
+        boxes = torch.cat([target.boxes_xyxy.to(self.classifier.mean.dtype) for target in batch.targets])
+        counts = torch.tensor([len(target) for target in batch.targets])
+        image = torch.repeat_interleave(torch.arange(len(batch)), counts).to(boxes.device)
+        inside = clamp_boxes(boxes, image, [view.size_hw for view in batch.views])
+        crowd = torch.cat([target.crowd for target in batch.targets])
+        return inside, image, large_enough(inside) & ~crowd
+
+    # --------------------------------------------------------------------------------------------- the classifier's stage
+
+    def train_classifier(self, batch: Batch, clock: Clock) -> Losses:
+        """Section 3.1: it learns the class of each object from a crop of its box, jittered.
+
+        The images are the run's, so it sees the augmentation that the student will see. At most 256 crops of a batch.
+        """
+        boxes, image, usable = self._objects(batch)
+        labels = torch.cat([target.labels for target in batch.targets])
+        boxes = clamp_boxes(jittered(boxes, self.jitter), image, [view.size_hw for view in batch.views])
+        chosen = torch.nonzero(usable & large_enough(boxes)).flatten()
+        chosen = chosen[dicod_sample(len(chosen), CHUNK).to(chosen.device)]
+        if not len(chosen):
+            nothing = torch.stack([parameter.sum() for parameter in self.classifier.parameters()]).sum() * 0
+            return Losses({"categorical": nothing})
+        crops, labels = self.classifier.crops(batch, boxes[chosen], image[chosen], self.size), labels[chosen]
+        # Batch norm has no statistics of one crop that its last maps show as one cell.
+        with contextlib.nullcontext() if len(chosen) > 1 else evaluating(self.classifier):
+            logits = self.classifier(crops).float()
+        terms = {"categorical": F.cross_entropy(logits, labels)}
+        if self.joint:
+            wanted = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+            terms["focal"] = sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2, reduction="sum") / len(chosen)
+        return Losses(terms, {"accuracy": (logits.detach().argmax(dim=1) == labels).float().mean()})
+
+    # ---------------------------------------------------------------------------------------------------------- learn
+
+    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+        """Terms ``crop_classes``, ``crop_pixels`` and ``crop_features``, each a mean over positives; none where its weight is 0.
+
+        Monitors: ``classifier_accuracy`` on the batch's objects, and ``cropped``, the part of the positives that was cropped.
+        """
+        assert isinstance(taught, DICODTaught)
+        terms: dict[str, Tensor] = {}
+        monitors = self._accuracy(taught, batch)
+        with torch.autocast(batch.images.device.type, enabled=False):
+            positives = self._positives(student, seen.float(), batch)
+            seen_by_classifier = taught.usable[positives.image, positives.ground_truth]
+            positives = map_tensors(positives, lambda tensor: tensor[seen_by_classifier])
+            if self.cls_weight:
+                known = taught.logits[positives.image, positives.ground_truth].float()[:, self.places]
+                term = dicod_classification_loss(positives.logits, known, self.temperature, self.form)
+                terms["crop_classes"] = self.cls_weight * term
+            if self.pixel_weight or self.feature_weight:
+                pixels, features, cropped = self._localization(positives, taught, batch, clock)
+                terms |= {"crop_pixels": pixels} if self.pixel_weight else {}
+                terms |= {"crop_features": features} if self.feature_weight else {}
+                monitors["cropped"] = pixels.new_tensor(cropped / max(1, len(positives)))
+        return Losses(terms, monitors)
+
+    def _positives(self, student: Detector, seen: Observation, batch: Batch) -> Positives:
+        assert seen.prediction is not None
+        positives = student.positives(seen.prediction, student.assign(seen.prediction, batch), batch)
+        if isinstance(seen.prediction, Queries) and self.decoder_layers == "last":
+            last = positives.layer == len(seen.prediction.logits) - 1
+            positives = map_tensors(positives, lambda tensor: tensor[last])
+        return positives
+
+    def _localization(self, positives: Positives, taught: DICODTaught, batch: Batch, clock: Clock) -> tuple[Tensor, Tensor, int]:
+        """Both terms, and how many boxes they are of. Boxes below a pixel, or outside of the image, are left out."""
+        boxes = clamp_boxes(positives.boxes_xyxy, positives.image, [view.size_hw for view in batch.views])
+        visible = torch.nonzero(large_enough(boxes.detach())).flatten()
+        if not len(visible):
+            nothing = positives.boxes_xyxy[:0].sum()
+            return nothing, nothing, 0
+        drawing = f"{batch.ids}/{[view.key for view in batch.views]}/{clock.epoch}/{clock.step}"
+        generator = torch.Generator().manual_seed(zlib.crc32(drawing.encode()))
+        chosen = visible[dicod_sample(len(visible), self.max_crops, generator).to(visible.device)]
+        image, ground_truth = positives.image[chosen], positives.ground_truth[chosen]
+        with as_teacher(self.classifier):
+            crops = self.classifier.crops(batch, boxes[chosen], image, self.size)
+            maps = self.classifier.maps(crops, self.layers) if self.feature_weight else []
+        predicted = dicod_pooled([crops, *maps], self.cells)
+        truth = [part[image, ground_truth].float() for part in (taught.pixels, *taught.features)[: len(predicted)]]
+        predicted[0], truth[0] = predicted[0] * self.pixel_scale, truth[0] * self.pixel_scale
+        return *dicod_localization_loss(predicted, truth, self.pixel_weight, self.feature_weight), len(chosen)
+
+    def _accuracy(self, taught: DICODTaught, batch: Batch) -> dict[str, Tensor]:
+        """Of the classifier on the batch's objects; nothing without any, or where there is nothing to choose."""
+        if len(self.places) < 2:
+            return {}
+        right = []
+        for image, target in enumerate(batch.targets):
+            known = taught.logits[image, : len(target)][:, self.places].argmax(dim=1)
+            right.append((known == target.labels)[taught.usable[image, : len(target)]])
+        found = torch.cat(right)
+        return {"classifier_accuracy": found.float().mean()} if len(found) else {}
+
+    def stages(self, student: Detector) -> tuple[Stage, ...]:
+        """The classifier on the objects of the data, unless it came from a file; then the student, with a frozen classifier."""
+        distill = Stage(
+            "distill",
+            step=lambda batch, clock: self.step(student, batch, clock),
+            trains=lambda clock: (student,),
+            evaluates=student,
+        )
+        if not self.own_stage:
+            return (distill,)
+        first = Stage(
+            "classifier",
+            step=self.train_classifier,
+            trains=lambda clock: (self.classifier,),
+            evaluates=None,
+            share=self.classifier_epochs,
+            depends_on=hashlib.sha256(f"{self.slug} {self._settings}".encode()).hexdigest()[:16],
+            overrides={"optimizer": "sgd", "lr": self.classifier_lr, "weight_decay": 1e-4, "schedule": "cosine"},
+        )
+        return first, distill
+
+
+def large_enough(boxes_xyxy: Tensor) -> Tensor:
+    """[M] bool of boxes [M, 4]: both sides have a pixel or more (False for sides that are no number)."""
+    return (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= LEAST_SIDE).all(dim=1)
+
+
+def jittered(boxes_xyxy: Tensor, amount: float) -> Tensor:
+    """Boxes [M, 4] whose centres moved by up to ``amount`` of their sides, which were scaled by up to ``e^amount``."""
+    center_size = box_convert(boxes_xyxy, "xyxy", "cxcywh")
+    move, scale = (2 * torch.rand_like(center_size) - 1).mul(amount).split(2, dim=1)
+    sides = center_size[:, 2:]
+    return box_convert(torch.cat([center_size[:, :2] + move * sides, sides * scale.exp()], dim=1), "cxcywh", "xyxy")
