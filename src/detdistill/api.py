@@ -106,14 +106,13 @@ def distill(
     from detdistill.detectors.build import build_detector
     from detdistill.detectors.contract import Teacher
     from detdistill.training.experiment import run_experiment
-    from detdistill.training.offline import needs_live_teacher, open_cache
+    from detdistill.training.offline import open_cache, why_live_teacher
     from detdistill.training.run import Plan, is_main_process, note_teacher, run, score_teacher, view_settings
 
-    live_too = wanted.inherit or needs_live_teacher(wanted.method)
-    if teacher is None and live_too:
-        raise RunError(
-            f"{wanted.method}: uses modules of the teacher when it learns, which a cache does not hold; give --teacher too"
-        )
+    reason = why_live_teacher(wanted.method)
+    live_too = wanted.inherit or bool(reason)
+    if teacher is None and reason:
+        raise RunError(f"{reason}; give --teacher too")
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
         live = None if teacher is None else Teacher(_load_teacher(teacher, splits, wanted.other_classes))

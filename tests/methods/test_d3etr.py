@@ -398,7 +398,7 @@ def test_between_families():
     assert len(check_real(build("dab_detr"), build("conditional_detr", seed=1), batch, project=True)) == 10
     no_maps = {"self_attention_weight": 0.0, "cross_attention_weight": 0.0}
     mixed = build("deformable_detr"), build("conditional_detr", seed=1)
-    with pytest.raises(PairError, match="the strides are .* set cross_attention_weight=0"):
+    with pytest.raises(PairError, match=r"the strides are .* set cross_attention_weight=0"):
         D3ETR(Teacher(mixed[0]), mixed[1])
     assert len(check_real(*mixed, batch, **no_maps)) == 6
 

@@ -12,6 +12,7 @@ from detdistill.functional import kd_detr_loss, kd_detr_terms, kd_detr_weights
 from detdistill.methods.contract import PairError
 from detdistill.methods.kd_detr import KDDETR
 from detdistill.structures import Clock, Losses
+from detdistill.training.offline import why_live_teacher
 from tests.golden import Golden, assert_golden
 from tests.methods.contract_checks import check_method, without_boxes
 from tests.tiny import TinyQueries, tiny_batch
@@ -299,6 +300,8 @@ def test_without_the_live_teacher_only_the_specific_points_work():
     assert "\n" not in str(error.value)
     for words in ("the general points are random queries", "live teacher", "--teacher", "kd_detr,general_points=0"):
         assert words in str(error.value)
+    assert KDDETR.why_live_teacher({}) in str(error.value)
+    assert KDDETR.why_live_teacher({"general_points": 0, "temperature": 2.0}) == ""
     with pytest.raises(PairError, match="project=true builds its layers for the live teacher"):
         KDDETR(absent, student, general_points=0, project=True)
     online, offline = (KDDETR(teacher, student, general_points=0) for teacher in (live, absent))
@@ -310,6 +313,11 @@ def test_without_the_live_teacher_only_the_specific_points_work():
         narrow.learn(narrow_student := TinyQueries(channels=(4, 4)), narrow_student(batch), taught, batch, CLOCK)
     with pytest.raises(PairError, match="the teacher"):  # the class itself still asks for queries
         KDDETR(AbsentTeacher(dataclasses.replace(live.spec, family="dense"), ""), student, general_points=0)
+
+
+def test_a_run_from_a_cache_says_why_it_needs_the_teacher():
+    assert why_live_teacher("pkd") == why_live_teacher("pkd+kd_detr,general_points=0") == ""
+    assert why_live_teacher("pkd+kd_detr,general_points=20").startswith("kd_detr: the general points are random queries")
 
 
 # -------------------------------------------------------------------------------------------------------- real adapters
@@ -374,7 +382,7 @@ def test_between_families(teacher, student, gap):
 
 def test_points_that_only_the_teacher_can_derive_are_not_shared():
     teacher, student = build("conditional_detr"), build("deformable_detr")
-    with pytest.raises(PairError, match="derives its reference points from position embeddings.*general_points=0"):
+    with pytest.raises(PairError, match=r"derives its reference points from position embeddings.*general_points=0"):
         KDDETR(Teacher(teacher), student)
     KDDETR(Teacher(teacher), student, general_points=0)
 

@@ -99,6 +99,15 @@ class Method(nn.Module):
         self.source: Source | None = None
         """Where ``taught`` comes from instead of the teacher: a cache."""
 
+    @classmethod
+    def why_live_teacher(cls, settings: Mapping[str, Any]) -> str:
+        """Why a cache of what was taught is not enough, and the teacher must be there too; empty: it is enough.
+
+        Args:
+            settings: hyper-parameters that differ from their defaults.
+        """
+        return "uses modules of the teacher when it learns, which a cache does not hold" if cls.needs.teacher_capabilities else ""
+
     @property
     def teacher(self) -> Teacher:
         """The frozen teacher (an ``AssertionError`` in a teacher-free method, which has none)."""

@@ -9,8 +9,9 @@ Shape letters: B images, L decoder layers, N queries of a group (distillation po
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from detdistill.methods.contract import Method, Needs, PairError
 from detdistill.structures import Batch, Clock, Losses, Observation, Queries, QuerySeed, Taught
 
 ClassReduction = Literal["sum", "weighted_mean"]
+GENERAL_POINTS = 300
+"""How many by default; the paper tried 10 to 900."""
 
 
 class KDDETRTerms(NamedTuple):
@@ -150,7 +153,7 @@ class KDDETR(Method):
         l1_weight: float = 5.0,
         giou_weight: float = 2.0,
         specific_points: bool = True,
-        general_points: int = 300,
+        general_points: int = GENERAL_POINTS,
         rebalance: bool = True,
         cls_reduction: ClassReduction = "sum",
         project: bool = False,
@@ -203,6 +206,16 @@ class KDDETR(Method):
         elif project:
             raise PairError(f"{self.slug}: project=true builds its layers for the live teacher's queries; give --teacher too")
 
+    @classmethod
+    def why_live_teacher(cls, settings: Mapping[str, Any]) -> str:
+        """Because of the general points, unless they are off."""
+        if not settings.get("general_points", GENERAL_POINTS):
+            return ""
+        return (
+            "the general points are random queries that the live teacher decodes anew in each step, which a cache does not hold "
+            f"({cls.slug},general_points=0 turns them off; the specific points learn from the cache)"
+        )
+
     def _check_teacher(self, teacher: Teacher | None, general_points: int) -> None:
         """Let a stand-in for the teacher pass if there are no general points.
 
@@ -212,11 +225,8 @@ class KDDETR(Method):
         if teacher is None or teacher.spec.family != "queries" or isinstance(teacher.detector, HasQueries):
             return
         if general_points:
-            raise PairError(
-                f"{self.slug}: the general points are random queries that the teacher decodes anew in each step, so they need "
-                f"the live teacher {teacher.spec.name}, which a cache does not hold; give --teacher too, or turn them off with "
-                f"{self.slug},general_points=0 (the specific points learn from the cache)"
-            )
+            reason = self.why_live_teacher({"general_points": general_points})
+            raise PairError(f"{self.slug}: {reason}; give --teacher {teacher.spec.name} too")
         self.needs = replace(self.needs, teacher_capabilities=())  # type: ignore[misc]  # of this instance only
 
     def _check_general(self, own: DecoderFormat) -> None:

@@ -32,9 +32,10 @@ def open_cache(url: str, method: str, splits: DataSplits, views: ViewSettings, t
     return cache
 
 
-def needs_live_teacher(method: str) -> bool:
-    """Whether a method uses modules of the teacher itself when it learns, beside what a cache holds."""
-    return any(kind.needs.teacher_capabilities for kind, _ in parse_methods(method))
+def why_live_teacher(method: str) -> str:
+    """Why a method needs the teacher itself when it learns, beside what a cache holds; empty: it does not."""
+    reasons = [(kind.slug, kind.why_live_teacher(settings)) for kind, settings in parse_methods(method)]
+    return "; ".join(f"{slug}: {reason}" for slug, reason in reasons if reason)
 
 
 def stage_from_cache(cache: KnowledgeCache, stage: Stage, method: Method) -> bool:
