@@ -109,6 +109,9 @@ class TrainSettings:
             if isinstance(value, list):
                 value = tuple(value)
                 object.__setattr__(self, field.name, value)
+            if isinstance(value, str) and Path in _members(kinds[field.name]):
+                value = Path(value)
+                object.__setattr__(self, field.name, value)
             _check_kind(field.name, value, kinds[field.name])
             if isinstance(value, float) and not math.isfinite(value):
                 raise RunError(f"{field.name}: {value} is not a number that training can use")

@@ -1,0 +1,192 @@
+"""What a cache of knowledge costs and gives: writing, random reading, and an offline step beside the student alone.
+
+    uv run python benchmarks/cache.py --out benchmarks/results/cache_cpu.json
+
+Writing and reading are measured with the records of one teacher and one method (FitNet: the whole pyramid), in every store.
+A step is student forward and backward, losses and optimizer: alone, online (teacher forward too) and offline (records read,
+checked and decoded), in turns in one process, so that they share the noise; ratios are of medians. Peak memory is that of one
+step, on a GPU as torch counts it, on a CPU what the process has ever held, in a process of its own for each contender.
+"""
+
+import argparse
+import json
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detdistill.cache.encoding import STORES, encode
+from detdistill.cache.identity import knowledge_of, views_of
+from detdistill.cache.knowledge import About, KnowledgeCache
+from detdistill.cache.shards import ShardWriter
+from detdistill.data.discover import load_data
+from detdistill.data.loader import DetectionLoader
+from detdistill.data.records import DataSplits
+from detdistill.data.transforms import ViewSettings
+from detdistill.data.views import batches_of, sights
+from detdistill.detectors.build import build_detector
+from detdistill.detectors.contract import Teacher
+from detdistill.methods.build import build_method
+from detdistill.settings import TrainSettings
+from detdistill.structures import Batch, Clock
+from detdistill.training.optimizers import build_optimizer
+from detdistill.training.run import hardware, plain_stage, versions
+from steps import turns
+
+
+def filled(
+    folder: Path, teacher: Teacher, splits: DataSplits, views: ViewSettings, method: str, store: str, device: str
+) -> dict[str, Any]:
+    """Write a cache; MB/s of encoding and writing (to the disk, fsync included), without the teacher's time."""
+    chosen = sights(splits.train, views)
+    about = About(
+        teacher="benchmark",
+        teacher_fingerprint=teacher.fingerprint,
+        teacher_parameters=0,
+        spec=teacher.spec,
+        method=method,
+        student=None,
+        knowledge=tuple(knowledge_of(method)),
+        stages=(),
+        data="digits",
+        data_fingerprint=splits.train.fingerprint,
+        views=views_of(views),
+        store=store,
+        precision="32",
+        records=len(chosen),
+    )
+    cache = KnowledgeCache.create(str(folder), about)
+    writer = ShardWriter(cache.folder, about.fingerprint)
+    seconds, count = 0.0, 0
+    for group, batch in batches_of(splits.train, views, chosen, 4):
+        pieces = teacher.observe(batch.to(device)).split(len(group))
+        teacher.forget()
+        started = time.perf_counter()
+        for sight, piece in zip(group, pieces, strict=True):
+            record = encode((piece,), store)
+            count += len(record.data)
+            writer.add(sight.key, record)
+        seconds += time.perf_counter() - started
+    started = time.perf_counter()
+    writer.flush()
+    seconds += time.perf_counter() - started
+    cache.index.refresh()
+    keys = [sight.key for sight in chosen]
+    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0)).tolist()
+    started = time.perf_counter()
+    for index in order:
+        cache.read(keys[index])
+    reading = time.perf_counter() - started
+    return {
+        "store": store,
+        "records": len(keys),
+        "kilobytes_per_record": round(count / len(keys) / 1e3, 1),
+        "write_megabytes_per_second": round(count / seconds / 1e6, 1),
+        "random_reads_per_second": round(len(keys) / reading, 1),
+        "random_read_megabytes_per_second": round(count / reading / 1e6, 1),
+    }
+
+
+def contender(name: str, chosen: argparse.Namespace, splits: DataSplits, batch: Batch, folder: Path | None) -> Callable[[], None]:
+    """One step of the student alone, online or offline."""
+    student = build_detector(chosen.student, splits.classes).to(chosen.device).train()
+    stage, modules, teacher = plain_stage(student), [student], None
+    if name != "alone":
+        if name == "online":
+            teacher = Teacher(build_detector(chosen.teacher, splits.classes)).to(chosen.device)
+            method = build_method(chosen.method, teacher, student)
+        else:
+            cache = KnowledgeCache.open(str(folder))
+            method = build_method(chosen.method, cache.teacher(), student)
+            method.source = cache.source(chosen.method)
+        stage, modules = method.to(chosen.device).stages(student)[-1], [student, method]
+    optimizer = build_optimizer(modules, TrainSettings(lr=1e-5))
+
+    def step() -> None:
+        stage.step(batch, Clock(1, 10)).total().backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if teacher is not None:
+            teacher.forget()
+
+    return step
+
+
+def peak(name: str, chosen: argparse.Namespace, splits: DataSplits, batch: Batch, folder: Path | None) -> float:
+    """Megabytes after three steps."""
+    if chosen.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    step = contender(name, chosen, splits, batch, folder)
+    for _ in range(3):
+        step()
+    if chosen.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--teacher", default="retinanet:resnet50", help="model string")
+    parser.add_argument("--student", default="retinanet:resnet18", help="model string")
+    parser.add_argument("--method", default="fitnet")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--folder", type=Path, default=None, help="where the caches are made and left; none: a temporary folder")
+    parser.add_argument("--peak", default="", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    splits = load_data(f"digits:train={chosen.images},val={chosen.batch},size=128,seed=0")
+    views = ViewSettings(size=chosen.size)
+    batch: Batch = next(iter(DetectionLoader(splits.train, views, chosen.batch, train=True))).to(chosen.device)
+    if chosen.peak:
+        print(peak(chosen.peak, chosen, splits, batch, chosen.folder))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        home = chosen.folder or Path(scratch)
+        teacher = Teacher(build_detector(chosen.teacher, splits.classes)).to(chosen.device)
+        stores = [filled(home / store, teacher, splits, views, chosen.method, store, chosen.device) for store in STORES]
+        print(*stores, sep="\n", flush=True)
+        del teacher
+        rows = []
+        for store in STORES:
+            names = {"alone": "alone", "online": "online", store: "offline"}
+            steps = {name: contender(kind, chosen, splits, batch, home / store) for name, kind in names.items()}
+            found = turns(steps, chosen.rounds, chosen.device)
+            ratios = {"offline_over_alone": found[store] / found["alone"], "offline_over_online": found[store] / found["online"]}
+            rows.append({"store": store, **{name: round(value, 3) for name, value in ratios.items()}})
+            rows[-1] |= {"seconds": {kind: round(found[name], 4) for name, kind in names.items()}}
+            print(rows[-1], flush=True)
+        peaks = {}
+        for name in ("alone", "online", "offline"):
+            again = [sys.executable, *sys.argv, "--peak", name, "--folder", str(home / "float16")]
+            peaks[name] = round(float(subprocess.run(again, check=True, capture_output=True, text=True).stdout.split()[-1]))
+        print(peaks)
+    content = {
+        "what": f"{chosen.student} under {chosen.teacher}, {chosen.method}, {chosen.size} pixels, batch {chosen.batch}, float32",
+        "command": "uv run python benchmarks/cache.py " + shlex.join(sys.argv[1:]),
+        "stores": stores,
+        "steps": rows,
+        "peak_megabytes": peaks,
+        "note": "written and read through the page cache of a shared machine; first reads from a cold disk are slower",
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    if chosen.out:
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.out.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
