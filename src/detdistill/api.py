@@ -380,9 +380,9 @@ def _settings(kind: type[Any], given: dict[str, Any]) -> Any:
     for name in given:
         if name not in names:
             raise RunError(f"no setting {name!r}{nearest(name, names)}; settings: {', '.join(names)}")
-    for name in ("out", "stages"):
-        if isinstance(given.get(name), str):
-            given = {**given, name: Path(given[name])}
+    for name, wanted in (("out", Path), ("stages", str), ("cache", str)):
+        if isinstance(given.get(name), str | Path):
+            given = {**given, name: wanted(given[name])}
     return kind(**given)
 
 

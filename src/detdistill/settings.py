@@ -109,9 +109,6 @@ class TrainSettings:
             if isinstance(value, list):
                 value = tuple(value)
                 object.__setattr__(self, field.name, value)
-            if isinstance(value, str) and Path in _members(kinds[field.name]):
-                value = Path(value)
-                object.__setattr__(self, field.name, value)
             _check_kind(field.name, value, kinds[field.name])
             if isinstance(value, float) and not math.isfinite(value):
                 raise RunError(f"{field.name}: {value} is not a number that training can use")
@@ -163,7 +160,7 @@ class DistillSettings(TrainSettings):
     score_teacher: bool = True
     other_classes: bool = False
     cache: str | None = None
-    stages: Path = Path("runs/stages")
+    stages: str = "runs/stages"
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -196,7 +193,7 @@ class CacheSettings(TrainSettings):
     dry_run: bool = False
     shard: int = 256
     other_classes: bool = False
-    stages: Path = Path("runs/stages")
+    stages: str = "runs/stages"
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:

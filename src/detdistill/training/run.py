@@ -199,7 +199,7 @@ def _found_result(
     if cache is not None and stage_from_cache(cache, stage, method):
         progress.say(f"stage {stage.name}: taken from the cache")
         return True
-    folder, name = storage(str(settings.stages)), stage_file(stage, settings, splits.train.fingerprint)
+    folder, name = storage(settings.stages), stage_file(stage, settings, splits.train.fingerprint)
     if not load_result(folder, name, stage):
         return False
     progress.say(f"stage {stage.name}: trained before, taken from {folder.url}/{name}")
@@ -402,7 +402,7 @@ class _Loop:
         if is_main_process():
             name = stage_file(stage, settings, self.splits.train.fingerprint)
             try:
-                save_result(storage(str(settings.stages)), name, stage)
+                save_result(storage(settings.stages), name, stage)
             except OSError as error:
                 why = error.strerror or error
                 self.progress.say(f"[yellow]stage {stage.name}: its result is not kept in {settings.stages}: {why}[/yellow]")
