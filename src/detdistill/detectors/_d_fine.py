@@ -123,9 +123,9 @@ class FineDetector(family.HybridEncoderDetector):
         """All ``shifted`` sets."""
         return [outputs for outputs, _ in self.shifted(noisy)]
 
-    def set_losses(self, outputs: Outputs, pairs: deformable.Pairs, normalizer: Any) -> dict[str, Tensor]:
+    def place_losses(self, outputs: Outputs, pairs: deformable.Pairs, normalizer: Any) -> dict[str, Tensor]:
         """Those of the family, and FGL and DDF where there are distributions."""
-        losses = super().set_losses(outputs, pairs, normalizer)
+        losses = super().place_losses(outputs, pairs, normalizer)
         if isinstance(outputs, FineOutputs):
             losses["loss_fgl"] = self.localization_loss(outputs, pairs) / normalizer * self.config.weight_loss_fgl
             losses["loss_ddf"] = self.foresight_loss(outputs, pairs) * self.config.weight_loss_ddf

@@ -321,20 +321,23 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         normalizer: Any = boxes if assignment is None or assignment.normalizer is None else assignment.normalizer
         matched = self.assign(prediction, batch).matched if assignment is None else assignment.matched
         terms: dict[str, Tensor] = {}
-        for suffix, outputs, layer in self.sets(own):
-            outputs = self.trained(outputs)
-            if layer is None:
-                rows, weights = shared.hungarian(matcher, outputs, usable, batch), None
-            else:
-                rows = matched[layer]
-                weights = None if assignment is None or assignment.weights is None else assignment.weights[layer]
-            pairs = shared.pairs_of(rows, weights, labels, outputs.boxes.dtype)
-            terms |= {name + suffix: term for name, term in self.set_losses(outputs, pairs, normalizer).items()}
+        sets = [(suffix, self.trained(outputs), layer) for suffix, outputs, layer in self.sets(own)]
+        rows = [shared.hungarian(matcher, one, usable, batch) if layer is None else matched[layer] for _, one, layer in sets]
+        place_rows, places = self.place_rows(rows, boxes)
+        if assignment is not None and assignment.normalizer is not None:
+            places = assignment.normalizer
+        for (suffix, outputs, layer), row, place_row in zip(sets, rows, place_rows, strict=True):
+            given = None if assignment is None or assignment.weights is None or layer is None else assignment.weights[layer]
+            pairs = shared.pairs_of(row, given, labels, outputs.boxes.dtype)
+            place_pairs = pairs if place_row is row else shared.pairs_of(place_row, given, labels, outputs.boxes.dtype)
+            found = {**self.class_losses(outputs, pairs, normalizer), **self.place_losses(outputs, place_pairs, places)}
+            terms |= {name + suffix: term for name, term in found.items()}
         if own.denoising is not None and own.noisy is not None and config.auxiliary_loss:
             noisy = max(1, sum(len(label["boxes"]) for label in own.denoising.labels)) * own.denoising.groups
             for number, outputs in enumerate(map(self.trained, self.noisy_sets(own.noisy))):
                 pairs = own.denoising.pairs(outputs.boxes)
-                terms |= {f"{name}_dn_{number}": term for name, term in self.set_losses(outputs, pairs, noisy).items()}
+                found = {**self.class_losses(outputs, pairs, noisy), **self.place_losses(outputs, pairs, noisy)}
+                terms |= {f"{name}_dn_{number}": term for name, term in found.items()}
         return Losses(terms)
 
     def sets(self, own: Own) -> list[tuple[str, Outputs, int | None]]:
@@ -351,15 +354,22 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         """The denoising queries' predictions that are trained."""
         return noisy.layers
 
-    def set_losses(self, outputs: Outputs, pairs: shared.Pairs, normalizer: Any) -> dict[str, Tensor]:
-        """Varifocal, L1 and GIoU loss of one set, weighted."""
+    def place_rows(self, rows: Sequence[Tensor], boxes: Any) -> tuple[Sequence[Tensor], Any]:
+        """What the losses of boxes are computed with: matches [B, N] of each set, and the normalizer; the default is the same."""
+        return rows, boxes
+
+    def class_losses(self, outputs: Outputs, pairs: shared.Pairs, normalizer: Any) -> dict[str, Tensor]:
+        """Varifocal loss of one set, weighted."""
         config = self.config
-        distance, overlap = shared.box_losses(outputs, pairs)
         quality = shared.varifocal_loss(outputs, pairs, config.focal_loss_alpha, config.focal_loss_gamma)
+        return {"loss_vfl": quality / normalizer * config.weight_loss_vfl}
+
+    def place_losses(self, outputs: Outputs, pairs: shared.Pairs, normalizer: Any) -> dict[str, Tensor]:
+        """L1 and GIoU loss of one set, weighted."""
+        distance, overlap = shared.box_losses(outputs, pairs)
         return {
-            "loss_vfl": quality / normalizer * config.weight_loss_vfl,
-            "loss_bbox": distance / normalizer * config.weight_loss_bbox,
-            "loss_giou": overlap / normalizer * config.weight_loss_giou,
+            "loss_bbox": distance / normalizer * self.config.weight_loss_bbox,
+            "loss_giou": overlap / normalizer * self.config.weight_loss_giou,
         }
 
 
