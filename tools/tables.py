@@ -16,7 +16,6 @@ import inspect
 import itertools
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,25 +74,33 @@ def methods_table() -> str:
 
 
 def pairs_table(detectors: dict[str, Detector]) -> str:
-    """Which pairs of detectors a method accepts, and what it says to the others."""
+    """Which pairs of detectors a method accepts; students that are refused from the same teachers stand together."""
     rows = []
     for method in [*method_slugs(), *VARIANTS]:
-        refused: dict[str, list[str]] = {}
+        needs_teacher = method_class(method.partition(",")[0]).needs.teacher
+        teachers = {name: Teacher(detector) for name, detector in detectors.items()} if needs_teacher else {"none": None}
+        students: dict[tuple[str, ...], list[str]] = {}
         served = 0
-        for teacher_name, teacher in detectors.items():
-            for student_name, student in detectors.items():
-                try:
-                    build_method(method, Teacher(teacher), student)
-                    served += 1
-                except PairError:
-                    refused.setdefault(student_name, []).append(teacher_name)
-        by_teachers = Counter({student: len(teachers) for student, teachers in refused.items()})
+        for student_name, student in detectors.items():
+            refused = tuple(name for name, teacher in teachers.items() if not serves(method, teacher, student))
+            served += len(teachers) - len(refused)
+            if refused:
+                students.setdefault(refused, []).append(student_name)
         text = "; ".join(
-            f"{student}: any" if count == len(detectors) else f"{student}: from {', '.join(refused[student])}"
-            for student, count in sorted(by_teachers.items())
+            f"{', '.join(names)}: {'any' if len(refused) == len(teachers) else 'from ' + ', '.join(refused)}"
+            for refused, names in students.items()
         )
-        rows.append((f"`{method}`", f"{served} of {len(detectors) ** 2}", text or "none"))
+        rows.append((f"`{method}`", f"{served} of {len(detectors) * len(teachers)}", text or "none"))
     return table(("method", "pairs served", "students refused (and from which teacher)"), *rows)
+
+
+def serves(method: str, teacher: Teacher | None, student: Detector) -> bool:
+    """Whether the method can be built for the pair."""
+    try:
+        build_method(method, teacher, student)
+    except PairError:
+        return False
+    return True
 
 
 def detectors_table(probed: Sequence[Probed]) -> str:

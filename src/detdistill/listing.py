@@ -23,7 +23,7 @@ def show_methods(teacher: str | None = None, student: str | None = None) -> None
     table = Table("method", "paper", *(["serves this pair"] if student else []))
     learner = frozen = None
     if student:
-        frozen = Teacher(_detector(teacher or student, ("object",)))
+        frozen = Teacher(_detector(teacher or student, ("one", "two")))
         learner = _detector(student, frozen.spec.classes)
     for slug in method_slugs():
         row = [slug, escape(method_class(slug).title)]
