@@ -370,7 +370,8 @@ def test_attention_is_a_distribution_over_cells_that_are_not_padding():
     torch.testing.assert_close(queries.attention.sum(dim=-1), torch.ones(2, 2, 1, 5))
     padding = torch.cat([mask.flatten(1) for mask in features.padding], dim=1)
     assert (queries.attention[:, 1, :, :, padding[1]] == 0).all()
-    assert_same(replace(queries, attention=None), detector.decode(features, seed, batch), "")
+    torch.testing.assert_close(queries.self_attention.sum(dim=-1), torch.ones(2, 2, 1, 5))
+    assert_same(replace(queries, attention=None, self_attention=None), detector.decode(features, seed, batch), "")
 
 
 # -------------------------------------------------------------------------------------------------------------- copies
