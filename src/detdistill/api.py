@@ -79,7 +79,8 @@ def distill(
     """Distil a teacher into a student, and with ``baseline=True`` prove what it gave.
 
     Args:
-        teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or any model string; None with ``cache``.
+        teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or any model string; None with ``cache``,
+            and for methods without a teacher.
         student: a model string such as ``fcos:resnet18``.
         data: see ``train``.
         method: one or several: ``pkd``, ``fgd,temperature=0.8+pkd``.
@@ -97,11 +98,11 @@ def distill(
     from detdistill.methods.build import build_method, parse_methods
     from detdistill.progress import Progress
 
-    parse_methods(wanted.method)  # a misspelt method is said before the data is read
-    if teacher is None and wanted.cache is None:
-        raise RunError("teacher: a distilled run needs one (--teacher), or what it said (--cache)")
+    needing = [kind.slug for kind, _ in parse_methods(wanted.method) if kind.needs.teacher]  # misspelt methods are said first
+    if teacher is None and wanted.cache is None and needing:
+        raise RunError(f"teacher: {', '.join(needing)} needs one (--teacher), or what it said (--cache)")
     if teacher is None and wanted.inherit:
-        raise RunError("inherit: copies weights of the teacher, which a cache does not hold; give --teacher too")
+        raise RunError("inherit: copies weights of the teacher; give --teacher")
     _check_start(student, wanted)
     from detdistill.detectors.build import build_detector
     from detdistill.detectors.contract import Teacher
@@ -122,7 +123,6 @@ def distill(
             how = "the teacher is loaded too, for its modules" if live_too else "no teacher is run"
             shown.say(f"learning from {cache.folder.url}; {how}")
             frozen = live if live_too else cache.teacher()
-        assert frozen is not None
         build_method(wanted.method, frozen, build_detector(student, splits.train.classes))  # what cannot work is said at once
         finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
         score = wanted.score_teacher and is_main_process() and not finished

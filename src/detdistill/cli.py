@@ -201,7 +201,7 @@ def _distill_flags(parser: Parser) -> None:
         "--teacher",
         type=str | None,
         default=None,
-        help="run folder, checkpoint, or torchvision:NAME,weights=...; not with --cache",
+        help="run folder, checkpoint, or torchvision:NAME,weights=...; not with --cache, nor for dicod",
     )
     parser.add_argument("--student", type=str, required=True, help="detector:backbone[,key=value ...] or torchvision:NAME")
     parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")

@@ -81,7 +81,7 @@ def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_une
         baselines[key] = one
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for one in (one for one in runs if one["role"] == "distilled"):
-        group = groups.setdefault((_label(one), one["teacher"], one["student"]), [])
+        group = groups.setdefault((_label(one), one["teacher"] or "none", one["student"]), [])
         twin = next((other for other in group if other["seed"] == one["seed"]), None)
         if twin is not None:
             raise RunError(

@@ -42,7 +42,7 @@ class Lecture:
         parts = method.methods if isinstance(method, Composition) else (method,)
         kinds = knowledge_of(methods)
         for part in parts:
-            if not part.teachers():
+            if not part.teachers() and type(part).teach is Method.teach:
                 raise CacheError(f"{part.slug} has no teacher, so there is nothing to cache")
         self.knowledge = unique(kinds)
         self.method, self.device, self.precision = method.to(device), device, precision

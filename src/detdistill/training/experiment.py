@@ -56,7 +56,7 @@ def plans_of(plan: Plan, parent: Path) -> list[Plan]:
 
 
 def run_experiment(
-    plan: Plan, splits: DataSplits, teacher: Teacher, teacher_scores: Scores | None, progress: Progress
+    plan: Plan, splits: DataSplits, teacher: Teacher | None, teacher_scores: Scores | None, progress: Progress
 ) -> Experiment:
     """Run a plan once for each seed, and a baseline for each when asked.
 

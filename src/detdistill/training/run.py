@@ -70,10 +70,9 @@ class Plan:
 
     @property
     def distilling(self) -> DistillSettings | None:
-        """The settings of a distilled run: one with a teacher, or with what a teacher said."""
-        if not isinstance(self.settings, DistillSettings):
-            return None
-        return None if self.teacher is None and self.settings.cache is None else self.settings
+        """The settings of a distilled run, under a teacher, what one said, or a method that needs none."""
+        known = self.teacher is not None or self.role == "distilled"
+        return self.settings if isinstance(self.settings, DistillSettings) and (known or self.settings.cache) else None
 
     def config(self) -> dict[str, Any]:
         """What ``config.yaml`` holds: the arguments of ``detdistill train`` or ``detdistill distill``, all of them."""
@@ -106,7 +105,7 @@ def run(plan: Plan, splits: DataSplits, teacher: Teacher | None = None, progress
     Args:
         plan: what to do.
         splits: the data of ``plan.data``, loaded.
-        teacher: the loaded teacher of a distilled run; with a cache, only where the method needs it.
+        teacher: the loaded teacher of a distilled run; with a cache, only where the method needs it; none for methods without.
         progress: where to show it.
 
     Raises:
@@ -133,8 +132,8 @@ def run(plan: Plan, splits: DataSplits, teacher: Teacher | None = None, progress
         if plan.distilling.cache is not None:
             cache = open_cache(plan.distilling.cache, plan.distilling.method, splits, view_settings(settings), teacher)
             teacher = teacher or cache.teacher()
-        assert teacher is not None
         if plan.distilling.inherit:
+            assert teacher is not None
             inherited = inherit_head(student, teacher.detector)
             progress.say(
                 f"inherited {len(inherited.copied)} tensors of the teacher's neck and head, skipped {len(inherited.skipped)}"
@@ -363,8 +362,10 @@ class _Loop:
         total = settings.steps if settings.steps is not None else per_epoch * epochs
         if settings.steps is not None:
             epochs = -(-total // per_epoch)
+        # The budget is the student's: what a method trains of its own before (UniKD's extractors) is no part of it.
+        students = any(module is self.student for module in stage.trains(Clock(0, total)))
         if self.resume_stage is not None and self.resume_stage not in (*done_before, stage.name):
-            self.trained_steps += total
+            self.trained_steps += total if students else 0
             return
         resuming = self.resume_stage == stage.name
         if self.table is None and is_main_process():
@@ -391,8 +392,9 @@ class _Loop:
             last = self.folder.checkpoints / "last.ckpt"
             _fit(trainer, self.module, last if resuming else None)
         self.module.restore_random_state()  # where the checkpoint was the stage's last, Lightning trained nothing
-        self.trained_steps += trainer.global_step
-        self.images_seen = self.module.images * world
+        if students:
+            self.trained_steps += trainer.global_step
+            self.images_seen = self.module.images * world
         self.seconds = self.module.seconds
         if isinstance(settings, DistillSettings) and self.method is not None and reusable(stage, self.method):
             self._keep(stage, settings)
