@@ -285,7 +285,7 @@ def check_offline(pair: _Pair) -> None:
             record = encode(piece, "float32")
             records[batch.ids[image], batch.views[image].key] = record
         teacher = pair.teacher
-        if teacher is not None and not pair.method_class.needs.teacher_capabilities:
+        if teacher is not None and not pair.method_class.why_live_teacher(pair.hyperparameters):
             pair.teacher = AbsentTeacher(teacher.spec, teacher.fingerprint)
         offline = pair.build()
         pair.teacher = teacher
