@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, DetrConfig, DetrForObjectDetection, ResNetConfig
 
-from detdistill.detectors import _transformers as shared
+from detdistill.detectors import _transformers_files as files
+from detdistill.detectors import _transformers_models as models
 from detdistill.detectors import hf
 from detdistill.detectors.build import build_detector, load_detector
 from detdistill.detectors.options import ModelOptions, parse_model
@@ -31,7 +32,7 @@ def library_model(names=("cat", "dog"), **changed):
         decoder_attention_heads=4,
         encoder_ffn_dim=32,
         decoder_ffn_dim=32,
-        **{**shared.label_maps(names), **changed},
+        **{**models.label_maps(names), **changed},
     )
     model = DetrForObjectDetection(config).eval()
     generator = torch.Generator().manual_seed(1)
@@ -140,7 +141,7 @@ def test_messages(folder, tmp_path, monkeypatch):
     BertConfig().save_pretrained(tmp_path / "bert")
     assert "model_type 'bert'; detectors that can be loaded: " in message(f"hf:{tmp_path / 'bert'}")
     assert "hf has no option width" in message(f"hf:{folder},width=0.5")
-    monkeypatch.setattr(shared, "is_offline", lambda source: True)
+    monkeypatch.setattr(files, "is_offline", lambda source: True)
     assert "nobody/nothing: is no folder, and the hub cannot be reached" in message("hf:nobody/nothing")
 
     state = load_file(folder / "model.safetensors")
@@ -160,10 +161,10 @@ def test_messages(folder, tmp_path, monkeypatch):
 
 
 def test_a_missing_package_is_named():
-    assert shared.reason_of(ImportError("\nDetrX requires the timm library but it was not found.\nYou can")) == (
+    assert files.reason_of(ImportError("\nDetrX requires the timm library but it was not found.\nYou can")) == (
         "a package is missing: DetrX requires the timm library but it was not found."
     )
-    assert shared.reason_of(ModuleNotFoundError("No module named 'timm'", name="timm")) == (
+    assert files.reason_of(ModuleNotFoundError("No module named 'timm'", name="timm")) == (
         "the package timm is missing; install it"
     )
 
@@ -183,7 +184,7 @@ def test_every_family_is_known():
 
 
 def config_of(backbone, strides=(32,), **options):
-    return shared.backbone_config(backbone, ModelOptions(**options), strides)
+    return models.backbone_config(backbone, ModelOptions(**options), strides)
 
 
 def test_scaled_resnets_become_the_librarys_own():
@@ -233,7 +234,7 @@ def test_pretrained_weights_are_copied(monkeypatch):
     def create(name, **options):
         return source if options.get("pretrained") else original(name, **options)
 
-    monkeypatch.setattr(shared.timm, "create_model", create)
+    monkeypatch.setattr(models.timm, "create_model", create)
     small = "resnet10t,dim=32,heads=2,ffn=32,encoder=1,decoder=1,pretrained=true"
     detector = build_detector(f"detr:{small}", ["a"]).eval()
     batch = unequal_batch()

@@ -246,6 +246,7 @@ def _kind(name: str) -> type:
 
 
 def _descendants(kind: type) -> Iterator[type]:
+    child: type
     for child in kind.__subclasses__():
         yield child
         yield from _descendants(child)

@@ -22,6 +22,7 @@ from transformers.models.rt_detr.modeling_rt_detr import get_contrastive_denoisi
 
 from detdistill.detectors import _deformable as shared
 from detdistill.detectors import _transformers as transformers_base
+from detdistill.detectors import _transformers_models as models
 from detdistill.detectors._deformable import Memory, Outputs
 from detdistill.detectors._torchvision import trainable
 from detdistill.detectors.backbones import probe, timm_description
@@ -415,7 +416,7 @@ def family_arguments(detector: str, backbone: str, options: ModelOptions) -> dic
     body = probe(backbone, timm_description(backbone, options))
     channels = dict(zip(body.feature_info.reduction(), body.feature_info.channels(), strict=True))
     return {
-        "backbone_config": transformers_base.backbone_config(backbone, options, strides),
+        "backbone_config": models.backbone_config(backbone, options, strides),
         "freeze_backbone_batch_norms": options.norm == "frozen",
         "d_model": width,
         "encoder_hidden_dim": width,

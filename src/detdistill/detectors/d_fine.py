@@ -14,6 +14,8 @@ from transformers.loss.loss_d_fine import DFineLoss
 
 from detdistill.detectors import _rt_detr as family
 from detdistill.detectors import _transformers as shared
+from detdistill.detectors import _transformers_files as files
+from detdistill.detectors import _transformers_models as models
 from detdistill.detectors._d_fine import FineDetector
 from detdistill.detectors.options import ModelOptions
 
@@ -29,20 +31,20 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DFine
     Raises:
         ModelError: the options do not fit the backbone or each other.
     """
-    config = DFineConfig(**family.family_arguments(MODEL_TYPE, backbone, options), **shared.label_maps(classes))
-    model = shared.fresh_model(DFineForObjectDetection, config, DFineDetector.backbone_modules, backbone, options)
+    config = DFineConfig(**family.family_arguments(MODEL_TYPE, backbone, options), **models.label_maps(classes))
+    model = models.fresh_model(DFineForObjectDetection, config, DFineDetector.backbone_modules, backbone, options)
     name = options.name or f"{MODEL_TYPE}:{backbone}"
-    return DFineDetector(family.unit_norms(model), name, **shared.statistics(backbone, options), **shared.selection(options))
+    return DFineDetector(family.unit_norms(model), name, **models.statistics(backbone, options), **models.selection(options))
 
 
 def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
     """A D-FINE from a folder or the hub; see ``hf``."""
-    return shared.load_pretrained(DFineDetector, source, classes, name, options)
+    return files.load_pretrained(DFineDetector, source, classes, name, options)
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
     """A student's folder."""
-    return shared.load_exported(DFineDetector, folder, classes, name)
+    return files.load_exported(DFineDetector, folder, classes, name)
 
 
 class DFineDetector(FineDetector):

@@ -15,7 +15,10 @@ from torch import Tensor
 from transformers import DabDetrConfig, DabDetrForObjectDetection
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 
+from detdistill.detectors import _single_scale as single_scale
 from detdistill.detectors import _transformers as shared
+from detdistill.detectors import _transformers_files as files
+from detdistill.detectors import _transformers_models as models
 from detdistill.detectors.options import ModelOptions
 from detdistill.structures import Batch, Features, Queries, QuerySeed
 
@@ -31,27 +34,27 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DabDe
     Raises:
         ModelError: the options do not fit the backbone or each other.
     """
-    arguments = shared.single_scale_arguments("dab_detr", options, queries=300)
+    arguments = single_scale.single_scale_arguments("dab_detr", options, queries=300)
     config = DabDetrConfig(
-        backbone_config=shared.backbone_config(backbone, options, (32,)),
+        backbone_config=models.backbone_config(backbone, options, (32,)),
         auxiliary_loss=True,
         hidden_size=arguments.pop("d_model"),
         **arguments,
-        **shared.label_maps(classes),
+        **models.label_maps(classes),
     )
-    model = shared.fresh_model(DabDetrForObjectDetection, config, DabDetrDetector.backbone_modules, backbone, options)
+    model = models.fresh_model(DabDetrForObjectDetection, config, DabDetrDetector.backbone_modules, backbone, options)
     name = options.name or f"dab_detr:{backbone}"
-    return DabDetrDetector(model, name, **shared.statistics(backbone, options), **shared.selection(options))
+    return DabDetrDetector(model, name, **models.statistics(backbone, options), **models.selection(options))
 
 
 def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
     """A DAB-DETR from a folder or the hub; see ``hf``."""
-    return shared.load_pretrained(DabDetrDetector, source, classes, name, options)
+    return files.load_pretrained(DabDetrDetector, source, classes, name, options)
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
     """A student's folder."""
-    return shared.load_exported(DabDetrDetector, folder, classes, name)
+    return files.load_exported(DabDetrDetector, folder, classes, name)
 
 
 @dataclass(frozen=True)

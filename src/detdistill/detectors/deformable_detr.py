@@ -20,6 +20,8 @@ from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatche
 
 from detdistill.detectors import _deformable as deformable
 from detdistill.detectors import _transformers as shared
+from detdistill.detectors import _transformers_files as files
+from detdistill.detectors import _transformers_models as models
 from detdistill.detectors._deformable import Outputs
 from detdistill.detectors.options import ModelOptions
 from detdistill.errors import ModelError
@@ -51,7 +53,7 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Defor
         raise ModelError(f"{MODEL_TYPE}: levels={first}-{last} must begin at 5 or below, and with one level end there")
     queries = options.queries or 300
     config = DeformableDetrConfig(
-        backbone_config=shared.backbone_config(backbone, options, strides),
+        backbone_config=models.backbone_config(backbone, options, strides),
         auxiliary_loss=True,
         num_feature_levels=last - first + 1,
         d_model=width,
@@ -67,25 +69,25 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Defor
         decoder_n_points=options.points or 4,
         with_box_refine=options.refine or options.two_stage,
         two_stage=options.two_stage,
-        **shared.label_maps(classes),
+        **models.label_maps(classes),
     )
-    model = shared.fresh_model(
+    model = models.fresh_model(
         DeformableDetrForObjectDetection, config, DeformableDetrDetector.backbone_modules, backbone, options
     )
     name = options.name or f"{MODEL_TYPE}:{backbone}"
     return DeformableDetrDetector(
-        start_as_published(model), name, **shared.statistics(backbone, options), **shared.selection(options)
+        start_as_published(model), name, **models.statistics(backbone, options), **models.selection(options)
     )
 
 
 def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
     """A Deformable DETR from a folder or the hub; see ``hf``."""
-    return shared.load_pretrained(DeformableDetrDetector, source, classes, name, options)
+    return files.load_pretrained(DeformableDetrDetector, source, classes, name, options)
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
     """A student's folder."""
-    return shared.load_exported(DeformableDetrDetector, folder, classes, name)
+    return files.load_exported(DeformableDetrDetector, folder, classes, name)
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from torch import Tensor
 from detdistill.detectors import _deformable as deformable
 from detdistill.detectors import _rt_detr as family
 from detdistill.detectors import _transformers as shared
+from detdistill.detectors import _transformers_files as files
+from detdistill.detectors import _transformers_models as models
 from detdistill.detectors._d_fine import FineDetector
 from detdistill.detectors._deformable import Outputs
 from detdistill.detectors.options import ModelOptions
@@ -40,23 +42,23 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Deimv
     Raises:
         ModelError: the options do not fit the backbone or each other.
     """
-    config = Deimv2Config(**family.family_arguments(MODEL_TYPE, backbone, options), **shared.label_maps(classes))
-    model = shared.fresh_model(Deimv2ForObjectDetection, config, Deimv2Detector.backbone_modules, backbone, options)
+    config = Deimv2Config(**family.family_arguments(MODEL_TYPE, backbone, options), **models.label_maps(classes))
+    model = models.fresh_model(Deimv2ForObjectDetection, config, Deimv2Detector.backbone_modules, backbone, options)
     name = options.name or f"{MODEL_TYPE}:{backbone}"
-    return Deimv2Detector(family.unit_norms(model), name, **shared.statistics(backbone, options), **shared.selection(options))
+    return Deimv2Detector(family.unit_norms(model), name, **models.statistics(backbone, options), **models.selection(options))
 
 
 def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
     """A DEIMv2 from a folder or the hub; see ``hf``."""
-    config = shared.read_config(source)
+    config = files.read_config(source)
     if config.encoder_type == "lite" or config.backbone_config.model_type == "dinov3_vit":
         raise ModelError(f"{source}: a DEIMv2 with a lite encoder or on DINOv3 has no adapter; take one with a hybrid encoder")
-    return shared.load_pretrained(Deimv2Detector, source, classes, name, options)
+    return files.load_pretrained(Deimv2Detector, source, classes, name, options)
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
     """A student's folder."""
-    return shared.load_exported(Deimv2Detector, folder, classes, name)
+    return files.load_exported(Deimv2Detector, folder, classes, name)
 
 
 class Deimv2Detector(FineDetector):

@@ -15,7 +15,10 @@ from torch import Tensor
 from transformers import DetrConfig, DetrForObjectDetection
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
+from detdistill.detectors import _single_scale as single_scale
 from detdistill.detectors import _transformers as shared
+from detdistill.detectors import _transformers_files as files
+from detdistill.detectors import _transformers_models as models
 from detdistill.detectors.options import ModelOptions
 from detdistill.structures import Batch, Features, Queries, QuerySeed
 
@@ -32,24 +35,24 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DetrD
         ModelError: the options do not fit the backbone or each other.
     """
     config = DetrConfig(
-        backbone_config=shared.backbone_config(backbone, options, (32,)),
+        backbone_config=models.backbone_config(backbone, options, (32,)),
         auxiliary_loss=True,
-        **shared.single_scale_arguments(MODEL_TYPE, options, queries=100),
-        **shared.label_maps(classes),
+        **single_scale.single_scale_arguments(MODEL_TYPE, options, queries=100),
+        **models.label_maps(classes),
     )
-    model = shared.fresh_model(DetrForObjectDetection, config, DetrDetector.backbone_modules, backbone, options)
+    model = models.fresh_model(DetrForObjectDetection, config, DetrDetector.backbone_modules, backbone, options)
     name = options.name or f"{MODEL_TYPE}:{backbone}"
-    return DetrDetector(model, name, **shared.statistics(backbone, options), **shared.selection(options))
+    return DetrDetector(model, name, **models.statistics(backbone, options), **models.selection(options))
 
 
 def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
     """A DETR from a folder or the hub; see ``hf``."""
-    return shared.load_pretrained(DetrDetector, source, classes, name, options)
+    return files.load_pretrained(DetrDetector, source, classes, name, options)
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
     """A student's folder."""
-    return shared.load_exported(DetrDetector, folder, classes, name)
+    return files.load_exported(DetrDetector, folder, classes, name)
 
 
 class DetrDetector(shared.TransformersDetector):
@@ -69,11 +72,11 @@ class DetrDetector(shared.TransformersDetector):
 
     def encode(self, features: Features) -> Features:
         """1x1 projection and encoder."""
-        return shared.encode_single_scale(self.model.model, features, self.positions(features))
+        return single_scale.encode_single_scale(self.model.model, features, self.positions(features))
 
     def positions(self, features: Features) -> Tensor:
         """[B, S, D] embeddings of the cells' places in the valid image."""
-        return shared.single_scale_positions(self.model.model.position_embedding, features)
+        return single_scale.single_scale_positions(self.model.model.position_embedding, features)
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
         """Zero content and the learned positions; no reference."""
@@ -83,7 +86,7 @@ class DetrDetector(shared.TransformersDetector):
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
         """Decode from any seed; without a position it is zero."""
         position = torch.zeros_like(seed.content) if seed.position is None else seed.position
-        decoded = shared.decode_single_scale(self, features, self.positions(features), seed.content, position, attention)
+        decoded = single_scale.decode_single_scale(self, features, self.positions(features), seed.content, position, attention)
         boxes = shared.full_precision(self.model.bbox_predictor(decoded.hidden)).sigmoid()
         logits = shared.full_precision(self.model.class_labels_classifier(decoded.hidden))
         return Queries(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from detdistill.detectors import _transformers as shared
+from detdistill.detectors import _transformers_files as files
 from detdistill.detectors.build import adapter
 from detdistill.detectors.contract import Detector
 from detdistill.detectors.options import ModelOptions
@@ -42,7 +42,7 @@ def load(backbone: str, classes: Sequence[str] | None, options: ModelOptions) ->
     """
     options.refuse("hf", "neck", "levels", "width", "channels", "stem", "convs", "pretrained", "norm", "topk")
     options.refuse("hf", "proposals", "rois", "mlp", "weights")
-    config = shared.read_config(backbone)
+    config = files.read_config(backbone)
     known = model_types()
     if config.model_type not in known:
         raise ModelError(

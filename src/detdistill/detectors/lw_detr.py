@@ -15,6 +15,8 @@ import torch
 
 from detdistill.detectors import _lw_detr as family
 from detdistill.detectors import _transformers as shared
+from detdistill.detectors import _transformers_files as files
+from detdistill.detectors import _transformers_models as models
 from detdistill.detectors.options import ModelOptions
 from detdistill.errors import ModelError
 
@@ -70,20 +72,20 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> LwDet
         decoder_n_points=options.points or 2,
         num_queries=options.queries or 300,
         auxiliary_loss=True,
-        **shared.label_maps(classes),
+        **models.label_maps(classes),
     )
     model = start_as_published(LwDetrForObjectDetection(config))
-    return LwDetrDetector(model, options.name or f"{MODEL_TYPE}:{backbone}", **shared.selection(options))
+    return LwDetrDetector(model, options.name or f"{MODEL_TYPE}:{backbone}", **models.selection(options))
 
 
 def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
     """An LW-DETR from a folder or the hub; see ``hf``."""
-    return shared.load_pretrained(LwDetrDetector, source, classes, name, options)
+    return files.load_pretrained(LwDetrDetector, source, classes, name, options)
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
     """A student's folder."""
-    return shared.load_exported(LwDetrDetector, folder, classes, name)
+    return files.load_exported(LwDetrDetector, folder, classes, name)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from detdistill.detectors import _lw_detr as family
 from detdistill.detectors import _transformers as shared
+from detdistill.detectors import _transformers_files as files
 from detdistill.detectors.options import ModelOptions
 from detdistill.errors import ModelError
 
@@ -35,12 +36,12 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RfDet
 
 def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
     """An RF-DETR from a folder or the hub; see ``hf``."""
-    return shared.load_pretrained(RfDetrDetector, source, classes, name, options)
+    return files.load_pretrained(RfDetrDetector, source, classes, name, options)
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
     """A student's folder."""
-    return shared.load_exported(RfDetrDetector, folder, classes, name)
+    return files.load_exported(RfDetrDetector, folder, classes, name)
 
 
 class RfDetrDetector(family.GroupDetector):

@@ -12,6 +12,8 @@ from transformers import RTDetrConfig, RTDetrForObjectDetection
 
 from detdistill.detectors import _rt_detr as family
 from detdistill.detectors import _transformers as shared
+from detdistill.detectors import _transformers_files as files
+from detdistill.detectors import _transformers_models as models
 from detdistill.detectors.options import ModelOptions
 
 MODEL_TYPE = "rt_detr"
@@ -26,20 +28,20 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RTDet
     Raises:
         ModelError: the options do not fit the backbone or each other.
     """
-    config = RTDetrConfig(**family.family_arguments(MODEL_TYPE, backbone, options), **shared.label_maps(classes))
-    model = shared.fresh_model(RTDetrForObjectDetection, config, RTDetrDetector.backbone_modules, backbone, options)
+    config = RTDetrConfig(**family.family_arguments(MODEL_TYPE, backbone, options), **models.label_maps(classes))
+    model = models.fresh_model(RTDetrForObjectDetection, config, RTDetrDetector.backbone_modules, backbone, options)
     name = options.name or f"{MODEL_TYPE}:{backbone}"
-    return RTDetrDetector(family.unit_norms(model), name, **shared.statistics(backbone, options), **shared.selection(options))
+    return RTDetrDetector(family.unit_norms(model), name, **models.statistics(backbone, options), **models.selection(options))
 
 
 def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
     """An RT-DETR from a folder or the hub; see ``hf``."""
-    return shared.load_pretrained(RTDetrDetector, source, classes, name, options)
+    return files.load_pretrained(RTDetrDetector, source, classes, name, options)
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
     """A student's folder."""
-    return shared.load_exported(RTDetrDetector, folder, classes, name)
+    return files.load_exported(RTDetrDetector, folder, classes, name)
 
 
 class RTDetrDetector(family.RefiningDetector):

@@ -13,6 +13,8 @@ from transformers import RTDetrV2Config, RTDetrV2ForObjectDetection
 
 from detdistill.detectors import _rt_detr as family
 from detdistill.detectors import _transformers as shared
+from detdistill.detectors import _transformers_files as files
+from detdistill.detectors import _transformers_models as models
 from detdistill.detectors.options import ModelOptions
 
 MODEL_TYPE = "rt_detr_v2"
@@ -29,20 +31,20 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RTDet
     """
     arguments = family.family_arguments(MODEL_TYPE, backbone, options)
     arguments["decoder_n_levels"] = arguments["num_feature_levels"]
-    config = RTDetrV2Config(**arguments, **shared.label_maps(classes))
-    model = shared.fresh_model(RTDetrV2ForObjectDetection, config, RTDetrV2Detector.backbone_modules, backbone, options)
+    config = RTDetrV2Config(**arguments, **models.label_maps(classes))
+    model = models.fresh_model(RTDetrV2ForObjectDetection, config, RTDetrV2Detector.backbone_modules, backbone, options)
     name = options.name or f"{MODEL_TYPE}:{backbone}"
-    return RTDetrV2Detector(family.unit_norms(model), name, **shared.statistics(backbone, options), **shared.selection(options))
+    return RTDetrV2Detector(family.unit_norms(model), name, **models.statistics(backbone, options), **models.selection(options))
 
 
 def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
     """An RT-DETRv2 from a folder or the hub; see ``hf``."""
-    return shared.load_pretrained(RTDetrV2Detector, source, classes, name, options)
+    return files.load_pretrained(RTDetrV2Detector, source, classes, name, options)
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
     """A student's folder."""
-    return shared.load_exported(RTDetrV2Detector, folder, classes, name)
+    return files.load_exported(RTDetrV2Detector, folder, classes, name)
 
 
 class RTDetrV2Detector(family.RefiningDetector):

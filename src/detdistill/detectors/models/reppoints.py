@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +126,7 @@ class RepPointsHead(nn.Module):
     def reset(self) -> None:
         """Draw all weights: normal of deviation 0.01; class scores begin at 0.01, moment factors at 0."""
         reset(self)
-        nn.init.constant_(self.classification_head.cls_logits.bias, -math.log(0.99 / 0.01))
+        nn.init.constant_(cast(Tensor, self.classification_head.cls_logits.bias), -math.log(0.99 / 0.01))
         nn.init.zeros_(self.moment)
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
