@@ -10,7 +10,6 @@ step, on a GPU as torch counts it, on a CPU what the process has ever held, in a
 
 import argparse
 import json
-import resource
 import shlex
 import subprocess
 import sys
@@ -130,7 +129,9 @@ def peak(name: str, chosen: argparse.Namespace, splits: DataSplits, batch: Batch
         step()
     if chosen.device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 def main() -> None:
