@@ -74,24 +74,28 @@ def methods_table() -> str:
 
 
 def pairs_table(detectors: dict[str, Detector]) -> str:
-    """Which pairs of detectors a method accepts; students that are refused from the same teachers stand together."""
+    """Which pairs of detectors a method accepts, told by whichever are fewer: those it refuses, or those it serves."""
     rows = []
     for method in [*method_slugs(), *VARIANTS]:
         needs_teacher = method_class(method.partition(",")[0]).needs.teacher
         teachers = {name: Teacher(detector) for name, detector in detectors.items()} if needs_teacher else {"none": None}
-        students: dict[tuple[str, ...], list[str]] = {}
-        served = 0
-        for student_name, student in detectors.items():
-            refused = tuple(name for name, teacher in teachers.items() if not serves(method, teacher, student))
-            served += len(teachers) - len(refused)
-            if refused:
-                students.setdefault(refused, []).append(student_name)
-        text = "; ".join(
-            f"{', '.join(names)}: {'any' if len(refused) == len(teachers) else 'from ' + ', '.join(refused)}"
-            for refused, names in students.items()
-        )
-        rows.append((f"`{method}`", f"{served} of {len(detectors) * len(teachers)}", text or "none"))
-    return table(("method", "pairs served", "students refused (and from which teacher)"), *rows)
+        served = [(t, s) for s in detectors for t in teachers if serves(method, teachers[t], detectors[s])]
+        every = [(t, s) for s in detectors for t in teachers]
+        few = len(served) <= len(every) / 2
+        text = by_student(served if few else [pair for pair in every if pair not in served], len(teachers))
+        rows.append((f"`{method}`", f"{len(served)} of {len(every)}", ("only " if few else "all but ") + text if text else "all"))
+    return table(("method", "pairs served", "which students (from which teachers)"), *rows)
+
+
+def by_student(pairs: Sequence[tuple[str, str]], teachers: int) -> str:
+    """Students with the same teachers together."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for student in dict.fromkeys(student for _, student in pairs):
+        groups.setdefault(tuple(t for t, s in pairs if s == student), []).append(student)
+    return "; ".join(
+        f"{', '.join(students)} ({'any' if len(names) == teachers else 'itself' if [*names] == students else ', '.join(names)})"
+        for names, students in groups.items()
+    )
 
 
 def serves(method: str, teacher: Teacher | None, student: Detector) -> bool:

@@ -130,3 +130,17 @@ def test_saved_students_load_as_they_were(tmp_path, name):
     assert len(mine) > 0
     assert torch.equal(mine.boxes_xyxy, theirs.boxes_xyxy)
     assert torch.equal(mine.scores, theirs.scores)
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("ssd:resnet10t,levels=3-5", 0), ("ssdlite:resnet10t,levels=3-5", 1)])
+def test_towers_can_be_left_and_resumed_at_every_depth(name, blocks):
+    torch.manual_seed(0)
+    detector = build_detector(f"{name},channels=8-16-16-24,stem=8,neck=16", CLASSES).eval()
+    batch = make_batch([(128, 96), (112, 128)], [BOXES[0], []], (128, 128))
+    features = detector.features(batch)
+    assert detector.tower_depth == blocks
+    library = detector.model.head(list(features.maps))
+    for depth in range(blocks + 1):
+        resumed = detector.finish(detector.tower(features, upto=depth), batch)
+        assert torch.equal(resumed.logits, torch.cat([library["cls_logits"][..., 1:], library["cls_logits"][..., :1]], dim=-1))
+        assert torch.equal(resumed.deltas, library["bbox_regression"])

@@ -20,7 +20,7 @@ from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNe
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from detdistill.detectors import _torchvision as shared
-from detdistill.detectors.contract import dense_positives
+from detdistill.detectors.contract import Tower, dense_positives
 from detdistill.detectors.standalone import TimmLevels
 from detdistill.errors import ModelError
 from detdistill.structures import (
@@ -71,7 +71,7 @@ def wrap_ssd(
 
 
 class SingleShotDetector(shared.TorchvisionDetector):
-    """SSD with copies and backbone features. Its neck are the levels above the backbone's; softmax, background last.
+    """SSD with towers, copies and backbone features. Its neck are the levels above the backbone's; softmax, background last.
 
     Works at the batch's own size; the default boxes are parts of it. torchvision's two named models resize every image to
     300 or 320 pixels, which is ``spec.fixed_size_hw``: give them images of that size.
@@ -113,16 +113,40 @@ class SingleShotDetector(shared.TorchvisionDetector):
 
     def predict(self, features: Features, batch: Batch) -> Dense:
         """One prediction for each default box, cell by cell, finest level first."""
-        dtype = batch.images.dtype
-        outputs = {key: value.to(dtype) for key, value in self.model.head(list(features.maps)).items()}
-        deltas = outputs["bbox_regression"]
-        shapes = [(level.shape[-2], level.shape[-1]) for level in features.maps]
+        return self.finish(self.tower(features, upto=0), batch)
+
+    @property
+    def tower_depth(self) -> int:
+        """Blocks before the output layers: none in SSD, one depthwise in SSDLite; each level has its own."""
+        return len(_layers(self.model.head.classification_head.module_list[0])) - 1
+
+    def tower(self, features: Features, upto: int | None = None) -> Tower:
+        """Both sides after ``upto`` blocks."""
+        depth = self.tower_depth if upto is None else upto
+        head = self.model.head
+        sides = [
+            tuple(_layers(block)[:depth](level) for block, level in zip(side.module_list, features.maps, strict=True))
+            for side in (head.classification_head, head.regression_head)
+        ]
+        return Tower(sides[0], sides[1], depth, features.strides)
+
+    def finish(self, hidden: Tower, batch: Batch) -> Dense:
+        """The remaining blocks and the output layers."""
+        classification, regression = self.model.head.classification_head, self.model.head.regression_head
+
+        def outputs(side: Any, maps: tuple[Tensor, ...], width: int) -> Tensor:
+            found = [_layers(block)[hidden.depth :](level) for block, level in zip(side.module_list, maps, strict=True)]
+            return shared.flat_outputs(found, width).to(batch.images.dtype)
+
+        logits = outputs(classification, hidden.classification, classification.num_columns)
+        deltas = outputs(regression, hidden.regression, regression.num_columns)
+        shapes = [(level.shape[-2], level.shape[-1]) for level in hidden.classification]
         stand_ins = [batch.images.new_empty(1, 1, *shape) for shape in shapes]  # boxes in full precision under autocast
         priors = torch.stack(self.model.anchor_generator(self.image_shapes(batch), stand_ins))
         boxes = self.model.box_coder.decode_single(deltas.flatten(0, 1), priors.flatten(0, 1)).reshape(priors.shape)
         levels, cells, anchors = shared.layout(shapes, self._boxes_per_cell(), priors.device)
         return Dense(
-            logits=self._background_last(outputs["cls_logits"]),
+            logits=self._background_last(logits),
             deltas=deltas,
             boxes_xyxy=boxes,
             priors_xyxy=priors,
@@ -319,3 +343,8 @@ def _initialize(module: nn.Module, lite: bool = False) -> None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.BatchNorm2d):
             part.reset_parameters()
+
+
+def _layers(block: nn.Module) -> nn.Sequential:
+    """The layers of one level's side of the head, the output layer last."""
+    return block if isinstance(block, nn.Sequential) else nn.Sequential(block)

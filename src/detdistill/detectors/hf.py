@@ -1,4 +1,4 @@
-"""``hf:<name or folder>``: a detector of transformers with its weights, from a ``save_pretrained`` folder or the hub.
+"""`hf:<name or folder>`: a detector of transformers with its weights, from a ``save_pretrained`` folder or the hub.
 
     hf:facebook/detr-resnet-50            a name of the hub (or of its cache on this machine)
     hf:path/to/folder,score=0.3           a folder; options: score, dets
