@@ -1,21 +1,16 @@
 """AdaMixer against its released code (golden file ``_adamixer``), and its adapter against the model's own forward."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from detdistill.detectors.build import build_detector, load_detector
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import CAPABILITIES, HasBackboneFeatures, HasCopies, HasQueries
 from detdistill.detectors.inherit import inherit_head
 from detdistill.detectors.models.adamixer import Stage, position_embedding, sample, to_corners, to_cxcywh, to_xyzr
-from detdistill.detectors.saved import save_student
 from detdistill.errors import ModelError
 from detdistill.functional.assign import pairwise_iou
 from detdistill.structures import Assignment, Batch, Queries, QuerySeed, View
 from tests.detectors.dense import EMPTY, FULL, SIZES, library_images, target, unequal_batch
-from tests.detectors.test_saved import ALONE
 from tests.golden import Golden, assert_golden
 
 TINY = "channels=8-16-32-64,stem=8,dim=32,queries=10,decoder=2,heads=4,ffn=64,groups=2,points=4"
@@ -207,31 +202,6 @@ def test_score_threshold_and_number_of_detections():
     assert [len(one) for one in found] == [0, 0, 0]
     assert found[0].boxes_xyxy.shape == (0, 4)
     assert found[0].origin.cell.shape == (0, 2)
-
-
-def test_a_folder_loads_without_this_package_and_with_it(detector, tmp_path):
-    batch = unequal_batch()
-    detector.train()
-    detector(unequal_batch(seed=1))  # statistics that are not the initial ones
-    with torch.no_grad():
-        expected = detector.detect(detector.eval()(batch).prediction, batch)
-    folder = save_student(detector, tmp_path / "student")
-    assert (folder / "models" / "adamixer.py").is_file()
-    torch.save((batch.images, batch.sizes), tmp_path / "images.pt")
-    arguments = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "images.pt"), str(tmp_path / "found.pt")]
-    subprocess.run(arguments, check=True, cwd=tmp_path, timeout=200)
-    found, labels = torch.load(tmp_path / "found.pt")
-    assert labels == [None, *CLASSES]
-    loaded = load_detector(folder)
-    assert loaded.spec == detector.spec
-    with torch.no_grad():
-        again = loaded.detect(loaded.eval()(batch).prediction, batch)
-    for mine, theirs, other in zip(expected, found, again, strict=True):
-        assert torch.equal(theirs["boxes"], mine.boxes_xyxy)
-        assert torch.equal(theirs["scores"], mine.scores)
-        assert torch.equal(theirs["labels"] - 1, mine.labels)
-        assert torch.equal(other.boxes_xyxy, mine.boxes_xyxy)
-        assert torch.equal(other.labels, mine.labels)
 
 
 # ------------------------------------------------------------------------------------------------ matching and losses

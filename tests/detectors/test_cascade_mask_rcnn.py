@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -7,9 +5,7 @@ import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou
 
-from detdistill.detectors.build import build_detector, load_detector
-from detdistill.detectors.cascade_mask_rcnn import CascadeMaskRCNNDetector
-from detdistill.detectors.saved import save_student
+from detdistill.detectors.build import build_detector
 from detdistill.errors import DataError, ModelError
 from detdistill.structures import Assignment, Regions
 from tests.detectors.cascade import assert_training_equals_the_reference, lively
@@ -137,30 +133,3 @@ def test_overfits_boxes_and_masks():
     assert torch.equal(found["labels"][index] - 1, batch.targets[0].labels)
     masks, wanted = found["masks"][index, 0] > 0.5, batch.targets[0].masks
     assert ((masks & wanted).sum(dim=(1, 2)) / (masks | wanted).sum(dim=(1, 2)) > 0.6).all()
-
-
-def test_exported_model_returns_masks_without_this_package(detector, batch, tmp_path):
-    detector.eval()
-    folder = save_student(detector, tmp_path)
-    torch.save(library_images(batch), tmp_path / "images.pt")
-    script = (
-        "import sys, torch; sys.modules['detdistill'] = None\n"
-        "from load_student import load\n"
-        "with torch.no_grad():\n"
-        "    found = load('.')(torch.load('images.pt'))\n"
-        "torch.save(found, 'found.pt')\n"
-    )
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
-    loaded = load_detector(folder).eval()
-    assert loaded.spec == detector.spec
-    assert type(loaded) is CascadeMaskRCNNDetector
-    with torch.no_grad():
-        expected = detector.detect(detector(batch).prediction, batch)
-        again = loaded.detect(loaded(batch).prediction, batch)
-        masks = [found["masks"] for found in detector.model(library_images(batch))]
-    for mine, same, other, mask in zip(expected, again, torch.load(tmp_path / "found.pt"), masks, strict=True):
-        assert torch.equal(mine.boxes_xyxy, same.boxes_xyxy)
-        assert torch.equal(mine.scores, same.scores)
-        assert torch.equal(mine.boxes_xyxy, other["boxes"])
-        assert torch.equal(mine.scores, other["scores"])
-        assert torch.equal(mask, other["masks"])

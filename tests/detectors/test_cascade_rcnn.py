@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,12 +8,11 @@ import torch.nn.functional as F
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from detdistill.detectors.build import build_detector, load_detector, wrap_torchvision
+from detdistill.detectors.build import build_detector, wrap_torchvision
 from detdistill.detectors.cascade_rcnn import CascadeRCNNDetector, wrap_model
 from detdistill.detectors.contract import DetectionHead, HasBackboneFeatures, HasCopies, HasRegions
 from detdistill.detectors.inherit import inherit_head
 from detdistill.detectors.models.cascade import StageBoxCoder
-from detdistill.detectors.saved import save_student
 from detdistill.errors import ModelError
 from detdistill.structures import Assignment, Origin, Regions, Target
 from tests.detectors.cascade import assert_training_equals_the_reference, jittered, lively
@@ -473,33 +470,3 @@ def test_heads_are_inherited_class_by_class(detector):
     for mine, theirs in zip(student.model.roi_heads.stages, detector.model.roi_heads.stages, strict=True):
         assert torch.equal(mine.box_predictor.cls_score.weight[[0, 1]], theirs.box_predictor.cls_score.weight[[0, 2]])
         assert torch.equal(mine.box_predictor.bbox_pred.weight, theirs.box_predictor.bbox_pred.weight)
-
-
-# ----------------------------------------------------------------------------------------------------------------- export
-
-
-def test_exported_model_detects_the_same_without_this_package(detector, batch, tmp_path):
-    detector.eval()
-    folder = save_student(detector, tmp_path)
-    torch.save(library_images(batch), tmp_path / "images.pt")
-    script = (
-        "import sys, torch; sys.modules['detdistill'] = None\n"
-        "from load_student import load\n"
-        "with torch.no_grad():\n"
-        "    found = load('.')(torch.load('images.pt'))\n"
-        "torch.save(found, 'found.pt')\n"
-    )
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
-    loaded = load_detector(folder).eval()
-    assert loaded.spec == detector.spec
-    assert type(loaded) is CascadeRCNNDetector
-    with torch.no_grad():
-        expected = detector.detect(detector(batch).prediction, batch)
-        again = loaded.detect(loaded(batch).prediction, batch)
-    for mine, same, other in zip(expected, again, torch.load(tmp_path / "found.pt"), strict=True):
-        assert len(mine) > 0
-        assert torch.equal(mine.boxes_xyxy, same.boxes_xyxy)
-        assert torch.equal(mine.scores, same.scores)
-        assert torch.equal(mine.boxes_xyxy, other["boxes"])
-        assert torch.equal(mine.scores, other["scores"])
-        assert torch.equal(mine.labels, other["labels"] - 1)

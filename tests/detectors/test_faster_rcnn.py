@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -431,28 +429,6 @@ def test_the_small_model_of_the_documentation_has_two_million_parameters():
 
 
 # ----------------------------------------------------------------------------------------------------------------- export
-
-
-def test_exported_model_detects_the_same_without_this_package(detector, batch, tmp_path):
-    detector.eval()
-    detector.export(tmp_path)
-    torch.save(library_images(batch), tmp_path / "images.pt")
-    script = (
-        "import sys, torch; sys.modules['detdistill'] = None\n"
-        "from load_student import load\n"
-        "with torch.no_grad():\n"
-        "    found = load('.')(torch.load('images.pt'))\n"
-        "torch.save(found, 'found.pt')\n"
-    )
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
-    loaded = torch.load(tmp_path / "found.pt")
-    with torch.no_grad():
-        expected = detector.detect(detector(batch).prediction, batch)
-    for mine, other in zip(expected, loaded, strict=True):
-        assert len(mine) > 0
-        assert torch.equal(mine.boxes_xyxy, other["boxes"])
-        assert torch.equal(mine.scores, other["scores"])
-        assert torch.equal(mine.labels, other["labels"] - 1)
 
 
 def test_saved_and_loaded_detector_detects_the_same(detector, batch, tmp_path):

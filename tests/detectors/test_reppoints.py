@@ -1,23 +1,19 @@
 import itertools
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from detdistill.detectors.build import build_detector, load_detector
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import HasBackboneFeatures, HasCopies, HasTowers
 from detdistill.detectors.inherit import inherit_head
 from detdistill.detectors.models.dense import flat
 from detdistill.detectors.models.reppoints import points_to_boxes
-from detdistill.detectors.saved import save_student
 from detdistill.errors import ModelError
 from detdistill.functional.assign import pairwise_iou
 from detdistill.structures import IGNORED, Assignment, Batch, Target, View
 from tests.detectors.dense import EMPTY, assert_detections_equal, target, unequal_batch
-from tests.detectors.test_saved import ALONE
 from tests.golden import Golden, assert_golden
 
 NAME = "reppoints:resnet10t,channels=8-16-32-64,stem=8,neck=32,levels=3-5,convs=2,score=0.01"
@@ -472,24 +468,3 @@ def test_mixed_precision_keeps_boxes_in_float32(detector):
     assert all(torch.isfinite(parameter.grad).all() for parameter in detector.parameters())
     exact = detector(batch).prediction
     torch.testing.assert_close(prediction.own.outputs["first_points"], exact.own.outputs["first_points"], rtol=0.1, atol=0.2)
-
-
-def test_a_folder_loads_without_this_package_and_with_it(detector, tmp_path):
-    batch = unequal_batch()
-    with torch.no_grad():
-        expected = detector.eval().detect(detector(batch).prediction, batch)
-        folder = save_student(detector, tmp_path / "student")
-        loaded = load_detector(folder)
-        again = loaded.eval().detect(loaded(batch).prediction, batch)
-    torch.save((batch.images, batch.sizes), tmp_path / "images.pt")
-    arguments = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "images.pt"), str(tmp_path / "found.pt")]
-    subprocess.run(arguments, check=True, cwd=tmp_path, timeout=200)
-    found, labels = torch.load(tmp_path / "found.pt")
-    assert labels == [None, "a", "b", "c"]
-    for mine, other, theirs in zip(expected, again, found, strict=True):
-        assert len(mine) > 10
-        assert torch.equal(mine.boxes_xyxy, other.boxes_xyxy)
-        assert torch.equal(mine.scores, other.scores)
-        torch.testing.assert_close(theirs["boxes"], mine.boxes_xyxy)
-        torch.testing.assert_close(theirs["scores"], mine.scores)
-        assert torch.equal(theirs["labels"] - 1, mine.labels)

@@ -251,19 +251,6 @@ def test_head_is_inherited_by_class_name():
     assert torch.equal(student.predict(features, batch).deltas, teacher.predict(features, batch).deltas)
 
 
-@pytest.mark.slow
-def test_export_alone_gives_the_same_detections(tmp_path):
-    detector = tiny()
-    batch = make_batch([(96, 128)], [[]], (96, 128))
-    with torch.no_grad():
-        mine = detector.eval().detect(detector(batch).prediction, batch)[0]
-    alone = detections_of_the_export(detector, batch.images[0], tmp_path)
-    assert torch.equal(alone["boxes"], mine.boxes_xyxy)
-    assert torch.equal(alone["scores"], mine.scores)
-    assert [alone["classes"][label] for label in alone["labels"]] == [CLASSES[label] for label in mine.labels]
-    assert len(mine) > 0
-
-
 def test_options_that_do_not_fit_are_refused():
     with pytest.raises(ModelError, match="ssd has no option convs"):
         ssd.build("resnet10t", CLASSES, ModelOptions(convs=2))
