@@ -25,8 +25,9 @@ from typing import Any
 from detdistill.compare import compare_runs
 
 DATA = "digits:train=2000,val=400,size=128,seed=0"
-COMMON = ["--data", DATA, "--batch", "8", "--size", "128", "--flip", "0", "--in_memory", "true", "--device", "cpu"]
-COMMON += ["--threads", "1", "--report", "false", "--weight_decay", "0.01", "--schedule", "one_cycle", "--evaluate_every", "99"]
+VIEWS = ["--data", DATA, "--batch", "8", "--size", "128", "--flip", "0", "--device", "cpu", "--threads", "1"]
+COMMON = [*VIEWS, "--in_memory", "true", "--report", "false", "--evaluate_every", "99"]
+COMMON += ["--weight_decay", "0.01", "--schedule", "one_cycle"]
 LARGE = "resnet10t,channels=32-64-128-256,neck=64,levels=3-5"
 SMALL = "resnet10t,channels=16-32-64-128,stem=16,neck=64,levels=3-5"
 TWO_STAGES = "proposals=100,rois=48,mlp=256"
@@ -107,7 +108,7 @@ def tasks(work: Path, seeds: Sequence[int], wanted: Sequence[str], ablations: bo
             f"teacher-{name}", detdistill("train", "--model", kind.teacher, "--role", "teacher", *settings, "--out", out), out
         )
         cache = work / f"cache-{name}"
-        settings = [*COMMON, "--lr", kind.lr, "--epochs", 3, "--store", "float16", *stages]
+        settings = [*VIEWS, "--epochs", 3, "--store", "float16", *stages]
         method = "+".join(METHODS.values())
         yield Task(
             f"cache-{name}",
