@@ -2,8 +2,8 @@
 
 High AP on the training images needs loss, assignment and decoding to agree. Trained on boxes with x and y exchanged, FCOS,
 RetinaNet, ATSS, GFL, RepPoints, SSD, Faster R-CNN, AdaMixer and four DETRs tried all reach an AP of 0.000 to 0.004; with labels
-that are one too high, FCOS 0.023, Faster R-CNN 0.004, DETR 0.000, but Conditional DETR 0.314: the right class, ranked last, is
-still the best of its kind in four images, so that floor watches over boxes only. Floors are about 60 % of what was measured, the
+that are one too high, FCOS 0.023, Faster R-CNN 0.004, DETR 0.000, but Conditional DETR 0.314 (maybe the right class, ranked last,
+is still the best of its kind in four images): that floor watches over boxes only. Floors are about 60 % of what was measured, the
 lower of two seeds.
 """
 
