@@ -136,7 +136,7 @@ def test_a_missing_package_or_a_broken_file_is_shown_with_its_sentence(error, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("name", adapter_names())
 def test_every_adapter_keeps_the_contract(name):
-    """Families must bring what their methods live on; only the two SSDs have no towers, since their heads are one layer."""
+    """Families must bring what their methods live on."""
     found = probe_adapter(name)
     assert found.failures == ()
     if name in ("hf", "rf_detr"):  # they only load models, with their weights
@@ -145,5 +145,4 @@ def test_every_adapter_keeps_the_contract(name):
     assert found.results[STAGES]
     assert found.family in ("dense", "regions", "queries")
     own = {"dense": TOWERS, "regions": REGIONS, "queries": QUERIES}[found.family]
-    expected = {BACKBONE, COPIES} | (set() if name in ("ssd", "ssdlite") else {own})
-    assert set(found.able) == expected
+    assert set(found.able) == {BACKBONE, COPIES, own}

@@ -1,4 +1,4 @@
-"""RepPoints in stages; the network is in ``models/reppoints.py``.
+"""RepPoints: nine points for each cell, moved twice; boxes by their mean and deviation.
 
 Yang et al., "RepPoints: Point Set Representation for Object Detection", ICCV 2019, with the numbers of the released code
 (mmdet 3.3).

@@ -296,7 +296,7 @@ class _Loop:
         student: Detector,
         method: Method | None,
         progress: Progress,
-        cache: KnowledgeCache | None,
+        cache: KnowledgeCache | None = None,
     ) -> None:
         self.cache = cache
         self.plan, self.splits, self.folder, self.student, self.method = plan, splits, folder, student, method
@@ -363,7 +363,8 @@ class _Loop:
         if settings.steps is not None:
             epochs = -(-total // per_epoch)
         # The budget is the student's: what a method trains of its own before (UniKD's extractors) is no part of it.
-        students = any(module is self.student for module in stage.trains(Clock(0, total)))
+        own = {id(parameter) for parameter in self.student.parameters()}
+        students = any(id(p) in own for module in stage.trains(Clock(0, total)) for p in module.parameters())
         if self.resume_stage is not None and self.resume_stage not in (*done_before, stage.name):
             self.trained_steps += total if students else 0
             return
