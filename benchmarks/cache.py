@@ -32,7 +32,7 @@ from detdistill.data.transforms import ViewSettings
 from detdistill.data.views import batches_of, sights
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
-from detdistill.methods.build import build_method
+from detdistill.methods.compose import build_method
 from detdistill.settings import TrainSettings
 from detdistill.structures import Batch, Clock
 from detdistill.training.optimizers import build_optimizer

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
-from detdistill.methods.build import build_method, method_slugs
+from detdistill.methods.compose import build_method, method_slugs
 from detdistill.structures import Batch, Clock, Features, Observation, Target, View
 from detdistill.training.run import hardware, versions
 

@@ -24,7 +24,7 @@ from detdistill.data.loader import DetectionLoader
 from detdistill.data.transforms import ViewSettings
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.methods.build import build_method
+from detdistill.methods.compose import build_method
 from detdistill.methods.contract import Method
 from detdistill.settings import TrainSettings
 from detdistill.structures import Batch, Clock

@@ -22,7 +22,7 @@ from pathlib import Path
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.probe import CHECKS, Probed, probe_all, tiny_detector
-from detdistill.methods.build import build_method, method_class, method_slugs
+from detdistill.methods.compose import build_method, method_class, method_slugs
 from detdistill.methods.contract import PairError
 from detdistill.settings import DistillSettings, TrainSettings
 

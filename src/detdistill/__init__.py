@@ -18,7 +18,7 @@ _WHERE = {
     "inspect_data": "api", "demo": "demo", "TrainSettings": "settings", "DistillSettings": "settings",
     "load_data": "data.discover", "build_detector": "detectors.build", "load_detector": "detectors.build",
     "wrap": "detectors.wrap", "Detector": "detectors.contract", "Teacher": "detectors.contract",
-    "Method": "methods.contract", "Composition": "methods.contract", "build_method": "methods.build",
+    "Method": "methods.contract", "Composition": "methods.contract", "build_method": "methods.compose",
     "Batch": "structures", "Target": "structures", "Losses": "structures", "Clock": "structures",
     "DetdistillError": "errors",
 }  # fmt: skip

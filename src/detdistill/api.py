@@ -95,7 +95,7 @@ def distill(
         print(result.gains[0].verdict, result.report)
     """
     wanted = _settings(DistillSettings, {"method": method, **settings})
-    from detdistill.methods.build import build_method, parse_methods
+    from detdistill.methods.compose import build_method, parse_methods
     from detdistill.progress import Progress
 
     needing = [kind.slug for kind, _ in parse_methods(wanted.method) if kind.needs.teacher]  # misspelt methods are said first
@@ -185,7 +185,7 @@ def cache(
         DetdistillError: one line that says what is wrong (it does not fit, is a cache of something else) and what to do.
     """
     wanted = _settings(CacheSettings, {"method": method, **settings})
-    from detdistill.methods.build import parse_methods
+    from detdistill.methods.compose import parse_methods
     from detdistill.progress import Progress
     from detdistill.training.run import check_machine, is_main_process
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def show_methods(teacher: str | None = None, student: str | None = None) -> None:
     """All methods; with a student (and a teacher), whether each can serve the pair, found by building it."""
     from detdistill.detectors.contract import Teacher
-    from detdistill.methods.build import build_method, method_class, method_slugs
+    from detdistill.methods.compose import build_method, method_class, method_slugs
     from detdistill.methods.contract import PairError
 
     table = Table("method", "paper", *(["serves this pair"] if student else []))

@@ -12,7 +12,7 @@ from detdistill.cache.standin import AbsentTeacher
 from detdistill.cache.storage import CacheError
 from detdistill.data.transforms import ViewSettings
 from detdistill.detectors.contract import Teacher
-from detdistill.methods.build import build_method, method_slugs, parse_methods
+from detdistill.methods.compose import build_method, method_slugs, parse_methods
 from detdistill.methods.contract import PairError
 from detdistill.structures import Observation, TaughtTogether
 from tests.methods.contract_checks import MIDDLE, assert_same, one_by_one

@@ -6,7 +6,7 @@ import torch
 from detdistill.cache.probe import Probe, forecast, in_bytes, in_seconds, loss_changes, stranger
 from detdistill.cache.storage import CacheError
 from detdistill.detectors.contract import Teacher
-from detdistill.methods.build import build_method
+from detdistill.methods.compose import build_method
 from detdistill.structures import Features, Observation
 from tests.methods.contract_checks import assert_same
 from tests.tiny import TinyDense, TinyRegions, tiny_batch

@@ -13,7 +13,7 @@ import torch
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.detectors.probe import probe_batch, tiny_name
-from detdistill.methods.build import build_method
+from detdistill.methods.compose import build_method
 from detdistill.methods.contract import PairError
 from detdistill.structures import Clock
 

@@ -11,7 +11,7 @@ from typing import Any
 from detdistill.cache.storage import CacheError
 from detdistill.data.transforms import PADDING_MULTIPLE, ViewSettings
 from detdistill.data.views import endless, variants
-from detdistill.methods.build import parse_methods
+from detdistill.methods.compose import parse_methods
 from detdistill.methods.contract import Method
 
 Knowledge = dict[str, Any]

@@ -16,7 +16,7 @@ from detdistill.cache.standin import AbsentTeacher
 from detdistill.cache.storage import CacheError, Storage, storage
 from detdistill.data.views import key_of
 from detdistill.detectors.contract import DetectorSpec, Teacher
-from detdistill.methods.build import parse_methods
+from detdistill.methods.compose import parse_methods
 from detdistill.methods.contract import Source
 from detdistill.structures import Batch, Taught, TaughtTogether
 

@@ -27,7 +27,7 @@ from detdistill.data.transforms import ViewSettings
 from detdistill.data.views import sights
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.methods.build import build_method
+from detdistill.methods.compose import build_method
 from detdistill.methods.contract import Method, PairError, Stage
 from detdistill.progress import Progress
 from detdistill.settings import CacheSettings, DistillSettings, as_plain

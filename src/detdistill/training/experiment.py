@@ -20,7 +20,7 @@ from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import RunError
 from detdistill.evaluation import Scores
-from detdistill.methods.build import build_method
+from detdistill.methods.compose import build_method
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings
 from detdistill.training.folder import new_folder, resume_folder

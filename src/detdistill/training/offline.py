@@ -8,7 +8,7 @@ from detdistill.data.records import DataSplits
 from detdistill.data.transforms import ViewSettings
 from detdistill.data.views import sights
 from detdistill.detectors.contract import Teacher
-from detdistill.methods.build import parse_methods
+from detdistill.methods.compose import parse_methods
 from detdistill.methods.contract import Method, Stage
 from detdistill.training.stages import cached_stage_file, load_result, reusable
 

@@ -37,7 +37,7 @@ from detdistill.detectors.inherit import inherit_head
 from detdistill.detectors.saved import save_student
 from detdistill.errors import RunError
 from detdistill.evaluation import Scores, evaluate
-from detdistill.methods.build import build_method
+from detdistill.methods.compose import build_method
 from detdistill.methods.contract import Method, Stage
 from detdistill.progress import Progress
 from detdistill.settings import NOT_THE_RUN, DistillSettings, TrainSettings, as_plain

@@ -16,7 +16,7 @@ from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError, nearest
 from detdistill.methods.contract import Composition, Method
 
-_NOT_METHODS = {"align", "build", "contract"}
+_NOT_METHODS = {"align", "compose", "contract"}
 
 
 class MethodError(DetdistillError):

@@ -4,7 +4,7 @@ import pytest
 
 import detdistill
 from detdistill.detectors.contract import Teacher
-from detdistill.methods.build import MethodError, build_method, method_class, method_slugs, parse_methods
+from detdistill.methods.compose import MethodError, build_method, method_class, method_slugs, parse_methods
 from detdistill.methods.contract import Composition, PairError
 from tests.tiny import TinyDense, TinyRegions
 
