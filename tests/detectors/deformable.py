@@ -87,7 +87,7 @@ class DeformableTests:
     def weight(self, detector, name):
         return detector.term_weights()[name.removesuffix("_enc").rstrip("_0123456789")]
 
-    def library_boxes(self, detector, prediction, batch):
+    def boxes_of_library(self, detector, prediction, batch):
         """[L, B, N, 4] in the library's own coordinates."""
         valid = batch.sizes.flip(1).repeat(1, 2)[:, None]
         frame = torch.tensor(self.frames(detector, batch)).flip(1).repeat(1, 2)[:, None]
@@ -135,7 +135,9 @@ class DeformableTests:
             prediction = detector(batch).prediction
             outputs = detector.model(**self.inputs(detector, batch))
         assert torch.equal(prediction.logits[-1], outputs.logits)
-        torch.testing.assert_close(self.library_boxes(detector, prediction, batch)[-1], outputs.pred_boxes, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            self.boxes_of_library(detector, prediction, batch)[-1], outputs.pred_boxes, rtol=1e-5, atol=1e-6
+        )
         threshold = float(outputs.logits.sigmoid().median())
         detector.score = threshold
         sizes = torch.tensor(self.frames(detector, batch))
@@ -204,7 +206,7 @@ class DeformableTests:
         ]
         criterion, labels = detector.criterion(), labels_of(batch, self.frames(detector, batch))
         mine = detector.loss(prediction, batch, Assignment(matched)).terms
-        boxes = self.library_boxes(detector, prediction, batch)
+        boxes = self.boxes_of_library(detector, prediction, batch)
         for layer, suffix in self.layer_terms(prediction).items():
             outputs = {"logits": prediction.logits[layer], "pred_boxes": boxes[layer].clamp(0, 1)}
             for kind in criterion.losses[:2]:
@@ -436,7 +438,7 @@ class DeformableTests:
             mine = detector(batch).prediction
             theirs = library(**self.inputs(detector, batch))
         torch.testing.assert_close(theirs.logits, mine.logits[-1], rtol=1e-4, atol=1e-5)
-        boxes = self.library_boxes(detector, mine, batch)[-1]
+        boxes = self.boxes_of_library(detector, mine, batch)[-1]
         torch.testing.assert_close(theirs.pred_boxes, boxes, rtol=1e-4, atol=1e-5)
         assert library.config.id2label == {0: "a", 1: "b", 2: "c"}
         for name in (str(tmp_path / "student"), f"hf:{tmp_path / 'student'}"):

@@ -25,7 +25,7 @@ class TestDFine(FrameTests):
             outputs = detector.model(**self.inputs(detector, batch))
         torch.testing.assert_close(outputs.intermediate_logits[:, 1:].transpose(0, 1), mine.logits, rtol=1e-5, atol=1e-6)
         theirs = outputs.intermediate_reference_points[:, 1:].transpose(0, 1)
-        torch.testing.assert_close(theirs, self.library_boxes(detector, mine, batch), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(theirs, self.boxes_of_library(detector, mine, batch), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(outputs.intermediate_hidden_states, mine.embedding, rtol=1e-5, atol=1e-6)
         sides = torch.stack([layer.sides for layer in detector.own(mine).run.layers], dim=1)
         torch.testing.assert_close(outputs.intermediate_predicted_corners, sides, rtol=1e-5, atol=1e-6)

@@ -22,7 +22,7 @@ def library_targets(batch):
     return targets
 
 
-def library_losses(detector, batch, seed=5):
+def criterion_losses(detector, batch, seed=5):
     """Losses and gradients of ``model(images, targets)``; BatchNorm's running statistics are put back."""
     buffers = {name: buffer.clone() for name, buffer in detector.model.named_buffers()}
     torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def gradients(detector, total, buffers):
 
 def assert_same_training(detector, batch):
     """All terms and all gradients are the library's; returns our prediction."""
-    expected, expected_gradients = library_losses(detector, batch)
+    expected, expected_gradients = criterion_losses(detector, batch)
     terms, found_gradients, prediction = own_losses(detector, batch)
     assert terms.keys() == expected.keys()
     for name, value in expected.items():

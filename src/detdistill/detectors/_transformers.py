@@ -281,7 +281,7 @@ class TransformersDetector(Detector):
         if assignment is None:
             assignment = self.assign(queries, batch)
         if self.is_plain(assignment, batch):
-            return self.library_losses(queries, batch, assignment)
+            return self.criterion_losses(queries, batch, assignment)
         return self.weighted_losses(queries, batch, assignment)
 
     def is_plain(self, assignment: Assignment, batch: Batch) -> bool:
@@ -294,11 +294,11 @@ class TransformersDetector(Detector):
                 return False
         return True
 
-    def library_losses(self, queries: Queries, batch: Batch, assignment: Assignment) -> Losses:
+    def criterion_losses(self, queries: Queries, batch: Batch, assignment: Assignment) -> Losses:
         """The library's criterion under given matches."""
         criterion = self.criterion().to(queries.logits.device)
         layers = list(layers_of(queries))
-        criterion.matcher = GivenMatches([self.library_matches(assignment.matched[layer], batch) for layer in layers])
+        criterion.matcher = GivenMatches([self.criterion_matches(assignment.matched[layer], batch) for layer in layers])
         return self.weighed(criterion(self.criterion_outputs(queries), self.labels(batch)))
 
     def weighed(self, found: Mapping[str, Tensor]) -> Losses:
@@ -308,7 +308,7 @@ class TransformersDetector(Detector):
         monitors = {key: value.detach() for key, value in found.items() if kind_of(key) not in weights}
         return Losses(terms, monitors)
 
-    def library_matches(self, matched: Tensor, batch: Batch) -> Matches:
+    def criterion_matches(self, matched: Tensor, batch: Batch) -> Matches:
         """[B, N] matches of one layer in the library's form, as indices into ``labels``; queries in ascending order."""
         matches = []
         for row, target in zip(matched, batch.targets, strict=True):
