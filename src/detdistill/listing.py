@@ -53,7 +53,7 @@ def show_detectors() -> None:
         from detdistill.detectors.probe import CHECKS, probe_all
 
         found = probe_all(bar.follow)
-    table = Table("detector", "what it is", "predicts", *CHECKS)
+    table = Table("detector", "what it is", "predicts", *(check.removeprefix("all ").split()[0] for check in CHECKS))
     coloured = {"yes": "[green]yes[/]", "no": "[dim]no[/]", "FAILS": "[bold red]FAILS[/]", "": ""}
     for probed in found:
         cells = [coloured[cell] for cell in map(probed.cell, CHECKS)]

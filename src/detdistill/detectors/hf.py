@@ -1,4 +1,4 @@
-"""`hf:<name or folder>`: a detector of transformers with its weights, from a ``save_pretrained`` folder or the hub.
+"""Any DETR of transformers with its weights, hf:NAME_OR_FOLDER, from the hub or a save_pretrained folder.
 
     hf:facebook/detr-resnet-50            a name of the hub (or of its cache on this machine)
     hf:path/to/folder,score=0.3           a folder; options: score, dets
