@@ -122,8 +122,8 @@ def ratio(name: str, batch: Batch, rounds: int, device: str) -> dict[str, Any] |
 
 def model_name(name: str, backbone: str) -> str:
     """An adapter's model string on a timm backbone, or on its own smallest one where it takes none of timm's."""
-    own = tiny_name(name).partition(",")[0]
-    return f"{name}:{backbone}" if timm.is_model(own.partition(":")[2]) else own
+    own = tiny_name(name)
+    return f"{name}:{backbone}" if timm.is_model(own.partition(",")[0].partition(":")[2]) else own
 
 
 def main() -> None:

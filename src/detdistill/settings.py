@@ -179,7 +179,7 @@ class CacheSettings(TrainSettings):
 
     Args:
         method: one method or several joined by ``+``, as for ``distill``.
-        store: what numbers are kept as; auto: the smallest that changes no loss of the probe by more than 1 %.
+        store: what numbers are kept as; auto: the smallest down to int8 that changes no loss of the probe by more than 1 %.
         probe: images that forecast and choice are made from.
         dry_run: stop after the forecast.
         shard: most records of one file; what a killed process has to do again.
@@ -188,7 +188,7 @@ class CacheSettings(TrainSettings):
     """
 
     method: str = "pkd"
-    store: Literal["auto", "float32", "float16", "bfloat16", "int8"] = "auto"
+    store: Literal["auto", "float32", "float16", "bfloat16", "int8", "int6"] = "auto"
     probe: int = 8
     dry_run: bool = False
     shard: int = 256

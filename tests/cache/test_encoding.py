@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from detdistill.cache.encoding import STORES, decode, encode, slots_of
+from detdistill.methods.unikd import UniKDTaught
 from detdistill.structures import Dense, Features, Observation, PerImage, Regions, Taught, TaughtTogether
 from tests.methods.contract_checks import assert_same, tensors
 from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
@@ -46,16 +47,31 @@ def test_errors_are_those_of_the_number_format():
     relative = {store: (again(piece, store).maps[0] / maps - 1).abs().max().item() for store in ("float16", "bfloat16")}
     assert 1e-4 < relative["float16"] < 2**-10
     assert 1e-3 < relative["bfloat16"] <= 2**-8
-    error = (again(piece, "int8").maps[0] - maps).abs()
-    assert (error <= maps.abs().amax(dim=-1, keepdim=True) / 254 * 1.0001).all(), "half a step of each row's own scale"
-    assert error.max() > 0
+    for store, steps in (("int8", 127), ("int6", 31)):
+        error = (again(piece, store).maps[0] - maps).abs()
+        assert (error <= maps.abs().amax(dim=-1, keepdim=True) / (2 * steps) * 1.0001).all(), (
+            "half a step of each row's own scale"
+        )
+        assert error.max() > 0
 
 
 def test_sizes_are_what_the_formats_promise():
-    piece = Features((torch.randn(1, 8, 16, 20),), (8,))
-    count, rows = 8 * 16 * 20, 8 * 16
+    piece = Features((torch.randn(1, 8, 64, 80, generator=torch.Generator().manual_seed(0)),), (8,))
+    count, rows = 8 * 64 * 80, 8 * 64
     sizes = {store: len(encode(piece, store).data) for store in STORES}
+    coded = sizes.pop("int6")
     assert sizes == {"float32": 4 * count, "float16": 2 * count, "bfloat16": 2 * count, "int8": count + 4 * rows}
+    assert coded < 0.76 * count + 4 * rows, "62 values, normally distributed"
+
+
+def test_unikd_in_the_papers_setting_fits_in_150_kb():
+    """200 queries of 256 channels, of both kinds, as LayerNorm leaves them: 1.53 MB for two views in the paper."""
+    generator = torch.Generator().manual_seed(0)
+    arrays = [torch.nn.functional.layer_norm(torch.randn(1, 200, 256, generator=generator), (256,)) for _ in range(4)]
+    positive = torch.zeros(1, 200, dtype=torch.bool)
+    taught = UniKDTaught(arrays[0], arrays[1], positive, arrays[2], arrays[3], positive, torch.rand(1, 200, 4))
+    assert 200_000 < len(encode(taught, "int8").data) < 212_000
+    assert len(encode(taught, "int6").data) < 150_000
 
 
 def test_what_a_format_cannot_hold_stays_as_it_is():
@@ -114,7 +130,7 @@ def test_a_layout_of_an_unknown_class_imports_nothing():
 def test_slots_lie_aligned():
     record = encode(taught(TinyRegions)[1], "int8")
     position = 0
-    for slot in slots_of(record.layout):
+    for slot in slots_of(record):
         assert position % {"F32": 4, "F64": 8, "I64": 8, "I16": 2}.get(slot.stored, 1) == 0
         position += slot.nbytes
     assert position == len(record.data)

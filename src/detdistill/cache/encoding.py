@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,9 +19,13 @@ from torch import Tensor
 
 from detdistill.structures import Movable
 
-Store = Literal["float32", "float16", "bfloat16", "int8"]
+Store = Literal["float32", "float16", "bfloat16", "int8", "int6"]
 """What floating-point numbers are kept as. Integers, masks and boxes are always exact."""
 STORES: tuple[Store, ...] = get_args(Store)
+STEPS: dict[Store, int] = {"int8": 127, "int6": 31}
+"""Steps from 0 to the largest number of a row."""
+DEFLATED: tuple[Store, ...] = ("int6",)
+"""Stores whose records are compressed: small integers take whole bytes, but few values of them occur often."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -50,9 +55,9 @@ class Slot:
     stored: str
     shape: tuple[int, ...]
     original: str
-    """Type it had, and has again after decoding (half precision and int8 come back as float32)."""
+    """Type it had, and has again after decoding (half precision, int8 and int6 come back as float32)."""
     scales: int = -1
-    """Index of the slot with the scale of each row (int8 only)."""
+    """Index of the slot with the scale of each row (int8 and int6 only)."""
 
     @property
     def nbytes(self) -> int:
@@ -85,17 +90,21 @@ def encode(value: Any, store: Store) -> Encoded:
     places = {old: new for new, old in enumerate(order)}
     slots = [dataclasses.replace(packer.slots[old], scales=places.get(packer.slots[old].scales, -1)) for old in order]
     rows = [[s.name, s.stored, list(s.shape), s.original, s.scales] for s in slots]
-    layout = json.dumps([_renumbered(node, places), rows], separators=(",", ":"))
-    return Encoded(layout, b"".join(_bytes(packer.tensors[old]) for old in order))
+    deflated = store in DEFLATED
+    layout = json.dumps([_renumbered(node, places), rows, deflated], separators=(",", ":"))
+    data = b"".join(_bytes(packer.tensors[old]) for old in order)
+    return Encoded(layout, _deflate(data) if deflated else data)
 
 
 def decode(layout: str, data: bytearray) -> Any:
-    """The inverse of ``encode``. Tensors share the memory of ``data``, except those that were int8.
+    """The inverse of ``encode``. Tensors share the memory of ``data``, except those that were integers with scales.
 
     Raises:
         ValueError: the bytes do not fill the layout, or it names a class that does not exist here.
     """
-    node, slots = _parsed(layout)
+    node, slots, deflated = _parsed(layout)
+    if deflated:
+        data = bytearray(zlib.decompress(data))
     tensors: list[Tensor] = []
     position = 0
     for slot in slots:
@@ -108,15 +117,23 @@ def decode(layout: str, data: bytearray) -> Any:
     return _unpack(node, [_restored(slot, tensor, tensors) for slot, tensor in zip(slots, tensors, strict=True)])
 
 
-def slots_of(layout: str) -> tuple[Slot, ...]:
-    """The tensors of a layout, in the order of the bytes."""
-    return _parsed(layout)[1]
+def slots_of(record: Encoded) -> tuple[Slot, ...]:
+    """The tensors that a record's bytes are, in their order; a compressed record is one of bytes."""
+    _, slots, deflated = _parsed(record.layout)
+    return (Slot("deflated", "U8", (len(record.data),), "U8"),) if deflated else slots
 
 
 @lru_cache(maxsize=4096)
-def _parsed(layout: str) -> tuple[Any, tuple[Slot, ...]]:
-    node, rows = json.loads(layout)
-    return node, tuple(Slot(name, stored, tuple(shape), original, scales) for name, stored, shape, original, scales in rows)
+def _parsed(layout: str) -> tuple[Any, tuple[Slot, ...], bool]:
+    node, rows, deflated = json.loads(layout)
+    slots = tuple(Slot(name, stored, tuple(shape), original, scales) for name, stored, shape, original, scales in rows)
+    return node, slots, deflated
+
+
+def _deflate(data: bytes) -> bytes:
+    """Each value by a code as short as it is frequent; no search for repetitions, of which noise has none."""
+    coder = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(data) + coder.flush()
 
 
 class _Packer:
@@ -154,7 +171,7 @@ class _Packer:
         scales = -1
         kept = _as_stored(tensor, self.store, name)
         if kept is None:
-            rows = tensor.float().abs().amax(dim=-1, keepdim=True) / 127
+            rows = tensor.float().abs().amax(dim=-1, keepdim=True) / STEPS[self.store]
             kept = (tensor.float() / rows.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
             self._append(rows, f"{name}.scale", torch.float32, -1)
             scales = len(self.slots) - 1
@@ -171,17 +188,17 @@ def _exact(name: str) -> bool:
 
 
 def _as_stored(tensor: Tensor, store: Store, name: str) -> Tensor | None:
-    """What is written, or None for int8 with scales."""
+    """What is written, or None for integers with scales."""
     if not tensor.is_floating_point():
         return _narrowed(tensor)
     if store == "float32" or _exact(name) or tensor.numel() == 0:
         return tensor
     if store == "bfloat16":
         return tensor.to(torch.bfloat16)
-    if store == "int8" and tensor.ndim and bool(torch.isfinite(tensor).all()):
+    if store in STEPS and tensor.ndim and bool(torch.isfinite(tensor).all()):
         return None
     half = tensor.to(torch.float16)
-    # Beyond the largest half: such a tensor stays what it is. (So does one with infinities, which int8 has no room for.)
+    # Beyond the largest half: such a tensor stays what it is. (So does one with infinities, which integers have no room for.)
     return half if store == "float16" and bool((tensor.abs() <= LARGEST_HALF).all()) else tensor
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from detdistill.cache.encoding import STORES, Store, decode, encode
+from detdistill.cache.encoding import DEFLATED, STORES, Store, decode, encode
 from detdistill.cache.storage import CacheError
 from detdistill.detectors.contract import Detector
 from detdistill.methods.contract import Method
@@ -42,8 +42,8 @@ class Probe:
             self.bytes[store] += sum(len(encode(piece, store).data) for piece in pieces)
 
     def choose(self) -> Store:
-        """The smallest store under which no loss term changed by more than one percent."""
-        good = [store for store in STORES if self.changes[store] <= LARGEST_CHANGE]
+        """The smallest store under which no loss term changed by more than one percent; int6 only by the user's word."""
+        good = [store for store in STORES if self.changes[store] <= LARGEST_CHANGE and store not in DEFLATED]
         # Of equal sizes the finer one: bfloat16 has 8 bits, float16 has 11.
         return min(good or ["float32"], key=lambda store: (self.bytes[store], STORES.index(store)))
 

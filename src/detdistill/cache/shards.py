@@ -130,7 +130,7 @@ def shard_bytes(records: Mapping[str, Encoded]) -> tuple[bytes, dict[str, tuple[
     position = 0
     for key, record in records.items():
         start = position
-        for slot in slots_of(record.layout):
+        for slot in slots_of(record):
             end = position + slot.nbytes
             header[f"{key}:{slot.name}"] = {"dtype": slot.stored, "shape": list(slot.shape), "data_offsets": [position, end]}
             position = end
