@@ -20,7 +20,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ from detdistill.methods._settings import check_choice, check_fractions, check_we
 from detdistill.methods.contract import Method, PairError, Stage
 from detdistill.structures import Batch, Clock, Features, Losses, Observation, Taught
 
+Kind = Literal["content", "positional"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 CLS_NORMS = ("num_gt", "num_queries")
 TRIES = 20
 """Draws of a jittered box before the box itself is taken."""
@@ -176,7 +178,7 @@ class KnowledgeExtractor(nn.Module):
 
     def __init__(
         self,
-        kind: Literal["content", "positional"],
+        kind: Kind,
         channels: int,
         levels: int,
         classes: int,
@@ -351,6 +353,10 @@ class UniKD(Method):
   booktitle={IEEE/CVF International Conference on Computer Vision},
   year={2023}
 }"""
+    teach_settings = (
+        *("queries", "extractor_layers", "points", "alpha", "beta", "self_attention", "cls_norm"),
+        *("extractor_epochs", "extractor_lr"),
+    )
 
     def __init__(
         self,
@@ -411,7 +417,7 @@ class UniKD(Method):
         self.extractors["project"] = nn.ModuleList(
             nn.Identity() if width == self.channels else nn.Conv2d(width, self.channels, 1) for width in spec.channels
         )
-        for kind in self.kinds:
+        for kind in KINDS:
             self.extractors[kind] = KnowledgeExtractor(
                 kind,
                 self.channels,
@@ -424,13 +430,7 @@ class UniKD(Method):
             )
         self.adaptor = Adaptor(student.spec, spec, self.channels, adaptor_layers, points)
         settings = (queries, extractor_layers, points, alpha, beta, self_attention, cls_norm, extractor_epochs, extractor_lr)
-        self._settings = repr((settings, tuple(self.kinds), student.spec.classes))
-
-    @property
-    def kinds(self) -> list[Literal["content", "positional"]]:
-        """Which extractors there are."""
-        kinds: tuple[Literal["content", "positional"], ...] = ("content", "positional")
-        return [kind for kind in kinds if self.weights[kind] > 0]
+        self._settings = repr((settings, student.spec.classes))
 
     # ---------------------------------------------------------------------------------------------------------- teach
 
@@ -441,25 +441,18 @@ class UniKD(Method):
         with torch.autocast(batch.images.device.type, enabled=False):
             pyramid = self._pyramid(features, batch)
             boxes, near = self._boxes(batch)
-            nothing = pyramid.cells.new_zeros(len(batch), 0, self.channels)
-            queries, embeddings, positive = {}, {}, {"positional": near, "content": near[:, :0]}
-            for kind in ("content", "positional"):
-                queries[kind] = embeddings[kind] = nothing
-                if kind in self.kinds:
-                    extractor = self._extractor(kind)
-                    queries[kind] = extractor.generate(boxes, pyramid)
-                    embeddings[kind] = extractor.extract(queries[kind], boxes, pyramid)
-                    if kind == "content":
-                        positive[kind] = self._match(*extractor.predict(embeddings[kind], boxes), batch) >= 0
-        return UniKDTaught(
-            queries["content"],
-            embeddings["content"],
-            positive["content"],
-            queries["positional"],
-            embeddings["positional"],
-            positive["positional"],
-            boxes,
-        )
+            content, positional = self._extractor("content"), self._extractor("positional")
+            content_queries, positional_queries = content.generate(boxes, pyramid), positional.generate(boxes, pyramid)
+            knowledge = content.extract(content_queries, boxes, pyramid)
+            return UniKDTaught(
+                content_queries,
+                knowledge,
+                self._match(*content.predict(knowledge, boxes), batch) >= 0,
+                positional_queries,
+                positional.extract(positional_queries, boxes, pyramid),
+                near,
+                boxes,
+            )
 
     def _extractor(self, kind: str) -> KnowledgeExtractor:
         return cast(KnowledgeExtractor, self.extractors[kind])
@@ -492,7 +485,7 @@ class UniKD(Method):
             pyramid = self._pyramid(features, batch)
             boxes, near = self._boxes(batch, draw=str(clock.epoch))
             losses: dict[str, Tensor] = {}
-            for kind in self.kinds:
+            for kind in KINDS:
                 extractor = self._extractor(kind)
                 embeddings = extractor.extract(extractor.generate(boxes, pyramid), boxes, pyramid)
                 logits, found = extractor.predict(embeddings, boxes)
@@ -565,7 +558,7 @@ class UniKD(Method):
             positive = {"content": taught.content_positive, "positional": taught.positional_positive}
             terms: dict[str, Tensor] = {}
             monitors: dict[str, Tensor] = {}
-            for kind in self.kinds:
+            for kind in (kind for kind in KINDS if self.weights[kind] > 0):
                 extractor = self._extractor(kind)
                 with frozen(extractor):
                     read = extractor.extract(queries[kind].float(), taught.boxes_cxcywh01.float(), pyramid)
