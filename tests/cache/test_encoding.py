@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -184,3 +186,21 @@ def test_regions_of_images_are_stacked_with_their_first_stage_on_different_sizes
     both = Regions.stack([large, small])
     assert both.rpn.padding.sum(dim=1).tolist() == [0, 4]
     assert both.origin.image.unique().tolist() == [0, 1]
+
+
+def test_what_another_method_was_taught_is_understood_by_a_process_that_does_not_use_it(tmp_path):
+    ones = torch.ones(1, 3, 2)
+    positive = torch.zeros(1, 3, dtype=torch.bool)
+    record = encode(UniKDTaught(ones, ones + 1, positive, ones + 2, ones + 3, positive, torch.rand(1, 3, 4)), "float32")
+    (tmp_path / "layout").write_text(record.layout)
+    (tmp_path / "data").write_bytes(record.data)
+    code = """
+import pathlib, sys
+from detdistill.cache.encoding import decode
+folder = pathlib.Path(sys.argv[1])
+assert "detdistill.methods.unikd" not in sys.modules
+back = decode((folder / "layout").read_text(), bytearray((folder / "data").read_bytes()))
+print(type(back).__name__, back.positional.sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["UniKDTaught", "24.0"]

@@ -6,7 +6,9 @@ same for images of one size, so it is written once and referred to.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import json
 import zlib
 from collections.abc import Iterator
@@ -251,11 +253,15 @@ def _unpack(node: Any, tensors: list[Tensor]) -> Any:
 
 
 def _kind(name: str) -> type:
-    """A structure by name, among those that are loaded: a cache never imports anything.
+    """A structure by name, of this package or among those that are loaded: a cache imports nothing else.
 
     Raises:
         ValueError: there is none.
     """
+    module = name.partition(":")[0]
+    if module.startswith("detdistill.methods."):  # what another method of the cache was taught, which this run does not use
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     for kind in _descendants(Movable):
         if f"{kind.__module__}:{kind.__qualname__}" == name:
             return kind
