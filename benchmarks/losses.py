@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
-from detdistill.methods.compose import build_method, method_slugs
+from detdistill.methods.compose import build_method, method_class, method_slugs
+from detdistill.methods.contract import Method, Needs
 from detdistill.structures import Batch, Clock, Features, Observation, Target, View
 from detdistill.training.run import hardware, versions
 
@@ -101,7 +102,9 @@ def main() -> None:
     if chosen.method:
         print(json.dumps(measure(chosen.method, chosen.device, chosen.repeat)))
         return
-    missing = set(method_slugs()) - {method.split(",")[0] for method in METHODS}
+    kinds = {slug: method_class(slug) for slug in method_slugs()}
+    on_maps = {slug for slug, kind in kinds.items() if kind.teach is Method.teach and kind.needs == Needs()}
+    missing = on_maps - {method.split(",")[0] for method in METHODS}
     assert not missing, f"not benchmarked: {missing}"
     rows = []
     for method in METHODS:
