@@ -1,0 +1,136 @@
+"""Many runs of the command line for one benchmark: several at a time, none twice, each in the log it left.
+
+A worker process takes one task after the other, so that the libraries are loaded once for each worker and not for each run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """One command of ``detdistill``; ``out`` is the folder it makes."""
+
+    out: Path
+    words: tuple[str, ...]
+    after: tuple[Path, ...] = ()
+    """Folders of tasks that must be done before."""
+
+    @staticmethod
+    def of(out: Path, *words: object, after: Sequence[Path] = ()) -> Task:
+        return Task(out, (*map(str, words), "--out", str(out)), tuple(after))
+
+    @property
+    def done(self) -> bool:
+        return (self.out / ("finished" if self.words[0] == "cache" else "summary.json")).exists()
+
+    @property
+    def command(self) -> list[str]:
+        started = any((self.out / name).exists() for name in ("config.yaml", "cache.json"))
+        return [*self.words, *(["--resume", "true"] if started and self.words[0] != "cache" else [])]
+
+
+def run(tasks: Sequence[Task], jobs: int, work: Path, note: Callable[[], None]) -> None:
+    """All tasks, ``jobs`` at a time, in their order as far as what they build on allows; ``note`` is called after each.
+
+    A failed task is told, and what builds on it is left out.
+    """
+    todo = list({task.out: task for task in tasks}.values())
+    (work / "logs").mkdir(parents=True, exist_ok=True)
+    waiting = [task for task in todo if not task.done]
+    done, failed = {task.out for task in todo if task.done}, set()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    spawning = multiprocessing.get_context("spawn")
+    idle: list[tuple[Connection, Any]] = []
+    for _ in range(min(jobs, len(waiting))):
+        ours, theirs = spawning.Pipe()
+        process = spawning.Process(target=_worker, args=(theirs,), daemon=False)
+        process.start()
+        idle.append((ours, process))
+    running: dict[Connection, tuple[Task, Any, float]] = {}
+    while waiting or running:
+        for task in list(waiting):
+            if failed.intersection(task.after):
+                failed.add(task.out)
+                waiting.remove(task)
+            elif idle and done.issuperset(task.after):
+                pipe, process = idle.pop()
+                pipe.send((task.command, str(work / "logs" / f"{task.out.name}.txt")))
+                running[pipe] = (task, process, time.monotonic())
+                waiting.remove(task)
+        if waiting and not running:
+            raise RuntimeError(f"{waiting[0].out} waits for {waiting[0].after}, which no task makes")
+        for ready in multiprocessing.connection.wait(list(running), timeout=1):
+            assert isinstance(ready, Connection)
+            task, process, started = running.pop(ready)
+            try:
+                good = bool(ready.recv())
+                idle.append((ready, process))
+            except EOFError:
+                good = False
+            if good and task.words[0] == "cache":
+                (task.out / "finished").touch()
+            (done if good else failed).add(task.out)
+            state = "done" if good else "FAILED, see logs"
+            print(f"{time.strftime('%H:%M:%S')} {task.out.name}: {state}, {time.monotonic() - started:.0f} s", flush=True)
+            note()
+    for pipe, process in idle:
+        pipe.send(None)
+        process.join()
+
+
+def _worker(pipe: Connection) -> None:
+    from detdistill.cli import main
+
+    while (order := pipe.recv()) is not None:
+        words, log = order
+        good = True
+        with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            try:
+                main(words)
+            except SystemExit as end:
+                good = end.code in (None, 0)
+            except Exception:
+                traceback.print_exc()
+                good = False
+        pipe.send(good)
+    sys.exit(0)
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What a finished run says of itself."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def ap(folder: Path) -> float | None:
+    """AP of a finished run in percent, one decimal."""
+    summary = read(folder)
+    return None if summary is None else round(100 * summary["metrics"]["AP"], 1)
+
+
+def machine(folders: Sequence[Path]) -> dict[str, Any]:
+    """Hardware and versions, as the first finished run knows them."""
+    for folder in folders:
+        if (summary := read(folder)) is not None:
+            return {"hardware": summary["hardware"], "versions": summary["versions"]}
+    return {}
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(content, indent=2) + "\n")
+    scratch.replace(path)
