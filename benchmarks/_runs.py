@@ -50,7 +50,8 @@ def run(tasks: Sequence[Task], jobs: int, work: Path, note: Callable[[], None]) 
     todo = list({task.out: task for task in tasks}.values())
     (work / "logs").mkdir(parents=True, exist_ok=True)
     waiting = [task for task in todo if not task.done]
-    done, failed = {task.out for task in todo if task.done}, set()
+    done = {task.out for task in todo if task.done}
+    failed: set[Path] = set()
     os.environ["OMP_NUM_THREADS"] = "1"
     spawning = multiprocessing.get_context("spawn")
     idle: list[tuple[Connection, Any]] = []
