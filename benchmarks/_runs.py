@@ -82,7 +82,7 @@ def run(tasks: Sequence[Task], jobs: int, work: Path, note: Callable[[], None]) 
             except EOFError:
                 good = False
             if good and task.words[0] == "cache":
-                (task.out / "finished").touch()
+                (task.out / "finished").write_text(f"{time.monotonic() - started:.1f}\n")
             (done if good else failed).add(task.out)
             state = "done" if good else "FAILED, see logs"
             print(f"{time.strftime('%H:%M:%S')} {task.out.name}: {state}, {time.monotonic() - started:.0f} s", flush=True)
@@ -120,6 +120,14 @@ def ap(folder: Path) -> float | None:
     """AP of a finished run in percent, one decimal."""
     summary = read(folder)
     return None if summary is None else round(100 * summary["metrics"]["AP"], 1)
+
+
+def filling(cache: Path) -> dict[str, float] | None:
+    """Seconds that the command needed to fill a cache (what the methods learn beforehand included), and its megabytes."""
+    if not (cache / "finished").exists():
+        return None
+    count = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    return {"seconds": float((cache / "finished").read_text()), "megabytes": round(count / 1e6, 1)}
 
 
 def machine(folders: Sequence[Path]) -> dict[str, Any]:

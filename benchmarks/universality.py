@@ -4,30 +4,26 @@
 
 Six detectors teach six students (the paper's table 2): alone, under FitNet as the paper improved it, and under UniKD, both from a
 cache of each teacher's knowledge. Then a larger teacher online and offline (tables 3 and 4), and parts of UniKD taken away
-(tables 6a, 6c, 6g). Everything runs as single-threaded processes, ``--jobs`` at a time; what is finished in ``--work`` is
-not done again, and the results file is rewritten after every run, so the benchmark can be stopped at any time.
+(tables 6a, 6c, 6g). Everything runs on one thread each, ``--jobs`` at a time; what is finished in ``--work`` is not done
+again, and the results are rewritten after every run, so the benchmark can be stopped at any time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from _runs import Task, ap, filling, machine, read, run, write
 from detdistill.compare import compare_runs
 
-DATA = "digits:train=2000,val=400,size=128,seed=0"
-VIEWS = ["--data", DATA, "--batch", "8", "--size", "128", "--flip", "0", "--device", "cpu", "--threads", "1"]
-COMMON = [*VIEWS, "--in_memory", "true", "--report", "false", "--evaluate_every", "99"]
-COMMON += ["--weight_decay", "0.01", "--schedule", "one_cycle"]
+DATA = "digits:train=2000,val=300,size=96,seed=0"
+VIEWS = ("--data", DATA, "--batch", 8, "--size", 96, "--flip", 0, "--device", "cpu", "--threads", 1)
+COMMON: tuple[object, ...] = (*VIEWS, "--in_memory", "true", "--report", "false", "--evaluate_every", 99)
+COMMON += ("--weight_decay", 0.01, "--schedule", "one_cycle")
 LARGE = "resnet10t,channels=32-64-128-256,neck=64,levels=3-5"
 SMALL = "resnet10t,channels=16-32-64-128,stem=16,neck=64,levels=3-5"
 TWO_STAGES = "proposals=100,rois=48,mlp=256"
@@ -36,29 +32,26 @@ DETR = "dim=64,queries=30,encoder=1,decoder=3,heads=4,ffn=256,two_stage=true,ref
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the six detectors."""
+    """One of the six detectors, and how it learns."""
 
     teacher: str
     student: str
     lr: float
-    teacher_epochs: int
-    epochs: int
-    extra: tuple[str, ...] = ()
+    teacher_steps: int
+    steps: int
+    clip: float = 5.0
 
 
 KINDS = {
-    "retinanet": Kind(f"retinanet:{LARGE},convs=2", f"retinanet:{SMALL},convs=2", 3e-3, 8, 3),
-    "atss": Kind(f"atss:{LARGE},convs=2", f"atss:{SMALL},convs=2", 3e-3, 5, 2),
-    "faster_rcnn": Kind(f"faster_rcnn:{LARGE},{TWO_STAGES}", f"faster_rcnn:{SMALL},{TWO_STAGES}", 1e-3, 4, 2),
-    "fcos": Kind(f"fcos:{LARGE},convs=2", f"fcos:{SMALL},convs=2", 3e-3, 5, 2),
-    "reppoints": Kind(f"reppoints:{LARGE},convs=2", f"reppoints:{SMALL},convs=2", 3e-3, 5, 2),
+    "retinanet": Kind(f"retinanet:{LARGE},convs=2", f"retinanet:{SMALL},convs=2", 3e-3, 1500, 500),
+    "atss": Kind(f"atss:{LARGE},convs=2", f"atss:{SMALL},convs=2", 3e-3, 1250, 400),
+    "faster_rcnn": Kind(f"faster_rcnn:{LARGE},{TWO_STAGES}", f"faster_rcnn:{SMALL},{TWO_STAGES}", 1e-3, 1250, 400),
+    "fcos": Kind(f"fcos:{LARGE},convs=2", f"fcos:{SMALL},convs=2", 3e-3, 1250, 400),
+    "reppoints": Kind(f"reppoints:{LARGE},convs=2", f"reppoints:{SMALL},convs=2", 3e-3, 1250, 400),
     "deformable_detr": Kind(
         f"deformable_detr:resnet10t,channels=32-64-128-256,{DETR}",
         f"deformable_detr:resnet10t,channels=16-32-64-128,{DETR}",
-        1e-3,
-        20,
-        8,
-        ("--clip", "0.1"),
+        *(2e-3, 2500, 600, 1.0),
     ),
 }
 PAIRED = (  # three of them with the DETR on one side
@@ -70,166 +63,161 @@ PAIRED = (  # three of them with the DETR on one side
     ("fcos", "deformable_detr"),
 )
 """Teacher and student of the cells with three seeds."""
-METHODS = {"fitnet": "fitnet,variant=modified", "unikd": "unikd"}
+UNIKD = "unikd"
+METHODS = {"fitnet": "fitnet,variant=modified", "unikd": UNIKD}
 ABLATIONS = {
-    "content only (6a)": "unikd,positional_weight=0",
-    "positional only (6a)": "unikd,content_weight=0",
-    "weights 5, 5 (6c)": "unikd,content_weight=5,positional_weight=5",
-    "weights 20, 20 (6c)": "unikd,content_weight=20,positional_weight=20",
-    "adaptor 0 (6g)": "unikd,adaptor_layers=0",
-    "adaptor 1 (6g)": "unikd,adaptor_layers=1",
-    "adaptor 3 (6g)": "unikd,adaptor_layers=3",
+    "content only (6a)": f"{UNIKD},positional_weight=0",
+    "positional only (6a)": f"{UNIKD},content_weight=0",
+    "weights 5, 5 (6c)": f"{UNIKD},content_weight=5,positional_weight=5",
+    "weights 20, 20 (6c)": f"{UNIKD},content_weight=20,positional_weight=20",
+    "adaptor 0 (6g)": f"{UNIKD},adaptor_layers=0",
+    "adaptor 1 (6g)": f"{UNIKD},adaptor_layers=1",
+    "adaptor 3 (6g)": f"{UNIKD},adaptor_layers=3",
 }
 """Of FCOS under FCOS; with both kinds, weights 10 and two layers it is the cell of the grid."""
+BIG = Kind("fcos:resnet18,neck=128,levels=3-5", KINDS["atss"].student, 2e-3, 1250, 400)
+"""The large teacher of tables 3 and 4, and its student."""
+PARTS = ("grid", "paired", "ablations", "offline")
 
 
-@dataclass
-class Task:
-    """One command, and the folder that shows it is done."""
-
-    name: str
-    command: list[str]
-    done: Path
-    after: tuple[str, ...] = ()
-    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-
-
-def detdistill(*words: object) -> list[str]:
-    return [sys.executable, "-m", "detdistill", *map(str, words)]
+def teaching(work: Path, name: str, model: str, kind: Kind) -> list[Task]:
+    """A teacher and the cache of its knowledge."""
+    out, cache = work / f"teacher-{name}", work / f"cache-{name}"
+    learn = ("--lr", kind.lr, "--steps", kind.teacher_steps, "--clip", kind.clip, "--role", "teacher")
+    method = ("--method", "+".join(METHODS.values()), "--store", "float16", "--stages", work / "stages")
+    return [
+        Task.of(out, "train", "--model", model, *COMMON, *learn),
+        Task.of(cache, "cache", "--teacher", out, *method, *VIEWS, "--epochs", 4, after=[out]),
+    ]
 
 
-def tasks(work: Path, seeds: Sequence[int], wanted: Sequence[str], ablations: bool) -> Iterator[Task]:
-    """All of them, in the order of their worth."""
-    stages = ["--stages", work / "stages"]
-    for name in wanted:
-        kind, out = KINDS[name], work / f"teacher-{name}"
-        settings = [*COMMON, "--lr", kind.lr, "--epochs", kind.teacher_epochs, *kind.extra]
-        yield Task(
-            f"teacher-{name}", detdistill("train", "--model", kind.teacher, "--role", "teacher", *settings, "--out", out), out
-        )
-        cache = work / f"cache-{name}"
-        settings = [*VIEWS, "--epochs", 3, "--store", "float16", *stages]
-        method = "+".join(METHODS.values())
-        yield Task(
-            f"cache-{name}",
-            detdistill("cache", "--teacher", out, "--method", method, *settings, "--out", cache),
-            cache,
-            (f"teacher-{name}",),
-        )
-    cells = [(teacher, student) for teacher in wanted for student in wanted]
-    ordered = sorted(cells, key=lambda cell: (cell not in PAIRED, cell[1] == "deformable_detr"))
-    for seed in seeds:
-        for teacher, student in ordered:
-            if seed != seeds[0] and (teacher, student) not in PAIRED:
-                continue
-            yield from cell(work, teacher, student, seed, METHODS)
-    if ablations:
-        for number, (_, method) in enumerate(ABLATIONS.items()):
-            yield from cell(work, "fcos", "fcos", seeds[0], {f"ablation{number}": method})
+def settings(kind: Kind, seed: int) -> tuple[object, ...]:
+    return (*COMMON, "--lr", kind.lr, "--steps", kind.steps, "--clip", kind.clip, "--seed", seed)
 
 
-def cell(work: Path, teacher: str, student: str, seed: int, methods: dict[str, str]) -> Iterator[Task]:
-    """The baseline of a student, and its distilled runs under a teacher."""
-    kind = KINDS[student]
-    settings = [*COMMON, "--lr", kind.lr, "--epochs", kind.epochs, "--seed", seed, *kind.extra]
-    out = work / f"baseline-{student}-seed{seed}"
-    yield Task(out.name, detdistill("train", "--model", kind.student, "--role", "baseline", *settings, "--out", out), out)
+def alone(work: Path, student: str, seed: int) -> Path:
+    return work / f"baseline-{student}-seed{seed}"
+
+
+def taught(work: Path, method: str, teacher: str, student: str, seed: int) -> Path:
+    return work / f"{method}-{teacher}-{student}-seed{seed}"
+
+
+def cell(work: Path, teacher: str, student: str, seed: int, methods: dict[str, str] = METHODS) -> Iterator[Task]:
+    """A student's baseline, and its distilled runs under one teacher."""
+    kind, cache = KINDS[student], work / f"cache-{teacher}"
+    yield Task.of(alone(work, student, seed), "train", "--model", kind.student, "--role", "baseline", *settings(kind, seed))
     for name, method in methods.items():
-        out = work / f"{name}-{teacher}-{student}-seed{seed}"
-        source = ["--cache", work / f"cache-{teacher}", "--method", method, "--stages", work / "stages"]
-        yield Task(
-            out.name,
-            detdistill("distill", "--student", kind.student, *source, *settings, "--out", out),
-            out,
-            (f"cache-{teacher}",),
-        )
+        source = ("--student", kind.student, "--cache", cache, "--method", method, "--stages", work / "stages")
+        yield Task.of(taught(work, name, teacher, student, seed), "distill", *source, *settings(kind, seed), after=[cache])
 
 
-def finished(task: Task) -> bool:
-    if task.name.startswith("cache-"):
-        return (task.done / "finished").exists()
-    return (task.done / "summary.json").exists()
+def tasks(work: Path, seeds: Sequence[int], kinds: Sequence[str], parts: Sequence[str]) -> list[Task]:
+    """In the order of their worth."""
+    found: list[Task] = []
+    for name in kinds:
+        found += teaching(work, name, KINDS[name].teacher, KINDS[name])
+    cells = [(teacher, student) for teacher in kinds for student in kinds]
+    cells.sort(key=lambda pair: pair not in PAIRED)
+    for teacher, student in cells if "grid" in parts else ():
+        found += cell(work, teacher, student, seeds[0])
+    if "paired" in parts:
+        found += [task for seed in seeds[1:] for pair in cells if pair in PAIRED for task in cell(work, *pair, seed)]
+    if "ablations" in parts:
+        numbered = {f"ablation{number}": method for number, method in enumerate(ABLATIONS.values())}
+        found += cell(work, "fcos", "fcos", seeds[0], numbered)
+    return found + (offline(work, seeds[0]) if "offline" in parts else [])
 
 
-def run(todo: list[Task], jobs: int, work: Path, note: Any) -> None:
-    """``jobs`` at a time; a task waits for those it builds on. A failed one is told, and what needs it is left out."""
-    done = {task.name for task in todo if finished(task)}
-    waiting, running, failed = [task for task in todo if task.name not in done], [], set()
-    (work / "logs").mkdir(parents=True, exist_ok=True)
-    while waiting or running:
-        for task in list(waiting):
-            if failed.intersection(task.after):
-                failed.add(task.name)
-                waiting.remove(task)
-            elif len(running) < jobs and done.issuperset(task.after):
-                resume = ["--resume", "true"] if (task.done / "config.yaml").exists() else []
-                with (work / "logs" / f"{task.name}.txt").open("wb") as log:
-                    task.process = subprocess.Popen(
-                        [*task.command, *resume], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-                    )
-                waiting.remove(task)
-                running.append(task)
-        for task in list(running):
-            assert task.process is not None
-            code = task.process.poll()
-            if code is None:
-                continue
-            running.remove(task)
-            if code == 0 and task.name.startswith("cache-"):
-                (task.done / "finished").touch()
-            (done if code == 0 else failed).add(task.name)
-            print(f"{time.strftime('%H:%M')} {task.name}: {'done' if code == 0 else 'FAILED, see logs'}", flush=True)
-            note()
-        time.sleep(0.5)
+def offline(work: Path, seed: int) -> list[Task]:
+    """Tables 3 and 4: one large teacher beside the student, and through a cache for each method."""
+    teacher = work / "teacher-big"
+    found = [teaching(work, "big", BIG.teacher, BIG)[0]]
+    for name, method in METHODS.items():
+        cache, stages = work / f"cache-big-{name}", ("--stages", work / f"stages-big-{name}")
+        ways = {"online": ("--teacher", teacher, "--score_teacher", "false"), "offline": ("--cache", cache)}
+        fill = ("--teacher", teacher, "--method", method, "--store", "float16", *stages, *VIEWS, "--epochs", 4)
+        found.append(Task.of(cache, "cache", *fill, after=[teacher]))
+        for way, source in ways.items():
+            out = work / f"{way}-{name}-seed{seed}"
+            words = ("--student", BIG.student, *source, "--method", method, *stages, *settings(BIG, seed))
+            found.append(Task.of(out, "distill", *words, after=[cache]))  # both after it: stages are learnt there
+    return found
 
 
-def ap(folder: Path) -> float | None:
-    path = folder / "summary.json"
-    return round(100 * json.loads(path.read_text())["metrics"]["AP"], 1) if path.exists() else None
-
-
-def results(work: Path, seeds: Sequence[int], wanted: Sequence[str]) -> dict[str, Any]:
+def results(work: Path, seeds: Sequence[int], kinds: Sequence[str]) -> dict[str, Any]:
     """What there is so far."""
+    seed = seeds[0]
     grid = {
         student: {
-            "baseline": ap(work / f"baseline-{student}-seed{seeds[0]}"),
-            **{t: {m: ap(work / f"{m}-{t}-{student}-seed{seeds[0]}") for m in METHODS} for t in wanted},
+            "baseline": ap(alone(work, student, seed)),
+            **{teacher: {name: ap(taught(work, name, teacher, student, seed)) for name in METHODS} for teacher in kinds},
         }
-        for student in wanted
+        for student in kinds
     }
     paired = []
     for teacher, student in PAIRED:
         for method in METHODS:
-            pairs = [
-                (work / f"baseline-{student}-seed{seed}", work / f"{method}-{teacher}-{student}-seed{seed}") for seed in seeds
-            ]
-            runs = [run for pair in pairs if all((run / "summary.json").exists() for run in pair) for run in pair]
-            if runs:
-                for gain in compare_runs(runs):
-                    paired.append({"teacher": teacher, "student": student, "method": method, **asdict(gain)})
-    ablation = {name: ap(work / f"ablation{i}-fcos-fcos-seed{seeds[0]}") for i, name in enumerate(ABLATIONS)}
+            pairs = [(alone(work, student, seed), taught(work, method, teacher, student, seed)) for seed in seeds]
+            runs = [run for pair in pairs if all(read(run) for run in pair) for run in pair]
+            for gain in compare_runs(runs) if runs else ():
+                paired.append({**asdict(gain), "teacher": teacher, "student": student, "method": method})
+    big = {
+        way: {
+            name: {
+                "AP": ap(out),
+                "seconds": summary["seconds"],
+                **({"cache": filling(work / f"cache-big-{name}")} if way == "offline" else {}),
+            }
+            for name in METHODS
+            if (summary := read(out := work / f"{way}-{name}-seed{seed}")) is not None
+        }
+        for way in ("online", "offline")
+    }
+    teachers = {name: work / f"teacher-{name}" for name in kinds}
     return {
-        "what": "AP of students on the embedded digits (2000 training, 400 validation images of 128 pixels)",
+        "what": "AP of students on the embedded digits (2000 training, 300 validation images of 96 pixels), batch 8",
         "command": "uv run python benchmarks/universality.py --work runs/universality --out benchmarks/results/universality.json",
-        "kinds": {name: asdict(KINDS[name]) for name in wanted},
-        "teachers": {name: ap(work / f"teacher-{name}") for name in wanted},
-        "seed": seeds[0],
+        "kinds": {name: asdict(KINDS[name]) for name in kinds},
+        "methods": METHODS,
+        "teachers": {name: ap(folder) for name, folder in teachers.items()},
+        "caches": {name: filling(work / f"cache-{name}") for name in kinds},
+        "seed": seed,
         "grid": grid,
         "paired": paired,
-        "ablations": ablation,
+        "ablations": {name: ap(taught(work, f"ablation{i}", "fcos", "fcos", seed)) for i, name in enumerate(ABLATIONS)},
+        "big_teacher": {"kind": asdict(BIG), "AP": ap(work / "teacher-big"), **big},
+        **machine(list(teachers.values())),
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """The paper's table 2 in Markdown."""
+def tables(found: dict[str, Any]) -> str:
+    """Table 2, the paired cells, tables 3 and 4, and table 6 in Markdown."""
     names = list(found["teachers"])
-    lines = ["| student (alone) | method | " + " | ".join(f"{name} {found['teachers'][name]}" for name in names) + " |"]
-    lines.append("|" + " --- |" * (len(names) + 2))
+    rows = [["student (alone)", "method", *(f"{name} {found['teachers'][name]}" for name in names)]]
     for student, row in found["grid"].items():
         for index, method in enumerate(METHODS):
-            first = f"{student} ({row['baseline']})" if index == 0 else ""
-            lines.append(f"| {first} | {method} | " + " | ".join(str(row[name][method]) for name in names) + " |")
-    return "\n".join(lines) + "\n"
+            rows.append([f"{student} ({row['baseline']})" if index == 0 else "", method, *(row[name][method] for name in names)])
+    text = ["Teachers in columns.", "", *markdown(rows), ""]
+    rows = [["teacher", "student", "method", "seeds", "alone", "distilled", "gain", "95 % CI", "verdict"]]
+    for gain in found["paired"]:
+        means = [100 * sum(pair[key] for pair in gain["pairs"]) / len(gain["pairs"]) for key in ("baseline", "distilled")]
+        ends = "" if gain["low"] is None else f"{100 * gain['low']:+.1f} .. {100 * gain['high']:+.1f}"
+        cells = [gain["teacher"], gain["student"], gain["method"], len(gain["pairs"])]
+        rows.append([*cells, *(f"{mean:.1f}" for mean in means), f"{100 * gain['mean']:+.1f}", ends, gain["verdict"]])
+    text += [*markdown(rows), ""]
+    rows = [["way", "method", "AP", "training s", "cache filled in s", "cache MB"]]
+    for way in ("online", "offline"):
+        for name, run_ in found["big_teacher"][way].items():
+            cache = run_.get("cache") or {"seconds": "", "megabytes": ""}
+            rows.append([way, name, run_["AP"], round(run_["seconds"]), cache["seconds"], cache["megabytes"]])
+    text += [*markdown(rows), "", *markdown([["ablation", "AP"], *found["ablations"].items()])]
+    return "\n".join(text) + "\n"
+
+
+def markdown(rows: Sequence[Sequence[object]]) -> list[str]:
+    lines = ["| " + " | ".join(str(value) for value in row) + " |" for row in rows]
+    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
 
 
 def main() -> None:
@@ -237,25 +225,24 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
-    parser.add_argument("--no-ablations", action="store_true")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="only print the commands")
     chosen = parser.parse_args()
-    todo = list({task.name: task for task in tasks(chosen.work, chosen.seeds, chosen.kinds, not chosen.no_ablations)}.values())
+    todo = tasks(chosen.work, chosen.seeds, chosen.kinds, chosen.parts)
     if chosen.list:
-        print(*(shlex.join(task.command) for task in todo), sep="\n")
+        print(*dict.fromkeys(shlex.join(task.words) for task in todo), sep="\n")
         return
 
     def note() -> None:
         found = results(chosen.work, chosen.seeds, chosen.kinds)
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(json.dumps(found, indent=2) + "\n")
-        chosen.out.with_suffix(".md").write_text(table(found))
+        write(chosen.out, found)
+        chosen.out.with_suffix(".md").write_text(tables(found))
 
     run(todo, chosen.jobs, chosen.work, note)
     note()
-    print(table(results(chosen.work, chosen.seeds, chosen.kinds)))
+    print(tables(results(chosen.work, chosen.seeds, chosen.kinds)))
 
 
 if __name__ == "__main__":
