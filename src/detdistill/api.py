@@ -240,7 +240,7 @@ def verify_cache(
 def evaluate(
     model: str, data: str = "digits", *, split: str = "val", batch: int = 8, progress: Progress | None = None, **settings: Any
 ) -> Scores:
-    """The 12 COCO numbers and the AP of each class.
+    """The 12 COCO numbers, the AP of each class, and what AP50 is lost to.
 
     Args:
         model: a run folder, a ``student/`` folder, or a model string with weights.
@@ -269,7 +269,14 @@ def evaluate(
         bar = shown.bar(f"evaluate on {split}", len(chosen.records))
         device = _device(wanted.device)
         return evaluate_detector(
-            detector, chosen, view_settings(wanted), batch_size=batch, device=device, workers=wanted.workers, progress=bar.follow
+            detector,
+            chosen,
+            view_settings(wanted),
+            batch_size=batch,
+            device=device,
+            workers=wanted.workers,
+            progress=bar.follow,
+            errors=True,
         )
 
 

@@ -292,6 +292,9 @@ def _eval(chosen: Namespace) -> None:
         classes.add_row(name, "-" if value < 0 else f"{100 * value:.1f}")
     Console().print(table)
     Console().print(classes)
+    if scores.errors:
+        lost = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.errors.items())
+        Console().print(f"AP50 lost to (x 100): {lost}", soft_wrap=True)
     if out is not None:
         api.write(out, json.dumps(asdict(scores), indent=2) + "\n")
 

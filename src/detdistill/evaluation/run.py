@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from detdistill.data.records import DetectionSet
 from detdistill.data.transforms import ViewSettings
 from detdistill.detectors.contract import Detector
 from detdistill.errors import ModelError
+from detdistill.evaluation.errors import detection_errors
 from detdistill.evaluation.scores import Scores, coco_scores
 from detdistill.structures import Batch, Detections
 
@@ -30,6 +32,7 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     loader: DetectionLoader | None = None,
     progress: Callable[[int, int], None] | None = None,
+    errors: bool = False,
 ) -> Scores:
     """Score ``detector`` on ``data``; under several processes each takes its share and all get the same scores.
 
@@ -43,6 +46,7 @@ def evaluate(
         precision: float32, or bfloat16/float16 for autocast.
         loader: to be used again, instead of making one (keeps images in memory between evaluations).
         progress: called with images done and all images of this process.
+        errors: also find what AP50 is lost to.
 
     Raises:
         ModelError: the detector's classes are not those of the data.
@@ -73,8 +77,10 @@ def evaluate(
         gathered: list[list[dict[str, Any]]] = [[] for _ in range(world)]
         dist.all_gather_object(gathered, results)
         results = [result for part in gathered for result in part]
-    scores = coco_scores(data.coco_ground_truth(), results, data.classes)
-    return Scores(scores.metrics, scores.per_class, scores.images, time.monotonic() - started)
+    truth = data.coco_ground_truth()
+    scores = coco_scores(truth, results, data.classes)
+    lost = detection_errors(truth, results, data.classes) if errors else {}
+    return replace(scores, seconds=time.monotonic() - started, errors=lost)
 
 
 def check_classes(detector: Detector, data: DetectionSet) -> None:

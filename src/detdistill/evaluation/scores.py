@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -22,6 +22,8 @@ class Scores:
     """AP of each class by name, -1 for a class without ground truth."""
     images: int
     seconds: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
+    """AP50, 0..1, lost to each kind of error (``detection_errors``); empty when not asked for, or without ground truth."""
 
 
 def coco_scores(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], classes: Sequence[str]) -> Scores:

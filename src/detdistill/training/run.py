@@ -230,7 +230,11 @@ def _finished(plan: Plan) -> Run | None:
         return None
     summary = json.loads((folder.path / "summary.json").read_text())
     scores = Scores(
-        summary["metrics"], summary["per_class"], summary["data"]["val_images"], seconds=summary["evaluation_seconds"]
+        summary["metrics"],
+        summary["per_class"],
+        summary["data"]["val_images"],
+        seconds=summary["evaluation_seconds"],
+        errors=summary.get("errors") or {},
     )
     return Run(folder.path, summary, scores, load_detector(folder.path))
 
@@ -340,7 +344,14 @@ class _Loop:
             assert self.module is not None
             trainer = self.module.trainer
             self.validation = self.loader(self.splits.val, False, trainer.global_rank, trainer.world_size)
-        return evaluate(detector, self.splits.val, view_settings(self.settings), loader=self.validation)
+        # Errors by kind take about a tenth of the scoring again, and only the last are read.
+        last = self.module is not None and self.module.trainer.global_step >= self.module.total
+        return evaluate(detector, self.splits.val, view_settings(self.settings), loader=self.validation, errors=last)
+
+    def index_vectors(self, detector: Detector) -> Tensor:
+        if self.matched is None:
+            self.matched = self.loader(first_images(self.splits.val, self.settings.instability), False, 0, 1)
+        return index_vectors(detector, self.matched.data, self.matched.settings, loader=self.matched)
 
     def fit(self, stage: Stage, done_before: list[str]) -> None:
         """Train one stage, or skip it when the checkpoint shows it finished, or an earlier run has its result."""
@@ -459,7 +470,8 @@ class _Loop:
         detector = self.module.detector or self.student
         scores = self.evaluation.latest
         if scores is None:  # the run was finished before it was resumed
-            scores = evaluate(detector, self.splits.val, view_settings(self.settings), batch_size=self.settings.batch)
+            views = view_settings(self.settings)
+            scores = evaluate(detector, self.splits.val, views, batch_size=self.settings.batch, errors=True)
         summary = self.summary(scores, teacher, inherited)
         if is_main_process():
             try:
@@ -503,6 +515,7 @@ class _Loop:
             "hardware": hardware(),
             "data": {
                 "path": plan.data,
+            "errors": scores.errors,
                 "fingerprint": splits.train.fingerprint,
                 "val_fingerprint": splits.val.fingerprint,
                 "train_images": len(splits.train.records),
@@ -579,7 +592,13 @@ def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings,
     bar = progress.bar("score the teacher", len(splits.val.records))
     device = "cuda" if torch.cuda.is_available() and settings.device != "cpu" else "cpu"
     scores = evaluate(
-        teacher.detector, splits.val, view_settings(settings), batch_size=settings.batch, device=device, progress=bar.follow
+        teacher.detector,
+        splits.val,
+        view_settings(settings),
+        batch_size=settings.batch,
+        device=device,
+        progress=bar.follow,
+        errors=True,
     )
     ap = scores.metrics["AP"]
     bar.say(f"AP {100 * ap:.1f}  AP50 {100 * scores.metrics['AP50']:.1f} on {scores.images} images")
@@ -594,5 +613,5 @@ def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings,
 def note_teacher(folder: Path, scores: Scores) -> None:
     """Add the teacher's numbers to the summary of a finished run."""
     summary = json.loads((folder / "summary.json").read_text())
-    summary |= {"teacher_metrics": scores.metrics, "teacher_per_class": scores.per_class}
+    summary |= {"teacher_metrics": scores.metrics, "teacher_per_class": scores.per_class, "teacher_errors": scores.errors}
     RunFolder(folder).write_json("summary.json", summary)
