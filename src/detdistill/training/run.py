@@ -348,11 +348,6 @@ class _Loop:
         last = self.module is not None and self.module.trainer.global_step >= self.module.total
         return evaluate(detector, self.splits.val, view_settings(self.settings), loader=self.validation, errors=last)
 
-    def index_vectors(self, detector: Detector) -> Tensor:
-        if self.matched is None:
-            self.matched = self.loader(first_images(self.splits.val, self.settings.instability), False, 0, 1)
-        return index_vectors(detector, self.matched.data, self.matched.settings, loader=self.matched)
-
     def fit(self, stage: Stage, done_before: list[str]) -> None:
         """Train one stage, or skip it when the checkpoint shows it finished, or an earlier run has its result."""
         settings = dataclasses.replace(self.settings, **stage.overrides)
