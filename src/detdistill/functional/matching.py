@@ -9,6 +9,9 @@ Shape letters: N queries, G ground-truth boxes, K classes.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -74,10 +77,11 @@ def hungarian(cost: Tensor) -> Tensor:
         >>> hungarian(torch.tensor([[1.0, 2.0], [0.0, 9.0], [5.0, 5.0]])).tolist()
         [1, 0, -1]
     """
-    matched = torch.full(cost.shape[:-1], NEGATIVE, dtype=torch.int64)
+    matched = np.full((math.prod(cost.shape[:-2]), cost.shape[-2]), NEGATIVE, dtype=np.int64)
     if cost.numel():
-        numbers = cost.detach().double().nan_to_num(LARGEST_COST, LARGEST_COST, -LARGEST_COST).cpu()
-        for rows, one in zip(matched.view(-1, cost.shape[-2]), numbers.reshape(-1, *cost.shape[-2:]), strict=True):
-            queries, boxes = linear_sum_assignment(one.numpy())
-            rows[torch.from_numpy(queries)] = torch.from_numpy(boxes)
-    return matched.to(cost.device)
+        # All matrices in one copy, there and back: one wait for the device, not one for each.
+        numbers = cost.detach().cpu().double().nan_to_num(LARGEST_COST, LARGEST_COST, -LARGEST_COST).numpy()
+        for rows, one in zip(matched, numbers.reshape(-1, *cost.shape[-2:]), strict=True):
+            queries, boxes = linear_sum_assignment(one)
+            rows[queries] = boxes
+    return torch.from_numpy(matched).view(cost.shape[:-1]).to(cost.device)

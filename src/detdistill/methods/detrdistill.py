@@ -142,23 +142,18 @@ def detrdistill_match(
     Returns:
         [L, B, N] index of the teacher's query, -1 for student queries that are left over (when M < N).
     """
-    targets = detrdistill_targets(teacher_boxes)
-    found = []
-    for layer in range(len(student_logits)):
-        logits, scores = student_logits[layer], teacher_logits[layer].sigmoid()
+    targets, costed = detrdistill_targets(teacher_boxes), []
+    for logits, said, mine, theirs in zip(student_logits, teacher_logits, student_boxes, targets, strict=True):
         # p softplus(-x) + (1-p) softplus(x) = softplus(x) - p x
-        entropy = F.softplus(logits).sum(dim=-1, keepdim=True) - logits @ scores.transpose(1, 2)
-        mine, theirs = student_boxes[layer], targets[layer]
+        entropy = F.softplus(logits).sum(dim=-1, keepdim=True) - logits @ said.sigmoid().transpose(1, 2)
         apart = giou_cost(_pixels(mine, sizes_hw), _pixels(theirs, sizes_hw)[:, None])
-        cost = costs.cls * entropy + costs.l1 * l1_cost(mine, theirs[:, None]) + costs.giou * apart
-        if allowed is None:
-            found.append(hungarian(cost))
-            continue
-        # A constant cost for the others: as many allowed queries as possible are matched, as cheaply as possible.
-        free = allowed[layer][:, None].expand_as(cost)
-        matched = hungarian(cost.masked_fill(~free, FORBIDDEN))
-        found.append(matched.masked_fill(~allowed[layer].gather(1, matched.clamp(min=0)), NEGATIVE))
-    return torch.stack(found)
+        costed.append(costs.cls * entropy + costs.l1 * l1_cost(mine, theirs[:, None]) + costs.giou * apart)
+    cost = torch.stack(costed)  # [L, B, N, M], matched at once: the device is waited for once, not layer by layer
+    if allowed is None:
+        return hungarian(cost)
+    # A constant cost for the others: as many allowed queries as possible are matched, as cheaply as possible.
+    matched = hungarian(cost.masked_fill(~allowed[:, :, None], FORBIDDEN))
+    return matched.masked_fill(~allowed.gather(2, matched.clamp(min=0)), NEGATIVE)
 
 
 def detrdistill_logits_loss(
