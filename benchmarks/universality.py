@@ -77,17 +77,17 @@ ABLATIONS = {
 """Of FCOS under FCOS; with both kinds, weights 10 and two layers it is the cell of the grid."""
 BIG = Kind("fcos:resnet18,neck=128,levels=3-5", KINDS["atss"].student, 2e-3, 1250, 400)
 """The large teacher of tables 3 and 4, and its student."""
-PARTS = ("grid", "paired", "ablations", "offline")
+PARTS = ("grid", "paired", "stores", "ablations", "offline")
 
 
 def teaching(work: Path, name: str, model: str, kind: Kind) -> list[Task]:
     """A teacher and the cache of its knowledge."""
     out, cache = work / f"teacher-{name}", work / f"cache-{name}"
     learn = ("--lr", kind.lr, "--steps", kind.teacher_steps, "--clip", kind.clip, "--role", "teacher")
-    method = ("--method", "+".join(METHODS.values()), "--store", "float16", "--stages", work / "stages")
+    method = ("--method", "+".join(METHODS.values()), "--stages", work / "stages")
     return [
         Task.of(out, "train", "--model", model, *COMMON, *learn),
-        Task.of(cache, "cache", "--teacher", out, *method, *VIEWS, "--epochs", 4, after=[out]),
+        Task.of(cache, "cache", "--teacher", out, *method, "--store", "float32", *VIEWS, "--epochs", 4, after=[out]),
     ]
 
 
@@ -123,10 +123,25 @@ def tasks(work: Path, seeds: Sequence[int], kinds: Sequence[str], parts: Sequenc
         found += cell(work, teacher, student, seeds[0])
     if "paired" in parts:
         found += [task for seed in seeds[1:] for pair in cells if pair in PAIRED for task in cell(work, *pair, seed)]
+    if "stores" in parts:
+        found += stores(work, seeds)
     if "ablations" in parts:
         numbered = {f"ablation{number}": method for number, method in enumerate(ABLATIONS.values())}
         found += cell(work, "fcos", "fcos", seeds[0], numbered)
     return found + (offline(work, seeds[0]) if "offline" in parts else [])
+
+
+def stores(work: Path, seeds: Sequence[int]) -> list[Task]:
+    """FCOS under FCOS from the smallest store that ``auto`` finds good enough; the grid's caches are float32."""
+    teacher, cache, kind = work / "teacher-fcos", work / "cache-fcos-auto", KINDS["fcos"]
+    shared = ("--stages", work / "stages")
+    fill = ("--teacher", teacher, "--method", "+".join(METHODS.values()), "--store", "auto", *shared, *VIEWS, "--epochs", 4)
+    found = [Task.of(cache, "cache", *fill, after=[teacher, work / "cache-fcos"])]
+    for seed in seeds:
+        for name, method in METHODS.items():
+            words = ("--student", kind.student, "--cache", cache, "--method", method, *shared, *settings(kind, seed))
+            found.append(Task.of(taught(work, f"auto-{name}", "fcos", "fcos", seed), "distill", *words, after=[cache]))
+    return found
 
 
 def offline(work: Path, seed: int) -> list[Task]:
@@ -162,6 +177,10 @@ def results(work: Path, seeds: Sequence[int], kinds: Sequence[str]) -> dict[str,
             runs = [run for pair in pairs if all(read(run) for run in pair) for run in pair]
             for gain in compare_runs(runs) if runs else ():
                 paired.append({**asdict(gain), "teacher": teacher, "student": student, "method": method})
+    stored = {}
+    for name in METHODS:
+        pairs = [(taught(work, name, "fcos", "fcos", seed), taught(work, f"auto-{name}", "fcos", "fcos", seed)) for seed in seeds]
+        stored[name] = [{"float32": ap(one), "auto": ap(other)} for one, other in pairs]
     big = {
         way: {
             name: {
@@ -185,6 +204,7 @@ def results(work: Path, seeds: Sequence[int], kinds: Sequence[str]) -> dict[str,
         "seed": seed,
         "grid": grid,
         "paired": paired,
+        "stores": {"caches": {"float32": filling(work / "cache-fcos"), "auto": filling(work / "cache-fcos-auto")}, "AP": stored},
         "ablations": {name: ap(taught(work, f"ablation{i}", "fcos", "fcos", seed)) for i, name in enumerate(ABLATIONS)},
         "big_teacher": {"kind": asdict(BIG), "AP": ap(work / "teacher-big"), **big},
         **machine(list(teachers.values())),
@@ -194,7 +214,7 @@ def results(work: Path, seeds: Sequence[int], kinds: Sequence[str]) -> dict[str,
 def tables(found: dict[str, Any]) -> str:
     """Table 2, the paired cells, tables 3 and 4, and table 6 in Markdown."""
     names = list(found["teachers"])
-    rows = [["student (alone)", "method", *(f"{name} {found['teachers'][name]}" for name in names)]]
+    rows: list[list[object]] = [["student (alone)", "method", *(f"{name} {found['teachers'][name]}" for name in names)]]
     for student, row in found["grid"].items():
         for index, method in enumerate(METHODS):
             rows.append([f"{student} ({row['baseline']})" if index == 0 else "", method, *(row[name][method] for name in names)])
@@ -205,6 +225,10 @@ def tables(found: dict[str, Any]) -> str:
         ends = "" if gain["low"] is None else f"{100 * gain['low']:+.1f} .. {100 * gain['high']:+.1f}"
         cells = [gain["teacher"], gain["student"], gain["method"], len(gain["pairs"])]
         rows.append([*cells, *(f"{mean:.1f}" for mean in means), f"{100 * gain['mean']:+.1f}", ends, gain["verdict"]])
+    text += [*markdown(rows), ""]
+    rows = [["method", "seed", "AP from float32", "AP from auto"]]
+    for name, pairs in found["stores"]["AP"].items():
+        rows += [[name, seed, *pair.values()] for seed, pair in enumerate(pairs)]
     text += [*markdown(rows), ""]
     rows = [["way", "method", "AP", "training s", "cache filled in s", "cache MB"]]
     for way in ("online", "offline"):
