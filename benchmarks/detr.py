@@ -1,0 +1,297 @@
+"""DETRDistill's tables in miniature, on the embedded digits: what a DETR learns from a DETR, by methods for DETRs and for maps.
+
+    uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr.json
+
+Three detectors with queries, each taught by a larger one of its kind (the paper's table 3), one of them with several seeds and
+under the other methods for DETRs, and with fewer layers than its teacher (table 4); DETRDistill's parts alone and in pairs
+(table 5), and its choices of queries, masks and layers (tables 2, 6 and 7). How often the matching of one detector's queries
+changes is measured beside its training. Everything runs on one thread each, ``--jobs`` at a time; what is finished in ``--work``
+is not done again, and the results are rewritten after every run, so the benchmark can be stopped at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from _runs import Task, ap, machine, read, run, write
+from detdistill.compare import compare_runs
+
+DATA = "digits:train=2000,val=300,size=96,seed=0"
+COMMON: tuple[object, ...] = ("--data", DATA, "--batch", 8, "--size", 96, "--flip", 0, "--device", "cpu", "--threads", 1)
+COMMON += ("--in_memory", "true", "--report", "false", "--weight_decay", 0.01, "--schedule", "one_cycle", "--monitor_every", 250)
+LARGE = "resnet10t,channels=32-64-128-256,dim=64,queries=30,heads=4"
+SMALL = "resnet10t,channels=16-32-64-128,stem=16,dim=64,queries=30,heads=4"
+RT_DETR = "ffn=128,denoising=30"
+DEFORMABLE = "encoder=1,decoder=3,ffn=256,two_stage=true,refine=true"
+ADAMIXER = "decoder=3,groups=4,points=8,ffn=256"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A teacher and its student, and how they learn."""
+
+    teacher: str
+    student: str
+    lr: float
+    teacher_steps: int
+    steps: int
+    clip: float = 5.0
+
+
+KINDS = {
+    "rt_detr": Kind(
+        f"rt_detr:{LARGE},encoder=2,decoder=3,{RT_DETR}", f"rt_detr:{SMALL},encoder=2,decoder=3,{RT_DETR}", 2e-3, 1250, 500
+    ),
+    "deformable_detr": Kind(
+        f"deformable_detr:{LARGE},{DEFORMABLE}", f"deformable_detr:{SMALL},{DEFORMABLE}", 2e-3, 1250, 500, 1.0
+    ),
+    "adamixer": Kind(f"adamixer:{LARGE},{ADAMIXER}", f"adamixer:{SMALL},{ADAMIXER}", 1e-3, 1250, 500),
+}
+MAIN = "rt_detr"
+"""The one with several seeds and all the smaller tables."""
+DEPTHS = {
+    f"{encoder}/{decoder}": f"rt_detr:{SMALL},encoder={encoder},decoder={decoder},{RT_DETR}"
+    for encoder, decoder in ((2, 1), (1, 3), (1, 1))
+}
+"""Its students with fewer layers (encoder/decoder); the teacher has 2/3, as the student of table 3."""
+INSTABILITY = 64
+"""Validation images on which changes of the matching are counted after each epoch."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method string, and the factor on its losses."""
+
+    method: str
+    dis: float = 1.0
+
+    @property
+    def words(self) -> tuple[object, ...]:
+        """As the command line has it."""
+        return ("--method", self.method, *(("--dis", self.dis) if self.dis != 1 else ()))
+
+
+WAYS = {
+    "fgd": Way("fgd"),
+    "mgd": Way("mgd"),
+    "fitnet": Way("fitnet"),
+    "detrdistill": Way("detrdistill"),
+}
+QUERIES = {"kd_detr": Way("kd_detr"), "d3etr": Way("d3etr")}
+PARTS_OFF = {"logits": "logits_weight=0", "features": "feature_weight=0", "assignment": "assignment_weight=0"}
+
+
+def only(*kept: str) -> Way:
+    """DETRDistill with some of its parts."""
+    return Way(",".join(["detrdistill", *(off for name, off in PARTS_OFF.items() if name not in kept)]))
+
+
+COMPONENTS = {
+    "logits": only("logits"),
+    "features": only("features"),
+    "assignment": only("assignment"),
+    "logits + features": only("logits", "features"),
+}
+CHOICES = {
+    "logits, positives and negatives apart (6)": Way(f"{only('logits').method},split=true"),
+    "logits, every layer from the last (7)": Way(f"{only('logits').method},progressive=false"),
+    "features, the paper's mask (2)": Way(f"{only('features').method},mask=paper"),
+    "all as in the paper": Way("detrdistill,split=true,mask=paper"),
+}
+PARTS = ("families", "queries", "seeds", "depths", "components", "choices")
+
+
+def slug(name: str) -> str:
+    return "_".join("".join(letter if letter.isalnum() else " " for letter in name).split())
+
+
+def teacher_run(work: Path, kind: str) -> Path:
+    return work / f"teacher-{kind}"
+
+
+def student_run(work: Path, kind: str, name: str, seed: int, depth: str = "") -> Path:
+    return work / "-".join([slug(name), kind, *([slug(depth)] if depth else []), f"seed{seed}"])
+
+
+def settings(kind: str, steps: int) -> tuple[object, ...]:
+    """What teacher and students of a kind have in common."""
+    one = KINDS[kind]
+    looks = ("--evaluate_every", 1, "--instability", INSTABILITY) if kind == MAIN else ("--evaluate_every", 99)
+    return (*COMMON, "--lr", one.lr, "--clip", one.clip, "--epochs", 99, "--steps", steps, *looks)
+
+
+def teach(work: Path, kind: str) -> Task:
+    one = KINDS[kind]
+    return Task.of(
+        teacher_run(work, kind), "train", "--model", one.teacher, "--role", "teacher", *settings(kind, one.teacher_steps)
+    )
+
+
+def learn(work: Path, kind: str, ways: dict[str, Way], seed: int, depth: str = "") -> list[Task]:
+    """A student's baseline, and its distilled runs."""
+    model, teacher = DEPTHS[depth] if depth else KINDS[kind].student, teacher_run(work, kind)
+    common = (*settings(kind, KINDS[kind].steps), "--seed", seed)
+    out = student_run(work, kind, "baseline", seed, depth)
+    found = [Task.of(out, "train", "--model", model, "--role", "baseline", *common)]
+    for name, way in ways.items():
+        out = student_run(work, kind, name, seed, depth)
+        words = ("--teacher", teacher, "--student", model, *way.words, "--score_teacher", "false")
+        found.append(Task.of(out, "distill", *words, *common, after=[teacher]))
+    return found
+
+
+def tasks(work: Path, seeds: Sequence[int], parts: Sequence[str]) -> list[Task]:
+    """In the order of their worth."""
+    first, *others = seeds
+    kinds = list(KINDS) if "families" in parts else [MAIN]
+    found = [teach(work, kind) for kind in kinds]
+    for kind in KINDS if "families" in parts else ():
+        found += learn(work, kind, WAYS, first)
+    if "queries" in parts:
+        found += learn(work, MAIN, QUERIES, first)
+    for seed in others if "seeds" in parts else ():
+        found += learn(work, MAIN, WAYS, seed)
+    for depth in DEPTHS if "depths" in parts else ():
+        found += learn(work, MAIN, {"detrdistill": WAYS["detrdistill"]}, first, depth)
+    for name, ways in (("components", COMPONENTS), ("choices", CHOICES)):
+        found += learn(work, MAIN, ways, first) if name in parts else []
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- results
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    path = folder / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def distilled_share(folder: Path) -> float | None:
+    """Share of the distillation's terms in the student's gradient, when it was last measured."""
+    measured = [{k: float(v) for k, v in row.items() if k.startswith("share/") and v} for row in rows_of(folder)]
+    last = next((row for row in reversed(measured) if row), None)
+    return None if last is None else round(sum(value for name, value in last.items() if name.count("/") > 1), 3)
+
+
+def instabilities(folder: Path) -> list[float]:
+    """Instability of the matching after each epoch; of the first, against the weights before training."""
+    return [round(float(row["val/IS"]), 2) for row in rows_of(folder) if row.get("val/IS")]
+
+
+def result(folder: Path) -> dict[str, Any] | None:
+    """What is known of one finished run."""
+    if (summary := read(folder)) is None:
+        return None
+    found = {"AP": ap(folder), "AP50": round(100 * summary["metrics"]["AP50"], 1), "seconds": round(summary["seconds"])}
+    share = distilled_share(folder) if summary["role"] == "distilled" else None
+    return {**found, **({} if share is None else {"share_of_gradient": share})}
+
+
+def results(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """What there is so far."""
+    seed = seeds[0]
+
+    def some(kind: str, names: Sequence[str], depth: str = "") -> dict[str, Any]:
+        return {name: found for name in names if (found := result(student_run(work, kind, name, seed, depth))) is not None}
+
+    paired = []
+    for name in [*WAYS, *QUERIES]:
+        pairs = [(student_run(work, MAIN, "baseline", one), student_run(work, MAIN, name, one)) for one in seeds]
+        runs = [folder for pair in pairs if all(read(folder) for folder in pair) for folder in pair]
+        for gain in compare_runs(runs) if runs else ():
+            paired.append({**asdict(gain), "name": name})
+    watched = {"teacher": teacher_run(work, MAIN)}
+    watched |= {name: student_run(work, MAIN, name, seed) for name in ("baseline", *WAYS, *QUERIES)}
+    teachers = {kind: teacher_run(work, kind) for kind in KINDS}
+    return {
+        "what": "AP of students on the embedded digits (2000 training, 300 validation images of 96 pixels), batch 8",
+        "command": "uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr.json",
+        "kinds": {name: asdict(kind) for name, kind in KINDS.items()},
+        "ways": {name: asdict(way) for name, way in (WAYS | QUERIES | COMPONENTS | CHOICES).items()},
+        "seed": seed,
+        "teachers": {kind: found for kind, folder in teachers.items() if (found := result(folder)) is not None},
+        "families": {kind: some(kind, ["baseline", *WAYS, *QUERIES]) for kind in KINDS},
+        "paired": paired,
+        "depths": {"2/3": some(MAIN, ["baseline", "detrdistill"])}
+        | {depth: some(MAIN, ["baseline", "detrdistill"], depth) for depth in DEPTHS},
+        "components": some(MAIN, ["baseline", *COMPONENTS, "detrdistill"]),
+        "choices": some(MAIN, list(CHOICES)),
+        "instability": {name: values for name, folder in watched.items() if read(folder) and (values := instabilities(folder))},
+        **machine(list(teachers.values())),
+    }
+
+
+def tables(found: dict[str, Any]) -> str:
+    """All of them in Markdown."""
+    names = [*WAYS, *QUERIES]
+
+    def shown(cell: dict[str, Any] | None) -> object:
+        return "" if cell is None else cell["AP"]
+
+    rows: list[list[object]] = [["student", "teacher", "alone", *names]]
+    for kind, row in found["families"].items():
+        rows.append([kind, shown(found["teachers"].get(kind)), *(shown(row.get(name)) for name in ("baseline", *names))])
+    text = [*markdown(rows), ""]
+    rows = [["share of the gradient", *names]]
+    for kind, row in found["families"].items():
+        rows.append([kind, *(row.get(name, {}).get("share_of_gradient", "") for name in names)])
+    text += [*markdown(rows), ""]
+    rows = [["method", "seeds", "alone", "distilled", "gain", "95 % CI", "verdict"]]
+    for gain in found["paired"]:
+        means = [100 * sum(pair[key] for pair in gain["pairs"]) / len(gain["pairs"]) for key in ("baseline", "distilled")]
+        ends = "" if gain["low"] is None else f"{100 * gain['low']:+.1f} .. {100 * gain['high']:+.1f}"
+        cells = [gain["name"], len(gain["pairs"]), *(f"{mean:.1f}" for mean in means)]
+        rows.append([*cells, f"{100 * gain['mean']:+.1f}", ends, gain["verdict"]])
+    text += [f"Of {MAIN}:", "", *markdown(rows), ""]
+    rows = [["encoder/decoder layers", "alone", "detrdistill"]]
+    rows += [[depth, shown(row.get("baseline")), shown(row.get("detrdistill"))] for depth, row in found["depths"].items()]
+    text += [*markdown(rows), ""]
+    parts = {"none": found["components"].get("baseline")}
+    parts |= {name: found["components"].get(name) for name in COMPONENTS}
+    parts |= {"all": found["components"].get("detrdistill")} | {name: found["choices"].get(name) for name in CHOICES}
+    text += [*markdown([["part of DETRDistill", "AP"], *([name, shown(cell)] for name, cell in parts.items())]), ""]
+    rows = [["instability after epoch", "values"]]
+    rows += [[name, ", ".join(map(str, values))] for name, values in found["instability"].items()]
+    return "\n".join([*text, *markdown(rows)]) + "\n"
+
+
+def markdown(rows: Sequence[Sequence[object]]) -> list[str]:
+    lines = ["| " + " | ".join(str(value) for value in row) + " |" for row in rows]
+    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--list", action="store_true", help="only print the commands")
+    chosen = parser.parse_args()
+    todo = tasks(chosen.work, chosen.seeds, chosen.parts)
+    if chosen.list:
+        print(*dict.fromkeys(shlex.join(task.words) for task in todo), sep="\n")
+        return
+
+    def note() -> None:
+        found = results(chosen.work, chosen.seeds)
+        write(chosen.out, found)
+        chosen.out.with_suffix(".md").write_text(tables(found))
+
+    run(todo, chosen.jobs, chosen.work, note)
+    note()
+    print(tables(results(chosen.work, chosen.seeds)))
+
+
+if __name__ == "__main__":
+    main()
