@@ -106,6 +106,7 @@ def distill(
     _check_start(student, wanted)
     from detdistill.detectors.build import build_detector
     from detdistill.detectors.contract import Teacher
+    from detdistill.evaluation.instability import check_queries
     from detdistill.training.experiment import run_experiment
     from detdistill.training.offline import open_cache, why_live_teacher
     from detdistill.training.run import Plan, is_main_process, note_teacher, run, score_teacher, view_settings
@@ -123,7 +124,10 @@ def distill(
             how = "the teacher is loaded too, for its modules" if live_too else "no teacher is run"
             shown.say(f"learning from {cache.folder.url}; {how}")
             frozen = live if live_too else cache.teacher()
-        build_method(wanted.method, frozen, build_detector(student, splits.train.classes))  # what cannot work is said at once
+        probed = build_detector(student, splits.train.classes)  # what cannot work is said at once
+        build_method(wanted.method, frozen, probed)
+        if wanted.instability:
+            check_queries(probed)
         finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
         score = wanted.score_teacher and is_main_process() and not finished
         scores = score_teacher(live, splits, wanted, shown) if score and live is not None else None

@@ -220,7 +220,7 @@ def _distill(chosen: Namespace) -> None:
 
 NOT_FOR_CACHES = {
     *("out", "resume", "report", "track", "ema", "evaluate_every", "checkpoint_every", "log_every", "monitor_every"),
-    *("in_memory", "deterministic"),
+    *("instability", "in_memory", "deterministic"),
 }
 
 

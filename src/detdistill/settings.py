@@ -48,6 +48,7 @@ class TrainSettings:
         scales: factors on the resized image, e.g. 0.8,1,1.2, one of which is drawn for each image; a cache can hold these.
         mosaic: probability of putting four images into one.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        instability: validation images on which changes of the queries' matching are counted at each evaluation; 0: off.
         checkpoint_every: steps between checkpoints beside the one of each epoch; 0: none.
         log_every: steps between rows of metrics.csv.
         monitor_every: steps between measurements of each loss term's share of the gradient; 0: never.
@@ -88,6 +89,7 @@ class TrainSettings:
     scales: tuple[float, ...] = ()
     mosaic: float = 0.0
     evaluate_every: int = 1
+    instability: int = 0
     checkpoint_every: int = 0
     log_every: int = 10
     monitor_every: int = 200
@@ -255,7 +257,7 @@ def in_words(kind: Any) -> str:
     return " or ".join(map(name, _members(kind)))
 
 
-NOT_THE_RUN = ("out", "resume", "report", "jobs", "score_teacher", "stages")
+NOT_THE_RUN = ("out", "resume", "report", "jobs", "score_teacher", "stages", "instability")
 """Settings that decide nothing about what is trained: a run may be resumed with others."""
 
 

@@ -151,7 +151,7 @@ def _others(settings: CacheSettings, store: Store, names: dict[str, str | None])
         return
     plain = {**as_plain(settings), "store": store, **names}
     skipped = ("resume", "report", "track", "ema", "evaluate_every", "checkpoint_every", "log_every", "monitor_every")
-    for name in (*skipped, "in_memory", "deterministic", "dry_run"):
+    for name in (*skipped, "instability", "in_memory", "deterministic", "dry_run"):
         del plain[name]
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "config.yaml"

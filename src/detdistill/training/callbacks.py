@@ -102,14 +102,15 @@ class Records(Listener):
         row = {f"train/{name}": float(term) for name, term in module.last.terms.items()}
         row = {"loss": sum(row.values())} | row
         row |= {name: float(value) for name, value in module.last.monitors.items()}
-        self._write(trainer, module, row)
+        self.write(trainer, module, row)
 
     def on_scores(self, trainer: L.Trainer, module: StageModule, scores: Scores, best: bool) -> None:
         """Log the 12 numbers."""
         if trainer.is_global_zero:
-            self._write(trainer, module, {f"val/{name}": value for name, value in scores.metrics.items()})
+            self.write(trainer, module, {f"val/{name}": value for name, value in scores.metrics.items()})
 
-    def _write(self, trainer: L.Trainer, module: StageModule, row: dict[str, float]) -> None:
+    def write(self, trainer: L.Trainer, module: StageModule, row: dict[str, float]) -> None:
+        """A row of this moment, for the main process."""
         rate = float(trainer.optimizers[0].param_groups[0]["lr"])
         base: dict[str, float | int | str] = {
             "stage": module.stage.name,

@@ -25,6 +25,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors import SafetensorError
+from torch import Tensor
 
 from detdistill.cache.knowledge import KnowledgeCache
 from detdistill.cache.storage import storage
@@ -37,6 +38,7 @@ from detdistill.detectors.inherit import inherit_head
 from detdistill.detectors.saved import save_student
 from detdistill.errors import RunError
 from detdistill.evaluation import Scores, evaluate
+from detdistill.evaluation.instability import check_queries, first_images, index_vectors
 from detdistill.methods.compose import build_method
 from detdistill.methods.contract import Method, Stage
 from detdistill.progress import Progress
@@ -45,6 +47,7 @@ from detdistill.structures import Batch, Clock, Losses
 from detdistill.training.bar import TrainingBar
 from detdistill.training.callbacks import Checkpoints, Evaluation, Records
 from detdistill.training.folder import RunFolder, new_folder, resume_folder, start_folder
+from detdistill.training.instability import MatchingInstability
 from detdistill.training.module import StageModule
 from detdistill.training.offline import open_cache, stage_from_cache
 from detdistill.training.records import MetricsTable
@@ -125,6 +128,8 @@ def run(plan: Plan, splits: DataSplits, teacher: Teacher | None = None, progress
         return done
     seed_everything(settings.seed)
     student = build_detector(plan.student, splits.train.classes)
+    if settings.instability:
+        check_queries(student)
     method = None
     inherited = None
     cache = None
@@ -306,6 +311,7 @@ class _Loop:
         self.plan, self.splits, self.folder, self.student, self.method = plan, splits, folder, student, method
         self.settings, self.progress = plan.settings, progress
         self.validation: DetectionLoader | None = None
+        self.matched: DetectionLoader | None = None
         self.trained_steps = self.images_seen = 0
         self.seconds = 0.0
         self.module: StageModule | None = None
@@ -347,6 +353,11 @@ class _Loop:
         # Errors by kind take about a tenth of the scoring again, and only the last are read.
         last = self.module is not None and self.module.trainer.global_step >= self.module.total
         return evaluate(detector, self.splits.val, view_settings(self.settings), loader=self.validation, errors=last)
+
+    def index_vectors(self, detector: Detector) -> Tensor:
+        if self.matched is None:
+            self.matched = self.loader(first_images(self.splits.val, self.settings.instability), False, 0, 1)
+        return index_vectors(detector, self.matched.data, self.matched.settings, loader=self.matched)
 
     def fit(self, stage: Stage, done_before: list[str]) -> None:
         """Train one stage, or skip it when the checkpoint shows it finished, or an earlier run has its result."""
@@ -390,7 +401,10 @@ class _Loop:
         self.evaluation = Evaluation(self.evaluate, settings.evaluate_every)
         callbacks: list[L.Callback] = [TrainingBar(self.progress, self.plan.title or self.plan.role, total)]
         if self.table is not None:
-            callbacks.append(Records(self.table, settings.log_every))
+            records = Records(self.table, settings.log_every)
+            callbacks.append(records)
+            if settings.instability:
+                callbacks.append(MatchingInstability(self.index_vectors, records))
         callbacks += [self.evaluation, Checkpoints(self.folder.checkpoints, settings.checkpoint_every)]
         trainer = self._trainer(settings, callbacks, epochs)
         with warnings.catch_warnings():
@@ -501,6 +515,7 @@ class _Loop:
             "batch": settings.batch,
             "metrics": scores.metrics,
             "per_class": scores.per_class,
+            "errors": scores.errors,
             "best_ap": max(self.evaluation.best_ap, scores.metrics["AP"]),
             "seconds": round(self.seconds, 2),
             "evaluation_seconds": round(scores.seconds, 2),
@@ -510,7 +525,6 @@ class _Loop:
             "hardware": hardware(),
             "data": {
                 "path": plan.data,
-            "errors": scores.errors,
                 "fingerprint": splits.train.fingerprint,
                 "val_fingerprint": splits.val.fingerprint,
                 "train_images": len(splits.train.records),

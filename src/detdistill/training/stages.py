@@ -16,8 +16,8 @@ from detdistill.settings import TrainSettings, as_plain
 from detdistill.structures import Clock
 
 NOT_THE_STAGE = (
-    *("seed", "epochs", "ema", "evaluate_every", "monitor_every", "log_every", "checkpoint_every", "track", "strict"),
-    *("out", "resume", "report", "device", "devices", "nodes", "threads", "workers", "in_memory", "deterministic"),
+    *("seed", "epochs", "ema", "evaluate_every", "instability", "monitor_every", "log_every", "checkpoint_every", "track"),
+    *("strict", "out", "resume", "report", "device", "devices", "nodes", "threads", "workers", "in_memory", "deterministic"),
 )
 """Settings that do not change what an earlier stage is: its result serves the runs of all seeds."""
 
