@@ -154,6 +154,8 @@ def render(groups: Sequence[Group], splits: DataSplits | None, data_note: str, g
         legend=legend,
         score_legend=_score_legend(groups, legend),
         scores=_score_panels(groups, palette),
+        matching=_matching_panels(groups, palette),
+        matching_sentence=words.instability_sentence(groups),
         losses=_loss_panels(groups, palette),
         shares=shares,
         classes=_class_charts(groups, palette),
@@ -258,9 +260,14 @@ def _score_legend(groups: Sequence[Group], legend: Sequence[Entry]) -> list[Entr
     return [*([("teacher (as it is)", "teacher", True, 1)] if known else []), *legend]
 
 
-def _score_panels(groups: Sequence[Group], palette: figures.Palette) -> Panels:
+def _against(groups: Sequence[Group]) -> str:
+    """What scores are drawn against: epochs, unless no run was scored in more than one."""
     epochs = any(len({row["epochs"] for row in run.rows if "val/AP" in row}) > 1 for one in groups for run in one.runs)
-    against = "epochs" if epochs else "steps"
+    return "epochs" if epochs else "steps"
+
+
+def _score_panels(groups: Sequence[Group], palette: figures.Palette) -> Panels:
+    against = _against(groups)
     ap, ap50 = (None if level is None else 100 * level for level in (_lone_teacher(groups, name) for name in ("AP", "AP50")))
     drawn = [
         figures.curves(groups, palette, "val/AP", against, factor=100, label="AP", level=ap),
@@ -268,6 +275,15 @@ def _score_panels(groups: Sequence[Group], palette: figures.Palette) -> Panels:
         figures.curves(groups, palette, "val/AP", "seconds", factor=100, label="AP for the time spent", level=ap),
     ]
     return Panels("validation", tuple(svg for svg in drawn if svg))
+
+
+def _matching_panels(groups: Sequence[Group], palette: figures.Palette) -> Panels:
+    """Instability of the queries' matching, of the runs that measured it."""
+    drawn = [
+        figures.curves(groups, palette, "val/IS", _against(groups), label="changed matches, between evaluations"),
+        figures.curves(groups, palette, "val/IS_layers", _against(groups), label="changed matches, between decoder layers"),
+    ]
+    return Panels("Matching instability", tuple(svg for svg in drawn if svg))
 
 
 def _loss_panels(groups: Sequence[Group], palette: figures.Palette) -> list[Panels]:

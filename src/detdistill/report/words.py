@@ -158,6 +158,31 @@ def share_sentence(group: Group, baselines: Sequence[Run]) -> str:
     return f"{said}, more than the student's own loss." if share > 0.5 else f"{said}."
 
 
+def instability_sentence(groups: Sequence[Group]) -> str:
+    """How often queries changed the box they are matched to, in words; empty where nobody measured it."""
+    found = [(one, one.mean(_instability)) for one in groups]
+    known = [(one, mean) for one, mean in found if mean is not None]
+    if not known:
+        return ""
+    counts = {
+        min(int(run.config.get("instability") or 0), int(run.summary["data"].get("val_images") or 0))
+        for one, _ in known
+        for run in one.runs
+        if _instability(run) is not None
+    }
+    images = " or ".join(map(str, sorted(counts))) + f" validation image{'' if counts == {1} else 's'}"
+    said = ", ".join(f"{one.label} {mean:.2f}" for one, mean in known)
+    return (
+        "Queries of an image whose matched box is another than at the evaluation before (at first: than before training), "
+        f"mean over the first {images} (IS of DN-DETR, last decoder layer); lower is steadier. Mean of all evaluations: {said}."
+    )
+
+
+def _instability(run: Run) -> float | None:
+    values = run.curve("val/IS")[1]
+    return statistics.fmean(values) if values else None
+
+
 def _convergence_notes(group: Group, baselines: Sequence[Run], gain: Gain) -> list[str]:
     notes = []
     rises = [rise for run in baselines if (rise := _late_rise(run)) is not None]
