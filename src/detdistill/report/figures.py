@@ -244,6 +244,27 @@ def class_gains(
         return _svg(figure, f"gain of each class, {group.label}"), left_out
 
 
+def error_bars(models: Sequence[tuple[str, Mapping[str, float]]], kinds: Sequence[str]) -> str:
+    """AP50 lost to each kind of error: for each kind one bar for each model, in the models' order.
+
+    Args:
+        models: colour (a name of the style sheet) and AP50 lost, 0..1, by kind.
+        kinds: what is drawn.
+    """
+    with _panel(5.4, 2.7) as figure:
+        axes = figure.subplots()
+        width = 0.8 / len(models)
+        for index, (colour, lost) in enumerate(models):
+            x = [place + (index - (len(models) - 1) / 2) * width for place in range(len(kinds))]
+            axes.bar(x, [100 * lost[kind] for kind in kinds], width=0.9 * width, color=_SENTINELS[colour])
+        axes.set_xticks(range(len(kinds)), kinds)
+        axes.tick_params(axis="x", length=0)
+        axes.grid(visible=False, axis="x")
+        axes.set_ylim(bottom=0)
+        axes.set_title("AP50 lost, points", loc="left")
+        return _svg(figure, "AP50 lost to each kind of error")
+
+
 def _short(name: str, most: int) -> str:
     return name if len(name) <= most else name[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 

@@ -47,6 +47,17 @@ class Panels:
 
 
 @dataclass(frozen=True)
+class Errors:
+    """What AP50 is lost to: a legend, a chart, a table, and what distillation changed."""
+
+    legend: tuple[tuple[str, str], ...]
+    """Label and colour."""
+    svg: str
+    lines: tuple[Line, ...]
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ClassChart:
     """Per-class gains of one method."""
 
@@ -124,7 +135,7 @@ def render(groups: Sequence[Group], splits: DataSplits | None, data_note: str, g
     """The page as text."""
     import jinja2
 
-    from detdistill.evaluation.scores import METRICS
+    from detdistill.evaluation import ERRORS, METRICS
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("detdistill.report", "."),
@@ -158,6 +169,8 @@ def render(groups: Sequence[Group], splits: DataSplits | None, data_note: str, g
         matching_sentence=words.instability_sentence(groups),
         losses=_loss_panels(groups, palette),
         shares=shares,
+        errors=_errors(groups, palette),
+        error_names=ERRORS,
         classes=_class_charts(groups, palette),
         gallery=gallery,
         commands=[_command(run) for run in runs],
@@ -314,6 +327,40 @@ def _loss_panels(groups: Sequence[Group], palette: figures.Palette) -> list[Pane
 
 def _shares(one: Group, palette: figures.Palette, runs: Sequence[Run]) -> str:
     return figures.shares(one, palette, distillation_terms(one.runs[0], baselines_for(one, runs)))
+
+
+def _errors(groups: Sequence[Group], palette: figures.Palette) -> Errors | None:
+    """None when no run noted its errors (older runs, or no ground truth)."""
+    from detdistill.evaluation import ERRORS, KINDS
+
+    distilled = [one for one in groups if one.role == "distilled"]
+    runs = [run for one in groups for run in one.runs]
+    taught = words.teacher_errors(distilled[0], groups) if distilled else {}
+    models: list[tuple[str, str, dict[str, float], float | None, str]] = []
+    if taught and not any(one.role == "teacher" for one in groups):
+        models.append(("teacher", "teacher", taught, words.teacher_metric(distilled[0], groups, "AP50"), "teacher"))
+    for one in groups:
+        lost, ap50 = one.errors(), one.metric("AP50")
+        if one.role == "teacher" and taught:
+            lost, ap50 = taught, words.teacher_metric(distilled[0], groups, "AP50")
+        if lost:
+            models.append((one.label, palette.name(one), lost, ap50, one.role))
+    if not models:
+        return None
+    lines = []
+    for label, _, lost, ap50, role in models:
+        lines.append(Line(label, role, (words.points(ap50), *(words.points(lost.get(name)) for name in ERRORS))))
+    sentences = []
+    for one in distilled:
+        pair = paired(one, runs)
+        if pair is not None and one.errors():
+            sentences.append(words.error_sentence(one.label, *pair))
+    return Errors(
+        tuple((label, colour) for label, colour, *_ in models),
+        figures.error_bars([(colour, lost) for _, colour, lost, *_ in models], KINDS),
+        tuple(lines),
+        tuple(sentences),
+    )
 
 
 def _class_charts(groups: Sequence[Group], palette: figures.Palette) -> list[ClassChart]:

@@ -73,6 +73,12 @@ class Group:
         """Mean of one of the 12 numbers; None where COCO leaves it undefined."""
         return self.mean(lambda run: defined(run.summary["metrics"].get(name)))
 
+    def errors(self) -> dict[str, float]:
+        """Mean AP50 lost to each kind of error, over the seeds that noted it; empty where none did."""
+        names = dict.fromkeys(name for run in self.runs for name in run.summary.get("errors") or {})
+        means = {name: self.mean(lambda run, name=name: (run.summary.get("errors") or {}).get(name)) for name in names}  # type: ignore[misc]
+        return {name: value for name, value in means.items() if value is not None}
+
     def per_class(self) -> dict[str, float]:
         """Mean AP of each class that has ground truth."""
         names = dict.fromkeys(name for run in self.runs for name in run.summary.get("per_class") or {})

@@ -18,6 +18,12 @@ FEW_IMAGES = 500
 STILL_RISING = 0.005
 """AP gained in the last quarter of training from which a run is said to be unfinished."""
 SHORT_EPOCHS = 12
+NOTED_CHANGE = 0.005
+"""AP50 lost to a kind of error that must come or go for the page to speak of it."""
+KIND_WORDS = {
+    "Cls": "wrong classes", "Loc": "loose boxes", "Both": "both at once", "Dupe": "duplicates", "Bkg": "background",
+    "Miss": "missed objects",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,50 @@ def instability_sentence(groups: Sequence[Group]) -> str:
 def _instability(run: Run) -> float | None:
     values = run.curve("val/IS")[1]
     return statistics.fmean(values) if values else None
+
+
+def error_sentence(label: str, baseline: Group, distilled: Group) -> str:
+    """Which kinds of errors distillation made rarer and which more frequent: only what every pair of seeds agrees on.
+
+    Args:
+        label: what the page calls the method.
+        baseline: runs without distillation.
+        distilled: with it; those of the same seeds are compared.
+    """
+    alone = {run.seed: run.summary.get("errors") or {} for run in baseline.runs}
+    taught_by_seed = {run.seed: run.summary.get("errors") or {} for run in distilled.runs}
+    pairs = [(alone[seed], lost) for seed, lost in taught_by_seed.items() if lost and alone.get(seed)]
+    changes = {kind: [taught[kind] - plain[kind] for plain, taught in pairs] for kind in KIND_WORDS} if pairs else {}
+    means = {
+        kind: statistics.fmean(values)
+        for kind, values in changes.items()
+        if abs(statistics.fmean(values)) >= NOTED_CHANGE and (min(values) > 0 or max(values) < 0)
+    }
+    less = [
+        f"{points(-mean)} less to {KIND_WORDS[kind]}" for kind, mean in sorted(means.items(), key=lambda one: one[1]) if mean < 0
+    ]
+    more = [
+        f"{points(mean)} more to {KIND_WORDS[kind]}" for kind, mean in sorted(means.items(), key=lambda one: -one[1]) if mean > 0
+    ]
+    if not pairs:
+        return f"{label}: no baseline with the same seed noted its errors."
+    seeds = "one seed" if len(pairs) == 1 else f"mean of {len(pairs)} seeds, which agree on the direction"
+    if not less and not more:
+        which = "" if len(pairs) == 1 else " in the same direction in all seeds"
+        return f"{label}: no kind of error changed by {points(NOTED_CHANGE)} AP50 or more{which}."
+    parts = [_listed(part) for part in (less, more) if part]
+    return f"{label}: the student loses {', but '.join(parts)} than without distillation (points of AP50, {seeds})."
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def teacher_errors(group: Group | None, groups: Sequence[Group]) -> dict[str, float]:
+    """What the teacher's AP50 is lost to, measured as ``teacher_metric``; empty where nobody noted it."""
+    noted = [run.summary["teacher_errors"] for run in group.runs if run.summary.get("teacher_errors")] if group else []
+    teachers = [other for other in groups if other.role == "teacher"]
+    return dict(noted[0]) if noted else teachers[0].errors() if len(teachers) == 1 else {}
 
 
 def _convergence_notes(group: Group, baselines: Sequence[Run], gain: Gain) -> list[str]:
