@@ -3,18 +3,27 @@
     uv run python benchmarks/steps.py --out benchmarks/results/steps_cpu.json
 
 For each method: one online step (teacher forward, student forward and backward, losses, optimizer) against the sum of the
-student's own step and the teacher's forward, and, for the framework, ``detdistill.train``'s loop against a bare PyTorch
-loop over the same batches. All contenders take turns in one process, so that they share the noise; ratios are of medians.
+student's own step and the teacher's forward (``ratio``); against the sum of all its parts, each alone: the student's step, all
+that is asked of the teacher, and the method's own terms with their backward pass (``ratio_to_parts``); for detectors with queries
+the share of the step that one-to-one matching takes, and the part of it inside of scipy's solver. For the framework,
+``detdistill.train``'s loop against a bare PyTorch loop over the same batches. All contenders take turns in one process, so that
+they share the noise; ratios are of medians. With OMP_NUM_THREADS=1 the methods are measured in processor time.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
+import importlib
 import json
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
@@ -27,7 +36,7 @@ from detdistill.detectors.contract import Detector, Teacher
 from detdistill.methods.compose import build_method
 from detdistill.methods.contract import Method
 from detdistill.settings import TrainSettings
-from detdistill.structures import Batch, Clock
+from detdistill.structures import Batch, Clock, map_tensors
 from detdistill.training.module import StageModule
 from detdistill.training.optimizers import build_optimizer, build_schedule
 from detdistill.training.run import hardware, plain_stage, versions
@@ -35,30 +44,109 @@ from detdistill.training.run import hardware, plain_stage, versions
 METHODS = ("fitnet", "pkd", "cwd", "fkd", "fgd", "mgd")
 
 
+def clock(device: str) -> Callable[[], float]:
+    """Seconds of the processor where one thread does all the work, for others disturb them least; else those of the wall."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def turns(contenders: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
     """Median seconds of each, one call each per round."""
+    now = clock(device)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(rounds + 1):
         for name, call in contenders.items():
             if device == "cuda":
                 torch.cuda.synchronize()
-            started = time.perf_counter()
+            started = now()
             call()
             if device == "cuda":
                 torch.cuda.synchronize()
             if index:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(now() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+MATCHING = (
+    ("detdistill.detectors._transformers", "TransformersDetector.assign"),
+    ("detdistill.detectors._deformable", "hungarian"),
+    ("detdistill.detectors.adamixer", "AdaMixerDetector.assign"),
+    ("detdistill.methods.detrdistill", "detrdistill_match"),
+    ("detdistill.methods.d3etr", "d3etr_match"),
+)
+"""Functions that match one to one, costs included."""
+SOLVER = tuple(
+    (module, "linear_sum_assignment")
+    for module in (
+        "detdistill.functional.matching",
+        "transformers.loss.loss_for_object_detection",
+        "transformers.loss.loss_deformable_detr",
+        "transformers.loss.loss_rt_detr",
+        "transformers.loss.loss_lw_detr",
+    )
+)
+
+
+class Watch:
+    """Seconds spent inside of some functions; a call inside of another counts once."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+        self.seconds = 0.0
+        self.depth = 0
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, with its seconds counted."""
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            started = self.now()
+            self.depth += 1
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.depth -= 1
+                if not self.depth:
+                    self.seconds += self.now() - started
+
+        return call
+
+
+@contextlib.contextmanager
+def watching(places: Sequence[tuple[str, str]], now: Callable[[], float]) -> Iterator[Watch]:
+    """Count the seconds inside of functions, named by module and place in it."""
+    watch = Watch(now)
+    with contextlib.ExitStack() as stack:
+        for module, place in places:
+            *path, name = place.split(".")
+            owner: Any = importlib.import_module(module)
+            for part in path:
+                owner = getattr(owner, part)
+            stack.enter_context(mock.patch.object(owner, name, watch.timed(getattr(owner, name))))
+        yield watch
+
+
+def matching_shares(step: Callable[[], None], rounds: int, device: str) -> dict[str, float]:
+    """Medians over steps: parts of a step's seconds spent on matching, and in the solver alone."""
+    now = clock(device)
+    shares: dict[str, list[float]] = {"matching": [], "solver": []}
+    for _ in range(rounds):
+        with watching(MATCHING, now) as matching, watching(SOLVER, now) as solver:
+            started = now()
+            step()
+            whole = now() - started
+        shares["matching"].append(matching.seconds / whole)
+        shares["solver"].append(solver.seconds / whole)
+    return {f"{name}_share": round(statistics.median(values), 4) for name, values in shares.items()}
+
+
 def method_ratios(
-    teacher_name: str, student_name: str, size: int, batch_size: int, rounds: int, device: str
+    teacher_name: str, student_name: str, methods: Sequence[str], size: int, batch_size: int, rounds: int, device: str
 ) -> list[dict[str, float | str]]:
-    """Online step over (student step + teacher forward), for each method."""
+    """Online step over (student step + teacher forward), and over all its parts, for each method."""
     splits = load_data(f"digits:train={batch_size},val={batch_size},size=128,seed=0")
     loader = DetectionLoader(splits.train, ViewSettings(size=size), batch_size, train=True)
     batch: Batch = next(iter(loader)).to(device)
-    teacher = Teacher(build_detector(teacher_name, splits.classes)).to(device)
+    detector = build_detector(teacher_name, splits.classes)
+    teacher, kept = Teacher(detector).to(device), Teacher(detector).to(device)
     settings = TrainSettings(lr=1e-5)
 
     def stepper(student: Detector, method: Method | None) -> Callable[[], None]:
@@ -79,15 +167,40 @@ def method_ratios(
         teacher.observe(batch)
         teacher.forget()
 
+    def terms(student: Detector, slug: str) -> Callable[[], None]:
+        """The method's own terms on an observation that was made before, and their backward pass down to it."""
+        method = build_method(slug, kept, student).to(device)  # of a teacher that remembers the batch
+        taught = method.taught(batch)
+        seen = map_tensors(student(batch).float(), lambda t: t.detach().requires_grad_(t.is_floating_point()))
+
+        def learn() -> None:
+            method.learn(student, seen, taught, batch, Clock(1, 10)).total().backward()
+            student.zero_grad()
+
+        return learn
+
     rows: list[dict[str, float | str]] = []
-    for slug in METHODS:
+    for slug in methods:
         alone = build_detector(student_name, splits.classes).to(device).train()
-        taught = build_detector(student_name, splits.classes).to(device).train()
-        method = build_method(slug, teacher, taught).to(device)
-        found = turns({"student": stepper(alone, None), "teacher": look, "online": stepper(taught, method)}, rounds, device)
-        ratio = found["online"] / (found["student"] + found["teacher"])
-        rows.append({"method": slug, "ratio": round(ratio, 3), **{name: round(value, 4) for name, value in found.items()}})
-        print(rows[-1], flush=True)
+        learner = build_detector(student_name, splits.classes).to(device).train()
+        method = build_method(slug, teacher, learner).to(device)
+
+        def teach(method: Method = method) -> None:
+            method.taught(batch)
+            teacher.forget()
+
+        online = stepper(learner, method)
+        contenders = {"student": stepper(alone, None), "teacher": look, "teach": teach, "terms": terms(alone, slug)}
+        found = turns({**contenders, "online": online}, rounds, device)
+        row: dict[str, float | str] = {"method": slug}
+        row["ratio"] = round(found["online"] / (found["student"] + found["teacher"]), 3)
+        row["ratio_to_parts"] = round(found["online"] / (found["student"] + found["teach"] + found["terms"]), 3)
+        row |= {name: round(value, 4) for name, value in found.items()}
+        if learner.spec.family == "queries":
+            row |= matching_shares(online, rounds, device)
+        rows.append(row)
+        print(row, flush=True)
+        kept.forget()
     return rows
 
 
@@ -149,20 +262,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--teacher", default="retinanet:resnet50", help="model string")
     parser.add_argument("--student", default="retinanet:resnet18", help="model string")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="method strings")
+    parser.add_argument("--no-framework", action="store_true", help="leave out the comparison of training loops")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
     chosen = parser.parse_args()
-    framework = framework_ratio(chosen.rounds, chosen.device)
+    framework = None if chosen.no_framework else framework_ratio(chosen.rounds, chosen.device)
     print("framework", framework, flush=True)
-    rows = method_ratios(chosen.teacher, chosen.student, chosen.size, chosen.batch, chosen.rounds, chosen.device)
+    rows = method_ratios(chosen.teacher, chosen.student, chosen.methods, chosen.size, chosen.batch, chosen.rounds, chosen.device)
     content = {
-        "what": f"{chosen.student} under {chosen.teacher}, {chosen.size} pixels, batch {chosen.batch}, float32; "
-        "framework: demo's student",
+        "what": f"{chosen.student} under {chosen.teacher}, {chosen.size} pixels, batch {chosen.batch}, float32"
+        + ("" if framework is None else "; framework: demo's student"),
         "command": "uv run python benchmarks/steps.py " + shlex.join(sys.argv[1:]),
+        "clock": clock(chosen.device).__name__,
         "online_over_parts": rows,
-        "loop_over_plain_pytorch": framework,
+        **({} if framework is None else {"loop_over_plain_pytorch": framework}),
         "hardware": hardware(),
         "versions": versions(),
     }
