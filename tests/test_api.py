@@ -9,6 +9,7 @@ from detdistill import api, cli
 from detdistill.detectors.build import build_detector, load_detector
 from detdistill.detectors.saved import save_student
 from detdistill.errors import ClassNameError, DetdistillError, RunError, name_list
+from detdistill.evaluation import ERRORS
 from detdistill.methods.compose import MethodError
 
 MODEL = "fcos:resnet10t,channels=16-16-16-16,stem=8,neck=32,levels=3-4,convs=1"
@@ -54,6 +55,8 @@ def test_a_student_folder_is_evaluated_on_any_split(student):
     assert first.metrics == again.metrics
     assert first.images == 8
     assert tuple(first.per_class) == CLASSES
+    assert tuple(first.errors) == ERRORS
+    assert first.errors["FalseNeg"] > 0
     assert api.evaluate(str(student), DIGITS, split="train", size=64, device="cpu").images == 24
     with pytest.raises(RunError, match=r"no split 'test' in digits.*; there are train, val"):
         api.evaluate(str(student), DIGITS, split="test", size=64)

@@ -51,9 +51,10 @@ def test_two_processes_from_the_command_line(teacher: Path, tmp_path: Path):
     assert sum(bool(row["val/AP"]) for row in rows) == 1
     # One process scores the student to exactly the same numbers.
     splits = load_data(small.DATA)
-    alone = evaluate(load_detector(tmp_path / "run"), splits.val, ViewSettings(size=64), batch_size=4)
+    alone = evaluate(load_detector(tmp_path / "run"), splits.val, ViewSettings(size=64), batch_size=4, errors=True)
     assert alone.metrics == summary["metrics"]
     assert alone.per_class == summary["per_class"]
+    assert alone.errors == summary["errors"] != {}
     again = command("distill", **common)
     assert again.returncode == 2
     assert [line for line in again.stderr.splitlines() if line.startswith("detdistill: ")] == [again.stderr.splitlines()[-1]]

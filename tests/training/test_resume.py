@@ -76,7 +76,7 @@ def test_killed_and_resumed_equals_uninterrupted(kill: str, uninterrupted: Path,
     small.distill(teacher, tmp_path / "run", **DISTILLED, resume=True)
     assert small.unequal_runs(uninterrupted, tmp_path / "run") == []
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (uninterrupted, tmp_path / "run")]
-    for key in ("steps", "images_seen", "epochs", "metrics", "per_class", "best_ap", "config_fingerprint"):
+    for key in ("steps", "images_seen", "epochs", "metrics", "per_class", "errors", "best_ap", "config_fingerprint"):
         assert summaries[0][key] == summaries[1][key], key
     assert summaries[0]["images_seen"] == 48
 
