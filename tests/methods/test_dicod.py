@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -420,6 +421,20 @@ def test_a_sample_has_the_mean_of_all():
     assert bool(((drawn.mean(dim=0) - expected).abs() < 4 * error).all())
     assert torch.equal(terms(part, CLOCK)[1], terms(part, CLOCK)[1])  # seeded
     assert float(terms(part, CLOCK)[0].monitors["cropped"]) < 1
+
+
+def test_all_predicted_boxes_go_through_the_classifier_in_one_batch():
+    student, batch = TinyDense(seed=2), tiny_batch(3)
+    seen = student(batch)
+    positives = student.positives(seen.prediction, student.assign(seen.prediction, batch), batch)
+    assert len(positives) > 3
+    assert len(positives.image.unique()) > 1
+    for limit in (len(positives), 3):
+        method = build(student, max_crops=limit)
+        taught = method.teach(batch)
+        with mock.patch.object(method.classifier, "maps", wraps=method.classifier.maps) as maps:
+            method.learn(student, seen, taught, batch, CLOCK)
+        assert [len(call.args[0]) for call in maps.call_args_list] == [limit]
 
 
 # ---------------------------------------------------------------------------------------------------------- bad boxes
