@@ -39,15 +39,17 @@ def deformable_attention(value: Tensor, spatial_shapes: Sequence[tuple[int, int]
         1.5
     """
     images, _, heads, width = value.shape
-    queries = locations.shape[1]
-    grids = (2 * locations - 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)  # [B*M, L, Q, P, 2]
-    factors = weights.permute(0, 2, 3, 1, 4).flatten(0, 1)[:, :, None]  # [B*M, L, 1, Q, P]
+    # Queries last: all that follows then runs along them, and nothing is copied if the caller had them last in memory.
+    places = locations.permute(0, 2, 3, 4, 5, 1)  # [B, M, L, P, 2, Q]
+    shares = weights.permute(0, 2, 3, 4, 1)  # [B, M, L, P, Q]
+    grids = (2 * places - 1).movedim(2, 0).flatten(1, 2).permute(0, 1, 2, 4, 3)  # [L, B*M, P, Q, 2]
+    factors = shares.movedim(2, 0).flatten(1, 2)[:, :, None]  # [L, B*M, 1, P, Q]
     summed = value.new_zeros(())
     for level, cells in enumerate(torch.split(value, [rows * columns for rows, columns in spatial_shapes], dim=1)):
         maps = cells.permute(0, 2, 3, 1).reshape(images * heads, width, *spatial_shapes[level])
-        seen = F.grid_sample(maps, grids[:, level], mode="bilinear", padding_mode="zeros", align_corners=False)
-        summed = summed + (seen * factors[:, level]).sum(dim=-1)  # [B*M, D, Q]; level by level needs least memory
-    return summed.reshape(images, heads * width, queries).transpose(1, 2)
+        samples = F.grid_sample(maps, grids[level], mode="bilinear", padding_mode="zeros", align_corners=False)
+        summed = summed + (samples * factors[level]).sum(dim=2)  # [B*M, D, Q]; level by level needs least memory
+    return summed.reshape(images, heads * width, locations.shape[1]).transpose(1, 2)
 
 
 def valid_ratios(padding: Sequence[Tensor]) -> Tensor:
@@ -168,21 +170,26 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(cells)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
+        # Queries last, as in ``deformable_attention``: a softmax over a few neighbouring numbers is slow on a CPU.
         # Places need at least float32: half precision is off by a cell at the far side of a large map.
-        offsets = _at_least_float32(self.sampling_offsets(queries)).view(images, count, heads, levels, points, 2)
-        weights = _at_least_float32(self.attention_weights(queries)).view(images, count, heads, levels * points)
-        places = (
-            references.to(offsets.dtype)[:, :, None] * ratios.to(offsets.dtype).repeat(1, 1, references.shape[-1] // 2)[:, None]
+        offsets, weights = (
+            _at_least_float32(layer(queries)).transpose(1, 2).contiguous()
+            for layer in (self.sampling_offsets, self.attention_weights)
         )
-        places = places[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
+        offsets = offsets.view(images, heads, levels, points, 2, count)
+        shares = weights.view(images, heads, levels * points, count).softmax(dim=2)
+        pairs = references.shape[-1] // 2  # the centre, and the size of a box
+        places = references.to(offsets.dtype).transpose(1, 2).reshape(images, 1, pairs, 2, count)
+        places = (places * ratios.to(offsets.dtype)[:, :, None, :, None])[:, None]  # [B, 1, L, 1 or 2, 2, Q]
         if references.shape[-1] == 2:
             sizes = [(columns, rows) for rows, columns in spatial_shapes]
-            offsets = offsets / torch.tensor(sizes, device=offsets.device, dtype=offsets.dtype)[:, None]
+            offsets = offsets / torch.tensor(sizes, device=offsets.device, dtype=offsets.dtype)[:, None, :, None]
         else:
-            offsets = offsets / points * places[..., 2:] * 0.5
-        shares = weights.softmax(dim=-1).view(images, count, heads, levels, points)
+            offsets = offsets / points * places[:, :, :, 1:] * 0.5
+        locations = (places[:, :, :, :1] + offsets).permute(0, 5, 1, 2, 3, 4)
+        shares = shares.view(images, heads, levels, points, count).permute(0, 4, 1, 2, 3)
         value = value.to(offsets.dtype).view(images, -1, heads, channels // heads)
-        attended = deformable_attention(value, spatial_shapes, places[..., :2] + offsets, shares)
+        attended = deformable_attention(value, spatial_shapes, locations, shares)
         out: Tensor = self.output_proj(attended.to(queries.dtype))
         return out
 
