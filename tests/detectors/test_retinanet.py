@@ -98,6 +98,15 @@ def test_places_of_predictions(detector):
     assert prediction.levels.bincount().tolist() == [2304, 576, 144, 36, 9]
 
 
+def test_anchors_start_where_asked():
+    small = build_detector(f"{NAME},anchors=1.5", ["a"])
+    assert [tuple(sides) for sides in small.model.anchor_generator.sizes[:2]] == [(12, 15, 19), (24, 30, 38)]
+    with pytest.raises(ModelError, match="strides of 8 pixels are less than a pixel"):
+        build_detector(f"{NAME},anchors=0.1", ["a"])
+    with pytest.raises(ModelError, match="anchors"):
+        build_detector("fcos:resnet10t,anchors=2", ["a"])
+
+
 def test_head_copy_and_class_rows(detector):
     batch = unequal_batch()
     features = detector.features(batch)

@@ -54,6 +54,8 @@ class ModelOptions:
     """Width of the box head's two layers (two-stage detectors)."""
     size: int | None = field(default=None, metadata={"only": ("ssd",)})
     """Side of the images that the detector is made for: 300 or 512 (``ssd:vgg16`` only)."""
+    anchors: float | None = field(default=None, metadata={"only": ("retinanet",)})
+    """Side of the smallest anchor of a cell, in strides (``retinanet``; 4). Less than 4 for objects smaller than 32 pixels."""
     dim: int | None = field(default=None, metadata={"only": ("adamixer", *DETRS)})
     """Channels of the queries and of the features they read (detectors with queries)."""
     queries: int | None = field(default=None, metadata={"only": ("adamixer", *DETRS)})
@@ -225,6 +227,7 @@ READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "rois": (_positive, "positive whole number"),
     "mlp": (_positive, "positive whole number"),
     "size": (_positive, "positive whole number"),
+    "anchors": (_factor, "positive number"),
     "dim": (_positive, "positive whole number"),
     "queries": (_positive, "positive whole number"),
     "encoder": (_positive, "positive whole number"),

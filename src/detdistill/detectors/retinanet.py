@@ -29,7 +29,7 @@ MODEL_CLASS = RetinaNet
 
 
 def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RetinaNetDetector:
-    """A fresh RetinaNet on a timm backbone: levels 3-7, nine anchors from four strides up, four head convolutions.
+    """A fresh RetinaNet on a timm backbone: levels 3-7, nine anchors from four strides (``anchors``) up, four head convolutions.
 
     Detections start at a score of 0.05, 1000 candidates of each level, 300 detections: torchvision's defaults.
 
@@ -43,14 +43,16 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Retin
     pyramid = pyramid_description(backbone, options, levels=(3, 7))
     first, last = options.levels or (3, 7)
     mean, std = image_statistics(backbone, options)
-    bases = [4 * 2**level for level in range(first, last + 1)]
+    bases = [(options.anchors or 4) * 2**level for level in range(first, last + 1)]
+    if bases[0] < 1:
+        raise ModelError(f"retinanet: anchors={options.anchors} strides of {2**first} pixels are less than a pixel")
     description = {
         "call": "torchvision.models.detection.RetinaNet",
         "backbone": pyramid,
         "num_classes": len(classes) + 1,
         "anchor_generator": {
             "call": "torchvision.models.detection.anchor_utils.AnchorGenerator",
-            "sizes": [[base, int(base * 2 ** (1 / 3)), int(base * 2 ** (2 / 3))] for base in bases],
+            "sizes": [[int(base * 2 ** (part / 3)) for part in range(3)] for base in bases],
             "aspect_ratios": [[0.5, 1.0, 2.0]] * len(bases),
         },
         "head": {
