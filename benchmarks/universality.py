@@ -51,7 +51,7 @@ KINDS = {
     "atss": Kind(f"atss:{LARGE},convs=2", f"atss:{SMALL},convs=2", 3e-3, 1250, 400),
     "faster_rcnn": Kind(f"faster_rcnn:{LARGE},{TWO_STAGES}", f"faster_rcnn:{SMALL},{TWO_STAGES}", 1e-3, 1250, 400),
     "fcos": Kind(f"fcos:{LARGE},convs=2", f"fcos:{SMALL},convs=2", 3e-3, 1250, 400),
-    "reppoints": Kind(f"reppoints:{LARGE},convs=2", f"reppoints:{SMALL},convs=2", 3e-3, 1250, 400),
+    "reppoints": Kind(f"reppoints:{LARGE},convs=2", f"reppoints:{SMALL},convs=2", 3e-3, 2500, 400),
     "deformable_detr": Kind(
         f"deformable_detr:resnet10t,channels=32-64-128-256,{DETR}",
         f"deformable_detr:resnet10t,channels=16-32-64-128,{DETR}",
