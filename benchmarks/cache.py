@@ -4,8 +4,11 @@
 
 Writing and reading are measured with the records of one teacher and one method (FitNet: the whole pyramid), in every store.
 A step is student forward and backward, losses and optimizer: alone, online (teacher forward too) and offline (records read,
-checked and decoded), in turns in one process, so that they share the noise; ratios are of medians. Peak memory is that of one
-step, on a GPU as torch counts it, on a CPU what the process has ever held, in a process of its own for each contender.
+checked and decoded). Two parts are measured by themselves: ``teach`` (teacher forward, and what the method makes of it) and
+``learn`` (the method's own networks and losses, forward and backward, on given features). All take turns in one process, so that
+they share the noise; ratios are of medians, their times also as multiply-adds (those of matrix products and convolutions, forward
+only). Extractors are untrained: speed does not depend on their weights. Peak memory is that of one step, on a GPU as torch counts
+it, on a CPU what the process has ever held, in a process of its own for each contender.
 """
 
 import argparse
@@ -16,10 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from detdistill.cache.encoding import STORES, encode
 from detdistill.cache.identity import knowledge_of, views_of
@@ -37,35 +42,36 @@ from detdistill.settings import TrainSettings
 from detdistill.structures import Batch, Clock
 from detdistill.training.optimizers import build_optimizer
 from detdistill.training.run import hardware, plain_stage, versions
-from steps import turns
+from steps import clock, turns
 
 
 def filled(
-    folder: Path, teacher: Teacher, splits: DataSplits, views: ViewSettings, method: str, store: str, device: str
+    folder: Path, teacher: Teacher, splits: DataSplits, views: ViewSettings, chosen: argparse.Namespace, store: str
 ) -> dict[str, Any]:
     """Write a cache; MB/s of encoding and writing (to the disk, fsync included), without the teacher's time."""
-    chosen = sights(splits.train, views)
+    wanted = sights(splits.train, views)
+    method = build_method(chosen.method, teacher, build_detector(chosen.student, splits.classes)).to(chosen.device)
     about = About(
         teacher="benchmark",
         teacher_fingerprint=teacher.fingerprint,
         teacher_parameters=0,
         spec=teacher.spec,
-        method=method,
+        method=chosen.method,
         student=None,
-        knowledge=tuple(knowledge_of(method)),
+        knowledge=tuple(knowledge_of(chosen.method)),
         stages=(),
         data="digits",
         data_fingerprint=splits.train.fingerprint,
         views=views_of(views),
         store=store,
         precision="32",
-        records=len(chosen),
+        records=len(wanted),
     )
     cache = KnowledgeCache.create(str(folder), about)
     writer = ShardWriter(cache.folder, about.fingerprint)
     seconds, count = 0.0, 0
-    for group, batch in batches_of(splits.train, views, chosen, 4):
-        pieces = teacher.observe(batch.to(device)).split(len(group))
+    for group, batch in batches_of(splits.train, views, wanted, 4):
+        pieces = method.teach(batch.to(chosen.device)).split(len(group))
         teacher.forget()
         started = time.perf_counter()
         for sight, piece in zip(group, pieces, strict=True):
@@ -77,12 +83,13 @@ def filled(
     writer.flush()
     seconds += time.perf_counter() - started
     cache.index.refresh()
-    keys = [sight.key for sight in chosen]
+    keys = [sight.key for sight in wanted]
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0)).tolist()
-    started = time.perf_counter()
+    now = clock(chosen.device)
+    started = now()
     for index in order:
         cache.read(keys[index])
-    reading = time.perf_counter() - started
+    reading = now() - started
     return {
         "store": store,
         "records": len(keys),
@@ -119,6 +126,39 @@ def contender(name: str, chosen: argparse.Namespace, splits: DataSplits, batch: 
     return step
 
 
+def parts(chosen: argparse.Namespace, splits: DataSplits, batch: Batch) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
+    """``teach`` and ``learn`` by themselves, and millions of multiply-adds of the student's forward and of learning."""
+    student = build_detector(chosen.student, splits.classes).to(chosen.device).train()
+    teacher = Teacher(build_detector(chosen.teacher, splits.classes)).to(chosen.device)
+    method = build_method(chosen.method, teacher, student).to(chosen.device)
+    taught = method.teach(batch)
+    teacher.forget()
+    with torch.no_grad():
+        seen = student(batch)
+    features = replace(seen.features, maps=tuple(level.detach().requires_grad_() for level in seen.features.maps))
+
+    def forward() -> torch.Tensor:
+        return method.learn(student, replace(seen, features=features), taught, batch, Clock(1, 10)).total()
+
+    def teach() -> None:
+        method.teach(batch)
+        teacher.forget()
+
+    def learn() -> None:
+        forward().backward()
+        method.zero_grad()
+        for level in features.maps:
+            level.grad = None
+
+    calls = {"student": lambda: student(batch), "learn": forward}
+    counts = {}
+    for name, call in calls.items():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counts[name] = round(counter.get_total_flops() / 2e6, 1)
+    return {"teach": teach, "learn": learn}, counts
+
+
 def peak(name: str, chosen: argparse.Namespace, splits: DataSplits, batch: Batch, folder: Path | None) -> float:
     """Megabytes after three steps."""
     if chosen.device == "cuda":
@@ -145,6 +185,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--stores", nargs="+", default=list(STORES), choices=STORES)
     parser.add_argument("--folder", type=Path, default=None, help="where the caches are made and left; none: a temporary folder")
     parser.add_argument("--peak", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -157,28 +198,49 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         home = chosen.folder or Path(scratch)
         teacher = Teacher(build_detector(chosen.teacher, splits.classes)).to(chosen.device)
-        stores = [filled(home / store, teacher, splits, views, chosen.method, store, chosen.device) for store in STORES]
+        stores = [filled(home / store, teacher, splits, views, chosen, store) for store in chosen.stores]
         print(*stores, sep="\n", flush=True)
         del teacher
         rows = []
-        for store in STORES:
+        alone_parts, counts = parts(chosen, splits, batch)
+        for written in stores:
+            store = written["store"]
             names = {"alone": "alone", "online": "online", store: "offline"}
             steps = {name: contender(kind, chosen, splits, batch, home / store) for name, kind in names.items()}
-            found = turns(steps, chosen.rounds, chosen.device)
-            ratios = {"offline_over_alone": found[store] / found["alone"], "offline_over_online": found[store] / found["online"]}
+            found = turns(steps | alone_parts, chosen.rounds, chosen.device)
+            ratios = {
+                "offline_over_alone": found[store] / found["alone"],
+                "offline_over_online": found[store] / found["online"],
+                "offline_over_alone_and_learn": found[store] / (found["alone"] + found["learn"]),
+                "online_over_alone_and_teach": found["online"] / (found["alone"] + found["teach"]),
+                "online_over_alone_teach_and_learn": found["online"] / (found["alone"] + found["teach"] + found["learn"]),
+                "reads_over_images_of_alone": written["random_reads_per_second"] * found["alone"] / chosen.batch,
+            }
             rows.append({"store": store, **{name: round(value, 3) for name, value in ratios.items()}})
             rows[-1] |= {"seconds": {kind: round(found[name], 4) for name, kind in names.items()}}
+            rows[-1]["seconds"] |= {name: round(found[name], 4) for name in alone_parts}
             print(rows[-1], flush=True)
         peaks = {}
+        store = "float16" if "float16" in chosen.stores else chosen.stores[0]
         for name in ("alone", "online", "offline"):
-            again = [sys.executable, *sys.argv, "--peak", name, "--folder", str(home / "float16")]
+            again = [
+                sys.executable,
+                *sys.argv,
+                "--peak",
+                name,
+                "--folder",
+                str(home / store),
+            ]
             peaks[name] = round(float(subprocess.run(again, check=True, capture_output=True, text=True).stdout.split()[-1]))
         print(peaks)
     content = {
         "what": f"{chosen.student} under {chosen.teacher}, {chosen.method}, {chosen.size} pixels, batch {chosen.batch}, float32",
         "command": "uv run python benchmarks/cache.py " + shlex.join(sys.argv[1:]),
         "stores": stores,
+        "clock": clock(chosen.device).__name__,
+        "threads": torch.get_num_threads(),
         "steps": rows,
+        "million_multiply_adds_forward": counts,
         "peak_megabytes": peaks,
         "note": "written and read through the page cache of a shared machine; first reads from a cold disk are slower",
         "hardware": hardware(),
