@@ -61,7 +61,7 @@ KINDS = {
 PAIRED = (  # three of them with the DETR on one side
     ("fcos", "fcos"),
     ("faster_rcnn", "fcos"),
-    ("atss", "reppoints"),
+    ("retinanet", "atss"),
     ("deformable_detr", "fcos"),
     ("deformable_detr", "atss"),
     ("fcos", "deformable_detr"),
@@ -124,10 +124,12 @@ def tasks(work: Path, seeds: Sequence[int], kinds: Sequence[str], parts: Sequenc
         found += teaching(work, name, KINDS[name].teacher, KINDS[name])
     cells = [(teacher, student) for teacher in kinds for student in kinds]
     cells.sort(key=lambda pair: pair not in PAIRED)
-    for teacher, student in cells if "grid" in parts else ():
-        found += cell(work, teacher, student, seeds[0])
+    if "grid" in parts:  # RepPoints' deformable convolutions take longest
+        found += [task for pair in cells if pair[1] != "reppoints" for task in cell(work, *pair, seeds[0])]
     if "paired" in parts:
         found += [task for seed in seeds[1:] for pair in cells if pair in PAIRED for task in cell(work, *pair, seed)]
+    if "grid" in parts:
+        found += [task for pair in cells if pair[1] == "reppoints" for task in cell(work, *pair, seeds[0])]
     if "stores" in parts:
         found += stores(work, seeds)
     if "ablations" in parts:
