@@ -9,6 +9,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import time
 import traceback
@@ -143,3 +144,19 @@ def write(path: Path, content: dict[str, Any]) -> None:
     scratch = path.with_suffix(".part")
     scratch.write_text(json.dumps(content, indent=2) + "\n")
     scratch.replace(path)
+
+
+GAIN_COLUMNS = ("seeds", "alone", "distilled", "gain", "95 % interval", "verdict")
+
+
+def gain_cells(gain: dict[str, Any]) -> list[object]:
+    """What ``GAIN_COLUMNS`` names, of a ``detdistill.compare.Gain`` as a dictionary; in percent."""
+    alone, distilled = (statistics.fmean(100 * pair[side] for pair in gain["pairs"]) for side in ("baseline", "distilled"))
+    interval = "" if gain["low"] is None else f"{100 * gain['low']:+.1f} .. {100 * gain['high']:+.1f}"
+    return [len(gain["pairs"]), f"{alone:.1f}", f"{distilled:.1f}", f"{100 * gain['mean']:+.1f}", interval, gain["verdict"]]
+
+
+def markdown(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines of a table; the first row is its head."""
+    lines = ["| " + " | ".join("" if value is None else str(value) for value in row) + " |" for row in rows]
+    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]

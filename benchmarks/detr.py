@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _runs import Task, ap, machine, read, run, write
+from _runs import GAIN_COLUMNS, Task, ap, gain_cells, machine, markdown, read, run, write
 from detdistill.compare import compare_runs
 
 DATA = "digits:train=2000,val=300,size=96,seed=0"
@@ -263,12 +263,8 @@ def tables(found: dict[str, Any]) -> str:
     for kind, row in found["families"].items():
         rows.append([kind, *(row.get(name, {}).get("share_of_gradient", "") for name in names)])
     text += [*markdown(rows), ""]
-    rows = [["method", "seeds", "alone", "distilled", "gain", "95 % CI", "verdict"]]
-    for gain in found["paired"]:
-        means = [100 * sum(pair[key] for pair in gain["pairs"]) / len(gain["pairs"]) for key in ("baseline", "distilled")]
-        ends = "" if gain["low"] is None else f"{100 * gain['low']:+.1f} .. {100 * gain['high']:+.1f}"
-        cells = [gain["name"], len(gain["pairs"]), *(f"{mean:.1f}" for mean in means)]
-        rows.append([*cells, f"{100 * gain['mean']:+.1f}", ends, gain["verdict"]])
+    rows = [["method", *GAIN_COLUMNS]]
+    rows += [[gain["name"], *gain_cells(gain)] for gain in found["paired"]]
     text += [f"Of {MAIN}:", "", *markdown(rows), ""]
     rows = [["encoder/decoder layers", "alone", "detrdistill"]]
     rows += [[depth, shown(row.get("baseline")), shown(row.get("detrdistill"))] for depth, row in found["depths"].items()]
@@ -280,11 +276,6 @@ def tables(found: dict[str, Any]) -> str:
     rows = [["instability after epoch", "values"]]
     rows += [[name, ", ".join(map(str, values))] for name, values in found["instability"].items()]
     return "\n".join([*text, *markdown(rows)]) + "\n"
-
-
-def markdown(rows: Sequence[Sequence[object]]) -> list[str]:
-    lines = ["| " + " | ".join(str(value) for value in row) + " |" for row in rows]
-    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from _runs import Task, ap, machine, read, run, write
+from _runs import GAIN_COLUMNS, Task, ap, gain_cells, machine, markdown, read, run, write
 from detdistill.compare import compare_runs
 from detdistill.data.discover import load_data
 from detdistill.data.loader import DetectionLoader
@@ -261,22 +261,11 @@ def tables(found: dict[str, Any]) -> str:
         lost = [cells["runs"].get(name, {}).get(seed, {}).get("errors") for name in ("baseline", *names)]
         texts = [f"{one['Cls']:.1f} / {one['Loc']:.1f}" if one else "-" for one in lost]
         lines.append(f"| {data} | {student} | " + " | ".join(texts) + " |")
-    lines += [
-        "",
-        "Several seeds, paired.",
-        "",
-        "| data | student | method | metric | alone | with | gain | 95 % interval | verdict |",
-    ]
-    lines.append("|" + " --- |" * 9)
+    rows: list[list[object]] = [["data", "student", "method", "metric", *GAIN_COLUMNS]]
     for data, student, cells in _rows(found):
         for method, metrics in cells["gains"].items():
-            for metric, gain in metrics.items():
-                alone, taught = (
-                    100 * statistics.fmean(pair[side] for pair in gain["pairs"]) for side in ("baseline", "distilled")
-                )
-                interval = f"{100 * gain['low']:+.1f} .. {100 * gain['high']:+.1f}"
-                numbers = f"{alone:.1f} | {taught:.1f} | {100 * gain['mean']:+.1f} | {interval}"
-                lines.append(f"| {data} | {student} | {method} | {metric} | {numbers} | {gain['verdict']} |")
+            rows += [[data, student, method, metric, *gain_cells(gain)] for metric, gain in metrics.items()]
+    lines += ["", "Several seeds, paired.", "", *markdown(rows)]
     teachers = [
         f"{data} {name} {one['AP']}" for data, kinds in found["teachers"].items() for name, one in kinds.items() if one["AP"]
     ]

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _runs import Task, ap, filling, machine, read, run, write
+from _runs import GAIN_COLUMNS, Task, ap, filling, gain_cells, machine, markdown, read, run, write
 from detdistill.compare import compare_runs
 
 DATA = "digits:train=2000,val=300,size=96,seed=0"
@@ -226,12 +226,8 @@ def tables(found: dict[str, Any]) -> str:
         for index, method in enumerate(METHODS):
             rows.append([f"{student} ({row['baseline']})" if index == 0 else "", method, *(row[name][method] for name in names)])
     text = ["Teachers in columns.", "", *markdown(rows), ""]
-    rows = [["teacher", "student", "method", "seeds", "alone", "distilled", "gain", "95 % CI", "verdict"]]
-    for gain in found["paired"]:
-        means = [100 * sum(pair[key] for pair in gain["pairs"]) / len(gain["pairs"]) for key in ("baseline", "distilled")]
-        ends = "" if gain["low"] is None else f"{100 * gain['low']:+.1f} .. {100 * gain['high']:+.1f}"
-        cells = [gain["teacher"], gain["student"], gain["method"], len(gain["pairs"])]
-        rows.append([*cells, *(f"{mean:.1f}" for mean in means), f"{100 * gain['mean']:+.1f}", ends, gain["verdict"]])
+    rows = [["teacher", "student", "method", *GAIN_COLUMNS]]
+    rows += [[gain["teacher"], gain["student"], gain["method"], *gain_cells(gain)] for gain in found["paired"]]
     text += [*markdown(rows), ""]
     rows = [["method", "seed", "AP from float32", "AP from auto"]]
     for name, pairs in found["stores"]["AP"].items():
@@ -244,11 +240,6 @@ def tables(found: dict[str, Any]) -> str:
             rows.append([way, name, run_["AP"], round(run_["seconds"]), cache["seconds"], cache["megabytes"]])
     text += [*markdown(rows), "", *markdown([["ablation", "AP"], *found["ablations"].items()])]
     return "\n".join(text) + "\n"
-
-
-def markdown(rows: Sequence[Sequence[object]]) -> list[str]:
-    lines = ["| " + " | ".join(str(value) for value in row) + " |" for row in rows]
-    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
 
 
 def main() -> None:
