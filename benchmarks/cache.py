@@ -214,7 +214,7 @@ def main() -> None:
                 "offline_over_alone_and_learn": found[store] / (found["alone"] + found["learn"]),
                 "online_over_alone_and_teach": found["online"] / (found["alone"] + found["teach"]),
                 "online_over_alone_teach_and_learn": found["online"] / (found["alone"] + found["teach"] + found["learn"]),
-                "reads_over_images_of_alone": written["random_reads_per_second"] * found["alone"] / chosen.batch,
+                "reads_over_images_of_alone": written["random_reads_per_second"] * found["alone"] / len(batch),
             }
             rows.append({"store": store, **{name: round(value, 3) for name, value in ratios.items()}})
             rows[-1] |= {"seconds": {kind: round(found[name], 4) for name, kind in names.items()}}
@@ -234,7 +234,7 @@ def main() -> None:
             peaks[name] = round(float(subprocess.run(again, check=True, capture_output=True, text=True).stdout.split()[-1]))
         print(peaks)
     content = {
-        "what": f"{chosen.student} under {chosen.teacher}, {chosen.method}, {chosen.size} pixels, batch {chosen.batch}, float32",
+        "what": f"{chosen.student} under {chosen.teacher}, {chosen.method}, {chosen.size} pixels, batch {len(batch)}, float32",
         "command": "uv run python benchmarks/cache.py " + shlex.join(sys.argv[1:]),
         "stores": stores,
         "clock": clock(chosen.device).__name__,
