@@ -24,6 +24,7 @@ OTHER = {
     "rois": "12",
     "mlp": "24",
     "size": "512",
+    "anchors": "2",
     "dim": "64",
     "queries": "7",
     "encoder": "2",
