@@ -181,7 +181,7 @@ def shares(group: Group, palette: Palette, terms: Sequence[str]) -> str:
         if length > 1:
             axes.set_xlim(x[0], x[-1])
             axes.set_xlabel("step")
-        axes.set_title(f"{_short(group.label, 40)}: share of the student's gradient", loc="left")
+        axes.set_title(f"{_short(group.label, 40)}:\nshare of the student's gradient", loc="left")
         return _svg(figure, f"share of each loss term in the gradient, {group.label}")
 
 
