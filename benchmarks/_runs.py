@@ -21,6 +21,18 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Kind:
+    """A teacher and its student, and how they learn."""
+
+    teacher: str
+    student: str
+    lr: float
+    teacher_steps: int
+    steps: int
+    clip: float = 5.0
+
+
+@dataclass(frozen=True)
 class Task:
     """One command of ``detdistill``; ``out`` is the folder it makes."""
 

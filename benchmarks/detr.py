@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _runs import GAIN_COLUMNS, Task, ap, gain_cells, machine, markdown, read, run, write
+from _runs import GAIN_COLUMNS, Kind, Task, ap, gain_cells, machine, markdown, read, run, write
 from detdistill.compare import compare_runs
 
 DATA = "digits:train=2000,val=300,size=96,seed=0"
@@ -30,18 +30,6 @@ SMALL = "resnet10t,channels=16-32-64-128,stem=16,dim=64,queries=30,heads=4"
 RT_DETR = "ffn=128,denoising=30"
 DEFORMABLE = "encoder=1,decoder=3,ffn=256,two_stage=true,refine=true"
 ADAMIXER = "decoder=3,groups=4,points=8,ffn=256"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A teacher and its student, and how they learn."""
-
-    teacher: str
-    student: str
-    lr: float
-    teacher_steps: int
-    steps: int
-    clip: float = 5.0
 
 
 KINDS = {

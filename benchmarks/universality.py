@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from _runs import GAIN_COLUMNS, Task, ap, filling, gain_cells, machine, markdown, read, run, write
+from _runs import GAIN_COLUMNS, Kind, Task, ap, filling, gain_cells, machine, markdown, read, run, write
 from detdistill.compare import compare_runs
 
 DATA = "digits:train=2000,val=300,size=96,seed=0"
@@ -32,18 +32,6 @@ LARGE = "resnet10t,channels=32-64-128-256,neck=64,levels=3-5"
 SMALL = "resnet10t,channels=16-32-64-128,stem=16,neck=64,levels=3-5"
 TWO_STAGES = "proposals=100,rois=48,mlp=256"
 DETR = "dim=64,queries=30,encoder=1,decoder=3,heads=4,ffn=256,two_stage=true,refine=true"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One of the six detectors, and how it learns."""
-
-    teacher: str
-    student: str
-    lr: float
-    teacher_steps: int
-    steps: int
-    clip: float = 5.0
 
 
 KINDS = {
