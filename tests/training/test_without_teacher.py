@@ -7,7 +7,7 @@ import pytest
 from detdistill import api
 from detdistill.errors import RunError
 from detdistill.progress import Progress
-from tests.training.small import DATA, MODEL, SETTINGS
+from tests.training.small import DATA, MODEL, SETTINGS, rows
 
 DICOD = "dicod,classifier=test_resnet,size=32,classifier_epochs=0.5"
 
@@ -20,7 +20,9 @@ def test_a_baseline_and_a_run_without_teacher(tmp_path):
     assert (baseline["role"], distilled["role"]) == ("baseline", "distilled")
     assert distilled["teacher"] is None
     assert distilled["method"] == DICOD
-    assert distilled["steps"] == baseline["steps"] == 2  # the classifier's two are no part of the student's budget
+    assert distilled["steps"] == baseline["steps"] == 2  # the classifier's are no part of the student's budget
+    totals = {(row["stage"], row["total"]) for row in rows(result.runs[1])}
+    assert totals == {("classifier", "1"), ("distill", "2")}  # half as long, in steps as in epochs
     assert distilled["images_seen"] == 8
     assert result.gains[0].teacher == "none"
 

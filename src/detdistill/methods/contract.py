@@ -60,7 +60,7 @@ class Stage:
     evaluates: Detector | None
     """Which detector's AP is followed, or None."""
     share: float = 1.0
-    """Length as a multiple of the run's ``epochs``."""
+    """Length as a multiple of the run's ``epochs``, or of its ``steps`` when those are given."""
     depends_on: str = ""
     """Fingerprint of all its result depends on beside data and schedule; a finished stage with the same one is reused.
     Empty: never reused."""

@@ -376,8 +376,9 @@ class _Loop:
         batches = -(-len(self.splits.train.records) // (settings.batch * world))
         per_epoch = -(-batches // settings.accumulate)
         epochs = max(1, round(settings.epochs * stage.share))
-        total = settings.steps if settings.steps is not None else per_epoch * epochs
+        total = per_epoch * epochs
         if settings.steps is not None:
+            total = max(1, round(settings.steps * stage.share))
             epochs = -(-total // per_epoch)
         # The budget is the student's: what a method trains of its own before (UniKD's extractors) is no part of it.
         own = {id(parameter) for parameter in self.student.parameters()}
