@@ -51,7 +51,7 @@ from detdistill.training.instability import MatchingInstability
 from detdistill.training.module import StageModule
 from detdistill.training.offline import open_cache, stage_from_cache
 from detdistill.training.records import MetricsTable
-from detdistill.training.stages import load_result, reusable, save_result, stage_file
+from detdistill.training.stages import load_result, reusable, save_result, stage_file, stage_length
 
 NEAR_ZERO_AP = 0.02
 
@@ -375,11 +375,9 @@ class _Loop:
         world = settings.devices * settings.nodes
         batches = -(-len(self.splits.train.records) // (settings.batch * world))
         per_epoch = -(-batches // settings.accumulate)
-        epochs = max(1, round(settings.epochs * stage.share))
-        total = per_epoch * epochs
-        if settings.steps is not None:
-            total = max(1, round(settings.steps * stage.share))
-            epochs = -(-total // per_epoch)
+        epochs, steps = stage_length(stage, settings)
+        total = per_epoch * epochs if steps is None else steps
+        epochs = -(-total // per_epoch)
         # The budget is the student's: what a method trains of its own before (UniKD's extractors) is no part of it.
         own = {id(parameter) for parameter in self.student.parameters()}
         students = any(id(p) in own for module in stage.trains(Clock(0, total)) for p in module.parameters())

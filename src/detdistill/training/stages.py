@@ -22,11 +22,18 @@ NOT_THE_STAGE = (
 """Settings that do not change what an earlier stage is: its result serves the runs of all seeds."""
 
 
+def stage_length(stage: Stage, settings: TrainSettings) -> tuple[int, int | None]:
+    """Epochs of a stage, and its steps where the run counts in steps (then those decide)."""
+    steps = None if settings.steps is None else max(1, round(settings.steps * stage.share))
+    return max(1, round(settings.epochs * stage.share)), steps
+
+
 def stage_file(stage: Stage, settings: TrainSettings, data_fingerprint: str) -> str:
     """Name of the result in the folder ``stages``: of all it depends on, except chance."""
     names = as_plain(TrainSettings())
     plain = {name: value for name, value in as_plain(settings).items() if name in names and name not in NOT_THE_STAGE}
-    length = {"epochs": max(1, round(settings.epochs * stage.share))}
+    epochs, steps = stage_length(stage, settings)
+    length = {"epochs": epochs, "steps": steps}
     everything = {"stage": stage.name, "depends_on": stage.depends_on, "data": data_fingerprint, **plain, **length}
     return f"{digest(everything)[:32]}.safetensors"
 
