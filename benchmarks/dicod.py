@@ -65,17 +65,17 @@ class Kind:
 
 KINDS = {
     "ssd": Kind(f"ssd:{LARGE},levels=3-7", 3e-3, 4),
-    "retinanet": Kind(f"retinanet:{LARGE},levels=2-4,convs=1", 3e-3, 3),
+    "retinanet": Kind(f"retinanet:{LARGE},levels=3-5,convs=1,anchors=2", 3e-3, 3),
     "faster_rcnn": Kind(f"faster_rcnn:resnet10t,channels=32-64-128-256,{TWO_STAGES}", 1e-3, 3, "fkd,profile=two_stage"),
 }
 STUDENTS = {
     "SSD": f"ssd:{SMALL},levels=3-7",
-    "RetinaNet": f"retinanet:{SMALL},levels=2-4,convs=1",
+    "RetinaNet": f"retinanet:{SMALL},levels=3-5,convs=1,anchors=2",
     "Faster R-CNN QR50": f"faster_rcnn:resnet50,width=0.25,{TWO_STAGES}",
     "Faster R-CNN MV2": f"faster_rcnn:mobilenetv2_050,{TWO_STAGES}",
     "Faster R-CNN R50/2": f"faster_rcnn:resnet50,width=0.5,{TWO_STAGES}",
 }
-"""The digits are 10 to 28 pixels wide, as are RetinaNet's anchors on P2 (from 16 pixels on). QR50 is the paper's quarter-width
+"""The digits are 10 to 28 pixels wide, RetinaNet's anchors on P3 from 16 pixels on. QR50 is the paper's quarter-width
 ResNet-50; MobileNetV2 and ResNet-50 have half their widths here."""
 SEVERAL_SEEDS = ("SSD", "RetinaNet")
 ON_CELLS = "SSD"

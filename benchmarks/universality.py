@@ -70,7 +70,9 @@ ABLATIONS = {
 """Of FCOS under FCOS; with both kinds, weights 10 and two layers it is the cell of the grid."""
 BIG = Kind("fcos:resnet18,neck=128,levels=3-5", KINDS["atss"].student, 2e-3, 1250, 400)
 """The large teacher of tables 3 and 4, and its student."""
-PARTS = ("grid", "paired", "stores", "ablations", "offline")
+FLAT = f"{UNIKD},adaptor_layers=0"
+"""UniKD without attention in the adaptor, for FCOS under every teacher: what its training costs a short run."""
+PARTS = ("grid", "paired", "stores", "ablations", "offline", "adaptor")
 
 
 def teaching(work: Path, name: str, model: str, kind: Kind) -> list[Task]:
@@ -123,6 +125,8 @@ def tasks(work: Path, seeds: Sequence[int], kinds: Sequence[str], parts: Sequenc
     if "ablations" in parts:
         numbered = {f"ablation{number}": method for number, method in enumerate(ABLATIONS.values())}
         found += cell(work, "fcos", "fcos", seeds[0], numbered)
+    if "adaptor" in parts:
+        found += [task for teacher in kinds for task in cell(work, teacher, "fcos", seeds[0], {"flat": FLAT})]
     return found + (offline(work, seeds[0]) if "offline" in parts else [])
 
 
@@ -201,6 +205,9 @@ def results(work: Path, seeds: Sequence[int], kinds: Sequence[str]) -> dict[str,
         "paired": paired,
         "stores": {"caches": {"float32": filling(work / "cache-fcos"), "auto": filling(work / "cache-fcos-auto")}, "AP": stored},
         "ablations": {name: ap(taught(work, f"ablation{i}", "fcos", "fcos", seed)) for i, name in enumerate(ABLATIONS)},
+        "adaptor": {
+            teacher: {name: ap(taught(work, name, teacher, "fcos", seed)) for name in (*METHODS, "flat")} for teacher in kinds
+        },
         "big_teacher": {"kind": asdict(BIG), "AP": ap(work / "teacher-big"), **big},
         **machine(list(teachers.values())),
     }
@@ -226,7 +233,9 @@ def tables(found: dict[str, Any]) -> str:
         for name, run_ in found["big_teacher"][way].items():
             cache = run_.get("cache") or {"seconds": "", "megabytes": ""}
             rows.append([way, name, run_["AP"], round(run_["seconds"]), cache["seconds"], cache["megabytes"]])
-    text += [*markdown(rows), "", *markdown([["ablation", "AP"], *found["ablations"].items()])]
+    text += [*markdown(rows), "", *markdown([["ablation", "AP"], *found["ablations"].items()]), ""]
+    rows = [["FCOS under", "fitnet", "unikd", "unikd, no attention in the adaptor"]]
+    text += markdown([*rows, *([teacher, *cells.values()] for teacher, cells in found["adaptor"].items())])
     return "\n".join(text) + "\n"
 
 
