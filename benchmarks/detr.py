@@ -56,6 +56,8 @@ DEPTHS = {
 """Its students with fewer layers (encoder/decoder); the teacher has 2/3, as the student of table 3."""
 INSTABILITY = 64
 """Validation images on which changes of the matching are counted after each epoch."""
+WATCHED = (MAIN, "adamixer")
+"""Where they are counted: RT-DETR's queries are the best places, so a changed order counts too; AdaMixer's are learned."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ COMPONENTS = {
     "features": only("features"),
     "assignment": only("assignment"),
     "logits + features": only("logits", "features"),
+    "logits + assignment": only("logits", "assignment"),
+    "features, a fifth of the weight": Way(f"{only('features').method},feature_weight=0.2"),
 }
 CHOICES = {
     "logits, positives and negatives apart (6)": Way(f"{only('logits').method},split=true"),
@@ -145,7 +149,7 @@ def student_run(work: Path, kind: str, name: str, seed: int, depth: str = "") ->
 def settings(work: Path, kind: str, steps: int) -> tuple[object, ...]:
     """What teacher and students of a kind have in common."""
     one = KINDS[kind]
-    looks = ("--evaluate_every", 1, "--instability", INSTABILITY) if kind == MAIN else ("--evaluate_every", 99)
+    looks = ("--evaluate_every", 1, "--instability", INSTABILITY) if kind in WATCHED else ("--evaluate_every", 99)
     return ("--data", work / "one_class", *COMMON, "--lr", one.lr, "--clip", one.clip, "--epochs", 99, "--steps", steps, *looks)
 
 
@@ -237,8 +241,10 @@ def results(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
         runs = [folder for pair in pairs if all(read(folder) for folder in pair) for folder in pair]
         for gain in compare_runs(runs) if runs else ():
             paired.append({**asdict(gain), "name": name})
-    watched = {"teacher": teacher_run(work, MAIN)}
-    watched |= {name: student_run(work, MAIN, name, seed) for name in ("baseline", *WAYS, *QUERIES)}
+    watched = {f"{kind} teacher": teacher_run(work, kind) for kind in WATCHED}
+    watched |= {
+        f"{kind} {name}": student_run(work, kind, name, seed) for kind in WATCHED for name in ("baseline", *WAYS, *QUERIES)
+    }
     teachers = {kind: teacher_run(work, kind) for kind in KINDS}
     return {
         "what": "AP of students on the embedded digits as one class (2000 training, 300 validation images of 64 pixels), batch 8",
@@ -265,26 +271,29 @@ def tables(found: dict[str, Any]) -> str:
     def shown(cell: dict[str, Any] | None) -> object:
         return "" if cell is None else cell["AP"]
 
+    seed = found["seed"]
+    text = ["# DETRs taught by DETRs", "", f"{found['what']}. Where nothing else is said, seed {seed}.", ""]
     rows: list[list[object]] = [["student", "teacher", "alone", *names]]
     for kind, row in found["families"].items():
         rows.append([kind, shown(found["teachers"].get(kind)), *(shown(row.get(name)) for name in ("baseline", *names))])
-    text = [*markdown(rows), ""]
+    text += ["## AP of three students under larger teachers of their kinds", "", *markdown(rows), ""]
     rows = [["share of the gradient", *names]]
     for kind, row in found["families"].items():
         rows.append([kind, *(row.get(name, {}).get("share_of_gradient", "") for name in names)])
-    text += [*markdown(rows), ""]
+    text += ["What distillation had of the student's gradient when it was last measured:", "", *markdown(rows), ""]
     rows = [["method", *GAIN_COLUMNS]]
-    rows += [[gain["name"], *gain_cells(gain)] for gain in found["paired"]]
-    text += [f"Of {MAIN}:", "", *markdown(rows), ""]
+    rows += [[gain["name"], *gain_cells(gain)] for gain in found["paired"] if len(gain["pairs"]) > 1]
+    text += [f"## {MAIN} with several seeds", "", *markdown(rows), ""]
     rows = [["encoder/decoder layers", "alone", "detrdistill"]]
     rows += [[depth, shown(row.get("baseline")), shown(row.get("detrdistill"))] for depth, row in found["depths"].items()]
-    text += [*markdown(rows), ""]
+    text += [f"## Fewer layers than the teacher ({MAIN}, 2/3)", "", *markdown(rows), ""]
     parts = {"none": found["components"].get("baseline")}
     parts |= {name: found["components"].get(name) for name in COMPONENTS}
     parts |= {"all": found["components"].get("detrdistill")} | {name: found["choices"].get(name) for name in CHOICES}
-    text += [*markdown([["part of DETRDistill", "AP"], *([name, shown(cell)] for name, cell in parts.items())]), ""]
-    rows = [["instability after epoch", "values"]]
-    rows += [[name, ", ".join(map(str, values))] for name, values in found["instability"].items()]
+    rows = [["part", "AP"], *([name, shown(cell)] for name, cell in parts.items())]
+    text += [f"## Parts and choices of DETRDistill ({MAIN})", "", *markdown(rows), ""]
+    rows = [["run", "after each epoch"], *([name, ", ".join(map(str, found))] for name, found in found["instability"].items())]
+    text += ["## How many of a query's matches changed since the epoch before, summed over an image", ""]
     return "\n".join([*text, *markdown(rows)]) + "\n"
 
 

@@ -215,27 +215,33 @@ def results(work: Path, seeds: Sequence[int], kinds: Sequence[str]) -> dict[str,
 
 def tables(found: dict[str, Any]) -> str:
     """Table 2, the paired cells, tables 3 and 4, and table 6 in Markdown."""
-    names = list(found["teachers"])
+    names, seed = list(found["teachers"]), found["seed"]
     rows: list[list[object]] = [["student (alone)", "method", *(f"{name} {found['teachers'][name]}" for name in names)]]
     for student, row in found["grid"].items():
         for index, method in enumerate(METHODS):
             rows.append([f"{student} ({row['baseline']})" if index == 0 else "", method, *(row[name][method] for name in names)])
-    text = ["Teachers in columns.", "", *markdown(rows), ""]
+    text = ["# UniKD between six detectors", "", f"{found['what']}. `fitnet` is `{METHODS['fitnet']}`, `unikd` is `{UNIKD}`.", ""]
+    text += [f"## AP of every student under every teacher (in columns, with its AP), seed {seed}", "", *markdown(rows), ""]
     rows = [["teacher", "student", "method", *GAIN_COLUMNS]]
     rows += [[gain["teacher"], gain["student"], gain["method"], *gain_cells(gain)] for gain in found["paired"]]
-    text += [*markdown(rows), ""]
+    text += ["## Pairs with several seeds", "", *markdown(rows), ""]
+    rows = [["FCOS under FCOS, seed " + str(seed), "AP"], ["unikd", found["grid"]["fcos"]["fcos"]["unikd"]]]
+    text += ["## Parts and settings of UniKD", "", *markdown([*rows, *found["ablations"].items()]), ""]
+    rows = [["FCOS under", "fitnet", "unikd", "unikd, no attention in the adaptor"]]
+    text += markdown([*rows, *([teacher, *cells.values()] for teacher, cells in found["adaptor"].items())])
     rows = [["method", "seed", "AP from float32", "AP from auto"]]
     for name, pairs in found["stores"]["AP"].items():
         rows += [[name, seed, *pair.values()] for seed, pair in enumerate(pairs)]
-    text += [*markdown(rows), ""]
-    rows = [["way", "method", "AP", "training s", "cache filled in s", "cache MB"]]
+    sizes = ", ".join(f"{name} {cache['megabytes']} MB" for name, cache in found["stores"]["caches"].items() if cache)
+    text += ["", f"## From a smaller store: FCOS under FCOS ({sizes} for both methods)", "", *markdown(rows), ""]
+    rows = [["way", "method", "AP", "run s", "cache filled in s", "cache MB"]]
     for way in ("online", "offline"):
         for name, run_ in found["big_teacher"][way].items():
             cache = run_.get("cache") or {"seconds": "", "megabytes": ""}
             rows.append([way, name, run_["AP"], round(run_["seconds"]), cache["seconds"], cache["megabytes"]])
-    text += [*markdown(rows), "", *markdown([["ablation", "AP"], *found["ablations"].items()]), ""]
-    rows = [["FCOS under", "fitnet", "unikd", "unikd, no attention in the adaptor"]]
-    text += markdown([*rows, *([teacher, *cells.values()] for teacher, cells in found["adaptor"].items())])
+    big = found["big_teacher"]
+    text += [f"## Online and offline: {big['kind']['student']} under {big['kind']['teacher']} (AP {big['AP']})", ""]
+    text += ["What UniKD learns beforehand is in the seconds: of the run online, of the cache offline.", "", *markdown(rows)]
     return "\n".join(text) + "\n"
 
 
