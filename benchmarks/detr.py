@@ -179,7 +179,7 @@ def tasks(work: Path, seeds: Sequence[int], parts: Sequence[str]) -> list[Task]:
     """In the order of their worth."""
     first, *others = seeds
     found: list[Task] = []
-    for kind in KINDS if "families" in parts else (MAIN,):
+    for kind in KINDS if "families" in parts else WATCHED:
         found.append(teach(work, kind))
         found += learn(work, kind, WAYS, first) if "families" in parts else []
     if "queries" in parts:
