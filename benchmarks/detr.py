@@ -86,16 +86,15 @@ SEEDED = ("fitnet", "detrdistill")
 POINTS = 30
 """Random queries of KD-DETR: as many as the detectors have queries, as in the paper (300)."""
 QUERIES = {
-    "kd_detr": Way(f"kd_detr,general_points={POINTS}"),
-    "kd_detr, class term a mean": Way(f"kd_detr,general_points={POINTS},cls_reduction=weighted_mean"),
+    "kd_detr": Way(f"kd_detr,general_points={POINTS},cls_weight=0"),
     "d3etr": Way("d3etr"),
     "d3etr, maps weighed for 30 queries": Way("d3etr,self_attention_weight=100,cross_attention_weight=20"),
     "mgd, dis 100": Way("mgd", 100.0),
 }
-"""The other methods for DETRs, and second rows where published weights are out of proportion with so small maps and so few
-queries. Of the gradient of a fresh student of RT-DETR, KD-DETR's terms are 97 % (a sum over queries and images) and MGD's 0.1 %;
-D3ETR's are 99 % of that of a half-trained Deformable DETR: entries of self-attention are about 1 / queries, those of the summed
-cross-attention queries / cells, so their squares weigh 100 and 50 times what they do with 300 queries and 13000 cells."""
+"""The other methods for DETRs (KD-DETR's class term is a softmax, which says nothing of a single class), and second rows where
+published weights are out of proportion with so small maps and so few queries. MGD's term is 0.1 % of a fresh student's gradient.
+Entries of self-attention are about 1 / queries, those of the summed cross-attention queries / cells, so D3ETR's squares weigh
+100 and 50 times what they do with 300 queries and 13000 cells."""
 PARTS_OFF = {"logits": "logits_weight=0", "features": "feature_weight=0", "assignment": "assignment_weight=0"}
 
 

@@ -286,6 +286,13 @@ def test_other_classes_and_other_class_outputs_are_refused():
         KDDETR(Teacher(softmax), TinyQueries())
 
 
+def test_one_class_is_refused_where_a_softmax_says_nothing():
+    teacher, student = (TinyQueries(classes=("a",)) for _ in range(2))
+    with pytest.raises(PairError, match=r"a softmax over one class \(a\) is always 1.*set kd_detr,cls_weight=0"):
+        KDDETR(Teacher(teacher), student)
+    KDDETR(Teacher(teacher), student, cls_weight=0.0)
+
+
 def test_queries_of_another_width_are_refused():
     expected = r"reads contents of 8 channels \(these have 16\) and position embeddings of 8 channels .* set kd_detr,project=true"
     with pytest.raises(PairError, match=expected):

@@ -176,8 +176,8 @@ class KDDETR(Method):
 
         Raises:
             DetdistillError: a hyper-parameter is out of range.
-            PairError: no points; softmax against sigmoid classes; queries that do not fit; no live teacher for the general
-                points.
+            PairError: no points; softmax against sigmoid classes; one class, of which a softmax says nothing; queries that do
+                not fit; no live teacher for the general points.
         """
         self._check_teacher(teacher, general_points)
         super().__init__(teacher, student)
@@ -195,6 +195,11 @@ class KDDETR(Method):
             raise PairError(f"{self.slug}: compares class scores, but teacher {kinds[0]} and student {kinds[1]}; take equal ones")
         self.softmax = mine.softmax
         self.columns = class_columns(mine.classes, theirs.classes, self.softmax)
+        if cls_weight and len(self.columns) == 1:
+            raise PairError(
+                f"{self.slug}: a softmax over one class ({mine.classes[0]}) is always 1, so the class terms would be zero; "
+                f"set {self.slug},cls_weight=0"
+            )
         assert isinstance(student, HasQueries)
         self.reads = decoder_format(student).reads
         self.bridge: QueryBridge | None = None
