@@ -242,7 +242,7 @@ def results(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
         pairs = [(student_run(work, kind, "baseline", one), student_run(work, kind, name, one)) for one in seeds]
         runs = [folder for pair in pairs if all(read(folder) for folder in pair) for folder in pair]
         for gain in compare_runs(runs) if runs else ():
-            paired.append({**asdict(gain), "kind": kind, "name": name})
+            paired.append({**asdict(gain), "teacher": Path(gain.teacher).name, "kind": kind, "name": name})
     watched = {f"{kind} teacher": teacher_run(work, kind) for kind in WATCHED}
     watched |= {
         f"{kind} {name}": student_run(work, kind, name, seed) for kind in WATCHED for name in ("baseline", *WAYS, *QUERIES)
