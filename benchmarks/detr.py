@@ -6,9 +6,9 @@ Three detectors with queries, each taught by a larger one of its kind (the paper
 under the other methods for DETRs, and with fewer layers than its teacher (table 4); DETRDistill's parts alone and in pairs
 (table 5), and its choices of queries and layers (tables 6 and 7). How often the matching of one detector's queries changes is
 measured beside its training. The digits are one class here, and the images small: from random weights a DETR needs thousands of
-steps to tell ten of them apart (a compact RT-DETR had AP 3.4 after 800 steps with ten classes and 23.5
-after 500 with one; the first was a trial), so with ten classes every student would stand near zero. Everything runs on one thread each, ``--jobs`` at
-a time; what is finished in ``--work`` is not done again, and the results are rewritten after every run, so the benchmark can be
+steps to tell ten of them apart (a compact RT-DETR had AP 3.4 after 800 steps with ten classes and 23.5 after 500 with one; the
+first was a trial), so with ten classes every student would stand near zero. Everything runs on one thread each, ``--jobs`` at a
+time; what is finished in ``--work`` is not done again, and the results are rewritten after every run, so the benchmark can be
 stopped at any time.
 """
 
