@@ -2,10 +2,10 @@
 
     uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr.json
 
-Three detectors with queries, each taught by a larger one of its kind (the paper's table 3), two of them with several seeds, one
-under the other methods for DETRs, and with fewer layers than its teacher (table 4); DETRDistill's parts alone and in pairs
-(table 5), and its choices of queries and layers (tables 6 and 7). How often the matching of one detector's queries changes is
-measured beside its training. The digits are one class here, and the images small: from random weights a DETR needs thousands of
+Three detectors with queries, each taught by a larger one of its kind (the paper's table 3); two of them with several seeds,
+under the other methods for DETRs, and with fewer layers than their teachers (table 4); DETRDistill's parts alone and in pairs
+(table 5), and its choices of queries and layers (tables 6 and 7). How often the matching of their queries changes is measured
+beside their training. The digits are one class here, and the images small: from random weights a DETR needs thousands of
 steps to tell ten of them apart (a compact RT-DETR had AP 3.4 after 800 steps with ten classes and 23.5 after 500 with one; the
 first was a trial), so with ten classes every student would stand near zero. Everything runs on one thread each, ``--jobs`` at a
 time; what is finished in ``--work`` is not done again, and the results are rewritten after every run, so the benchmark can be
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import json
 import shlex
 import shutil
@@ -48,18 +47,23 @@ KINDS = {
     ),
     "adamixer": Kind(f"adamixer:{LARGE},{ADAMIXER}", f"adamixer:{SMALL},{ADAMIXER}", 1e-3, 1500, 500),
 }
-MAIN = "rt_detr"
-"""The one with all the smaller tables."""
+WATCHED = ("adamixer", "rt_detr")
+"""Those with several seeds and all the smaller tables, and where changes of the matching are counted: AdaMixer's queries are
+learned; RT-DETR's are the encoder's best places, so a changed order counts too."""
 DEPTHS = {
-    f"{encoder}/{decoder}": f"rt_detr:{SMALL},encoder={encoder},decoder={decoder},{RT_DETR}"
-    for encoder, decoder in ((2, 1), (1, 3), (1, 1))
+    "adamixer": {f"0/{decoder}": f"adamixer:{SMALL},{ADAMIXER.replace('=3', f'={decoder}', 1)}" for decoder in (2, 1)},
+    "rt_detr": {
+        f"{encoder}/{decoder}": f"rt_detr:{SMALL},encoder={encoder},decoder={decoder},{RT_DETR}"
+        for encoder, decoder in ((2, 1), (1, 3), (1, 1))
+    },
 }
-"""Its students with fewer layers (encoder/decoder); the teacher has 2/3, as the student of table 3."""
+"""Students with fewer layers (encoder/decoder) than the teacher, ..."""
+WHOLE = {"adamixer": "0/3", "rt_detr": "2/3"}
+"""... which has as many as the student of table 3."""
+SURE = "adamixer"
+"""Where its students' seeds differ least; parts and depths are tried with all seeds there."""
 INSTABILITY = 64
 """Validation images on which changes of the matching are counted after each epoch."""
-WATCHED = (MAIN, "adamixer")
-"""Those with several seeds, and where changes are counted: RT-DETR's queries are the encoder's best places, so a changed order
-counts too; AdaMixer's are learned."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ QUERIES = {
 published weights are out of proportion with so small maps and so few queries. MGD's term is 0.1 % of a fresh student's gradient.
 Entries of self-attention are about 1 / queries, those of the summed cross-attention queries / cells, so D3ETR's squares weigh
 100 and 50 times what they do with 300 queries and 13000 cells."""
+WITHOUT_MAPS = ("kd_detr", "mgd, dis 100")
+"""Those of them for AdaMixer, whose queries sample features and have no attention maps for D3ETR."""
 PARTS_OFF = {"logits": "logits_weight=0", "features": "feature_weight=0", "assignment": "assignment_weight=0"}
 
 
@@ -163,7 +169,7 @@ def teach(work: Path, kind: str) -> Task:
 
 def learn(work: Path, kind: str, ways: dict[str, Way], seed: int, depth: str = "") -> list[Task]:
     """A student's baseline, and its distilled runs."""
-    model, teacher = DEPTHS[depth] if depth else KINDS[kind].student, teacher_run(work, kind)
+    model, teacher = DEPTHS[kind][depth] if depth else KINDS[kind].student, teacher_run(work, kind)
     common = (*settings(work, kind, KINDS[kind].steps), "--seed", seed)
     out = student_run(work, kind, "baseline", seed, depth)
     found = [Task.of(out, "train", "--model", model, "--role", "baseline", *common)]
@@ -181,16 +187,27 @@ def tasks(work: Path, seeds: Sequence[int], parts: Sequence[str]) -> list[Task]:
     for kind in KINDS if "families" in parts else WATCHED:
         found.append(teach(work, kind))
         found += learn(work, kind, WAYS, first) if "families" in parts else []
-    if "queries" in parts:
-        found += learn(work, MAIN, QUERIES, first)
     for seed in others if "seeds" in parts else ():
         for kind in WATCHED:
             found += learn(work, kind, {name: WAYS[name] for name in SEEDED}, seed)
-    for depth in DEPTHS if "depths" in parts else ():
-        found += learn(work, MAIN, {"detrdistill": WAYS["detrdistill"]}, first, depth)
-    for name, ways in (("components", COMPONENTS), ("choices", CHOICES)):
-        found += learn(work, MAIN, ways, first) if name in parts else []
+    for kind in WATCHED:
+        if "queries" in parts:
+            found += learn(work, kind, queries_of(kind), first)
+        for depth in DEPTHS[kind] if "depths" in parts else ():
+            found += learn(work, kind, {"detrdistill": WAYS["detrdistill"]}, first, depth)
+        for name, ways in (("components", COMPONENTS), ("choices", CHOICES)):
+            found += learn(work, kind, ways, first) if name in parts else []
+    # AdaMixer's parts and depths with the other seeds: there a part can be told from noise.
+    for seed in others if "seeds" in parts else ():
+        for depth in DEPTHS[SURE] if "depths" in parts else ():
+            found += learn(work, SURE, {"detrdistill": WAYS["detrdistill"]}, seed, depth)
+        found += learn(work, SURE, COMPONENTS, seed) if "components" in parts else []
     return found
+
+
+def queries_of(kind: str) -> dict[str, Way]:
+    """The other methods for DETRs that this kind can learn by."""
+    return {name: QUERIES[name] for name in WITHOUT_MAPS} if kind == "adamixer" else QUERIES
 
 
 # ---------------------------------------------------------------------------------------------------------------- results
@@ -238,16 +255,26 @@ def results(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
         return {name: found for name in names if (found := result(student_run(work, kind, name, seed, depth))) is not None}
 
     paired = []
-    for kind, name in itertools.product(WATCHED, [*WAYS, *QUERIES]):
-        pairs = [(student_run(work, kind, "baseline", one), student_run(work, kind, name, one)) for one in seeds]
-        runs = [folder for pair in pairs if all(read(folder) for folder in pair) for folder in pair]
-        for gain in compare_runs(runs) if runs else ():
-            paired.append({**asdict(gain), "teacher": Path(gain.teacher).name, "kind": kind, "name": name})
+    for kind in WATCHED:
+        places = [("", name) for name in (*WAYS, *QUERIES, *COMPONENTS, *CHOICES)]
+        for depth, name in [*places, *((depth, "detrdistill") for depth in DEPTHS[kind])]:
+            pairs = [
+                (student_run(work, kind, "baseline", one, depth), student_run(work, kind, name, one, depth)) for one in seeds
+            ]
+            runs = [folder for pair in pairs if all(read(folder) for folder in pair) for folder in pair]
+            for gain in compare_runs(runs) if len(runs) > 2 else ():
+                label = f"{name}, {depth} layers" if depth else name
+                paired.append({**asdict(gain), "teacher": Path(gain.teacher).name, "kind": kind, "name": label})
     watched = {f"{kind} teacher": teacher_run(work, kind) for kind in WATCHED}
     watched |= {
         f"{kind} {name}": student_run(work, kind, name, seed) for kind in WATCHED for name in ("baseline", *WAYS, *QUERIES)
     }
     teachers = {kind: teacher_run(work, kind) for kind in KINDS}
+    depths = {
+        kind: {WHOLE[kind]: some(kind, ["baseline", "detrdistill"])}
+        | {depth: some(kind, ["baseline", "detrdistill"], depth) for depth in DEPTHS[kind]}
+        for kind in WATCHED
+    }
     return {
         "what": "AP of students on the embedded digits as one class (2000 training, 300 validation images of 64 pixels), batch 8",
         "command": "uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr.json",
@@ -257,10 +284,9 @@ def results(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "teachers": {kind: found for kind, folder in teachers.items() if (found := result(folder)) is not None},
         "families": {kind: some(kind, ["baseline", *WAYS, *QUERIES]) for kind in KINDS},
         "paired": paired,
-        "depths": {"2/3": some(MAIN, ["baseline", "detrdistill"])}
-        | {depth: some(MAIN, ["baseline", "detrdistill"], depth) for depth in DEPTHS},
-        "components": some(MAIN, ["baseline", *COMPONENTS, "detrdistill"]),
-        "choices": some(MAIN, list(CHOICES)),
+        "depths": depths,
+        "components": {kind: some(kind, ["baseline", *COMPONENTS, "detrdistill"]) for kind in WATCHED},
+        "choices": {kind: some(kind, list(CHOICES)) for kind in WATCHED},
         "instability": {name: values for name, folder in watched.items() if read(folder) and (values := instabilities(folder))},
         **machine(list(teachers.values())),
     }
@@ -284,16 +310,19 @@ def tables(found: dict[str, Any]) -> str:
         rows.append([kind, *(row.get(name, {}).get("share_of_gradient", "") for name in names)])
     text += ["What distillation had of the student's gradient when it was last measured:", "", *markdown(rows), ""]
     rows = [["student", "method", *GAIN_COLUMNS]]
-    rows += [[gain["kind"], gain["name"], *gain_cells(gain)] for gain in found["paired"] if len(gain["pairs"]) > 1]
+    rows += [[gain["kind"], gain["name"], *gain_cells(gain)] for gain in found["paired"]]
     text += ["## Several seeds", "", *markdown(rows), ""]
-    rows = [["encoder/decoder layers", "alone", "detrdistill"]]
-    rows += [[depth, shown(row.get("baseline")), shown(row.get("detrdistill"))] for depth, row in found["depths"].items()]
-    text += [f"## Fewer layers than the teacher ({MAIN}, 2/3)", "", *markdown(rows), ""]
-    parts = {"none": found["components"].get("baseline")}
-    parts |= {name: found["components"].get(name) for name in COMPONENTS}
-    parts |= {"all": found["components"].get("detrdistill")} | {name: found["choices"].get(name) for name in CHOICES}
-    rows = [["part", "AP"], *([name, shown(cell)] for name, cell in parts.items())]
-    text += [f"## Parts and choices of DETRDistill ({MAIN})", "", *markdown(rows), ""]
+    rows = [["student", "encoder/decoder layers", "alone", "detrdistill"]]
+    for kind in WATCHED:
+        for depth, row in found["depths"][kind].items():
+            rows.append([kind, depth, shown(row.get("baseline")), shown(row.get("detrdistill"))])
+    text += ["## Fewer layers than the teacher", "", *markdown(rows), ""]
+    rows = [["part", *WATCHED]]
+    rows.append(["none", *(shown(found["components"][kind].get("baseline")) for kind in WATCHED)])
+    for name in (*COMPONENTS, "detrdistill"):
+        rows.append(["all" if name == "detrdistill" else name, *(shown(found["components"][kind].get(name)) for kind in WATCHED)])
+    rows += [[name, *(shown(found["choices"][kind].get(name)) for kind in WATCHED)] for name in CHOICES]
+    text += ["## Parts and choices of DETRDistill", "", *markdown(rows), ""]
     rows = [["run", "after each epoch"], *([name, ", ".join(map(str, found))] for name, found in found["instability"].items())]
     text += ["## How many of a query's matches changed since the epoch before, summed over an image", ""]
     return "\n".join([*text, *markdown(rows)]) + "\n"

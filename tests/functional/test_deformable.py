@@ -39,8 +39,9 @@ def library():
     return pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
 
 
-def test_sampling_equals_transformers(library):
-    value = draw(0, 2, CELLS, 4, 6).requires_grad_()
+@pytest.mark.parametrize("width", [6, 20])  # below and above the width from which cells are weighed instead of sampled
+def test_sampling_equals_transformers(library, width):
+    value = draw(0, 2, CELLS, 4, width).requires_grad_()
     locations = (draw(1, 2, 9, 4, 3, 5, 2) * 0.4 + 0.5).requires_grad_()  # some outside the map
     weights = draw(2, 2, 9, 4, 15).softmax(-1).view(2, 9, 4, 3, 5).requires_grad_()
     sizes = torch.tensor(SHAPES)
@@ -51,6 +52,24 @@ def test_sampling_equals_transformers(library):
     inputs = (value, locations, weights)
     for mine, other in zip(torch.autograd.grad(ours, inputs, change), torch.autograd.grad(theirs, inputs, change), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+def test_places_without_a_number_give_none():
+    """The loop must meet NaN in the loss and say so, not an index out of range somewhere inside."""
+    value = draw(0, 1, CELLS, 1, 16).requires_grad_()
+    locations = torch.full((1, 2, 1, 3, 1, 2), 0.5, dtype=torch.float64)
+    locations[0, 0, 0, 1] = torch.tensor([float("nan"), 0.5])
+    attended = deformable_attention(value, SHAPES, locations, torch.full((1, 2, 1, 3, 1), 1 / 3, dtype=torch.float64))
+    attended.sum().backward()
+    assert attended[0, 0].isnan().all()
+    assert attended[0, 1].isfinite().all()
+
+
+def test_places_far_outside_see_nothing():
+    value = draw(0, 1, CELLS, 1, 16)
+    locations = torch.tensor([1e30, -1e30], dtype=torch.float64).expand(1, 2, 1, 3, 1, 2)
+    attended = deformable_attention(value, SHAPES, locations, torch.full((1, 2, 1, 3, 1), 1 / 3, dtype=torch.float64))
+    assert not attended.any()
 
 
 def test_layer_equals_transformers(library):

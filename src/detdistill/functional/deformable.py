@@ -1,7 +1,8 @@
 """Multi-scale deformable attention in plain PyTorch, and the layers of Deformable DETR built on it.
 
 Zhu et al., "Deformable DETR", ICLR 2021, equation 3. Every query looks at a few points around its reference, on all
-levels; where, and how much each point counts, are learned. No compiled kernel: ``grid_sample`` on any device.
+levels; where, and how much each point counts, are learned. No compiled kernel: ``grid_sample`` on any device, and on a CPU
+sums of weighted cells, which give the same values in a quarter of the time.
 
 References are parts of the VALID image; ``valid_ratios`` say how much of each padded map that is, so that padding a batch
 further changes nothing.
@@ -18,6 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from detdistill.functional.weighted_rows import weighted_rows
+
+LEAST_ROW = 16
+"""Channels of a head from which sums of weighted cells are faster on a CPU; with 8, ``grid_sample`` is."""
 
 
 def deformable_attention(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -38,10 +44,17 @@ def deformable_attention(value: Tensor, spatial_shapes: Sequence[tuple[int, int]
         >>> float(deformable_attention(value, [(2, 2)], middle, torch.ones(1, 1, 1, 1, 1)))
         1.5
     """
-    images, _, heads, width = value.shape
     # Queries last: all that follows then runs along them, and nothing is copied if the caller had them last in memory.
-    places = locations.permute(0, 2, 3, 4, 5, 1)  # [B, M, L, P, 2, Q]
-    shares = weights.permute(0, 2, 3, 4, 1)  # [B, M, L, P, Q]
+    places = locations.permute(0, 2, 3, 4, 5, 1)
+    shares = weights.permute(0, 2, 3, 4, 1)
+    by_cells = value.device.type == "cpu" and value.shape[3] >= LEAST_ROW
+    attended = (_by_cells if by_cells else _by_grids)(value, spatial_shapes, places, shares)
+    return attended.permute(0, 3, 1, 2).flatten(2)
+
+
+def _by_grids(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], places: Tensor, shares: Tensor) -> Tensor:
+    """[B, M, D, Q] from places [B, M, L, P, 2, Q] and shares [B, M, L, P, Q], by ``grid_sample``."""
+    images, _, heads, width = value.shape
     grids = (2 * places - 1).movedim(2, 0).flatten(1, 2).permute(0, 1, 2, 4, 3)  # [L, B*M, P, Q, 2]
     factors = shares.movedim(2, 0).flatten(1, 2)[:, :, None]  # [L, B*M, 1, P, Q]
     summed = value.new_zeros(())
@@ -49,7 +62,43 @@ def deformable_attention(value: Tensor, spatial_shapes: Sequence[tuple[int, int]
         maps = cells.permute(0, 2, 3, 1).reshape(images * heads, width, *spatial_shapes[level])
         samples = F.grid_sample(maps, grids[level], mode="bilinear", padding_mode="zeros", align_corners=False)
         summed = summed + (samples * factors[level]).sum(dim=2)  # [B*M, D, Q]; level by level needs least memory
-    return summed.reshape(images, heads * width, locations.shape[1]).transpose(1, 2)
+    return summed.view(images, heads, width, -1)
+
+
+def _by_cells(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], places: Tensor, shares: Tensor) -> Tensor:
+    """The same: every sample is a weighted sum of four cells, so a query's result is one of 4 L P cells."""
+    images, cells, heads, width = value.shape
+    count = places.shape[-1]
+    shapes = torch.tensor(spatial_shapes)[:, :, None, None]  # [L, 2, 1, 1]
+    rows, columns = shapes.unbind(1)
+    starts = F.pad((rows * columns).cumsum(0), (0, 0, 0, 0, 1, 0))[:-1]  # [L, 1, 1]
+    firsts = torch.arange(0, images * cells, cells)[:, None, None, None, None] + starts  # [B, 1, L, 1, 1]
+    firsts = firsts * heads + torch.arange(heads)[:, None, None, None]  # [B, M, L, 1, 1] in rows of the table
+    left, right = _neighbours(places[..., 0, :] * columns - 0.5, columns)
+    upper, lower = _neighbours(places[..., 1, :] * rows - 0.5, rows)
+    index, weights = [], []
+    for row, row_weight in (upper, lower):
+        row, row_weight = row * (columns * heads).int() + firsts.int(), row_weight * shares
+        for column, column_weight in (left, right):
+            index.append(row + column * heads)
+            weights.append(row_weight * column_weight)
+    bags, factors = (
+        torch.stack(corners, dim=4).flatten(2, 4).transpose(2, 3).reshape(images * heads * count, -1)
+        for corners in (index, weights)
+    )
+    summed = weighted_rows(value.reshape(-1, width), bags, factors)
+    return summed.view(images, heads, count, width).transpose(2, 3)
+
+
+def _neighbours(coordinates: Tensor, count: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The two cells around each coordinate (in cells, from the first one's centre), and their linear weights; 0 outside."""
+    low = coordinates.detach().floor()
+    part = coordinates - low
+    found = []
+    for cell, weight in ((low, 1 - part), (low + 1, part)):
+        inside = (cell >= 0) & (cell < count)
+        found.append((cell.int().clamp(min=0).minimum(count.int() - 1), weight * inside))  # NaN becomes some cell, weight NaN
+    return found[0], found[1]
 
 
 def valid_ratios(padding: Sequence[Tensor]) -> Tensor:
