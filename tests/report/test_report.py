@@ -138,6 +138,14 @@ def test_honest_notes(tmp_path: Path) -> None:
     assert "Distillation did next to nothing: pkd made 0.04 % of the student's gradient." in notes_of(idle)
     loud = write_experiment(tmp_path / "e", "pkd", [0.3], [0.3], share=0.97)
     assert "Distillation drowned the student's own loss: pkd made 97 %" in notes_of(loud)
+    half = write_experiment(tmp_path / "h", "pkd", [0.3], [0.3], kd_terms=("pkd", "pkd_other"))
+    for path in [folder / "metrics.csv" for folder in half if folder.name.startswith("distilled")]:
+        header, *lines = path.read_text().splitlines()
+        last = header.split(",").index("share/pkd_other")
+        cells = [line.split(",") for line in lines]
+        cells = [[*line[:last], "0" if line[last] else "", *line[last + 1 :]] for line in cells]
+        path.write_text("\n".join([header, *map(",".join, cells)]) + "\n")
+    assert "pkd_other had no gradient in any measurement: it taught nothing." in notes_of(half)
     slow = write_experiment(tmp_path / "f", "pkd", [0.3], [0.3], seconds=250.0)
     assert "a distilled run took 2.5 times as long as its baseline" in notes_of(slow)
     fine = write_experiment(tmp_path / "g", "pkd", [0.3], [0.3], teacher_ap=0.5)

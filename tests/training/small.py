@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from detdistill import api
 from detdistill.progress import Progress
@@ -37,8 +38,8 @@ def train(out: Path, **settings: Any) -> Any:
         return api.train(MODEL, DATA, out=out, progress=progress, **{**SETTINGS, **settings})
 
 
-def distill(teacher: Path, out: Path, method: str = "mgd,weight=0.001", **settings: Any) -> Any:
-    with Progress(quiet=True) as progress:
+def distill(teacher: Path, out: Path, method: str = "mgd,weight=0.001", console: Console | None = None, **settings: Any) -> Any:
+    with Progress(console, quiet=console is None) as progress:
         wanted = {**SETTINGS, "score_teacher": False, **settings}
         return api.distill(str(teacher), MODEL, DATA, method, out=out, progress=progress, **wanted)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import resource
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from detdistill import cli
 from detdistill.data.discover import load_data
@@ -21,7 +23,7 @@ from detdistill.structures import Losses
 from detdistill.training import folder as folder_module
 from detdistill.training.folder import write_text
 from detdistill.training.module import NonFiniteLoss, StageModule
-from detdistill.training.records import MetricsTable
+from detdistill.training.records import MetricsTable, idle_terms
 from tests.training import small
 
 
@@ -42,6 +44,23 @@ def spoil(monkeypatch: pytest.MonkeyPatch, step: int, how: str) -> list[tuple[in
 
     monkeypatch.setattr(MGD, "learn", spoilt)
     return seen_ids
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_term_without_gradient_is_said(cut: bool, teacher: Path, tmp_path: Path, monkeypatch):
+    """The commonest silent failure: a loss that is there and falls on nobody."""
+    learn = MGD.learn
+
+    def detached(self, student, seen, taught, batch, clock):
+        losses = learn(self, student, seen, taught, batch, clock)
+        return Losses({"mgd": losses.terms["mgd"].detach()}, losses.monitors)
+
+    if cut:
+        monkeypatch.setattr(MGD, "learn", detached)
+    console = Console(file=io.StringIO(), width=300)
+    small.distill(teacher, tmp_path / "run", console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("mgd: no gradient in any measurement, so it taught nothing" in said) == cut
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -242,3 +261,9 @@ def test_interrupted_by_the_keyboard(tmp_path: Path, monkeypatch):
     small.train(tmp_path / "run", checkpoint_every=1, resume=True)
     small.train(tmp_path / "whole", checkpoint_every=1)
     assert small.unequal_runs(tmp_path / "whole", tmp_path / "run") == []
+
+
+def test_idle_terms_need_two_measurements():
+    first = {"stage": "distill", "loss": "1", "share/a": "0", "share/b": "0", "share/c": "1"}
+    assert idle_terms([first]) == ()
+    assert idle_terms([first, {"share/a": "", "share/b": "0"}, {"share/a": 0.0, "share/b": "0.1", "share/c": "0"}]) == ("a",)

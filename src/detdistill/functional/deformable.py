@@ -245,7 +245,7 @@ class DeformableAttention(nn.Module):
 
 def _feed_forward(channels: int, width: int | None) -> nn.Sequential:
     width = width or 4 * channels
-    return nn.Sequential(nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, channels))
+    return nn.Sequential(nn.Linear(channels, width), nn.ReLU(inplace=True), nn.Linear(width, channels))
 
 
 class DeformableEncoderLayer(nn.Module):

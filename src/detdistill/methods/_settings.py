@@ -19,6 +19,17 @@ def check_weights(slug: str, **weights: float) -> None:
             raise DetdistillError(f"{slug}: {name}={value} must be a finite number, 0 or more")
 
 
+def check_some(slug: str, **weights: float) -> None:
+    """Weights of a method's terms: finite, 0 or more, and not all 0.
+
+    Raises:
+        DetdistillError: naming them.
+    """
+    check_weights(slug, **weights)
+    if not any(weights.values()):
+        raise DetdistillError(f"{slug}: {', '.join(weights)} are all 0; nothing would be distilled")
+
+
 def check_temperatures(slug: str, **temperatures: float) -> None:
     """Temperatures are finite and above 0.
 

@@ -31,7 +31,7 @@ from detdistill.functional.query_seeds import (
     giou_with_eps,
     query_gaps,
 )
-from detdistill.methods._settings import check_choice, check_weights
+from detdistill.methods._settings import check_choice, check_some, check_weights
 from detdistill.methods.contract import Method, Needs, PairError
 from detdistill.structures import SECOND, Batch, Clock, Features, Losses, Observation, Queries, QuerySeed, Taught
 
@@ -153,8 +153,9 @@ def d3etr_terms(student: D3ETRQueries, teacher: D3ETRQueries, match: Tensor, sof
 
 
 def d3etr_loss(terms: D3ETRTerms, weights: D3ETRWeights = D3ETRWeights()) -> dict[str, Tensor]:
-    """The weighted terms that there are, [] each, summed over layers."""
-    return {name: getattr(weights, name) * value.sum() for name, value in terms._asdict().items() if value is not None}
+    """The weighted terms that there are and that have a weight, [] each, summed over layers."""
+    factors = vars(weights)
+    return {name: factors[name] * value.sum() for name, value in terms._asdict().items() if value is not None and factors[name]}
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -281,7 +282,7 @@ class D3ETR(Method):
                 for fixed matching only.
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range.
+            DetdistillError: a hyper-parameter is out of range, or all weights are 0.
             PairError: softmax against sigmoid classes; decoders, maps or queries that cannot be compared; ``project`` without
                 the live teacher.
         """
@@ -291,10 +292,8 @@ class D3ETR(Method):
             check_choice(self.slug, "cross_maps", cross_maps, ("each", "sum"))
         weights = (cls_weight, l1_weight, giou_weight, self_attention_weight, cross_attention_weight)
         self.weights = D3ETRWeights(*weights)
-        check_weights(self.slug, **{f"{name}_weight": value for name, value in vars(self.weights).items()})
+        check_some(self.slug, **{f"{name}_weight": value for name, value in vars(self.weights).items()})
         check_weights(self.slug, cls_cost=cls_cost, l1_cost=l1_cost, giou_cost=giou_cost)
-        if not any(weights):
-            raise PairError(f"{self.slug}: all weights are 0; nothing would be distilled")
         self.matchings = [name for name in ("adaptive", "fixed") if matching in (name, "both")]
         self.costs, self.average_heads, self.project = (cls_cost, l1_cost, giou_cost), average_heads, project
         theirs, mine = self.teacher.spec, student.spec

@@ -25,7 +25,7 @@ from torchvision.ops import box_convert
 from detdistill.detectors.contract import Detector, HasQueries, Teacher
 from detdistill.functional.boxes import giou_loss, paired_iou, pairwise_iou
 from detdistill.functional.matching import giou_cost, hungarian, l1_cost
-from detdistill.methods._settings import check_choice, check_fractions, check_temperatures, check_weights
+from detdistill.methods._settings import check_choice, check_fractions, check_some, check_temperatures, check_weights
 from detdistill.methods.align import ChannelAdapters, float32, pair_levels, resize_like
 from detdistill.methods.contract import Method, Needs, PairError
 from detdistill.structures import (
@@ -487,8 +487,8 @@ class DETRDistill(Method):
             contrastive_width: of its towers.
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range.
-            PairError: softmax classes, no term left, or a term that cannot work for this pair, with what would.
+            DetdistillError: a hyper-parameter is out of range, or all weights are 0.
+            PairError: softmax classes, or a term that cannot work for this pair, with what would.
         """
         super().__init__(teacher, student)
         check_choice(self.slug, "mask", mask, MASKS)
@@ -505,9 +505,8 @@ class DETRDistill(Method):
         self.weights, self.costs = LogitsWeights(cls_weight, l1_weight, giou_weight), LogitsWeights(cls_cost, l1_cost, giou_cost)
         inner = {f"{name}_weight": value for name, value in self.weights._asdict().items()}
         inner |= {f"{name}_cost": value for name, value in self.costs._asdict().items()}
-        check_weights(self.slug, **terms, **inner)
-        if not any(terms.values()):
-            raise PairError(f"{self.slug}: {', '.join(terms)} are all 0; nothing would be distilled")
+        check_some(self.slug, **terms)
+        check_weights(self.slug, **inner)
         if max_per_img < 1 or contrastive_width < 1:
             raise PairError(f"{self.slug}: max_per_img={max_per_img} and contrastive_width={contrastive_width} must be 1 or more")
         self.logits_weight, self.split, self.progressive = logits_weight, split, progressive

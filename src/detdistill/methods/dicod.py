@@ -32,7 +32,7 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError, ModelError, name_list, nearest
 from detdistill.functional.crops import clamp_boxes, crop_boxes
-from detdistill.methods._settings import check_choice, check_fractions, check_temperatures, check_weights
+from detdistill.methods._settings import check_choice, check_fractions, check_some, check_temperatures, check_weights
 from detdistill.methods.contract import Method, Needs, PairError, Stage
 from detdistill.structures import Batch, Clock, Losses, Observation, Positives, Queries, Taught, map_tensors
 
@@ -364,14 +364,14 @@ class DICOD(Method):
             classifier_lr: its learning rate (SGD, cosine).
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range.
+            DetdistillError: a hyper-parameter is out of range, or all weights are 0.
             ModelError: the classifier cannot be built or loaded.
-            PairError: the classifier does not know the student's classes, there is one class only, or nothing to distil.
+            PairError: the classifier does not know the student's classes, or there is one class only.
         """
         super().__init__(None, student)
         self.places: Tensor
         self.pixel_scale: Tensor
-        check_weights(self.slug, cls_weight=cls_weight, pixel_weight=pixel_weight, feature_weight=feature_weight)
+        check_some(self.slug, cls_weight=cls_weight, pixel_weight=pixel_weight, feature_weight=feature_weight)
         check_weights(self.slug, classifier_epochs=classifier_epochs, classifier_lr=classifier_lr)
         check_temperatures(self.slug, temperature=temperature)
         check_fractions(self.slug, jitter=jitter)
@@ -381,8 +381,6 @@ class DICOD(Method):
             raise DetdistillError(f"{self.slug}: size={size}, cells={cells} and max_crops={max_crops} must be 1 or more")
         if not layers or list(layers) != sorted(set(layers)):
             raise DetdistillError(f"{self.slug}: layers={'/'.join(map(str, layers))} must rise; feature_weight=0 leaves them out")
-        if cls_weight == pixel_weight == feature_weight == 0:
-            raise PairError(f"{self.slug}: all three weights are 0; nothing would be distilled")
         self.cls_weight, self.pixel_weight, self.feature_weight = cls_weight, pixel_weight, feature_weight
         self.temperature, self.size, self.cells, self.layers = temperature, size, cells, tuple(layers)
         self.decoder_layers, self.max_crops, self.jitter = decoder_layers, max_crops, jitter

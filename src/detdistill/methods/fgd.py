@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.attention import channel_attention, spatial_attention
 from detdistill.functional.masks import box_cells, cell_regions
-from detdistill.methods._settings import check_choice, check_temperatures, check_weights
+from detdistill.methods._settings import check_choice, check_some, check_temperatures
 from detdistill.methods.align import ChannelAdapters, float32, pair_levels, resize_like
 from detdistill.methods.contract import Method
 from detdistill.structures import Batch, Clock, Losses, Observation, Taught
@@ -203,7 +203,7 @@ class FGD(Method):
             levels: student levels to use, as indices; None: all that have a partner (the paper leaves out a pooled P6).
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range.
+            DetdistillError: a hyper-parameter is out of range, or all weights are 0.
         """
         super().__init__(teacher, student)
         check_choice(self.slug, "profile", profile, _PROFILES)
@@ -212,7 +212,7 @@ class FGD(Method):
         given = (foreground_weight, background_weight, attention_weight, relation_weight)
         published = zip(given, _PROFILES[profile], strict=True)
         self.weights = dict(zip(FGDTerms._fields, (other if mine is None else mine for mine, other in published), strict=True))
-        check_weights(self.slug, **{f"{name}_weight": weight for name, weight in self.weights.items()})
+        check_some(self.slug, **{f"{name}_weight": weight for name, weight in self.weights.items()})
         self.temperature, self.box_norm = temperature, box_norm
         self.pairs = pair_levels(self.slug, student.spec, self.teacher.spec, levels)
         self.adapters = ChannelAdapters(self.pairs)
@@ -220,7 +220,10 @@ class FGD(Method):
         self.teacher_context = nn.ModuleList(ContextBlock(pair.teacher_channels) for pair in self.pairs)
 
     def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
-        """Terms ``fgd_foreground``, ``fgd_background``, ``fgd_attention`` and ``fgd_relation``, summed over levels."""
+        """Terms ``fgd_foreground``, ``fgd_background``, ``fgd_attention`` and ``fgd_relation``, summed over levels.
+
+        None where its weight is 0.
+        """
         assert isinstance(taught, Observation)
         boxes = [target.without_crowd().boxes_xyxy for target in batch.targets]
         sizes = [batch.padding_hw] * len(batch) if self.box_norm == "padded" else [(h, w) for h, w in batch.sizes.tolist()]
@@ -234,4 +237,4 @@ class FGD(Method):
                 contexts = self.student_context[index](student_map), self.teacher_context[index](teacher_map.detach())
                 levels.append(fgd_terms(student_map, teacher_map, foreground, background, *contexts, self.temperature))
         terms = dict(zip(FGDTerms._fields, map(torch.stack, zip(*levels, strict=True)), strict=True))
-        return Losses({f"fgd_{name}": self.weights[name] * values.sum() for name, values in terms.items()})
+        return Losses({f"fgd_{name}": self.weights[name] * values.sum() for name, values in terms.items() if self.weights[name]})

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError
 from detdistill.functional.attention import channel_attention, spatial_attention
-from detdistill.methods._settings import check_choice, check_temperatures, check_weights
+from detdistill.methods._settings import check_choice, check_some, check_temperatures
 from detdistill.methods.align import ChannelAdapters, float32, pair_levels, resize_like
 from detdistill.methods.contract import Method
 from detdistill.structures import Batch, Clock, Losses, Observation, Taught
@@ -271,14 +271,14 @@ class FKD(Method):
             levels: student levels to use, as indices; None: all that have a partner.
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range.
+            DetdistillError: a hyper-parameter is out of range, or all weights are 0.
         """
         super().__init__(teacher, student)
         check_choice(self.slug, "profile", profile, _PROFILES)
         published = _PROFILES[profile]
         given = zip((feature_weight, channel_weight, spatial_weight, relation_weight), published.weights, strict=True)
         self.weights = dict(zip(FKDTerms._fields, (other if mine is None else mine for mine, other in given), strict=True))
-        check_weights(self.slug, **{f"{name}_weight": weight for name, weight in self.weights.items()})
+        check_some(self.slug, **{f"{name}_weight": weight for name, weight in self.weights.items()})
         self.temperatures = {
             "spatial_temperature": published.temperature if spatial_temperature is None else spatial_temperature,
             "channel_temperature": published.temperature if channel_temperature is None else channel_temperature,
@@ -298,7 +298,10 @@ class FKD(Method):
         )
 
     def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
-        """Terms ``fkd_feature``, ``fkd_channel``, ``fkd_spatial`` and ``fkd_relation``, summed over levels."""
+        """Terms ``fkd_feature``, ``fkd_channel``, ``fkd_spatial`` and ``fkd_relation``, summed over levels.
+
+        None where its weight is 0.
+        """
         assert isinstance(taught, Observation)
         theirs = float32([taught.features.maps[pair.teacher] for pair in self.pairs])
         levels = []
@@ -309,7 +312,7 @@ class FKD(Method):
                 cells, channels = fkd_attention(student_map, teacher_map, **self.temperatures)
                 levels.append(part(student_map, teacher_map, cells, channels if self.channel_mask else None))
         terms = dict(zip(FKDTerms._fields, map(torch.stack, zip(*levels, strict=True)), strict=True))
-        return Losses({f"fkd_{name}": self.weights[name] * values.sum() for name, values in terms.items()})
+        return Losses({f"fkd_{name}": self.weights[name] * values.sum() for name, values in terms.items() if self.weights[name]})
 
 
 def _of_level(values: Sequence[int], level: int) -> int:

@@ -27,7 +27,7 @@ from detdistill.functional.query_seeds import (
     query_gaps,
     random_queries,
 )
-from detdistill.methods._settings import check_choice, check_temperatures, check_weights
+from detdistill.methods._settings import check_choice, check_some, check_temperatures
 from detdistill.methods.contract import Method, Needs, PairError
 from detdistill.structures import Batch, Clock, Losses, Observation, Queries, QuerySeed, Taught
 
@@ -175,14 +175,14 @@ class KDDETR(Method):
                 the paper, which stays within one family, or bridges to a CNN in a similar way).
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range.
+            DetdistillError: a hyper-parameter is out of range, or all weights are 0.
             PairError: no points; softmax against sigmoid classes; one class, of which a softmax says nothing; queries that do
                 not fit; no live teacher for the general points.
         """
         self._check_teacher(teacher, general_points)
         super().__init__(teacher, student)
         check_temperatures(self.slug, temperature=temperature)
-        check_weights(self.slug, cls_weight=cls_weight, l1_weight=l1_weight, giou_weight=giou_weight)
+        check_some(self.slug, cls_weight=cls_weight, l1_weight=l1_weight, giou_weight=giou_weight)
         check_choice(self.slug, "cls_reduction", cls_reduction, ("sum", "weighted_mean"))
         if general_points < 0 or not (general_points or specific_points):
             raise PairError(f"{self.slug}: specific_points=false and general_points=0 leave no points to distil; turn one on")
@@ -274,7 +274,7 @@ class KDDETR(Method):
         return KDDETRTaught(prediction.logits[-1], prediction.boxes_cxcywh01[-1], seed)
 
     def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
-        """Terms ``specific_*`` and ``general_*``; monitors the mean weight of each group's queries."""
+        """Terms ``specific_*`` and ``general_*``, none where its weight is 0; monitors the mean weight of each group."""
         assert isinstance(student, HasQueries)
         terms: dict[str, Tensor] = {}
         monitors: dict[str, Tensor] = {}
@@ -298,7 +298,7 @@ class KDDETR(Method):
                 self.temperature,
                 self.cls_reduction,
             )
-            for name, value in found._asdict().items():
+            for name, value in ((name, value) for name, value in found._asdict().items() if self.weights[name]):
                 shown = f"{name}_{self.cls_reduction}" if name == "cls" else name
                 terms[f"{group}_{shown}"] = self.weights[name] * value.sum()
             monitors[f"{group}_weight"] = weights.mean()

@@ -32,7 +32,7 @@ from detdistill.functional.boxes import giou_loss, paired_iou
 from detdistill.functional.deformable import Cells, DeformableDecoderLayer, DeformableEncoder, num_heads
 from detdistill.functional.matching import focal_class_cost, giou_cost, hungarian, l1_cost
 from detdistill.functional.similarity import mean_cosine
-from detdistill.methods._settings import check_choice, check_fractions, check_weights
+from detdistill.methods._settings import check_choice, check_fractions, check_some, check_weights
 from detdistill.methods.contract import Method, PairError, Stage
 from detdistill.structures import Batch, Clock, Features, Losses, Observation, Taught
 
@@ -395,18 +395,16 @@ class UniKD(Method):
             extractor_lr: its learning rate (AdamW).
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range.
-            PairError: both weights are 0, or there are too few queries.
+            DetdistillError: a hyper-parameter is out of range, or both weights are 0.
+            PairError: there are too few queries.
         """
         super().__init__(teacher, student)
-        check_weights(self.slug, content_weight=content_weight, positional_weight=positional_weight)
+        check_some(self.slug, content_weight=content_weight, positional_weight=positional_weight)
         check_weights(self.slug, extractor_epochs=extractor_epochs, extractor_lr=extractor_lr)
         check_fractions(self.slug, alpha=alpha, beta=beta)
         check_choice(self.slug, "cls_norm", cls_norm, CLS_NORMS)
         if queries < 2 or points < 1 or extractor_layers < 1:
             raise PairError(f"{self.slug}: queries must be 2 or more, points and extractor_layers 1 or more")
-        if content_weight == positional_weight == 0:
-            raise PairError(f"{self.slug}: content_weight and positional_weight are both 0; nothing would be distilled")
         self.weights = {"content": content_weight, "positional": positional_weight}
         self.queries, self.alpha, self.beta, self.cls_norm = queries, alpha, beta, cls_norm
         self.extractor_epochs, self.extractor_lr = extractor_epochs, extractor_lr

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from detdistill.compare import Gain, compare_runs
 from detdistill.errors import RunError
 from detdistill.report.runs import Group, Run, baselines_for, defined, distillation_terms
+from detdistill.training.records import idle_terms
 
 NEAR_ZERO_AP = 0.02
 NEGLIGIBLE_SHARE = 0.01
@@ -136,17 +137,21 @@ def _share_notes(group: Group, baselines: Sequence[Run]) -> list[str]:
     if not shares:
         return []
     mean, names = statistics.fmean(shares), ", ".join(found[0][1])
+    idle = [name for name in idle_terms(group.runs[0].rows) if name in found[0][1]]
+    notes = [f"{name} had no gradient in any measurement: it taught nothing." for name in idle]
     if mean < NEGLIGIBLE_SHARE:
         return [
+            *notes,
             f"Distillation did next to nothing: {names} made {100 * mean:.2g} % of the student's gradient. "
-            "Raise its weight (--dis), or check that teacher and student see the same levels."
+            "Raise its weight (--dis), or check that teacher and student see the same levels.",
         ]
     if mean > DOMINANT_SHARE:
         return [
+            *notes,
             f"Distillation drowned the student's own loss: {names} made {100 * mean:.0f} % of its gradient. "
-            "Lower its weight (--dis)."
+            "Lower its weight (--dis).",
         ]
-    return []
+    return notes
 
 
 def share_sentence(group: Group, baselines: Sequence[Run]) -> str:

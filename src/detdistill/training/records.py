@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from detdistill.errors import RunError
@@ -77,6 +77,16 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         text = file.read()
     return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+
+
+def idle_terms(rows: Iterable[Mapping[str, str | float]]) -> tuple[str, ...]:
+    """Loss terms that never moved the student: no gradient at all in any of two or more measurements of their shares."""
+    measured: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith("share/") and value != "":
+                measured.setdefault(name.removeprefix("share/"), []).append(float(value))
+    return tuple(name for name, shares in measured.items() if len(shares) > 1 and not any(shares))
 
 
 def _short(value: float | int | str) -> str:

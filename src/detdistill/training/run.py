@@ -50,7 +50,7 @@ from detdistill.training.folder import RunFolder, new_folder, resume_folder, sta
 from detdistill.training.instability import MatchingInstability
 from detdistill.training.module import StageModule
 from detdistill.training.offline import open_cache, stage_from_cache
-from detdistill.training.records import MetricsTable
+from detdistill.training.records import MetricsTable, idle_terms, read_rows
 from detdistill.training.stages import load_result, reusable, save_result, stage_file, stage_length
 
 NEAR_ZERO_AP = 0.02
@@ -416,6 +416,12 @@ class _Loop:
             self.trained_steps += trainer.global_step
             self.images_seen = self.module.images * world
         self.seconds = self.module.seconds
+        if self.table is not None:
+            for term in idle_terms(row for row in read_rows(self.table.path) if row["stage"] == stage.name):
+                self.progress.say(
+                    f"[yellow]{term}: no gradient in any measurement, so it taught nothing; is its weight 0, or is there nothing "
+                    "that it can tell apart (one class, no boxes, levels that nobody shares)?[/yellow]"
+                )
         if isinstance(settings, DistillSettings) and self.method is not None and reusable(stage, self.method):
             self._keep(stage, settings)
 
