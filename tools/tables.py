@@ -19,6 +19,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.probe import CHECKS, Probed, probe_all, tiny_detector
@@ -37,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
+    torch.set_num_threads(1)  # thousands of small modules: threads only wait for each other
     old = []
     probed = probe_all()
     # What cannot be built stands in the table of detectors with its reason; it takes part in no pair.

@@ -25,6 +25,7 @@ class TrainSettings:
         accumulate: batches per optimizer step.
         optimizer: AdamW, or SGD with momentum 0.9.
         lr: peak learning rate.
+        backbone_lr_factor: times ``lr``, for the backbone's weights; DETRs from pretrained backbones take 0.1.
         weight_decay: not applied to biases and norms.
         schedule: one_cycle (torch's, 15 % warm-up), cosine, step (x0.1 at 2/3 and 11/12 of the run) or constant.
         warmup_steps: linear warm-up for cosine, step and constant.
@@ -66,6 +67,7 @@ class TrainSettings:
     accumulate: int = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
+    backbone_lr_factor: float = 1.0
     weight_decay: float = 0.01
     schedule: Literal["one_cycle", "cosine", "step", "constant"] = "one_cycle"
     warmup_steps: int = 0

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from detdistill.detectors.build import build_detector
+from detdistill.errors import RunError
 from detdistill.settings import TrainSettings
 from detdistill.training.optimizers import build_optimizer, build_schedule
 
@@ -77,3 +79,37 @@ def test_biases_and_norms_do_not_decay(optimizer: str):
 def test_a_module_without_matrices_or_without_vectors():
     assert len(build_optimizer([nn.BatchNorm2d(3)], TrainSettings()).param_groups) == 1
     assert len(build_optimizer([nn.Linear(2, 2, bias=False)], TrainSettings()).param_groups) == 1
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "step"])
+def test_backbones_at_a_rate_of_their_own(schedule: Any):
+    student = build_detector("deformable_detr:resnet10t,channels=16-16-16-16,stem=8,dim=32,queries=5", ("a",))
+    settings = TrainSettings(lr=0.5, backbone_lr_factor=0.1, schedule=schedule)
+    optimizer = build_optimizer([student, nn.Linear(2, 2)], settings)
+    total = 20
+    scheduler = build_schedule(optimizer, settings, total)
+    in_backbone = {id(p) for name, p in student.named_parameters() if name.startswith("model.model.backbone.")}
+    seen = []
+    for _ in range(total):
+        slow, fast = (
+            {group["lr"] for group in optimizer.param_groups if (id(group["params"][0]) in in_backbone) == inside}
+            for inside in (True, False)
+        )
+        assert len(slow) == len(fast) == 1
+        assert slow.pop() == pytest.approx(0.1 * max(fast))
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert max(seen) == pytest.approx(0.5, rel=0.05)  # the first group's rate is the one that is logged
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len([*student.parameters()]) + 2
+    slower = [group for group in optimizer.param_groups if group["lr"] < 0.5 * optimizer.param_groups[0]["lr"]]
+    assert {id(p) for group in slower for p in group["params"]} == in_backbone
+
+
+def test_a_detector_without_a_known_backbone_is_refused(monkeypatch):
+    student = build_detector("fcos:resnet10t,channels=16-16-16-16,stem=8,neck=32,levels=3-4,convs=1", ("a",))
+    monkeypatch.setattr(type(student), "head_prefixes", ())
+    with pytest.raises(RunError, match=r"backbone_lr_factor: .* does not say which of its weights are neck and head"):
+        build_optimizer([student], TrainSettings(backbone_lr_factor=0.1))
+    build_optimizer([student], TrainSettings())

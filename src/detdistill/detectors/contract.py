@@ -79,7 +79,7 @@ class Detector(nn.Module, ABC):
     spec: DetectorSpec
 
     head_prefixes: tuple[str, ...] = ()
-    """Beginnings of the state-dict names that belong to neck and head, for head inheritance."""
+    """Beginnings of the state-dict names that belong to neck and head, for head inheritance; all other names are the backbone."""
 
     @abstractmethod
     def features(self, batch: Batch) -> Features:

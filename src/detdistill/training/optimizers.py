@@ -9,16 +9,25 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from detdistill.detectors.contract import Detector
+from detdistill.errors import RunError
 from detdistill.settings import TrainSettings
 
 
 def build_optimizer(modules: Iterable[nn.Module], settings: TrainSettings) -> Optimizer:
-    """Two groups: weights with decay; biases, norms and other vectors without."""
-    parameters = {id(p): p for module in modules for p in module.parameters()}.values()
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    """Weights with decay; biases, norms and other vectors without; backbones apart, last, where their rate is another.
+
+    Raises:
+        RunError: backbones shall have another rate, and a detector does not say what its backbone is.
+    """
+    modules = list(modules)
+    parameters = {id(p): p for module in modules for p in module.parameters()}
+    backbones = _backbones(modules) if settings.backbone_lr_factor != 1 else set()
+    groups = []
+    for inside, lr in ((False, settings.lr), (True, settings.lr * settings.backbone_lr_factor)):
+        part = [p for key, p in parameters.items() if (key in backbones) == inside]
+        groups.append({"params": [p for p in part if p.ndim > 1], "lr": lr, "weight_decay": settings.weight_decay})
+        groups.append({"params": [p for p in part if p.ndim <= 1], "lr": lr, "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
     # One kernel for all tensors (5 % of a small detector's step); Lightning cannot clip with it under a loss scaler.
     fused = settings.precision != "16"
@@ -27,10 +36,23 @@ def build_optimizer(modules: Iterable[nn.Module], settings: TrainSettings) -> Op
     return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
 
 
+def _backbones(modules: Iterable[nn.Module]) -> set[int]:
+    found: set[int] = set()
+    for detector in (module for module in modules if isinstance(module, Detector)):
+        if not detector.head_prefixes:
+            raise RunError(
+                f"backbone_lr_factor: {detector.spec.name} does not say which of its weights are neck and head (head_prefixes); "
+                "say it in its class, or leave the factor at 1"
+            )
+        found |= {id(p) for name, p in detector.named_parameters() if not name.startswith(detector.head_prefixes)}
+    return found
+
+
 def build_schedule(optimizer: Optimizer, settings: TrainSettings, total: int) -> LRScheduler:
     """A scheduler that steps once per optimizer step, for ``total`` steps."""
     if settings.schedule == "one_cycle":
-        return OneCycleLR(optimizer, max_lr=settings.lr, total_steps=total + 1, pct_start=0.15)
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, max_lr=peaks, total_steps=total + 1, pct_start=0.15)
     return LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, settings))
 
 
