@@ -137,6 +137,18 @@ def test_unequal_budgets_are_refused_naming_each_difference(tmp_path):
     assert len(gain.notes) == 8
 
 
+def test_a_run_that_did_not_know_a_setting_had_its_default(tmp_path):
+    old = make_run(tmp_path / "old", "baseline", 0, 0.2)
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    del config["backbone_lr_factor"]
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    same = make_run(tmp_path / "same", "distilled", 0, 0.3)
+    assert compare_runs([old, same])[0].notes == ("one pair shows a difference, not a gain; run more seeds (--seeds 0,1,2)",)
+    other = make_run(tmp_path / "other", "distilled", 0, 0.3, backbone_lr_factor=0.1)
+    with pytest.raises(RunError, match=r"seed 0: backbone_lr_factor 1\.0 and 0\.1"):
+        compare_runs([old, other])
+
+
 def test_other_data_are_refused_whatever_is_allowed(tmp_path):
     make_run(tmp_path / "a" / "b", "baseline", 0, 0.2)
     make_run(tmp_path / "a" / "d", "distilled", 0, 0.3, fingerprint="other")

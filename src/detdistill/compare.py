@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from detdistill.errors import RunError, nearest
+from detdistill.settings import TrainSettings, as_plain
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 BUDGET = (
-    "epochs", "steps", "batch", "accumulate", "optimizer", "lr", "weight_decay", "schedule", "warmup_steps", "clip", "ema",
-    "precision", "devices", "nodes", "size", "resize", "max_size", "flip", "colour", "scale_jitter", "mosaic",
+    "epochs", "steps", "batch", "accumulate", "optimizer", "lr", "backbone_lr_factor", "weight_decay", "schedule", "warmup_steps",
+    "clip", "ema", "precision", "devices", "nodes", "size", "resize", "max_size", "flip", "colour", "scale_jitter",
+    "scales", "mosaic",
 )  # fmt: skip
 """Settings that must agree for a comparison to be fair."""
 
@@ -141,11 +143,9 @@ def summarize(method: str, teacher: str, student: str, metric: str, pairs: Seque
 
 def unequal(baseline: dict[str, Any], distilled: dict[str, Any]) -> list[str]:
     """Everything that makes two runs incomparable, in words."""
-    different = [
-        f"{key} {baseline['config'].get(key)} and {distilled['config'].get(key)}"
-        for key in BUDGET
-        if baseline["config"].get(key) != distilled["config"].get(key)
-    ]
+    standard = as_plain(TrainSettings())  # a run of an earlier version knew fewer settings
+    settings = [{key: run["config"].get(key, standard[key]) for key in BUDGET} for run in (baseline, distilled)]
+    different = [f"{key} {settings[0][key]} and {settings[1][key]}" for key in BUDGET if settings[0][key] != settings[1][key]]
     for key in ("steps", "images_seen"):
         if baseline[key] != distilled[key]:
             different.append(f"{key} done {baseline[key]} and {distilled[key]}")
