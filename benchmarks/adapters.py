@@ -25,7 +25,7 @@ from detdistill.detectors.build import adapter_names, build_detector
 from detdistill.detectors.contract import Detector
 from detdistill.detectors.probe import has_tiny, tiny_name
 from detdistill.structures import Batch, Target, View
-from detdistill.training.run import hardware, versions
+from detdistill.training.machine import hardware, versions
 
 CLASSES = tuple(f"class {number}" for number in range(20))
 

@@ -40,8 +40,9 @@ from detdistill.detectors.contract import Teacher
 from detdistill.methods.compose import build_method
 from detdistill.settings import TrainSettings
 from detdistill.structures import Batch, Clock
+from detdistill.training.machine import hardware, versions
 from detdistill.training.optimizers import build_optimizer
-from detdistill.training.run import hardware, plain_stage, versions
+from detdistill.training.run import plain_stage
 from steps import clock, turns
 
 

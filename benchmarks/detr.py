@@ -61,7 +61,7 @@ DEPTHS = {
 WHOLE = {"adamixer": "0/3", "rt_detr": "2/3"}
 """... which has as many as the student of table 3."""
 SURE = "adamixer"
-"""Where its students' seeds differ least; parts and depths are tried with all seeds there."""
+"""Where its students' seeds differ least; parts, depths and other methods are tried with all seeds there."""
 INSTABILITY = 64
 """Validation images on which changes of the matching are counted after each epoch."""
 
@@ -197,11 +197,11 @@ def tasks(work: Path, seeds: Sequence[int], parts: Sequence[str]) -> list[Task]:
             found += learn(work, kind, {"detrdistill": WAYS["detrdistill"]}, first, depth)
         for name, ways in (("components", COMPONENTS), ("choices", CHOICES)):
             found += learn(work, kind, ways, first) if name in parts else []
-    # AdaMixer's parts and depths with the other seeds: there a part can be told from noise.
     for seed in others if "seeds" in parts else ():
         for depth in DEPTHS[SURE] if "depths" in parts else ():
             found += learn(work, SURE, {"detrdistill": WAYS["detrdistill"]}, seed, depth)
         found += learn(work, SURE, COMPONENTS, seed) if "components" in parts else []
+        found += learn(work, SURE, queries_of(SURE), seed) if "queries" in parts else []
     return found
 
 

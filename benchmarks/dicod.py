@@ -37,8 +37,9 @@ from detdistill.detectors.build import build_detector
 from detdistill.methods.compose import build_method
 from detdistill.methods.dicod import DICOD as DICODMethod
 from detdistill.structures import Clock
+from detdistill.training.machine import hardware, versions
 from detdistill.training.records import read_rows
-from detdistill.training.run import hardware, plain_stage, versions
+from detdistill.training.run import plain_stage
 
 PARTS = ("digits", "seeds", "bccd", "speed")
 DIGITS = ["--data", "digits:train=2000,val=300,size=96,seed=0", "--size", "96", "--flip", "0", "--weight_decay", "0.01"]

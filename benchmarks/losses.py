@@ -23,7 +23,7 @@ from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
 from detdistill.methods.compose import build_method, method_class, method_slugs
 from detdistill.methods.contract import Method, Needs
 from detdistill.structures import Batch, Clock, Features, Observation, Target, View
-from detdistill.training.run import hardware, versions
+from detdistill.training.machine import hardware, versions
 
 STRIDES = (8, 16, 32, 64, 128)
 SIZE = (800, 1088)

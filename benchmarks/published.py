@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from detdistill.detectors.build import build_detector
 from detdistill.structures import Batch, Target, View
-from detdistill.training.run import hardware, versions
+from detdistill.training.machine import hardware, versions
 
 SIZE = (800, 1280)
 SMALL = ("resnet10t,channels=16-32-64-128,stem=16", 8, 128)

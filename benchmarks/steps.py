@@ -37,9 +37,10 @@ from detdistill.methods.compose import build_method
 from detdistill.methods.contract import Method
 from detdistill.settings import TrainSettings
 from detdistill.structures import Batch, Clock, map_tensors
+from detdistill.training.machine import hardware, versions
 from detdistill.training.module import StageModule
 from detdistill.training.optimizers import build_optimizer, build_schedule
-from detdistill.training.run import hardware, plain_stage, versions
+from detdistill.training.run import plain_stage
 
 METHODS = ("fitnet", "pkd", "cwd", "fkd", "fgd", "mgd")
 

@@ -57,7 +57,8 @@ def train(
     """
     wanted = _settings(TrainSettings, settings)
     from detdistill.progress import Progress
-    from detdistill.training.run import Plan, is_main_process, run
+    from detdistill.training.machine import is_main_process
+    from detdistill.training.run import Plan, run
 
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
@@ -108,8 +109,10 @@ def distill(
     from detdistill.detectors.contract import Teacher
     from detdistill.evaluation.instability import check_queries
     from detdistill.training.experiment import run_experiment
+    from detdistill.training.machine import is_main_process
     from detdistill.training.offline import open_cache, why_live_teacher
-    from detdistill.training.run import Plan, is_main_process, note_teacher, run, score_teacher, view_settings
+    from detdistill.training.run import Plan, run, view_settings
+    from detdistill.training.teacher import note_teacher, score_teacher
 
     reason = why_live_teacher(wanted.method)
     live_too = wanted.inherit or bool(reason)
@@ -191,7 +194,7 @@ def cache(
     wanted = _settings(CacheSettings, {"method": method, **settings})
     from detdistill.methods.compose import parse_methods
     from detdistill.progress import Progress
-    from detdistill.training.run import check_machine, is_main_process
+    from detdistill.training.machine import check_machine, is_main_process
 
     parse_methods(wanted.method)
     check_machine(wanted)
@@ -401,7 +404,7 @@ def _check_start(model: str, settings: TrainSettings) -> None:
     """Say what needs no data to be seen wrong: the model's name, and a run folder that is taken."""
     from detdistill.detectors.options import parse_model
     from detdistill.training.folder import new_folder
-    from detdistill.training.run import is_main_process
+    from detdistill.training.machine import is_main_process
 
     parse_model(model)
     if settings.out is not None and not settings.resume and is_main_process():
@@ -475,7 +478,7 @@ def _load_teacher(teacher: str, splits: DataSplits, other_classes: bool) -> Dete
 
 def _report(runs: Sequence[Path], page: Path, progress: Progress) -> None:
     from detdistill.report.page import build_report
-    from detdistill.training.run import is_main_process
+    from detdistill.training.machine import is_main_process
 
     if is_main_process():
         build_report(runs, page, progress=progress)

@@ -18,7 +18,8 @@ from detdistill.evaluation.instability import first_images, index_vectors, insta
 from detdistill.progress import Progress
 from detdistill.settings import TrainSettings
 from detdistill.training.callbacks import Checkpoints
-from detdistill.training.run import seed_everything, view_settings
+from detdistill.training.machine import seed_everything
+from detdistill.training.run import view_settings
 from tests.training import small
 from tests.training.test_resume import kill_when
 

@@ -31,8 +31,9 @@ from detdistill.methods.compose import build_method
 from detdistill.methods.contract import Method, PairError, Stage
 from detdistill.progress import Progress
 from detdistill.settings import CacheSettings, DistillSettings, as_plain
+from detdistill.training.machine import seed_everything
 from detdistill.training.offline import stage_from_cache
-from detdistill.training.run import Plan, prepare, seed_everything, view_settings
+from detdistill.training.run import Plan, prepare, view_settings
 from detdistill.training.stages import cached_stage_file, state_of
 
 TOLERANCES: dict[Store, float] = {"float32": 1e-3, "float16": 2e-3, "bfloat16": 1e-2, "int8": 1e-2, "int6": 4e-2}

@@ -25,7 +25,8 @@ from detdistill.progress import Progress
 from detdistill.settings import DistillSettings
 from detdistill.training.folder import new_folder, resume_folder
 from detdistill.training.records import read_rows
-from detdistill.training.run import Plan, note_teacher, run
+from detdistill.training.run import Plan, run
+from detdistill.training.teacher import note_teacher
 
 
 @dataclass(frozen=True)

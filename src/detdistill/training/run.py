@@ -7,18 +7,14 @@ import hashlib
 import json
 import logging
 import os
-import platform
-import random
 import signal
 import time
 import warnings
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -48,12 +44,11 @@ from detdistill.training.bar import TrainingBar
 from detdistill.training.callbacks import Checkpoints, Evaluation, Records
 from detdistill.training.folder import RunFolder, new_folder, resume_folder, start_folder
 from detdistill.training.instability import MatchingInstability
+from detdistill.training.machine import check_machine, hardware, is_main_process, seed_everything, versions
 from detdistill.training.module import StageModule
 from detdistill.training.offline import open_cache, stage_from_cache
 from detdistill.training.records import MetricsTable, idle_terms, read_rows
 from detdistill.training.stages import load_result, reusable, save_result, stage_file, stage_length
-
-NEAR_ZERO_AP = 0.02
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
@@ -210,24 +205,6 @@ def _found_result(
     return True
 
 
-def check_machine(settings: TrainSettings) -> None:
-    """Say what this machine cannot do before anything is made.
-
-    Raises:
-        RunError: naming the setting.
-    """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise RunError("device: cuda is not available here; use --device cpu")
-    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
-    if on_gpu and settings.devices > torch.cuda.device_count():
-        raise RunError(f"devices: {settings.devices} GPUs are wanted, {torch.cuda.device_count()} are here")
-    if not on_gpu and settings.precision == "16":
-        raise RunError("precision: 16 needs a GPU; use bf16 or 32")
-    world, wanted = int(os.environ.get("WORLD_SIZE", 1)), settings.devices * settings.nodes
-    if world > 1 and world != wanted:  # each would train alone, all in one folder
-        raise RunError(f"devices: {world} processes were started, but --devices times --nodes is {wanted}; give --devices")
-
-
 def _finished(plan: Plan) -> Run | None:
     """What a run that needs no resuming left."""
     folder = resume_folder(plan.settings.out, plan.config())
@@ -255,18 +232,6 @@ def plain_stage(student: Detector) -> Stage:
             return student.loss(seen.prediction, batch)
 
     return Stage("train", step, lambda clock: (student,), student)
-
-
-def seed_everything(seed: int) -> None:
-    """torch, numpy and python."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries below may still use the global generator
-    random.seed(seed)
-
-
-def is_main_process() -> bool:
-    """False in the further processes of a distributed run."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0))) == 0
 
 
 def _folder_for(plan: Plan) -> Path:
@@ -578,54 +543,3 @@ def _service(service: str, folder: RunFolder, plan: Plan) -> Logger:
         )
     except ModuleNotFoundError as error:
         raise RunError(f"--track {service}: {service} is not installed; pip install detdistill[track]") from error
-
-
-def versions() -> dict[str, str]:
-    """Of all that numbers depend on."""
-    names = ("detdistill", "torch", "torchvision", "timm", "lightning", "faster-coco-eval", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def hardware() -> str:
-    """One line."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"
-
-
-def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings, progress: Progress) -> Scores | None:
-    """Evaluate the teacher before anything is trained, and say loudly when it knows nothing.
-
-    Returns:
-        Its scores, or None when its classes are not those of the data.
-    """
-    unknown = [name for name in splits.val.classes if name not in teacher.spec.classes]
-    if unknown:
-        progress.say(f"[yellow]teacher {teacher.spec.name} does not know {', '.join(unknown[:5])}: it is not scored[/yellow]")
-        return None
-    bar = progress.bar("score the teacher", len(splits.val.records))
-    device = "cuda" if torch.cuda.is_available() and settings.device != "cpu" else "cpu"
-    scores = evaluate(
-        teacher.detector,
-        splits.val,
-        view_settings(settings),
-        batch_size=settings.batch,
-        device=device,
-        progress=bar.follow,
-        errors=True,
-    )
-    ap = scores.metrics["AP"]
-    bar.say(f"AP {100 * ap:.1f}  AP50 {100 * scores.metrics['AP50']:.1f} on {scores.images} images")
-    if ap < NEAR_ZERO_AP:
-        progress.say(
-            f"[bold red]WARNING: the teacher's AP is {100 * ap:.2f} of 100 on {splits.val.root}: it knows next to nothing of "
-            f"this data, and a student cannot learn from it. Wrong weights, wrong classes, or wrong --size?[/bold red]"
-        )
-    return scores
-
-
-def note_teacher(folder: Path, scores: Scores) -> None:
-    """Add the teacher's numbers to the summary of a finished run."""
-    summary = json.loads((folder / "summary.json").read_text())
-    summary |= {"teacher_metrics": scores.metrics, "teacher_per_class": scores.per_class, "teacher_errors": scores.errors}
-    RunFolder(folder).write_json("summary.json", summary)

@@ -1,0 +1,56 @@
+"""How good the teacher is: measured before a student is trained, and noted beside the student's own numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from detdistill.data.records import DataSplits
+from detdistill.detectors.contract import Teacher
+from detdistill.evaluation import Scores, evaluate
+from detdistill.progress import Progress
+from detdistill.settings import TrainSettings
+from detdistill.training.folder import RunFolder
+from detdistill.training.run import view_settings
+
+NEAR_ZERO_AP = 0.02
+
+
+def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings, progress: Progress) -> Scores | None:
+    """Evaluate the teacher before anything is trained, and say loudly when it knows nothing.
+
+    Returns:
+        Its scores, or None when its classes are not those of the data.
+    """
+    unknown = [name for name in splits.val.classes if name not in teacher.spec.classes]
+    if unknown:
+        progress.say(f"[yellow]teacher {teacher.spec.name} does not know {', '.join(unknown[:5])}: it is not scored[/yellow]")
+        return None
+    bar = progress.bar("score the teacher", len(splits.val.records))
+    device = "cuda" if torch.cuda.is_available() and settings.device != "cpu" else "cpu"
+    scores = evaluate(
+        teacher.detector,
+        splits.val,
+        view_settings(settings),
+        batch_size=settings.batch,
+        device=device,
+        progress=bar.follow,
+        errors=True,
+    )
+    ap = scores.metrics["AP"]
+    bar.say(f"AP {100 * ap:.1f}  AP50 {100 * scores.metrics['AP50']:.1f} on {scores.images} images")
+    if ap < NEAR_ZERO_AP:
+        progress.say(
+            f"[bold red]WARNING: the teacher's AP is {100 * ap:.2f} of 100 on {splits.val.root}: it knows next to nothing of "
+            f"this data, and a student cannot learn from it. Wrong weights, wrong classes, or wrong --size?[/bold red]"
+        )
+    return scores
+
+
+def note_teacher(folder: Path, scores: Scores) -> None:
+    """Add the teacher's numbers to the summary of a finished run."""
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"teacher_metrics": scores.metrics, "teacher_per_class": scores.per_class, "teacher_errors": scores.errors}
+    RunFolder(folder).write_json("summary.json", summary)
