@@ -1,7 +1,7 @@
 """Weighted sums of a table's rows on a CPU, with gradients of the table and of the weights.
 
 What ``embedding_bag`` with weights per sample computes. Its own backward pass sorts all indices; here the table's gradient is
-one product with a sparse matrix, and so is that of the weights: eight times as fast for the shapes of deformable attention.
+one product with a sparse matrix, and so is that of the weights: several times as fast for the shapes of deformable attention.
 """
 
 from __future__ import annotations
