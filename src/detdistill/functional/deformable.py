@@ -68,12 +68,12 @@ def _by_grids(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], places: 
 def _by_cells(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], places: Tensor, shares: Tensor) -> Tensor:
     """The same: every sample is a weighted sum of four cells, so a query's result is one of 4 L P cells."""
     images, cells, heads, width = value.shape
-    count = places.shape[-1]
-    shapes = torch.tensor(spatial_shapes)[:, :, None, None]  # [L, 2, 1, 1]
+    count, device = places.shape[-1], value.device
+    shapes = torch.tensor(spatial_shapes, device=device)[:, :, None, None]  # [L, 2, 1, 1]
     rows, columns = shapes.unbind(1)
     starts = F.pad((rows * columns).cumsum(0), (0, 0, 0, 0, 1, 0))[:-1]  # [L, 1, 1]
-    firsts = torch.arange(0, images * cells, cells)[:, None, None, None, None] + starts  # [B, 1, L, 1, 1]
-    firsts = firsts * heads + torch.arange(heads)[:, None, None, None]  # [B, M, L, 1, 1] in rows of the table
+    firsts = torch.arange(0, images * cells, cells, device=device)[:, None, None, None, None] + starts  # [B, 1, L, 1, 1]
+    firsts = firsts * heads + torch.arange(heads, device=device)[:, None, None, None]  # [B, M, L, 1, 1] in rows of the table
     left, right = _neighbours(places[..., 0, :] * columns - 0.5, columns)
     upper, lower = _neighbours(places[..., 1, :] * rows - 0.5, rows)
     index, weights = [], []

@@ -46,7 +46,7 @@ class _WeightedRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         table, index, weights = ctx.saved_tensors
         grad, shape = grad.contiguous(), (len(index), len(table))
-        starts = torch.arange(0, index.numel() + 1, index.shape[1], dtype=index.dtype)
+        starts = torch.arange(0, index.numel() + 1, index.shape[1], dtype=index.dtype, device=index.device)
         of_table = of_weights = None
         if ctx.needs_input_grad[0]:
             matrix = csr_array((weights.flatten().numpy(), index.flatten().numpy(), starts.numpy()), shape=shape)

@@ -140,17 +140,15 @@ def _share_notes(group: Group, baselines: Sequence[Run]) -> list[str]:
     idle = [name for name in idle_terms(group.runs[0].rows) if name in found[0][1]]
     notes = [f"{name} had no gradient in any measurement: it taught nothing." for name in idle]
     if mean < NEGLIGIBLE_SHARE:
-        return [
-            *notes,
+        notes.append(
             f"Distillation did next to nothing: {names} made {100 * mean:.2g} % of the student's gradient. "
-            "Raise its weight (--dis), or check that teacher and student see the same levels.",
-        ]
-    if mean > DOMINANT_SHARE:
-        return [
-            *notes,
+            "Raise its weight (--dis), or check that teacher and student see the same levels."
+        )
+    elif mean > DOMINANT_SHARE:
+        notes.append(
             f"Distillation drowned the student's own loss: {names} made {100 * mean:.0f} % of its gradient. "
-            "Lower its weight (--dis).",
-        ]
+            "Lower its weight (--dis)."
+        )
     return notes
 
 
