@@ -21,7 +21,8 @@ import timm
 import torch
 from torch import Tensor
 
-from detdistill.detectors.build import adapter_names, build_detector
+from detdistill.detectors.adapters import adapter_names
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector
 from detdistill.detectors.probe import has_tiny, tiny_name
 from detdistill.structures import Batch, Target, View

@@ -37,7 +37,7 @@ from detdistill.data.transforms import ViewSettings
 from detdistill.data.views import batches_of, sights
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
-from detdistill.methods.compose import build_method
+from detdistill.methods.shared.compose import build_method
 from detdistill.settings import TrainSettings
 from detdistill.structures import Batch, Clock
 from detdistill.training.machine import hardware, versions

@@ -34,11 +34,11 @@ from detdistill.data.discover import load_data
 from detdistill.data.loader import DetectionLoader
 from detdistill.data.transforms import ViewSettings
 from detdistill.detectors.build import build_detector
-from detdistill.methods.compose import build_method
 from detdistill.methods.dicod import DICOD as DICODMethod
+from detdistill.methods.shared.compose import build_method
 from detdistill.structures import Clock
 from detdistill.training.machine import hardware, versions
-from detdistill.training.records import read_rows
+from detdistill.training.metrics_table import read_rows
 from detdistill.training.run import plain_stage
 
 PARTS = ("digits", "seeds", "bccd", "speed")

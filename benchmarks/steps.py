@@ -33,8 +33,8 @@ from detdistill.data.loader import DetectionLoader
 from detdistill.data.transforms import ViewSettings
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.methods.compose import build_method
-from detdistill.methods.contract import Method
+from detdistill.methods.shared.compose import build_method
+from detdistill.methods.shared.contract import Method
 from detdistill.settings import TrainSettings
 from detdistill.structures import Batch, Clock, map_tensors
 from detdistill.training.machine import hardware, versions
@@ -68,9 +68,9 @@ def turns(contenders: dict[str, Callable[[], None]], rounds: int, device: str) -
 
 
 MATCHING = (
-    ("detdistill.detectors._transformers", "TransformersDetector.assign"),
-    ("detdistill.detectors._deformable", "hungarian"),
-    ("detdistill.detectors.adamixer", "AdaMixerDetector.assign"),
+    ("detdistill.detectors.queries.shared.transformers_detector", "TransformersDetector.assign"),
+    ("detdistill.detectors.queries.shared.deformable", "hungarian"),
+    ("detdistill.detectors.queries.adamixer", "AdaMixerDetector.assign"),
     ("detdistill.methods.detrdistill", "detrdistill_match"),
     ("detdistill.methods.d3etr", "d3etr_match"),
 )

@@ -6,11 +6,12 @@ import yaml
 
 import detdistill
 from detdistill import api, cli
-from detdistill.detectors.build import build_detector, load_detector
-from detdistill.detectors.saved import save_student
+from detdistill.detectors.build import build_detector
+from detdistill.detectors.load import load_detector
+from detdistill.detectors.save import save_student
 from detdistill.errors import ClassNameError, DetdistillError, RunError, name_list
 from detdistill.evaluation import ERRORS
-from detdistill.methods.compose import MethodError
+from detdistill.methods.shared.compose import MethodError
 
 MODEL = "fcos:resnet10t,channels=16-16-16-16,stem=8,neck=32,levels=3-4,convs=1"
 DIGITS = "digits:train=24,val=8,size=64,seed=0"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from detdistill import cli
 from detdistill.detectors.build import build_detector
-from detdistill.detectors.saved import save_student
+from detdistill.detectors.save import save_student
 from tests.data.forms import TRAIN, VAL, Picture, make_coco
 
 MODEL = "fcos:resnet10t,channels=16-16-16-16,stem=8,neck=32,levels=3-4,convs=1"

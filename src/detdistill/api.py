@@ -12,7 +12,7 @@ from detdistill.errors import RunError, nearest
 from detdistill.settings import CacheSettings, DistillSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from detdistill.cache.probe import Forecast
+    from detdistill.cache.forecast import Forecast
     from detdistill.compare import Gain
     from detdistill.data.inspect import DataReport
     from detdistill.data.records import DataSplits
@@ -96,7 +96,7 @@ def distill(
         print(result.gains[0].verdict, result.report)
     """
     wanted = _settings(DistillSettings, {"method": method, **settings})
-    from detdistill.methods.compose import build_method, parse_methods
+    from detdistill.methods.shared.compose import build_method, parse_methods
     from detdistill.progress import Progress
 
     needing = [kind.slug for kind, _ in parse_methods(wanted.method) if kind.needs.teacher]  # misspelt methods are said first
@@ -109,10 +109,10 @@ def distill(
     from detdistill.detectors.contract import Teacher
     from detdistill.evaluation.instability import check_queries
     from detdistill.training.experiment import run_experiment
+    from detdistill.training.from_cache import open_cache, why_live_teacher
     from detdistill.training.machine import is_main_process
-    from detdistill.training.offline import open_cache, why_live_teacher
     from detdistill.training.run import Plan, run, view_settings
-    from detdistill.training.teacher import note_teacher, score_teacher
+    from detdistill.training.teacher_scores import note_teacher, score_teacher
 
     reason = why_live_teacher(wanted.method)
     live_too = wanted.inherit or bool(reason)
@@ -192,14 +192,14 @@ def cache(
         DetdistillError: one line that says what is wrong (it does not fit, is a cache of something else) and what to do.
     """
     wanted = _settings(CacheSettings, {"method": method, **settings})
-    from detdistill.methods.compose import parse_methods
+    from detdistill.methods.shared.compose import parse_methods
     from detdistill.progress import Progress
     from detdistill.training.machine import check_machine, is_main_process
 
     parse_methods(wanted.method)
     check_machine(wanted)
     with progress or Progress(quiet=not is_main_process()) as shown:
-        from detdistill.training.caching import make_cache
+        from detdistill.training.fill_cache import make_cache
 
         splits = _load(data, wanted.strict, shown)
         loaded = _load_teacher(teacher, splits, wanted.other_classes)
@@ -232,7 +232,7 @@ def verify_cache(
         DetdistillError: a record is damaged or differs; the first one is named.
     """
     from detdistill.progress import Progress
-    from detdistill.training.caching import check_cache
+    from detdistill.training.fill_cache import check_cache
 
     with progress or Progress() as shown:
 
@@ -261,7 +261,7 @@ def evaluate(
     Raises:
         DetdistillError: one line that says what is wrong and what to do.
     """
-    from detdistill.detectors.build import load_detector
+    from detdistill.detectors.load import load_detector
     from detdistill.evaluation import evaluate as evaluate_detector
     from detdistill.progress import Progress
     from detdistill.training.run import view_settings
@@ -314,7 +314,7 @@ def predict(
     Raises:
         DetdistillError: one line that says what is wrong and what to do.
     """
-    from detdistill.detectors.build import load_detector
+    from detdistill.detectors.load import load_detector
     from detdistill.evaluation.predict import predict_folder
     from detdistill.progress import Progress
     from detdistill.training.run import view_settings
@@ -452,7 +452,7 @@ def _load_teacher(teacher: str, splits: DataSplits, other_classes: bool) -> Dete
     Raises:
         ClassNameError: it does not know all of the data's classes, and ``other_classes`` does not say that this is meant.
     """
-    from detdistill.detectors.build import load_detector
+    from detdistill.detectors.load import load_detector
     from detdistill.errors import ClassCountError, ClassNameError, name_list
 
     wanted = splits.train.classes

@@ -398,7 +398,7 @@ def _cite_flags(parser: Parser) -> None:
 
 
 def _cite(chosen: Namespace) -> None:
-    from detdistill.methods.compose import parse_methods
+    from detdistill.methods.shared.compose import parse_methods
 
     for method, _ in parse_methods(chosen.method):
         print(method.bibtex)

@@ -74,7 +74,7 @@ def demo(
         from detdistill import api
         from detdistill.compare import gains_table
         from detdistill.data.digits import digits_folder
-        from detdistill.methods.compose import parse_methods
+        from detdistill.methods.shared.compose import parse_methods
 
         parse_methods(method)
         bar = progress.bar("make the images", train_images + val_images)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def show_methods(teacher: str | None = None, student: str | None = None) -> None:
     """All methods; with a student (and a teacher), whether each can serve the pair, found by building it."""
     from detdistill.detectors.contract import Teacher
-    from detdistill.methods.compose import build_method, method_class, method_slugs
-    from detdistill.methods.contract import PairError
+    from detdistill.methods.shared.compose import build_method, method_class, method_slugs
+    from detdistill.methods.shared.contract import PairError
 
     table = Table("method", "paper", *(["serves this pair"] if student else []))
     learner = frozen = None
@@ -39,7 +39,7 @@ def show_methods(teacher: str | None = None, student: str | None = None) -> None
 
 def _detector(name: str, classes: Sequence[str]) -> Detector:
     """With its own classes where it has some, else with these."""
-    from detdistill.detectors.build import load_detector
+    from detdistill.detectors.load import load_detector
 
     return load_detector(name) if Path(name).exists() else load_detector(name, classes)
 

@@ -4,16 +4,16 @@ import json
 import pytest
 import torch
 
+from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.cache.encoding import encode
 from detdistill.cache.identity import in_words, knowledge_of, views_lacking, views_of
 from detdistill.cache.knowledge import About, KnowledgeCache
 from detdistill.cache.shards import ShardWriter
-from detdistill.cache.standin import AbsentTeacher
 from detdistill.cache.storage import CacheError
 from detdistill.data.transforms import ViewSettings
 from detdistill.detectors.contract import Teacher
-from detdistill.methods.compose import build_method, method_slugs, parse_methods
-from detdistill.methods.contract import PairError
+from detdistill.methods.shared.compose import build_method, method_slugs, parse_methods
+from detdistill.methods.shared.contract import PairError
 from detdistill.structures import Observation, TaughtTogether
 from tests.methods.contract_checks import MIDDLE, assert_same, one_by_one
 from tests.tiny import TinyDense, tiny_batch

@@ -5,13 +5,14 @@ import torch
 import torchvision
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fcos_resnet50_fpn
 
-from detdistill.detectors.build import build_detector, load_detector
-from detdistill.detectors.fcos import FCOSDetector
+from detdistill.detectors.build import build_detector
+from detdistill.detectors.dense.fcos import FCOSDetector
+from detdistill.detectors.dense.retinanet import RetinaNetDetector
+from detdistill.detectors.load import load_detector
 from detdistill.detectors.options import ModelOptions, parse_model
-from detdistill.detectors.retinanet import RetinaNetDetector
-from detdistill.detectors.saved import save_student
+from detdistill.detectors.save import save_student
 from detdistill.errors import ModelError
-from tests.detectors.dense import library_images, library_targets, unequal_batch
+from tests.detectors.dense.shared import library_images, library_targets, unequal_batch
 
 
 def test_every_option_is_read():

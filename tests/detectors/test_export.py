@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from detdistill.detectors.build import adapter, adapter_names, build_detector, load_detector
+from detdistill.detectors.adapters import adapter, adapter_names
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector
+from detdistill.detectors.load import load_detector
 from detdistill.detectors.probe import tiny_name
-from detdistill.detectors.saved import save_student
+from detdistill.detectors.save import save_student
 from detdistill.structures import Batch, Detections, Target, View
 
 CLASSES = ("apple", "pear", "plum")

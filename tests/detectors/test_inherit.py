@@ -1,7 +1,7 @@
 import torch
 
-from detdistill.detectors import fcos
 from detdistill.detectors.build import build_detector
+from detdistill.detectors.dense import fcos
 from detdistill.detectors.inherit import inherit_head
 from detdistill.detectors.options import ModelOptions
 from tests.tiny import TinyDense, TinyQueries, tiny_batch

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from detdistill.detectors.build import adapter_names, build_detector
+from detdistill.detectors.adapters import adapter_names
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.options import READERS
 from detdistill.detectors.probe import has_tiny, tiny_name
 from detdistill.errors import ModelError

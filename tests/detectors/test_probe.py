@@ -7,7 +7,7 @@ import torch
 
 from detdistill import listing
 from detdistill.detectors import probe
-from detdistill.detectors.build import adapter_names
+from detdistill.detectors.adapters import adapter_names
 from detdistill.detectors.probe import CHECKS, STAGES, probe_adapter, probe_detector
 from detdistill.errors import ModelError
 from detdistill.structures import Losses

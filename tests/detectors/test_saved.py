@@ -5,11 +5,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from detdistill.detectors import saved, standalone
-from detdistill.detectors.build import adapter_names, build_detector, load_detector, wrap_torchvision
-from detdistill.detectors.saved import load_state, save_student
+from detdistill.detectors import load as saved
+from detdistill.detectors.adapters import adapter_names, wrap_torchvision
+from detdistill.detectors.build import build_detector
+from detdistill.detectors.load import load_detector, load_state
+from detdistill.detectors.save import save_student
+from detdistill.detectors.student_files import load_student
 from detdistill.errors import ModelError
-from tests.detectors.dense import library_images, randomize_outputs, unequal_batch
+from tests.detectors.dense.shared import library_images, randomize_outputs, unequal_batch
 from tests.tiny import TinyDense
 
 FCOS = "fcos:resnet10t,channels=16-32-64-128,stem=16,neck=32,levels=3-6,convs=1,score=0.01,dets=20"
@@ -45,7 +48,7 @@ def test_a_folder_loads_with_its_script_and_with_this_package(name, tmp_path):
     ]
     assert load_file(folder / "model.safetensors").keys() == detector.model.state_dict().keys()
 
-    model = standalone.load(folder)  # the script beside the model; test_export runs it without this package
+    model = load_student.load(folder)  # the script beside the model; test_export runs it without this package
     with torch.no_grad():
         found = model(library_images(batch))
     labels = model.classes
@@ -155,7 +158,7 @@ def test_what_cannot_be_loaded(tmp_path):
 
 
 def test_a_description_calls_nothing_but_torchvision():
-    from detdistill.detectors.standalone import make
+    from detdistill.detectors.student_files.load_student import make
 
     with pytest.raises(ValueError, match="no part of torchvision"):
         make({"call": "os.system", "command": "true"})
@@ -171,7 +174,7 @@ def test_files_are_whole_or_not_there(student, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("detdistill.detectors._torchvision.save_file", half)
+    monkeypatch.setattr("detdistill.detectors.torchvision.detector.save_file", half)
     with pytest.raises(OSError, match="disk full"):
         save_student(detector, student)
     assert (student / "model.safetensors").read_bytes() == before

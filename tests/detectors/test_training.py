@@ -20,7 +20,8 @@ from detdistill.data.discover import load_data
 from detdistill.data.loader import DetectionLoader
 from detdistill.data.records import DetectionSet
 from detdistill.data.transforms import ViewSettings
-from detdistill.detectors.build import adapter, adapter_names, build_detector
+from detdistill.detectors.adapters import adapter, adapter_names
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector
 from detdistill.evaluation.run import coco_results
 from detdistill.evaluation.scores import coco_scores

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from detdistill.detectors.models.dense import square_anchors
+from detdistill.detectors.student_files.models.dense import square_anchors
 from detdistill.functional.assign import pairwise_iou
 from detdistill.functional.atss import atss_assign
 from detdistill.functional.boxes import centerness_target

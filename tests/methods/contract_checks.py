@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.cache.encoding import decode, encode
-from detdistill.cache.standin import AbsentTeacher
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.methods.contract import Method, PairError, Stage
+from detdistill.methods.shared.contract import Method, PairError, Stage
 from detdistill.structures import Batch, Clock, Losses, Target, Taught
 from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
 

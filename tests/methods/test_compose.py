@@ -4,8 +4,8 @@ import pytest
 
 import detdistill
 from detdistill.detectors.contract import Teacher
-from detdistill.methods.compose import MethodError, build_method, method_class, method_slugs, parse_methods
-from detdistill.methods.contract import Composition, PairError
+from detdistill.methods.shared.compose import MethodError, build_method, method_class, method_slugs, parse_methods
+from detdistill.methods.shared.contract import Composition, PairError
 from tests.tiny import TinyDense, TinyRegions
 
 

@@ -3,15 +3,15 @@ import dataclasses
 import pytest
 import torch
 
-from detdistill.cache.standin import AbsentTeacher
+from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
 from detdistill.functional import d3etr_loss, d3etr_match, d3etr_terms
-from detdistill.methods.contract import PairError
 from detdistill.methods.d3etr import D3ETR, D3ETRQueries, D3ETRWeights, gathered_attention, spread_attention
+from detdistill.methods.shared.contract import PairError
 from detdistill.structures import Clock, Losses
-from tests.detectors.dense import unequal_batch
+from tests.detectors.dense.shared import unequal_batch
 from tests.golden import Golden, assert_golden
 from tests.methods.contract_checks import (
     _Pair,

@@ -21,8 +21,8 @@ from detdistill.functional import (
     detrdistill_query_weights,
     detrdistill_split_loss,
 )
-from detdistill.methods.contract import PairError
 from detdistill.methods.detrdistill import ContrastiveHead, DETRDistill, LogitsWeights
+from detdistill.methods.shared.contract import PairError
 from detdistill.structures import Assignment, Batch, Clock, Queries, QuerySeed, Target, View
 from tests.golden import Golden, assert_golden
 from tests.methods.contract_checks import check_method, without_boxes

@@ -9,8 +9,8 @@ from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
 from detdistill.functional import fitnet_loss, fitnet_modified_loss, fitnet_normalized_loss
 from detdistill.functional.masks import foreground_mask
-from detdistill.methods.align import LevelPair
 from detdistill.methods.fitnet import FitNet, FitNetAttentionAdapter
+from detdistill.methods.shared.align import LevelPair
 from detdistill.structures import Clock
 from tests.golden import Golden, assert_golden
 from tests.methods.contract_checks import check_method

@@ -4,15 +4,15 @@ import math
 import pytest
 import torch
 
-from detdistill.cache.standin import AbsentTeacher
+from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
 from detdistill.functional import kd_detr_loss, kd_detr_terms, kd_detr_weights
-from detdistill.methods.contract import PairError
 from detdistill.methods.kd_detr import KDDETR
+from detdistill.methods.shared.contract import PairError
 from detdistill.structures import Clock, Losses
-from detdistill.training.offline import why_live_teacher
+from detdistill.training.from_cache import why_live_teacher
 from tests.golden import Golden, assert_golden
 from tests.methods.contract_checks import check_method, without_boxes
 from tests.tiny import TinyQueries, tiny_batch

@@ -12,8 +12,8 @@ from detdistill.detectors.contract import (
     HasTowers,
     Teacher,
 )
-from detdistill.methods.contract import Composition, Method, Needs, PairError, Stage, check_pair
 from detdistill.methods.pkd import PKD
+from detdistill.methods.shared.contract import Composition, Method, Needs, PairError, Stage, check_pair
 from detdistill.structures import Assignment, Clock, Losses, Observation, Taught, TaughtTogether
 from tests.methods.contract_checks import MIDDLE, assert_same, check_method, run_stage
 from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch

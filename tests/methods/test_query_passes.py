@@ -7,7 +7,7 @@ import torch
 
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
-from detdistill.methods.compose import build_method
+from detdistill.methods.shared.compose import build_method
 from detdistill.structures import Clock
 from tests.tiny import tiny_batch
 

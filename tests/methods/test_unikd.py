@@ -17,7 +17,7 @@ from detdistill.functional.deformable import (
     places_of_cells,
     valid_ratios,
 )
-from detdistill.methods.contract import PairError
+from detdistill.methods.shared.contract import PairError
 from detdistill.methods.unikd import LevelSource, UniKD, frozen, level_sources, pyramid_of
 from detdistill.structures import Clock, Target
 from tests.golden import Golden

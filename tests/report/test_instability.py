@@ -7,7 +7,7 @@ from pathlib import Path
 from detdistill.report.page import build_report
 from detdistill.report.runs import group, read
 from detdistill.report.words import instability_sentence
-from detdistill.training.records import MetricsTable
+from detdistill.training.metrics_table import MetricsTable
 from tests.report.runs import write_experiment, write_run
 from tests.report.test_report import parsed
 

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 from detdistill.data.discover import load_data
 from detdistill.data.transforms import ViewSettings
-from detdistill.detectors.build import load_detector
+from detdistill.detectors.load import load_detector
 from detdistill.evaluation import evaluate
 from tests.training import small
 

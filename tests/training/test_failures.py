@@ -16,14 +16,14 @@ from rich.console import Console
 
 from detdistill import cli
 from detdistill.data.discover import load_data
-from detdistill.detectors.build import load_detector
+from detdistill.detectors.load import load_detector
 from detdistill.errors import RunError
 from detdistill.methods.mgd import MGD
 from detdistill.structures import Losses
 from detdistill.training import folder as folder_module
 from detdistill.training.folder import write_text
+from detdistill.training.metrics_table import MetricsTable, idle_terms
 from detdistill.training.module import NonFiniteLoss, StageModule
-from detdistill.training.records import MetricsTable, idle_terms
 from tests.training import small
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from detdistill.errors import RunError
 from detdistill.training.folder import new_folder, resume_folder, start_folder
-from detdistill.training.records import MetricsTable, read_rows
+from detdistill.training.metrics_table import MetricsTable, read_rows
 from tests.training import small
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from detdistill.data.discover import load_data
-from detdistill.detectors.build import build_detector, load_detector
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.methods.contract import Method, Needs, Stage
+from detdistill.detectors.load import load_detector
 from detdistill.methods.mgd import MGD
 from detdistill.methods.pkd import PKD
+from detdistill.methods.shared.contract import Method, Needs, Stage
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, TrainSettings
 from detdistill.structures import Batch, Clock, Losses

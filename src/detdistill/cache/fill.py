@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from detdistill.cache.encoding import decode, encode
+from detdistill.cache.forecast import Probe, loss_changes
 from detdistill.cache.identity import knowledge_of, unique
 from detdistill.cache.knowledge import KnowledgeCache, unwritable
-from detdistill.cache.probe import Probe, loss_changes
 from detdistill.cache.shards import ShardWriter
 from detdistill.cache.storage import CacheError
 from detdistill.data.records import DetectionSet
 from detdistill.data.transforms import ViewSettings
 from detdistill.data.views import Sight, batches_of
 from detdistill.detectors.contract import Detector
-from detdistill.methods.contract import Composition, Method
+from detdistill.methods.shared.contract import Composition, Method
 from detdistill.progress import Bar
 from detdistill.structures import Batch, Taught, map_tensors
 

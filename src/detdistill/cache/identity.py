@@ -11,8 +11,8 @@ from typing import Any
 from detdistill.cache.storage import CacheError
 from detdistill.data.transforms import PADDING_MULTIPLE, ViewSettings
 from detdistill.data.views import endless, variants
-from detdistill.methods.compose import parse_methods
-from detdistill.methods.contract import Method
+from detdistill.methods.shared.compose import parse_methods
+from detdistill.methods.shared.contract import Method
 
 Knowledge = dict[str, Any]
 """Which ``teach``, and the hyper-parameters that its result depends on."""

@@ -9,15 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.cache.encoding import Store, decode
 from detdistill.cache.identity import Knowledge, digest, in_words, knowledge_of, views_lacking
 from detdistill.cache.shards import ShardIndex, sealed, unsealed
-from detdistill.cache.standin import AbsentTeacher
 from detdistill.cache.storage import CacheError, Storage, storage
 from detdistill.data.views import key_of
 from detdistill.detectors.contract import DetectorSpec, Teacher
-from detdistill.methods.compose import parse_methods
-from detdistill.methods.contract import Source
+from detdistill.methods.shared.compose import parse_methods
+from detdistill.methods.shared.contract import Source
 from detdistill.structures import Batch, Taught, TaughtTogether
 
 FORMAT = 1

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from detdistill.detectors.build import adapter, adapter_names, build_detector
+from detdistill.detectors.adapters import adapter, adapter_names
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import (
     CAPABILITIES,
     Detector,

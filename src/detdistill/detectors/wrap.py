@@ -21,9 +21,10 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from detdistill.detectors._torchvision import with_padding, write_atomically
 from detdistill.detectors.contract import Detector, DetectorSpec
+from detdistill.detectors.torchvision.images import with_padding
 from detdistill.errors import ModelError, nearest
+from detdistill.files import write_atomically
 from detdistill.structures import (
     SHARED,
     Assignment,

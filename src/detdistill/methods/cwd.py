@@ -14,9 +14,9 @@ from torch import Tensor
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError
 from detdistill.functional.similarity import mean_cosine
-from detdistill.methods._settings import check_choice, check_temperatures, check_weights
-from detdistill.methods.align import ChannelAdapters, float32, pair_levels, resize_like
-from detdistill.methods.contract import Method, Needs, PairError, check_pair
+from detdistill.methods.shared.align import ChannelAdapters, float32, pair_levels, resize_like
+from detdistill.methods.shared.checks import check_choice, check_temperatures, check_weights
+from detdistill.methods.shared.contract import Method, Needs, PairError, check_pair
 from detdistill.structures import Batch, Clock, Dense, Losses, Observation, Taught
 
 

@@ -31,8 +31,8 @@ from detdistill.functional.query_seeds import (
     giou_with_eps,
     query_gaps,
 )
-from detdistill.methods._settings import check_choice, check_some, check_weights
-from detdistill.methods.contract import Method, Needs, PairError
+from detdistill.methods.shared.checks import check_choice, check_some, check_weights
+from detdistill.methods.shared.contract import Method, Needs, PairError
 from detdistill.structures import SECOND, Batch, Clock, Features, Losses, Observation, Queries, QuerySeed, Taught
 
 Matching = Literal["both", "adaptive", "fixed"]

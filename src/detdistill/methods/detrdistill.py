@@ -25,9 +25,9 @@ from torchvision.ops import box_convert
 from detdistill.detectors.contract import Detector, HasQueries, Teacher
 from detdistill.functional.boxes import giou_loss, paired_iou, pairwise_iou
 from detdistill.functional.matching import giou_cost, hungarian, l1_cost
-from detdistill.methods._settings import check_choice, check_fractions, check_some, check_temperatures, check_weights
-from detdistill.methods.align import ChannelAdapters, float32, pair_levels, resize_like
-from detdistill.methods.contract import Method, Needs, PairError
+from detdistill.methods.shared.align import ChannelAdapters, float32, pair_levels, resize_like
+from detdistill.methods.shared.checks import check_choice, check_fractions, check_some, check_temperatures, check_weights
+from detdistill.methods.shared.contract import Method, Needs, PairError
 from detdistill.structures import (
     NEGATIVE,
     SECOND,

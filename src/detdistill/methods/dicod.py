@@ -32,8 +32,8 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError, ModelError, name_list, nearest
 from detdistill.functional.crops import clamp_boxes, crop_boxes
-from detdistill.methods._settings import check_choice, check_fractions, check_some, check_temperatures, check_weights
-from detdistill.methods.contract import Method, Needs, PairError, Stage
+from detdistill.methods.shared.checks import check_choice, check_fractions, check_some, check_temperatures, check_weights
+from detdistill.methods.shared.contract import Method, Needs, PairError, Stage
 from detdistill.structures import Batch, Clock, Losses, Observation, Positives, Queries, Taught, map_tensors
 
 Form = Literal["softmax", "binary", "normalized"]

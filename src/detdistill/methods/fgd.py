@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.attention import channel_attention, spatial_attention
 from detdistill.functional.masks import box_cells, cell_regions
-from detdistill.methods._settings import check_choice, check_some, check_temperatures
-from detdistill.methods.align import ChannelAdapters, float32, pair_levels, resize_like
-from detdistill.methods.contract import Method
+from detdistill.methods.shared.align import ChannelAdapters, float32, pair_levels, resize_like
+from detdistill.methods.shared.checks import check_choice, check_some, check_temperatures
+from detdistill.methods.shared.contract import Method
 from detdistill.structures import Batch, Clock, Losses, Observation, Taught
 
 

@@ -23,9 +23,9 @@ from detdistill.errors import DetdistillError
 from detdistill.functional.deformable import Cells, DeformableEncoder
 from detdistill.functional.masks import foreground_mask
 from detdistill.functional.similarity import mean_cosine
-from detdistill.methods._settings import check_choice, check_weights
-from detdistill.methods.align import ChannelAdapters, LevelPair, float32, pair_levels, resize_like
-from detdistill.methods.contract import Method, Stage
+from detdistill.methods.shared.align import ChannelAdapters, LevelPair, float32, pair_levels, resize_like
+from detdistill.methods.shared.checks import check_choice, check_weights
+from detdistill.methods.shared.contract import Method, Stage
 from detdistill.structures import Batch, Clock, Features, Losses, Observation, Taught
 
 VARIANTS = ("plain", "normalized", "modified")

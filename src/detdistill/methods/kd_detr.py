@@ -27,8 +27,8 @@ from detdistill.functional.query_seeds import (
     query_gaps,
     random_queries,
 )
-from detdistill.methods._settings import check_choice, check_some, check_temperatures
-from detdistill.methods.contract import Method, Needs, PairError
+from detdistill.methods.shared.checks import check_choice, check_some, check_temperatures
+from detdistill.methods.shared.contract import Method, Needs, PairError
 from detdistill.structures import Batch, Clock, Losses, Observation, Queries, QuerySeed, Taught
 
 ClassReduction = Literal["sum", "weighted_mean"]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.similarity import mean_cosine
-from detdistill.methods._settings import check_fractions, check_weights
-from detdistill.methods.align import float32, pair_levels, resize_like
-from detdistill.methods.contract import Method
+from detdistill.methods.shared.align import float32, pair_levels, resize_like
+from detdistill.methods.shared.checks import check_fractions, check_weights
+from detdistill.methods.shared.contract import Method
 from detdistill.structures import Batch, Clock, Losses, Observation, Taught
 
 

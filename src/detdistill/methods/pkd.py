@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.methods.align import ChannelAdapters, float32, pair_levels
-from detdistill.methods.contract import Method
+from detdistill.methods.shared.align import ChannelAdapters, float32, pair_levels
+from detdistill.methods.shared.contract import Method
 from detdistill.structures import Batch, Clock, Losses, Observation, Taught
 
 

@@ -32,8 +32,8 @@ from detdistill.functional.boxes import giou_loss, paired_iou
 from detdistill.functional.deformable import Cells, DeformableDecoderLayer, DeformableEncoder, num_heads
 from detdistill.functional.matching import focal_class_cost, giou_cost, hungarian, l1_cost
 from detdistill.functional.similarity import mean_cosine
-from detdistill.methods._settings import check_choice, check_fractions, check_some, check_weights
-from detdistill.methods.contract import Method, PairError, Stage
+from detdistill.methods.shared.checks import check_choice, check_fractions, check_some, check_weights
+from detdistill.methods.shared.contract import Method, PairError, Stage
 from detdistill.structures import Batch, Clock, Features, Losses, Observation, Taught
 
 Kind = Literal["content", "positional"]

@@ -131,7 +131,7 @@ def gallery(groups: Sequence[Group], splits: DataSplits, progress: Callable[[int
 
 def _models(groups: Sequence[Group], splits: DataSplits, notes: list[str]) -> tuple[Run, list[Model]]:
     """Teacher, baseline and students of one seed, or the single run there is."""
-    from detdistill.detectors.build import load_detector
+    from detdistill.detectors.load import load_detector
 
     distilled = [group for group in groups if group.role == "distilled"]
     wanted: list[tuple[str, str]] = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from detdistill.compare import Gain, compare_runs
 from detdistill.errors import RunError
 from detdistill.report.runs import Group, Run, baselines_for, defined, distillation_terms
-from detdistill.training.records import idle_terms
+from detdistill.training.metrics_table import idle_terms
 
 NEAR_ZERO_AP = 0.02
 NEGLIGIBLE_SHARE = 0.01

@@ -16,8 +16,8 @@ from detdistill.detectors.contract import Detector
 from detdistill.errors import RunError
 from detdistill.evaluation.scores import Scores
 from detdistill.structures import Batch
+from detdistill.training.metrics_table import MetricsTable
 from detdistill.training.module import StageModule
-from detdistill.training.records import MetricsTable
 
 Evaluate = Callable[[Detector], Scores]
 

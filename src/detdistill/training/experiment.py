@@ -20,13 +20,13 @@ from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import RunError
 from detdistill.evaluation import Scores
-from detdistill.methods.compose import build_method
+from detdistill.methods.shared.compose import build_method
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings
 from detdistill.training.folder import new_folder, resume_folder
-from detdistill.training.records import read_rows
+from detdistill.training.metrics_table import read_rows
 from detdistill.training.run import Plan, run
-from detdistill.training.teacher import note_teacher
+from detdistill.training.teacher_scores import note_teacher
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detdistill.detectors.contract import Detector
 from detdistill.errors import RunError
-from detdistill.methods.contract import Method, Stage
+from detdistill.methods.shared.contract import Method, Stage
 from detdistill.settings import TrainSettings
 from detdistill.structures import Batch, Clock, Losses
 from detdistill.training.optimizers import build_optimizer, build_schedule

@@ -28,27 +28,28 @@ from detdistill.cache.storage import storage
 from detdistill.data.loader import DetectionLoader
 from detdistill.data.records import DataSplits, DetectionSet
 from detdistill.data.transforms import ViewSettings
-from detdistill.detectors.build import build_detector, load_detector
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.detectors.inherit import inherit_head
-from detdistill.detectors.saved import save_student
+from detdistill.detectors.load import load_detector
+from detdistill.detectors.save import save_student
 from detdistill.errors import RunError
 from detdistill.evaluation import Scores, evaluate
 from detdistill.evaluation.instability import check_queries, first_images, index_vectors
-from detdistill.methods.compose import build_method
-from detdistill.methods.contract import Method, Stage
+from detdistill.methods.shared.compose import build_method
+from detdistill.methods.shared.contract import Method, Stage
 from detdistill.progress import Progress
 from detdistill.settings import NOT_THE_RUN, DistillSettings, TrainSettings, as_plain
 from detdistill.structures import Batch, Clock, Losses
 from detdistill.training.bar import TrainingBar
 from detdistill.training.callbacks import Checkpoints, Evaluation, Records
 from detdistill.training.folder import RunFolder, new_folder, resume_folder, start_folder
-from detdistill.training.instability import MatchingInstability
+from detdistill.training.from_cache import open_cache, stage_from_cache
 from detdistill.training.machine import check_machine, hardware, is_main_process, seed_everything, versions
+from detdistill.training.matching_instability import MatchingInstability
+from detdistill.training.metrics_table import MetricsTable, idle_terms, read_rows
 from detdistill.training.module import StageModule
-from detdistill.training.offline import open_cache, stage_from_cache
-from detdistill.training.records import MetricsTable, idle_terms, read_rows
-from detdistill.training.stages import load_result, reusable, save_result, stage_file, stage_length
+from detdistill.training.stage_results import load_result, reusable, save_result, stage_file, stage_length
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 

@@ -1,0 +1,180 @@
+"""Before anything is written: how large, how long, how exact, from a few images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from detdistill.cache.encoding import DEFLATED, STORES, Store, decode, encode
+from detdistill.cache.storage import CacheError
+from detdistill.detectors.contract import Detector
+from detdistill.methods.shared.contract import Method
+from detdistill.structures import Batch, Clock, Taught, TaughtTogether
+
+LARGEST_CHANGE = 0.01
+"""Of any loss term, for ``store=auto``."""
+RESERVE = 1.02
+"""Manifests and headers, about; and something should remain."""
+MIDDLE = Clock(step=500, total=1000, epoch=5)
+"""Past every warm-up."""
+
+
+@dataclass
+class Probe:
+    """What a few images showed."""
+
+    pixels: int = 0
+    """Of their canvases together."""
+    bytes: dict[Store, int] = field(default_factory=lambda: dict.fromkeys(STORES, 0))
+    seconds: float = 0.0
+    """Of reading, teaching and encoding (in one store)."""
+    changes: dict[Store, float] = field(default_factory=lambda: dict.fromkeys(STORES, 0.0))
+    """Largest relative change of any loss term."""
+
+    def add(self, batch: Batch, pieces: Sequence[tuple[Taught, ...]]) -> None:
+        """Count a batch's records."""
+        self.pixels += len(batch) * batch.padding_hw[0] * batch.padding_hw[1]
+        for store in STORES:
+            self.bytes[store] += sum(len(encode(piece, store).data) for piece in pieces)
+
+    def choose(self) -> Store:
+        """The smallest store under which no loss term changed by more than one percent; int6 only by the user's word."""
+        good = [store for store in STORES if self.changes[store] <= LARGEST_CHANGE and store not in DEFLATED]
+        # Of equal sizes the finer one: bfloat16 has 8 bits, float16 has 11.
+        return min(good or ["float32"], key=lambda store: (self.bytes[store], STORES.index(store)))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a whole cache will need."""
+
+    records: int
+    bytes: Mapping[Store, int]
+    seconds: float
+    free: int | None
+    changes: Mapping[Store, float]
+
+    def lines(self, chosen: Store) -> list[str]:
+        """For people."""
+        sizes = ", ".join(
+            f"{'[bold]' if store == chosen else ''}{store} {in_bytes(self.bytes[store])} "
+            f"(loss {100 * self.changes[store]:.2g} %){'[/bold]' if store == chosen else ''}"
+            for store in STORES
+        )
+        free = "unknown" if self.free is None else in_bytes(self.free)
+        return [
+            f"{self.records} records, about {in_seconds(self.seconds)}; free space {free}",
+            f"size and largest change of a loss: {sizes}; store={chosen}",
+        ]
+
+    def check(self, chosen: Store, url: str) -> None:
+        """Whether it fits.
+
+        Raises:
+            CacheError: it does not; with what would.
+        """
+        if self.free is None or self.bytes[chosen] * RESERVE <= self.free:
+            return
+        fits = [store for store in STORES if self.bytes[store] * RESERVE <= self.free]
+        ways = (
+            [f"--store {fits[0]} ({in_bytes(self.bytes[fits[0]])})"] if fits else ["fewer views (--flip 0)", "a smaller --size"]
+        )
+        raise CacheError(
+            f"the cache would need about {in_bytes(self.bytes[chosen])} as {chosen}, {url} has {in_bytes(self.free)} free; "
+            f"try {', '.join(ways)}, another disk, or train online (without --cache)"
+        )
+
+
+def forecast(probe: Probe, canvases_hw: Iterable[tuple[int, int]], free: int | None, writers: int = 1) -> Forecast:
+    """From the probe to all records: bytes and seconds grow with the pixels of the canvases.
+
+    Args:
+        probe: with at least one image.
+        canvases_hw: of every record that is still to be written.
+        free: bytes of space left, or None.
+        writers: processes that share the work.
+    """
+    records, pixels = 0, 0
+    for height, width in canvases_hw:
+        records += 1
+        pixels += height * width
+    scale = pixels / probe.pixels
+    sizes = {store: round(count * scale) for store, count in probe.bytes.items()}
+    return Forecast(records, sizes, probe.seconds * scale / writers, free, probe.changes)
+
+
+def loss_changes(method: Method, student: Detector, batch: Batch, pieces: Sequence[tuple[Taught, ...]]) -> dict[Store, float]:
+    """How much the largest change of any loss term is when knowledge is kept in each store instead of as it is.
+
+    Args:
+        method: with ``source`` unset.
+        student: an untrained one; it and the method are left as they were.
+        batch: on one canvas.
+        pieces: what was taught about each of its images, for each part of ``method``.
+    """
+    expected = _losses(method, student, batch, pieces)
+    changes: dict[Store, float] = {}
+    for store in STORES:
+        records = [encode(piece, store) for piece in pieces]
+        again: list[tuple[Taught, ...]] = [decode(record.layout, bytearray(record.data)) for record in records]
+        actual = _losses(method, student, batch, again)
+        found = [abs(actual[name] - value) / max(abs(value), 1e-12) for name, value in expected.items() if abs(value) > 1e-9]
+        changes[store] = max(found, default=0.0)
+    return changes
+
+
+@torch.no_grad()
+def _losses(method: Method, student: Detector, batch: Batch, pieces: Sequence[tuple[Taught, ...]]) -> dict[str, float]:
+    whole = [TaughtTogether(piece) if len(piece) > 1 else piece[0] for piece in pieces]
+    stacked = type(whole[0]).stack(whole).to(batch.images.device)
+    found: dict[str, Tensor] = {}
+    state = copy.deepcopy([student.state_dict(), method.state_dict()])
+    devices = [batch.images.device] if batch.images.device.type == "cuda" else []
+    for stage in method.stages(student):
+        if stage.depends_on:  # a stage of the method's own, before anything is learnt from a cache
+            continue
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            method.source = lambda _: stacked
+            try:
+                losses = stage.step(batch, MIDDLE)
+            finally:
+                method.source = None
+        found |= {f"{stage.name}/{name}": term for name, term in losses.terms.items()}
+    student.load_state_dict(state[0])
+    method.load_state_dict(state[1])
+    return {name: float(term) for name, term in found.items()}
+
+
+def stranger(detector: Detector) -> Detector:
+    """A detector of the same build that knows nothing: every weight tensor's values in a random order.
+
+    What losses are measured on when no student is named.
+    """
+    other = copy.deepcopy(detector)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return other.requires_grad_(True).train()
+
+
+def in_bytes(count: float) -> str:
+    """``3.8 TB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def in_seconds(seconds: float) -> str:
+    """``2.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

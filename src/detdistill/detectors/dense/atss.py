@@ -1,0 +1,86 @@
+"""ATSS: one square anchor for each cell, positives by the statistics of their overlaps, centerness.
+
+Network and inference are in ``models/atss.py``, assignment and losses here.
+Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample Selection",
+CVPR 2020; the numbers are mmdet's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from detdistill.detectors.dense.shared.heads import (
+    EPSILON,
+    OwnDenseDetector,
+    adaptive_assignment,
+    number_of_positives,
+    one_stage_model,
+    over_ranks,
+)
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.student_files.models.atss import ATSS
+from detdistill.functional.boxes import centerness_target, giou_loss
+from detdistill.structures import Assignment, Batch, Dense, Prediction
+
+MODEL_CLASS = ATSS
+BOX_WEIGHT = 2.0
+
+
+def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> ATSSDetector:
+    """A fresh ATSS on a timm backbone: levels 3-7, four head convolutions.
+
+    Detections start at a score of 0.05, 1000 candidates of each level, 100 detections.
+
+    Raises:
+        ModelError: the options do not fit the backbone or the head.
+    """
+    model, description = one_stage_model("models.atss.ATSS", backbone, classes, options)
+    return wrap_model(model, classes, options.name or f"atss:{backbone}", description=description)
+
+
+def wrap_model(
+    model: Any,
+    classes: Sequence[str],
+    name: str,
+    columns: Sequence[int] | None = None,
+    description: Mapping[str, Any] | None = None,
+) -> ATSSDetector:
+    """A model that was built before."""
+    return ATSSDetector(model, classes, name, family="dense", columns=columns, description=description)
+
+
+class ATSSDetector(OwnDenseDetector):
+    """ATSS with towers, copies and backbone features; ``deltas`` are dx, dy, dw, dh of the anchor, ``quality`` centerness."""
+
+    candidates = 9
+    """Anchors of each level among which a box finds its own."""
+
+    def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
+        """Adaptive training sample selection with ``candidates`` of each level."""
+        dense = cast(Dense, prediction)
+        return adaptive_assignment(dense, self.valid(dense, batch), batch, self.candidates)
+
+    def loss_values(self, prediction: Dense, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
+        """``classification`` (focal), ``bbox_regression`` (GIoU, weight 2) and ``centerness``.
+
+        Classes and centerness are divided by the number of positives; the GIoU loss is weighted by the centerness target
+        and divided by the sum of these, at least 1.
+        """
+        asked = self.supervision(assignment, batch)
+        positive, boxes = asked.positive, asked.boxes_xyxy
+        priors, quality = prediction.priors_xyxy[positive], cast(Tensor, prediction.quality)
+        central = centerness_target((priors[:, :2] + priors[:, 2:]) / 2, boxes)
+        count, total = assignment.normalizer, assignment.normalizer
+        if count is None or total is None:
+            count, total = number_of_positives(assignment, batch), over_ranks(central.sum()).clamp(min=1) * (1 + EPSILON)
+        overlap = giou_loss(prediction.boxes_xyxy[positive], boxes) * central
+        centerness = F.binary_cross_entropy_with_logits(quality[positive], central, reduction="none")
+        return {
+            "classification": asked.focal(prediction.logits) / count,
+            "bbox_regression": BOX_WEIGHT * asked.spread(overlap) / total,
+            "centerness": asked.spread(centerness) / count,
+        }

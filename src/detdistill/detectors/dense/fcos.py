@@ -1,0 +1,158 @@
+"""FCOS: torchvision's model in stages.
+
+Tian et al., "FCOS: Fully Convolutional One-Stage Object Detection", ICCV 2019, as in ``torchvision.models.detection``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection import FCOS
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.ops import generalized_box_iou_loss
+
+from detdistill.detectors.dense.shared.heads import DenseDetector, supervision
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.student_files.load_student import build as build_model
+from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
+from detdistill.detectors.torchvision.dense_outputs import flat_outputs, own_outputs
+from detdistill.detectors.torchvision.targets import Matches, target_dicts
+from detdistill.errors import ModelError
+from detdistill.structures import Assignment, Batch, Losses, Prediction
+
+MODEL_CLASS = FCOS
+
+
+def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> FCOSDetector:
+    """A fresh FCOS on a timm backbone; levels 3-7, four head convolutions.
+
+    Detections start at a score of 0.05 (torchvision: 0.2, which costs AP); all else is torchvision's default.
+
+    Raises:
+        ModelError: the options do not fit the backbone or the head.
+    """
+    options.refuse("fcos", "weights", "proposals", "rois", "mlp")
+    if options.neck % 32:
+        raise ModelError(f"fcos: neck={options.neck} must be a multiple of 32; the head normalises in 32 groups of channels")
+    pyramid = pyramid_description(backbone, options, levels=(3, 7))
+    first, last = options.levels or (3, 7)
+    outputs = len(classes) + 1
+    mean, std = image_statistics(backbone, options)
+    description = {
+        "call": "torchvision.models.detection.FCOS",
+        "backbone": pyramid,
+        "num_classes": outputs,
+        "anchor_generator": {
+            "call": "torchvision.models.detection.anchor_utils.AnchorGenerator",
+            "sizes": [[2**level] for level in range(first, last + 1)],
+            "aspect_ratios": [[1.0]] * (last - first + 1),
+        },
+        "head": {
+            "call": "torchvision.models.detection.fcos.FCOSHead",
+            "in_channels": options.neck,
+            "num_anchors": 1,
+            "num_classes": outputs,
+            "num_convs": 4 if options.convs is None else options.convs,
+        },
+        "image_mean": mean,
+        "image_std": std,
+        "score_thresh": 0.05 if options.score is None else options.score,
+        "topk_candidates": options.topk or 1000,
+        "detections_per_img": options.dets or 100,
+    }
+    model = build_model(description)
+    if options.pretrained:
+        load_pretrained(model.backbone, pyramid)
+    return wrap_model(model, classes, options.name or f"fcos:{backbone}", description=description)
+
+
+def wrap_model(
+    model: Any,
+    classes: Sequence[str],
+    name: str,
+    columns: Sequence[int] | None = None,
+    description: Mapping[str, Any] | None = None,
+) -> FCOSDetector:
+    """Somebody's ``torchvision.models.detection.FCOS``.
+
+    Raises:
+        ModelError: its head is not torchvision's.
+    """
+    if not isinstance(model.head, FCOSHead):
+        raise ModelError(f"{name}: the head is a {type(model.head).__name__}; only torchvision's FCOSHead is understood")
+    return FCOSDetector(model, classes, name, family="dense", columns=columns, description=description)
+
+
+class FCOSDetector(DenseDetector):
+    """FCOS with towers, copies and backbone features. One point for each cell; ``deltas`` are l, t, r, b over the stride."""
+
+    layers_per_block = 3  # convolution, GroupNorm and ReLU, one after the other
+
+    # ------------------------------------------------------------------------------------------------------- prediction
+
+    def outputs(self, class_maps: Sequence[Tensor], box_maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Under torchvision's names."""
+        classification, regression = self.model.head.classification_head, self.model.head.regression_head
+        return {
+            "cls_logits": flat_outputs([classification.cls_logits(level) for level in class_maps], classification.num_classes),
+            "bbox_regression": flat_outputs([regression.bbox_reg(level).relu() for level in box_maps], 4),
+            "bbox_ctrness": flat_outputs([regression.bbox_ctrness(level) for level in box_maps], 1),
+        }
+
+    def decode(self, regression: Tensor, priors_xyxy: Tensor, levels: Tensor) -> Tensor:
+        """By the model's coder."""
+        return cast(Tensor, self.model.box_coder.decode(regression, priors_xyxy))
+
+    def final_scores(self, outputs: dict[str, Tensor]) -> Tensor:
+        """The square root of class score times centerness."""
+        return (outputs["cls_logits"].sigmoid() * outputs["bbox_ctrness"].sigmoid()).sqrt()
+
+    # --------------------------------------------------------------------------------------------------------- training
+
+    def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
+        """Torchvision's rule: points near the centre and inside of a box of the level's size; the smallest box wins.
+
+        The rule is inside the model's ``compute_loss``; it is run on a stand-in whose head only notes the matches.
+        """
+        own = own_outputs(prediction, self)
+        matches = Matches()
+        stand_in = SimpleNamespace(head=matches, center_sampling_radius=self.model.center_sampling_radius)
+        targets = target_dicts(batch, self.columns)
+        type(self.model).compute_loss(stand_in, targets, own.outputs, list(own.anchors), list(own.counts))
+        return matches.assignment(batch)
+
+    def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
+        """``classification`` (focal), ``bbox_regression`` (GIoU) and ``bbox_ctrness``, each over the number of positives.
+
+        A foreign assignment may weight predictions, ignore some, and give the normaliser. Its points may lie outside of
+        their box: their centerness target is 0 (torchvision's would not be a number).
+        """
+        own = own_outputs(prediction, self)
+        if assignment is None:
+            targets = target_dicts(batch, self.columns)
+            return Losses(self.model.compute_loss(targets, own.outputs, list(own.anchors), list(own.counts)))
+        asked = supervision(assignment, batch, self.class_outputs)
+        positive, boxes, weights = asked.positive, asked.boxes_xyxy, asked.weights[asked.positive]
+        normalizer = positive.sum().clamp(min=1) if assignment.normalizer is None else assignment.normalizer
+        anchors = torch.stack(own.anchors)[positive]
+
+        predicted = self.model.box_coder.decode(own.outputs["bbox_regression"][positive], anchors)
+        overlap = generalized_box_iou_loss(predicted, boxes, reduction="none")
+        left, top, right, bottom = self.model.box_coder.encode(anchors, boxes).clamp(min=0).unbind(dim=-1)
+        across = torch.minimum(left, right) / torch.maximum(left, right).clamp(min=1e-9)
+        down = torch.minimum(top, bottom) / torch.maximum(top, bottom).clamp(min=1e-9)
+        centerness = F.binary_cross_entropy_with_logits(
+            own.outputs["bbox_ctrness"][..., 0][positive], (across * down).sqrt(), reduction="none"
+        )
+        return Losses(
+            {
+                "classification": asked.focal(own.outputs["cls_logits"]).sum() / normalizer,
+                "bbox_regression": (overlap * weights).sum() / normalizer,
+                "bbox_ctrness": (centerness * weights).sum() / normalizer,
+            }
+        )

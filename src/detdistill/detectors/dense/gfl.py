@@ -1,0 +1,103 @@
+"""GFL: class scores that carry the box's quality, box sides as distributions of distances.
+
+Network and inference are in ``models/gfl.py``, assignment and losses here.
+Li et al., "Generalized Focal Loss: Learning Qualified and Distributed Bounding Boxes for Dense Object Detection",
+NeurIPS 2020 (version 1); the numbers are mmdet's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor
+
+from detdistill.detectors.dense.shared.heads import (
+    EPSILON,
+    OwnDenseDetector,
+    adaptive_assignment,
+    number_of_positives,
+    one_stage_model,
+    over_ranks,
+)
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.student_files.models.gfl import GFL
+from detdistill.functional.boxes import distances_to_sides, giou_loss, paired_iou
+from detdistill.functional.focal import distribution_focal_loss, quality_focal_loss
+from detdistill.structures import Assignment, Batch, Dense, Prediction
+
+MODEL_CLASS = GFL
+BOX_WEIGHT = 2.0
+DISTRIBUTION_WEIGHT = 0.25
+
+
+def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> GFLDetector:
+    """A fresh GFL on a timm backbone: levels 3-7, four head convolutions, 17 bins for each side.
+
+    Detections start at a score of 0.05, 1000 candidates of each level, 100 detections.
+
+    Raises:
+        ModelError: the options do not fit the backbone or the head.
+    """
+    model, description = one_stage_model("models.gfl.GFL", backbone, classes, options)
+    return wrap_model(model, classes, options.name or f"gfl:{backbone}", description=description)
+
+
+def wrap_model(
+    model: Any,
+    classes: Sequence[str],
+    name: str,
+    columns: Sequence[int] | None = None,
+    description: Mapping[str, Any] | None = None,
+) -> GFLDetector:
+    """A model that was built before."""
+    return GFLDetector(model, classes, name, family="dense", columns=columns, description=description)
+
+
+class GFLDetector(OwnDenseDetector):
+    """GFL with towers, copies and backbone features.
+
+    ``deltas`` [B, P, 4 * (reg_max + 1)] are the logits of the four sides' distributions (left, top, right, bottom, the bins
+    of a side together); ``boxes_xyxy`` are differentiable through their means.
+    """
+
+    model: GFL
+    candidates = 9
+    """Anchors of each level among which a box finds its own."""
+    beta = 2.0
+    """Exponent of the quality focal loss."""
+
+    def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
+        """Adaptive training sample selection with ``candidates`` of each level, as in ATSS."""
+        dense = cast(Dense, prediction)
+        return adaptive_assignment(dense, self.valid(dense, batch), batch, self.candidates)
+
+    def loss_values(self, prediction: Dense, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
+        """``classification`` (quality focal), ``bbox_regression`` (GIoU, weight 2) and ``distribution`` (weight 0.25).
+
+        The quality of a positive is the IoU of its box. Classes are divided by the number of positives; the others are
+        weighted by the positive's best class score, divided by the sum of these, at least 1, and for the distribution by
+        4 sides. Boxes and distances are measured in strides.
+        """
+        asked = self.supervision(assignment, batch)
+        positive = asked.positive
+        strides = self.strides(prediction.levels, prediction.boxes_xyxy).expand(positive.shape)[positive][:, None]
+        predicted, boxes = prediction.boxes_xyxy[positive] / strides, asked.boxes_xyxy / strides
+        priors = prediction.priors_xyxy[positive] / strides
+        score = prediction.logits[positive].detach().sigmoid().amax(dim=1)
+        count, total = assignment.normalizer, assignment.normalizer
+        if count is None or total is None:
+            count, total = number_of_positives(assignment, batch), over_ranks(score.sum()).clamp(min=1)
+
+        quality = asked.wanted(prediction.logits, paired_iou(predicted.detach(), boxes))
+        focal = quality_focal_loss(prediction.logits, quality, self.beta).sum(dim=-1) * asked.weights
+        overlap = giou_loss(predicted, boxes) * score / (1 + EPSILON)
+        # a tenth below the last bin, so that there is a bin on either side
+        sides = distances_to_sides((priors[:, :2] + priors[:, 2:]) / 2, boxes).clamp(0, self.model.reg_max - 0.1)
+        logits = prediction.deltas[positive].view(-1, self.model.reg_max + 1)
+        spread = distribution_focal_loss(logits, sides.flatten()).view(-1, 4).sum(dim=1) * score / (4 + EPSILON)
+        return {
+            "classification": focal / count,
+            "bbox_regression": BOX_WEIGHT * asked.spread(overlap) / total,
+            "distribution": DISTRIBUTION_WEIGHT * asked.spread(spread) / total,
+        }

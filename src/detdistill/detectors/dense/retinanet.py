@@ -1,0 +1,168 @@
+"""RetinaNet: torchvision's model in stages.
+
+Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, as in ``torchvision.models.detection`` (both versions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
+
+from detdistill.detectors.dense.shared.heads import DenseDetector, supervision
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.student_files.load_student import build as build_model
+from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
+from detdistill.detectors.torchvision.dense_outputs import flat_outputs, own_outputs
+from detdistill.detectors.torchvision.targets import Matches, target_dicts
+from detdistill.errors import ModelError
+from detdistill.structures import Assignment, Batch, Losses, Prediction
+
+MODEL_CLASS = RetinaNet
+
+
+def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RetinaNetDetector:
+    """A fresh RetinaNet on a timm backbone: levels 3-7, nine anchors from four strides (``anchors``) up, four head convolutions.
+
+    Detections start at a score of 0.05, 1000 candidates of each level, 300 detections: torchvision's defaults.
+
+    Raises:
+        ModelError: the options do not fit the backbone or the head.
+    """
+    options.refuse("retinanet", "weights", "proposals", "rois", "mlp")
+    convs = 4 if options.convs is None else options.convs
+    if convs > 4:
+        raise ModelError(f"retinanet: convs={convs} is too many; torchvision's head has 4 convolutions, fewer can be kept")
+    pyramid = pyramid_description(backbone, options, levels=(3, 7))
+    first, last = options.levels or (3, 7)
+    mean, std = image_statistics(backbone, options)
+    bases = [(options.anchors or 4) * 2**level for level in range(first, last + 1)]
+    if bases[0] < 1:
+        raise ModelError(f"retinanet: anchors={options.anchors} strides of {2**first} pixels are less than a pixel")
+    description = {
+        "call": "torchvision.models.detection.RetinaNet",
+        "backbone": pyramid,
+        "num_classes": len(classes) + 1,
+        "anchor_generator": {
+            "call": "torchvision.models.detection.anchor_utils.AnchorGenerator",
+            "sizes": [[int(base * 2 ** (part / 3)) for part in range(3)] for base in bases],
+            "aspect_ratios": [[0.5, 1.0, 2.0]] * len(bases),
+        },
+        "head": {
+            "call": "retinanet_head",
+            "in_channels": options.neck,
+            "num_anchors": 9,
+            "num_classes": len(classes) + 1,
+            "num_convs": convs,
+        },
+        "image_mean": mean,
+        "image_std": std,
+        "score_thresh": 0.05 if options.score is None else options.score,
+        "topk_candidates": options.topk or 1000,
+        "detections_per_img": options.dets or 300,
+    }
+    model = build_model(description)
+    if options.pretrained:
+        load_pretrained(model.backbone, pyramid)
+    return wrap_model(model, classes, options.name or f"retinanet:{backbone}", description=description)
+
+
+def wrap_model(
+    model: Any,
+    classes: Sequence[str],
+    name: str,
+    columns: Sequence[int] | None = None,
+    description: Mapping[str, Any] | None = None,
+) -> RetinaNetDetector:
+    """Somebody's ``torchvision.models.detection.RetinaNet``.
+
+    Raises:
+        ModelError: its head is not torchvision's.
+    """
+    if not isinstance(model.head, RetinaNetHead):
+        raise ModelError(f"{name}: the head is a {type(model.head).__name__}; only torchvision's RetinaNetHead is understood")
+    return RetinaNetDetector(model, classes, name, family="dense", columns=columns, description=description)
+
+
+class RetinaNetDetector(DenseDetector):
+    """RetinaNet with towers, copies and backbone features; ``deltas`` are dx, dy, dw, dh of the anchor."""
+
+    # ------------------------------------------------------------------------------------------------------- prediction
+
+    def outputs(self, class_maps: Sequence[Tensor], box_maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Under torchvision's names."""
+        classification, regression = self.model.head.classification_head, self.model.head.regression_head
+        return {
+            "cls_logits": flat_outputs([classification.cls_logits(level) for level in class_maps], classification.num_classes),
+            "bbox_regression": flat_outputs([regression.bbox_reg(level) for level in box_maps], 4),
+        }
+
+    def decode(self, regression: Tensor, priors_xyxy: Tensor, levels: Tensor) -> Tensor:
+        """By the model's coder."""
+        decoded = self.model.box_coder.decode_single(regression.flatten(0, 1), priors_xyxy.flatten(0, 1))
+        return cast(Tensor, decoded.view_as(priors_xyxy))
+
+    def final_scores(self, outputs: dict[str, Tensor]) -> Tensor:
+        """The class scores."""
+        return outputs["cls_logits"].sigmoid()
+
+    # --------------------------------------------------------------------------------------------------------- training
+
+    def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
+        """Torchvision's rule: IoU from 0.5 positive, below 0.4 negative, else ignored; each box keeps its best anchors.
+
+        The rule is inside the model's ``compute_loss``; it is run on a stand-in whose head only notes the matches.
+        """
+        own = own_outputs(prediction, self)
+        matches = Matches()
+        stand_in = SimpleNamespace(head=matches, proposal_matcher=self.model.proposal_matcher)
+        targets = target_dicts(batch, self.columns)
+        type(self.model).compute_loss(stand_in, targets, own.outputs, list(own.anchors))
+        return matches.assignment(batch)
+
+    def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
+        """``classification`` (focal) and ``bbox_regression``, each over an image's positives, then the mean over images.
+
+        A foreign assignment may weight predictions and ignore some; its normaliser, if it has one, divides the sum over
+        the whole batch instead.
+        """
+        own = own_outputs(prediction, self)
+        if assignment is None:
+            targets = target_dicts(batch, self.columns)
+            return Losses(self.model.compute_loss(targets, own.outputs, list(own.anchors)))
+        if assignment.weights is None and assignment.normalizer is None:
+            targets = target_dicts(batch, self.columns, only_trainable=False)
+            matched = list(assignment.matched)
+            return Losses(self.model.head.compute_loss(targets, own.outputs, list(own.anchors), matched))
+        asked = supervision(assignment, batch, self.class_outputs)
+        normalizer = assignment.normalizer
+        if normalizer is None:
+            normalizer = asked.positive.sum(dim=1, keepdim=True).clamp(min=1) * len(batch)
+        asked = replace(asked, weights=asked.weights / normalizer)
+        positive = asked.positive
+        deltas, anchors = own.outputs["bbox_regression"][positive], torch.stack(own.anchors)[positive]
+        regression = self._box_losses(deltas, anchors, asked.boxes_xyxy)
+        return Losses(
+            {
+                "classification": asked.focal(own.outputs["cls_logits"]).sum(),
+                "bbox_regression": (regression * asked.weights[positive]).sum(),
+            }
+        )
+
+    def _box_losses(self, deltas: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
+        """[M] the head's regression loss of each positive; the head itself only gives their sum."""
+        side = self.model.head.regression_head
+        if side._loss_type in ("l1", "smooth_l1"):
+            wanted = side.box_coder.encode_single(boxes, anchors)
+            loss = F.l1_loss if side._loss_type == "l1" else F.smooth_l1_loss
+            return loss(deltas, wanted, reduction="none").sum(dim=-1)
+        losses = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}
+        return losses[side._loss_type](side.box_coder.decode_single(deltas, anchors), boxes, reduction="none")

@@ -1,0 +1,167 @@
+"""Detectors with their weights: from a student's folder, a run folder, a checkpoint, or a model string that names weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from detdistill.detectors.adapters import adapter, adapter_names, wrap_torchvision
+from detdistill.detectors.build import build_detector
+from detdistill.detectors.contract import Detector
+from detdistill.detectors.options import parse_model
+from detdistill.detectors.student_files.load_student import build as build_model
+from detdistill.errors import ClassCountError, ModelError
+
+
+def load_detector(name: str | Path, classes: Sequence[str] | None = None) -> Detector:
+    """A detector with its weights: a student's folder, a run folder, a checkpoint, or a model string.
+
+    Args:
+        name: path or model string.
+        classes: for a model string without classes of its own; else checked against the detector's.
+
+    Raises:
+        ModelError: there is no such thing, or it does not hold what it should.
+    """
+    path = Path(name)
+    if path.is_file():
+        if path.suffix != ".ckpt":
+            raise ModelError(f"{path}: not a checkpoint (.ckpt); give a run folder or its student/ folder")
+        return load_checkpoint(path, classes)
+    if path.is_dir():
+        for folder in (path, path / "student"):
+            if (folder / "student.json").is_file():
+                return load_student(folder, classes)
+        inside = sorted(str(found.parent.parent) for found in path.glob("*/student/student.json"))
+        hint = f"; did you mean {', '.join(inside[:3])}?" if inside else "; is the run finished?"
+        raise ModelError(f"{path}: no student in it (student/student.json is missing){hint}")
+    text = str(name)
+    if ":" not in text:
+        raise ModelError(f"{text!r} is no folder, no file and no model string (detector:backbone, e.g. fcos:resnet18)")
+    model = parse_model(text)
+    loader = getattr(adapter(model.detector), "load", None) if model.detector in adapter_names() else None
+    if loader is not None:
+        loaded: Detector = loader(model.backbone, classes, model.options)
+        return loaded
+    if classes is None:
+        raise ModelError(f"model {text!r} has no weights, so no classes of its own; name a run folder or a checkpoint")
+    return build_detector(text, classes)
+
+
+def load_student(folder: Path, classes: Sequence[str] | None = None) -> Detector:
+    """The detector of a student's folder.
+
+    Adapters whose library has its own way of loading define ``load_exported(folder, classes, name)``.
+
+    Args:
+        folder: with ``student.json``.
+        classes: as many as the detector must have; None: any.
+
+    Raises:
+        ModelError: files are missing, broken, or belong to another model.
+    """
+    about = _read_json(folder / "student.json")
+    try:
+        name, own_classes, kind = str(about["name"]), [str(item) for item in about["classes"]], str(about["adapter"])
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{folder / 'student.json'}: no {error} in it; save the student again") from error
+    check_class_count(folder, own_classes, classes)
+    if (folder / "model.json").is_file():
+        about_model = _read_json(folder / "model.json")
+        model = build_model(about_model["model"])
+        columns = [about_model["labels"].index(label) for label in own_classes]
+        load_state(model, _read_tensors(folder / "model.safetensors"), folder / "model.safetensors", name)
+        return wrap_torchvision(model, own_classes, name, columns, about_model["model"])
+    loader = getattr(adapter(kind), "load_exported", None)
+    if loader is None:
+        raise ModelError(f"{folder}: a {kind} detector that was wrapped in Python cannot be loaded by name; wrap it again")
+    detector: Detector = loader(folder, own_classes, name)
+    return detector
+
+
+def load_checkpoint(path: Path, classes: Sequence[str] | None = None) -> Detector:
+    """The student of a training checkpoint inside its run folder (``checkpoints/best.ckpt``).
+
+    What the student is comes from the run's ``student/`` if it has finished, else from its ``config.yaml``.
+
+    Raises:
+        ModelError: the run folder does not tell, or the checkpoint is not its.
+    """
+    run = path.parent.parent
+    if (run / "student" / "student.json").is_file():
+        detector = load_student(run / "student", classes)
+    elif (run / "config.yaml").is_file():
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+        name = config.get("student") or config.get("model")
+        if not name or classes is None:
+            raise ModelError(f"{path}: the run is not finished, so its student's classes are unknown; resume the run first")
+        detector = build_detector(str(name), classes)
+    else:
+        raise ModelError(f"{path}: a checkpoint is read inside its run folder, with config.yaml and student/ two levels up")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises pickle's, zip's and its own
+        raise ModelError(f"{path}: no readable checkpoint: {str(error).splitlines()[0]}") from error
+    state = content.get("state_dict", content)
+    prefix = "average.module." if any(key.startswith("average.module.") for key in state) else "student."
+    mine = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    load_state(detector, mine, path, detector.spec.name)
+    return detector
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> None:
+    """Load all of a state dict, or nothing.
+
+    Raises:
+        ModelError: keys or shapes differ.
+    """
+    own = module.state_dict()
+    same = [key for key in own if key in state]
+    if len(same) < len(own) or len(same) < len(state):
+        missing, extra = [key for key in own if key not in state], [key for key in state if key not in own]
+        example = f"{missing[0]} is missing" if missing else f"{extra[0]} is unknown"
+        raise ModelError(f"{path}: matches {len(same)} of {len(own)} keys of {name} ({example}); it belongs to another model")
+    wrong = [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        key = wrong[0]
+        raise ModelError(
+            f"{path}: {key} is {list(state[key].shape)}, {name} needs {list(own[key].shape)} ({len(wrong)} tensors differ); "
+            f"it has other classes or another size"
+        )
+    module.load_state_dict(dict(state))
+
+
+def check_class_count(where: object, own: Sequence[str], wanted: Sequence[str] | None) -> None:
+    """Refuse a detector with another number of classes.
+
+    Raises:
+        ClassCountError: naming both.
+    """
+    if wanted is not None and len(own) != len(wanted):
+        raise ClassCountError(f"{where}: has {len(own)} classes ({_few(own)}), but {len(wanted)} are wanted ({_few(wanted)})")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error

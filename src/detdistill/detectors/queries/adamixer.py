@@ -1,0 +1,257 @@
+"""AdaMixer: queries that sample and mix the backbone's maps, without encoder and feature pyramid; an own model in stages.
+
+Gao et al., "AdaMixer: A Fast-Converging Query-Based Object Detector", CVPR 2022. The network is in ``models/adamixer.py``;
+matching and losses are here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+
+from detdistill.detectors.contract import query_positives
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.student_files.load_student import build as build_model
+from detdistill.detectors.student_files.models.adamixer import AdaMixer, to_corners
+from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
+from detdistill.detectors.torchvision.detector import Neck, TorchvisionDetector
+from detdistill.detectors.torchvision.images import with_padding
+from detdistill.detectors.torchvision.targets import trainable, whole_indices
+from detdistill.errors import ModelError
+from detdistill.functional.boxes import giou_loss
+from detdistill.functional.matching import focal_class_cost, giou_cost, hungarian, l1_cost
+from detdistill.structures import (
+    IGNORED,
+    NEGATIVE,
+    Assignment,
+    Batch,
+    Detections,
+    Features,
+    Losses,
+    Origin,
+    Positives,
+    Prediction,
+    Queries,
+    QuerySeed,
+)
+
+MODEL_CLASS = AdaMixer
+TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,decoder=2,groups=2,points=4"
+"""The smallest useful model, for ``probe``."""
+
+CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0
+"""Of the matching's costs and of the losses alike (section 4.1)."""
+
+
+def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> AdaMixerDetector:
+    """A fresh AdaMixer on a timm backbone; maps of strides 4 to 32, 100 queries, 6 stages, 256 channels.
+
+    Raises:
+        ModelError: the options do not fit the backbone or each other.
+    """
+    options.refuse("adamixer", "weights", "neck", "convs", "topk", "proposals", "rois", "mlp")
+    channels, heads, groups = options.dim or 256, options.heads or 8, options.groups or 4
+    if channels % 32:
+        raise ModelError(f"adamixer: dim={channels} must be a multiple of 32; the neck normalises in 32 groups of channels")
+    for name, parts in (("heads", heads), ("groups", groups)):
+        if channels % parts:
+            raise ModelError(f"adamixer: dim={channels} cannot be cut into {name}={parts} equal parts")
+    pyramid = pyramid_description(backbone, options, levels=(2, 5))
+    if pyramid["extra"]:
+        raise ModelError(f"adamixer: levels end at {pyramid['extra'][0] - 1}, the highest of {backbone}; it adds none above")
+    pyramid = {key: value for key, value in pyramid.items() if key != "top"} | {"call": "TimmLevels"}
+    mean, std = image_statistics(backbone, options)
+    description = {
+        "call": "models.adamixer.AdaMixer",
+        "backbone": pyramid,
+        "num_classes": len(classes),
+        "channels": channels,
+        "num_queries": options.queries or 100,
+        "num_stages": options.decoder or 6,
+        "heads": heads,
+        "feedforward": options.ffn or 2048,
+        "groups": groups,
+        "points": options.points or 32,
+        "image_mean": mean,
+        "image_std": std,
+        "score_thresh": options.score or 0.0,
+        "detections_per_img": options.dets or 100,
+    }
+    model = build_model(description)
+    if options.pretrained:
+        load_pretrained(model.backbone, pyramid)
+    return wrap_model(model, classes, options.name or f"adamixer:{backbone}", description=description)
+
+
+def wrap_model(
+    model: AdaMixer,
+    classes: Sequence[str],
+    name: str,
+    columns: Sequence[int] | None = None,
+    description: Mapping[str, Any] | None = None,
+) -> AdaMixerDetector:
+    """A model of ``models/adamixer.py``."""
+    channels = model.generator.content.shape[1]
+    pyramid = ((channels,) * len(model.strides), model.strides)
+    return AdaMixerDetector(model, classes, name, family="queries", columns=columns, description=description, pyramid=pyramid)
+
+
+class AdaMixerDetector(TorchvisionDetector):
+    """AdaMixer with queries, copies and backbone features. Its features are the channel mapper's maps.
+
+    A seed's ``position`` is not used: AdaMixer computes the positional embedding from the reference boxes. It has no
+    attention maps over the features.
+    """
+
+    head_prefixes = ("model.neck.", "model.generator.", "model.stages.")
+    model: AdaMixer
+
+    # ------------------------------------------------------------------------------------------------------- prediction
+
+    def features(self, batch: Batch) -> Features:
+        """The backbone's maps behind the channel mapper."""
+        maps = self.model.neck(self.model.backbone(self.image_list(batch).tensors))
+        return with_padding(tuple(maps.values()), self.spec.strides, batch)
+
+    def backbone_features(self, batch: Batch) -> Features:
+        """The backbone's maps."""
+        maps = self.model.backbone(self.image_list(batch).tensors)
+        return with_padding(tuple(maps.values()), self.spec.strides, batch)
+
+    def predict(self, features: Features, batch: Batch) -> Queries:
+        """All stages, from the detector's own queries."""
+        return self.decode(features, self.seed(features, batch), batch)
+
+    def seed(self, features: Features, batch: Batch) -> QuerySeed:
+        """The learned contents; every query starts from the whole image."""
+        content, reference = self.model.generator(len(batch), batch.images.dtype)
+        return QuerySeed(content, None, reference)
+
+    def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
+        """Decode any queries, alone: they attend to each other only.
+
+        Args:
+            features: of ``features``.
+            seed: content [B, N, D]; references of four numbers are boxes, of two the centres of boxes as large as the image,
+                None: the whole image.
+            batch: for the sizes.
+            attention: is refused.
+
+        Raises:
+            ModelError: attention maps are wanted, or the content has another width than the decoder.
+        """
+        if attention:
+            raise ModelError(f"{self.spec.name}: AdaMixer samples points and has no attention maps; take a DETR for this method")
+        width = self.model.generator.content.shape[1]
+        if seed.content.shape[-1] != width:
+            raise ModelError(
+                f"{self.spec.name}: the queries given have {seed.content.shape[-1]} channels, the decoder {width}; project them"
+            )
+        dtype = batch.images.dtype
+        content = seed.content.to(dtype)
+        reference = content.new_tensor([0.5, 0.5, 1.0, 1.0]).expand(*content.shape[:2], 4)
+        if seed.reference is not None:
+            given = seed.reference.shape[-1]
+            reference = torch.cat([seed.reference.to(dtype), reference[..., given:]], dim=-1)
+        outputs = self.model.decode(features.maps, features.strides, content, reference, batch.sizes)
+        logits, boxes, contents = (torch.stack(values) for values in zip(*outputs, strict=True))
+        return Queries(logits[..., self.columns - 1], boxes, contents.to(dtype), seed)
+
+    # ------------------------------------------------------------------------------------------------ training, results
+
+    @torch.no_grad()
+    def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
+        """In each stage the Hungarian matching by class (focal), L1 on xyxy in parts of the image, and GIoU."""
+        queries = cast(Queries, prediction)
+        logits, boxes = queries.logits, to_corners(queries.boxes_cxcywh01)
+        matched = torch.full(logits.shape[:3], NEGATIVE, device=logits.device)
+        for image, (target, size) in enumerate(zip(batch.targets, _sizes_xyxy(batch, boxes.dtype), strict=True)):
+            usable = trainable(target)
+            wanted = target.boxes_xyxy[usable].to(boxes.dtype)
+            cost = (
+                CLASS_WEIGHT * focal_class_cost(logits[:, image], target.labels[usable])
+                + L1_WEIGHT * l1_cost(boxes[:, image], wanted / size)
+                + GIOU_WEIGHT * giou_cost(boxes[:, image] * size, wanted)
+            )  # [S, N, G]
+            matched[:, image] = whole_indices(hungarian(cost), target)
+        return Assignment(matched)
+
+    def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
+        """``classification`` (focal), ``bbox_regression`` (L1) and ``giou``: sums over all stages and queries.
+
+        Each stage is divided by the number of its positives, at least 1 (the paper's code divides by zero without boxes),
+        or by a foreign assignment's normaliser.
+        """
+        queries = cast(Queries, prediction)
+        assignment = self.assign(queries, batch) if assignment is None else assignment
+        matched, positive = assignment.matched, assignment.matched >= 0
+        positives = query_positives(queries, assignment, batch)
+        where = (positives.layer, positives.image, positives.index)
+        weights = torch.ones_like(queries.logits[..., 0]) if assignment.weights is None else assignment.weights
+        if assignment.normalizer is None:
+            normalizer = positive.flatten(1).sum(dim=1).clamp(min=1).to(weights.dtype)  # [S]
+        else:
+            normalizer = assignment.normalizer.to(weights.dtype).expand(len(matched))
+        share = weights / normalizer[:, None, None]
+
+        wanted = torch.zeros_like(queries.logits)
+        wanted[(*where, positives.labels)] = 1.0
+        focal = sigmoid_focal_loss(queries.logits, wanted, alpha=0.25, gamma=2.0, reduction="none").sum(dim=-1)
+        size = _sizes_xyxy(batch, queries.logits.dtype)[positives.image]
+        targets = nn.utils.rnn.pad_sequence([target.boxes_xyxy.to(size.dtype) for target in batch.targets], batch_first=True)
+        targets = targets[positives.image, positives.ground_truth]
+        l1 = (to_corners(queries.boxes_cxcywh01[where]) - targets / size).abs().sum(dim=-1)
+        giou = giou_loss(positives.boxes_xyxy, targets)
+        return Losses(
+            {
+                "classification": CLASS_WEIGHT * (focal * share.masked_fill(matched == IGNORED, 0.0)).sum(),
+                "bbox_regression": L1_WEIGHT * (l1 * share[where]).sum(),
+                "giou": GIOU_WEIGHT * (giou * share[where]).sum(),
+            }
+        )
+
+    def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
+        """The last stage's best pairs of query and class, without suppression; ``origin.anchor`` is the query."""
+        queries = cast(Queries, prediction)
+        found = []
+        results = self.model.select(queries.logits[-1], queries.boxes_cxcywh01[-1], batch.sizes)
+        for image, (boxes, scores, labels, index) in enumerate(results):
+            nowhere = torch.full_like(index, -1)
+            origin = Origin(torch.full_like(index, image), nowhere, nowhere[:, None].repeat(1, 2), index, nowhere)
+            found.append(Detections(boxes, scores, labels, origin))
+        return found
+
+    def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
+        """By the assignment, of all stages."""
+        return query_positives(cast(Queries, prediction), assignment, batch)
+
+    # ----------------------------------------------------------------------------------------------------------- copies
+
+    def copy_neck(self, fresh: bool = False) -> Neck:
+        """The channel mapper alone, on its own parameters."""
+        mapper = copy.deepcopy(self.model.neck)
+        if fresh:
+            mapper.reset_parameters()
+        return Neck(mapper, self.spec.strides).requires_grad_(True).train()
+
+    def copy_head(self, fresh: bool = False) -> AdaMixerDetector:
+        """Initial queries and stages: a copy that can do all but compute features."""
+        nothing: dict[int, Any] = {id(part): nn.Identity() for part in (self.model.backbone, self.model.neck)}
+        head = copy.deepcopy(self, nothing).requires_grad_(True).train()
+        if fresh:
+            head.model.reset_head()
+        return head
+
+    def class_rows(self, name: str) -> Tensor | None:
+        """Rows of the class outputs; see ``inherit``."""
+        return self.columns[:, None] - 1 if ".classifier." in name else None
+
+
+def _sizes_xyxy(batch: Batch, dtype: torch.dtype) -> Tensor:
+    """[B, 4] valid width, height, width, height of each image."""
+    return batch.sizes[:, [1, 0, 1, 0]].to(dtype)

@@ -1,0 +1,61 @@
+"""RF-DETR: transformers' model in stages, with its own DINOv2.
+
+Robinson et al., "RF-DETR: Neural Architecture Search for Real-Time Detection Transformers", arXiv 2511.09554, as in
+``transformers.models.rf_detr``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.queries.shared import lw_detr as family
+from detdistill.detectors.queries.shared import transformers_detector as shared
+from detdistill.detectors.queries.shared import transformers_files as files
+from detdistill.errors import ModelError
+
+try:
+    from transformers import RfDetrForObjectDetection
+except ImportError as error:
+    raise ModelError("rf_detr needs a transformers that has RF-DETR (5.0 or later); upgrade it") from error
+
+MODEL_TYPE = "rf_detr"
+TINY = None
+"""It is loaded, never built."""
+
+
+def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RfDetrDetector:
+    """RF-DETR stands on a pretrained DINOv2 and is never built from nothing.
+
+    Raises:
+        ModelError: always; it says what to do instead.
+    """
+    raise ModelError(f"{MODEL_TYPE}:{backbone}: RF-DETR lives on pretrained weights; load it: hf:<name or folder of an RF-DETR>")
+
+
+def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
+    """An RF-DETR from a folder or the hub; see ``hf``."""
+    return files.load_pretrained(RfDetrDetector, source, classes, name, options)
+
+
+def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
+    """A student's folder."""
+    return files.load_exported(RfDetrDetector, folder, classes, name)
+
+
+class RfDetrDetector(family.GroupDetector):
+    """RF-DETR. Features are the projector's one map."""
+
+    model_class = RfDetrForObjectDetection
+    image_processor = "RfDetrImageProcessor"
+
+    @property
+    def step(self) -> int:  # type: ignore[override]
+        """Patch times windows on a side."""
+        vit = self.config.backbone_config
+        return int(vit.patch_size * vit.num_windows)
+
+    def neck_strides(self) -> tuple[int, ...]:
+        """The DINOv2's."""
+        return self.backbone_strides[:1]

@@ -1,0 +1,450 @@
+"""RT-DETR and its relatives (RT-DETRv2, D-FINE, DEIMv2): hybrid encoder, queries chosen from encoder tokens, denoising.
+
+None of them knows padding: attention, positions, anchors and boxes are relative to the whole padded tensor (the *frame*: the
+batch's tensor, padded on to a multiple of 32). So the adapter equals ``model(tensor, labels)`` with labels in parts of that
+tensor; it turns boxes and references into parts of the valid image on the way out and back on the way in. For the same
+reason an image in a padded batch is not quite the image alone, as in the library.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+from transformers.loss.loss_rt_detr import RTDetrLoss
+from transformers.models.rt_detr.modeling_rt_detr import get_contrastive_denoising_training_group
+
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.queries.shared import deformable as shared
+from detdistill.detectors.queries.shared import transformers_detector as transformers_base
+from detdistill.detectors.queries.shared import transformers_models as models
+from detdistill.detectors.queries.shared.deformable import Memory, Outputs
+from detdistill.detectors.torchvision.backbones import probe, timm_description
+from detdistill.detectors.torchvision.targets import trainable
+from detdistill.errors import DataError, ModelError
+from detdistill.structures import Assignment, Batch, Features, Losses, Movable, Prediction, Queries, QuerySeed
+
+
+@dataclass(frozen=True)
+class Chosen(Movable):
+    """Initial queries, chosen from the encoder's tokens."""
+
+    content: Tensor
+    """[B, N, D], no gradient."""
+    reference: Tensor
+    """[B, N, 4] cxcywh in parts of the frame, no gradient."""
+    outputs: Outputs
+    """What the encoder's heads say about them; trained as one more set."""
+
+
+@dataclass(frozen=True)
+class Denoising(Movable):
+    """Noisy ground truth that the decoder should clean (training only): never a part of ``Queries``."""
+
+    content: Tensor
+    """[B, M, D] embedded noisy labels."""
+    reference: Tensor
+    """[B, M, 4] noisy boxes in parts of the frame."""
+    mask: Tensor
+    """[M + N, M + N] added to the self-attention: nobody sees another group."""
+    labels: tuple[dict[str, Tensor], ...]
+    """The ground truth it was made of: ``loss`` may be asked about other targets."""
+    positive: tuple[Tensor, ...]
+    """Of each image the queries that should find a box: box 0, 1, ... again and again."""
+    groups: int
+
+    def pairs(self, weights_of: Tensor) -> shared.Pairs:
+        """Every positive query answers for the box it was made of. ``weights_of``: [B, M, ...] of the right type."""
+        matched = torch.full(weights_of.shape[:2], -1, device=weights_of.device)
+        for image, (queries, label) in enumerate(zip(self.positive, self.labels, strict=True)):
+            if len(label["boxes"]):
+                numbers = torch.arange(len(label["boxes"]), device=matched.device)
+                matched[image, queries] = numbers.repeat(self.groups)
+        return shared.pairs_of(matched, None, self.labels, weights_of.dtype)
+
+
+@dataclass(frozen=True)
+class Run(Movable):
+    """What the decoder made of some queries, layer by layer."""
+
+    layers: tuple[Outputs, ...]
+    embedding: Tensor
+    """[L, B, N, D]."""
+    first: Outputs | None = None
+    """D-FINE's first boxes, before any refinement; trained as one more set."""
+
+    def take(self, start: int, stop: int | None) -> Run:
+        """A range of the queries."""
+        first = None if self.first is None else self.first.take(start, stop)
+        return Run(tuple(layer.take(start, stop) for layer in self.layers), self.embedding[:, :, start:stop], first)
+
+
+@dataclass(frozen=True)
+class Own(Movable):
+    """What the losses need beside ``Queries``."""
+
+    run: Run
+    encoder: Outputs | None = None
+    """None for foreign queries."""
+    denoising: Denoising | None = None
+    noisy: Run | None = None
+    """What the decoder made of the denoising queries."""
+
+
+class HybridEncoderDetector(transformers_base.TransformersDetector):
+    """A detector of the family, in stages; each adapter adds its decoder (``run``) and its losses (``set_losses``)."""
+
+    backbone_modules = ("model.backbone",)
+    neck_modules = ("model.encoder_input_proj", "model.encoder")
+    head_modules = (
+        "model.decoder_input_proj",
+        *("model.enc_output", "model.enc_score_head", "model.enc_bbox_head"),
+        *("model.denoising_class_embed", "model.weight_embedding"),  # where the config wants them
+        "model.decoder",
+        *("class_embed", "bbox_embed"),  # where the library has the decoder's outputs twice, as one
+    )
+    class_outputs = ("model.enc_score_head", "model.denoising_class_embed", "model.decoder.class_embed", "class_embed")
+    image_processor = "RTDetrImageProcessor"
+    top_k = None
+
+    @property
+    def width(self) -> int:
+        """Channels of the encoder's maps."""
+        return int(self.config.encoder_hidden_dim)
+
+    # ----------------------------------------------------------------------------------------------- images and features
+
+    def frame_hw(self, batch: Batch) -> tuple[int, int]:
+        """Height and width of the tensor that the model sees: the batch's, padded on to a multiple of the coarsest stride."""
+        height, width = batch.padding_hw
+        step = self.spec.strides[-1]
+        return -(-height // step) * step, -(-width // step) * step
+
+    def frames(self, batch: Batch) -> Tensor:
+        """[B, 2] the frame once for each image."""
+        return torch.tensor([self.frame_hw(batch)] * len(batch), device=batch.images.device)
+
+    def scale(self, batch: Batch) -> Tensor:
+        """[B, 1, 4] parts of the valid image for one part of the frame, x y x y."""
+        return (self.frames(batch) / batch.sizes).flip(1).repeat(1, 2)[:, None]
+
+    def labels(self, batch: Batch, only_trainable: bool = True) -> list[dict[str, Tensor]]:
+        """As in the base, but boxes in parts of the frame."""
+        height, width = self.frame_hw(batch)
+        found = []
+        for target in batch.targets:
+            keep = trainable(target) if only_trainable else slice(None)
+            boxes = box_convert(target.boxes_xyxy[keep].to(batch.images.dtype), "xyxy", "cxcywh")
+            found.append({"class_labels": target.labels[keep], "boxes": boxes / boxes.new_tensor([width, height, width, height])})
+        return found
+
+    def backbone_features(self, batch: Batch) -> Features:
+        """The backbone's maps of the whole frame."""
+        height, width = self.frame_hw(batch)
+        missing = (0, width - batch.padding_hw[1], 0, height - batch.padding_hw[0])
+        pixel_mask = F.pad((~batch.padding_mask()).long(), missing)
+        maps = self.backbone_maps(F.pad(self.normalized(batch), missing), pixel_mask)
+        padding = tuple(~mask for _, mask in maps)
+        padded = any(bool(mask.any()) for mask in padding)
+        return Features(tuple(level for level, _ in maps), self.spec.strides, padding if padded else None)
+
+    def backbone_maps(self, images: Tensor, pixel_mask: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """The library's backbone."""
+        return self.model.model.backbone(images, pixel_mask)
+
+    def encode(self, features: Features) -> Features:
+        """Projection and hybrid encoder; the maps before the decoder's own projection. Padding is looked at like the image."""
+        core = self.model.model
+        projected = [project(level) for project, level in zip(core.encoder_input_proj, features.maps, strict=True)]
+        return replace(features, maps=tuple(core.encoder(projected).last_hidden_state))
+
+    # ----------------------------------------------------------------------------------------------------------- queries
+
+    def memory(self, features: Features) -> Memory:
+        """The maps as the decoder reads them."""
+        projections = list(self.model.model.decoder_input_proj)
+        last = features.maps[-1]  # levels above the encoder's are all made of its last, as in the library
+        maps = [*features.maps, *[last] * (len(projections) - len(features.maps))]
+        return shared.flatten([project(level) for project, level in zip(projections, maps, strict=True)])
+
+    def choose(self, memory: Memory, batch: Batch) -> Chosen:
+        """The encoder tokens of the highest class score, and the boxes that the encoder's head gives them.
+
+        Raises:
+            DataError: the images have fewer cells than the detector has queries.
+        """
+        core, count = self.model.model, self.config.num_queries
+        tokens = memory.tokens
+        if tokens.shape[1] < count:
+            height, width = self.frame_hw(batch)
+            raise DataError(
+                f"{self.spec.name}: {height}x{width} pixels give {tokens.shape[1]} encoder cells, fewer than the {count} "
+                f"queries chosen from them; take larger images or a detector with queries={tokens.shape[1]} or fewer"
+            )
+        exact = tokens.dtype if tokens.dtype == torch.float64 else torch.float32
+        anchors, valid = core.generate_anchors(memory.shapes, device=tokens.device, dtype=exact)
+        anchors, valid = anchors.clone(), valid.clone()  # the library caches them, perhaps as inference tensors
+        hidden = core.enc_output(valid.to(tokens.dtype) * tokens)
+        logits = core.enc_score_head(hidden)
+        boxes = (core.enc_bbox_head(hidden) + anchors).sigmoid()
+        index = logits.max(dim=-1).values.topk(count, dim=1).indices[..., None]
+        chosen = [value.gather(1, index.expand(-1, -1, value.shape[-1])) for value in (hidden, logits, boxes)]
+        content = chosen[0].detach()
+        if self.config.learn_initial_query:
+            content = core.weight_embedding.weight.expand(len(tokens), -1, -1)
+        return Chosen(content, chosen[2].detach(), Outputs(chosen[1].to(exact), chosen[2]))
+
+    def seed(self, features: Features, batch: Batch) -> QuerySeed:
+        """Content and boxes of the chosen encoder tokens; the family has no position beside the box."""
+        with shared.still_statistics(self.model.model.decoder_input_proj):
+            chosen = self.choose(self.memory(features), batch)
+        return QuerySeed(chosen.content, reference=chosen.reference * self.scale(batch))
+
+    def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
+        """Decode from any seed with a box (cxcywh) for each query; a seed's ``position`` is not used: the box is it.
+
+        ``attention``: [L, B, heads, N, S] cross-attention, spread over the S cells of all levels (``dense_attention``).
+
+        Raises:
+            ValueError: the seed has no boxes.
+        """
+        if seed.reference is None or seed.reference.shape[-1] != 4:
+            raise ValueError(
+                f"{self.spec.name}: queries need a reference box (cxcywh), not a point; give seed.reference [B, N, 4]"
+            )
+        with shared.still_statistics(self.model.model.decoder_input_proj):
+            memory = self.memory(features)
+        with shared.watched(self.model.model.decoder.layers, attention) as looks:
+            run = self.run(memory, seed.content, seed.reference / self.scale(batch), None)
+        found = self.queries(run, seed, Own(run), batch)
+        return replace(found, attention=looks.attention, self_attention=looks.self_attention)
+
+    def predict(self, features: Features, batch: Batch) -> Queries:
+        """Decode the own queries; in training beside denoising queries made of ``batch.targets`` (torch's random numbers)."""
+        memory = self.memory(features)
+        chosen = self.choose(memory, batch)
+        seed = QuerySeed(chosen.content, reference=chosen.reference * self.scale(batch))
+        noise = self.denoising(batch, chosen)
+        if noise is None:
+            run = self.run(memory, chosen.content, chosen.reference, None)
+            return self.queries(run, seed, Own(run, chosen.outputs), batch)
+        content = torch.cat([noise.content, chosen.content.to(noise.content.dtype)], dim=1)
+        reference = torch.cat([noise.reference, chosen.reference], dim=1)
+        both, count = self.run(memory, content, reference, noise.mask), noise.content.shape[1]
+        run = both.take(count, None)
+        return self.queries(run, seed, Own(run, chosen.outputs, noise, both.take(0, count)), batch)
+
+    def denoising(self, batch: Batch, chosen: Chosen) -> Denoising | None:
+        """The library's contrastive denoising queries; None in eval mode, without boxes, or when they are switched off."""
+        config = self.config
+        if not (self.training and config.num_denoising > 0 and batch.targets):
+            return None
+        labels = self.labels(batch)
+        content, unactivated, mask, meta = get_contrastive_denoising_training_group(
+            targets=labels,
+            num_classes=config.num_labels,
+            num_queries=chosen.content.shape[1],
+            class_embed=self.model.model.denoising_class_embed,
+            num_denoising_queries=config.num_denoising,
+            label_noise_ratio=config.label_noise_ratio,
+            box_noise_scale=config.box_noise_scale,
+        )
+        if content is None:  # no boxes at all
+            return None
+        reference = unactivated.to(chosen.reference.dtype).sigmoid().detach()
+        return Denoising(content, reference, mask, tuple(labels), tuple(meta["dn_positive_idx"]), meta["dn_num_group"])
+
+    def without(self, modules: Sequence[str], fresh: bool) -> transformers_base.TransformersDetector:
+        """As in the base; fresh norms as ``unit_norms`` has them."""
+        other = super().without(modules, fresh)
+        if fresh:
+            unit_norms(other.model)
+        return other
+
+    @abstractmethod
+    def run(self, memory: Memory, content: Tensor, reference: Tensor, mask: Tensor | None) -> Run:
+        """The decoder, layer by layer.
+
+        Args:
+            memory: what it reads.
+            content: [B, N, D].
+            reference: [B, N, 4] cxcywh in parts of the frame.
+            mask: [N, N] added to the self-attention, or None.
+        """
+
+    def queries(self, run: Run, seed: QuerySeed, own: Own, batch: Batch) -> Queries:
+        """A run as the contract's structure."""
+        boxes = torch.stack([layer.boxes for layer in run.layers]) * self.scale(batch)
+        return Queries(torch.stack([layer.logits for layer in run.layers]), boxes, run.embedding, seed, own=own)
+
+    def own(self, prediction: Prediction) -> Own:
+        """What the losses need.
+
+        Raises:
+            ValueError: the prediction was split by image or read from a cache, so it has none.
+        """
+        if not isinstance(prediction.own, Own):
+            raise ValueError(f"{self.spec.name}: this prediction lost its own outputs; predict again from features")
+        return prediction.own
+
+    # ------------------------------------------------------------------------------------------------------------ training
+
+    def criterion(self) -> RTDetrLoss:
+        """The library's; its matcher with the model's costs."""
+        return RTDetrLoss(self.config)
+
+    def trained(self, outputs: Outputs) -> Outputs:
+        """Predictions as matcher and losses see them."""
+        return outputs
+
+    def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
+        """The library's one-to-one matching of every decoder layer (Hungarian; focal, L1 and GIoU costs)."""
+        matcher, labels = self.criterion().matcher, self.labels(batch)
+        layers = [self.trained(layer) for layer in self.own(prediction).run.layers]
+        return Assignment(torch.stack([shared.hungarian(matcher, layer, labels, batch) for layer in layers]))
+
+    def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
+        """The library's terms under its names: last layer, ``_aux_i`` (layers before, then the encoder's), ``_dn_i``.
+
+        A foreign assignment is that of the decoder layers. The encoder's set (and D-FINE's first boxes) keep their own
+        matching, and the denoising queries the boxes they were made of in ``predict``.
+        """
+        own, config, matcher = self.own(prediction), self.config, self.criterion().matcher
+        usable = self.labels(batch)
+        labels = self.labels(batch, only_trainable=False)
+        boxes = max(1, sum(len(label["boxes"]) for label in usable))
+        normalizer: Any = boxes if assignment is None or assignment.normalizer is None else assignment.normalizer
+        matched = self.assign(prediction, batch).matched if assignment is None else assignment.matched
+        terms: dict[str, Tensor] = {}
+        sets = [(suffix, self.trained(outputs), layer) for suffix, outputs, layer in self.sets(own)]
+        rows = [shared.hungarian(matcher, one, usable, batch) if layer is None else matched[layer] for _, one, layer in sets]
+        place_rows, places = self.place_rows(rows, boxes)
+        if assignment is not None and assignment.normalizer is not None:
+            places = assignment.normalizer
+        for (suffix, outputs, layer), row, place_row in zip(sets, rows, place_rows, strict=True):
+            given = None if assignment is None or assignment.weights is None or layer is None else assignment.weights[layer]
+            pairs = shared.pairs_of(row, given, labels, outputs.boxes.dtype)
+            place_pairs = pairs if place_row is row else shared.pairs_of(place_row, given, labels, outputs.boxes.dtype)
+            found = {**self.class_losses(outputs, pairs, normalizer), **self.place_losses(outputs, place_pairs, places)}
+            terms |= {name + suffix: term for name, term in found.items()}
+        if own.denoising is not None and own.noisy is not None and config.auxiliary_loss:
+            noisy = max(1, sum(len(label["boxes"]) for label in own.denoising.labels)) * own.denoising.groups
+            for number, outputs in enumerate(map(self.trained, self.noisy_sets(own.noisy))):
+                pairs = own.denoising.pairs(outputs.boxes)
+                found = {**self.class_losses(outputs, pairs, noisy), **self.place_losses(outputs, pairs, noisy)}
+                terms |= {f"{name}_dn_{number}": term for name, term in found.items()}
+        return Losses(terms)
+
+    def sets(self, own: Own) -> list[tuple[str, Outputs, int | None]]:
+        """What is trained: suffix of the terms, predictions, and the decoder layer whose assignment is theirs (or None)."""
+        *before, last = own.run.layers
+        sets: list[tuple[str, Outputs, int | None]] = [("", last, len(before))]
+        if self.config.auxiliary_loss:
+            sets += [(f"_aux_{number}", layer, number) for number, layer in enumerate(before)]
+            if own.encoder is not None:
+                sets.append((f"_aux_{len(before)}", own.encoder, None))
+        return sets
+
+    def noisy_sets(self, noisy: Run) -> Sequence[Outputs]:
+        """The denoising queries' predictions that are trained."""
+        return noisy.layers
+
+    def place_rows(self, rows: Sequence[Tensor], boxes: Any) -> tuple[Sequence[Tensor], Any]:
+        """What the losses of boxes are computed with: matches [B, N] of each set, and the normalizer; the default is the same."""
+        return rows, boxes
+
+    def class_losses(self, outputs: Outputs, pairs: shared.Pairs, normalizer: Any) -> dict[str, Tensor]:
+        """Varifocal loss of one set, weighted."""
+        config = self.config
+        quality = shared.varifocal_loss(outputs, pairs, config.focal_loss_alpha, config.focal_loss_gamma)
+        return {"loss_vfl": quality / normalizer * config.weight_loss_vfl}
+
+    def place_losses(self, outputs: Outputs, pairs: shared.Pairs, normalizer: Any) -> dict[str, Tensor]:
+        """L1 and GIoU loss of one set, weighted."""
+        distance, overlap = shared.box_losses(outputs, pairs)
+        return {
+            "loss_bbox": distance / normalizer * self.config.weight_loss_bbox,
+            "loss_giou": overlap / normalizer * self.config.weight_loss_giou,
+        }
+
+
+class RefiningDetector(HybridEncoderDetector):
+    """RT-DETR and RT-DETRv2: each decoder layer moves the boxes of the layer before."""
+
+    def run(self, memory: Memory, content: Tensor, reference: Tensor, mask: Tensor | None) -> Run:
+        """The decoder's layers with their outputs; no gradient goes from a layer's reference to the layer before."""
+        decoder, hidden = self.model.model.decoder, content
+        layers, embedding = [], []
+        for layer, box_head, class_head in zip(decoder.layers, decoder.bbox_embed, decoder.class_embed, strict=True):
+            hidden = layer(
+                hidden,
+                object_queries_position_embeddings=decoder.query_pos_head(reference),
+                encoder_hidden_states=memory.tokens,
+                reference_points=reference.unsqueeze(2),
+                encoder_attention_mask=mask,
+                **memory.where(),
+            )
+            boxes = (box_head(hidden) + transformers_base.inverse_sigmoid(reference)).sigmoid()
+            layers.append(Outputs(transformers_base.full_precision(class_head(hidden)), boxes))
+            embedding.append(hidden)
+            reference = boxes.detach()
+        return Run(tuple(layers), torch.stack(embedding))
+
+
+# ----------------------------------------------------------------------------------------------------- models from options
+
+
+def family_arguments(detector: str, backbone: str, options: ModelOptions) -> dict[str, Any]:
+    """A config's arguments from the options of a model string.
+
+    Raises:
+        ModelError: an option has no meaning here, the backbone lacks a level, or the width does not fit the heads.
+    """
+    options.refuse(detector, "neck", "convs", "topk", "proposals", "rois", "mlp", "weights")
+    width, heads = options.dim or 256, options.heads or 8
+    if width % heads or width % 4:
+        raise ModelError(f"{detector}: dim={width} must be a multiple of heads={heads} and of 4")
+    first, last = options.levels or (3, 5)
+    strides = tuple(2**level for level in range(first, last + 1))
+    count = len(strides)
+    body = probe(backbone, timm_description(backbone, options))
+    channels = dict(zip(body.feature_info.reduction(), body.feature_info.channels(), strict=True))
+    return {
+        "backbone_config": models.backbone_config(backbone, options, strides),
+        "freeze_backbone_batch_norms": options.norm == "frozen",
+        "d_model": width,
+        "encoder_hidden_dim": width,
+        "encoder_in_channels": [channels[stride] for stride in strides],
+        "feat_strides": list(strides),
+        "encode_proj_layers": [count - 1],
+        "decoder_in_channels": [width] * count,
+        "num_feature_levels": count,
+        "encoder_layers": options.encoder or 1,
+        "decoder_layers": options.decoder or 6,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "encoder_ffn_dim": options.ffn or 1024,
+        "decoder_ffn_dim": options.ffn or 1024,
+        "decoder_n_points": options.points or 4,
+        "num_queries": options.queries or 300,
+        "num_denoising": 100 if options.denoising is None else options.denoising,
+        "anchor_image_size": None,
+    }
+
+
+@torch.no_grad()
+def unit_norms(model: Any) -> Any:
+    """Set the weights of neck and decoder BatchNorms to one, as the authors' code has them.
+
+    transformers draws them around zero (deviation 0.01), which leaves maps of a hundredth of the size to train from.
+    """
+    for name, module in model.model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and not name.startswith("backbone."):
+            module.weight.fill_(1.0)
+    return model

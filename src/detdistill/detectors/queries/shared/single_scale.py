@@ -1,0 +1,118 @@
+"""What DETR, Conditional DETR and DAB-DETR share: one map, and a decoder that attends to all of its cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.queries.shared.transformers_detector import (
+    TransformersDetector,
+    as_map,
+    flat_map,
+    full_precision,
+    valid_masks,
+)
+from detdistill.errors import ModelError
+from detdistill.structures import (
+    Features,
+)
+
+
+def single_scale_arguments(detector: str, options: ModelOptions, queries: int) -> dict[str, Any]:
+    """A config's arguments from the options of a family with one map.
+
+    Args:
+        detector: as messages name it.
+        options: of the model string.
+        queries: the family's default number.
+
+    Raises:
+        ModelError: an option has no meaning here, or the width is no multiple of the heads.
+    """
+    options.refuse(detector, "neck", "levels", "convs", "topk", "proposals", "rois", "mlp", "weights")
+    width, heads = options.dim or 256, options.heads or 8
+    if width % (2 * heads):
+        raise ModelError(f"{detector}: dim={width} must be a multiple of twice heads={heads}")
+    return {
+        "d_model": width,
+        "num_queries": options.queries or queries,
+        "encoder_layers": options.encoder or 6,
+        "decoder_layers": options.decoder or 6,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "encoder_ffn_dim": options.ffn or 2048,
+        "decoder_ffn_dim": options.ffn or 2048,
+    }
+
+
+def single_scale_positions(embedding: Any, features: Features) -> Tensor:
+    """[B, S, D] the position embeddings of DETR and Conditional DETR, which see the map's shape and mask only."""
+    level, mask = features.maps[-1], valid_masks(features)[-1]
+    dtype = full_precision(level).dtype
+    return flat_map(embedding(shape=level.shape, device=level.device, dtype=dtype, mask=mask))
+
+
+def encode_single_scale(model: Any, features: Features, positions: Tensor) -> Features:
+    """Projection and encoder of DETR and Conditional DETR on the last map."""
+    level, mask = features.maps[-1], valid_masks(features)[-1]
+    encoded = model.encoder(
+        inputs_embeds=flat_map(model.input_projection(level)),
+        attention_mask=mask.flatten(1),
+        spatial_position_embeddings=positions,
+    )
+    padding = None if features.padding is None else features.padding[-1:]
+    return Features((as_map(encoded.last_hidden_state, level),), features.strides[-1:], padding)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a decoder made of its queries."""
+
+    hidden: Tensor
+    """[L, B, N, D] normalised, what the outputs read."""
+    attention: Tensor | None
+    """[L, B, heads, N, S], if asked for."""
+    self_attention: Tensor | None
+    """[L, B, heads, N, N], likewise."""
+    outputs: Any
+    """The library's."""
+
+
+def decode_single_scale(
+    detector: TransformersDetector,
+    features: Features,
+    positions: Tensor,
+    content: Tensor,
+    position: Tensor,
+    attention: bool,
+) -> Decoded:
+    """Every layer of the decoder of DETR and Conditional DETR.
+
+    With ``auxiliary_loss`` the library normalises between the layers, too, and the last layer's output twice; without, it
+    shows the inner layers' outputs before the norm, which is then applied here. The last layer is the library's output.
+    """
+    model = detector.model.model
+    auxiliary = bool(detector.config.auxiliary_loss)
+    with detector.attention_maps(attention) as wanted:
+        outputs = model.decoder(
+            inputs_embeds=content,
+            attention_mask=None,
+            spatial_position_embeddings=positions,
+            object_queries_position_embeddings=position,
+            encoder_hidden_states=flat_map(features.maps[-1]),
+            encoder_attention_mask=valid_masks(features)[-1].flatten(1),
+            output_hidden_states=not auxiliary,
+            **wanted,
+        )
+    if auxiliary:
+        inner = list(outputs.intermediate_hidden_states[:-1])
+    else:
+        inner = [model.decoder.layernorm(hidden) for hidden in outputs.hidden_states[1:-1]]
+    hidden = torch.stack([*inner, outputs.last_hidden_state])
+    if not attention:
+        return Decoded(hidden, None, None, outputs)
+    return Decoded(hidden, torch.stack(tuple(outputs.cross_attentions)), torch.stack(tuple(outputs.attentions)), outputs)

@@ -1,0 +1,172 @@
+"""Detectors of transformers' DETR families from ``save_pretrained`` folders and from the hub: safetensors only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.utils import get_session
+from torch import nn
+from transformers import AutoConfig
+from transformers.utils import cached_file
+
+from detdistill.detectors.options import ModelOptions, parse_model
+from detdistill.detectors.queries.shared.transformers_detector import TransformersDetector, class_names
+from detdistill.detectors.queries.shared.transformers_models import label_maps, quiet, ready_model, selection
+from detdistill.errors import ClassCountError, ModelError
+
+NO_CLASS = "N/A"
+"""What hub models that count COCO's categories to 90 call those that do not exist."""
+
+
+def load_pretrained(
+    detector_class: type[TransformersDetector],
+    source: str | Path,
+    classes: Sequence[str] | None,
+    name: str,
+    options: ModelOptions | None = None,
+) -> TransformersDetector:
+    """A detector from a ``save_pretrained`` folder or a name of the hub, with its weights (safetensors only).
+
+    Args:
+        detector_class: the family's adapter.
+        source: folder or name. Outputs of classes called ``N/A`` (COCO's unused numbers) are taken out of the model.
+        classes: as many as the detector must have; None: any. The detector keeps its own names.
+        name: that the detector gets.
+        options: ``score`` and ``dets`` are read.
+
+    Raises:
+        ModelError: files are missing or broken, hold something else, or want a package that is not installed.
+    """
+    config = read_config(source)
+    own = [label for label in class_names(config) if label != NO_CLASS]
+    if classes is not None and len(own) != len(classes):
+        raise ClassCountError(f"{source}: has {len(own)} classes ({few(own)}), but {len(classes)} are wanted ({few(classes)})")
+    with quiet():
+        try:
+            model, info = detector_class.model_class.from_pretrained(
+                source,
+                config=config,
+                use_safetensors=True,
+                local_files_only=is_offline(source),
+                ignore_mismatched_sizes=True,  # they are named below
+                output_loading_info=True,
+            )
+        except Exception as error:  # the library raises OSError, ImportError, SafetensorError, RuntimeError, ValueError
+            raise ModelError(f"{source}: {reason_of(error)}") from error
+    lost = [*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])]
+    if lost:
+        kind = detector_class.model_class.__name__
+        raise ModelError(f"{source}: {len(lost)} tensors of a {kind} are missing or of another shape, e.g. {sorted(lost)[0]}")
+    drop_unused_classes(model, detector_class.class_outputs)
+    model = ready_model(model, detector_class.backbone_modules)
+    options = options or ModelOptions()
+    return detector_class(model, name, **read_statistics(source), **selection(options))
+
+
+def drop_unused_classes(model: Any, class_outputs: Sequence[str]) -> None:
+    """Take the outputs of classes called ``N/A`` out of a model, so that its classes are those that exist.
+
+    Sigmoid scores stay as they are; softmax scores lose the share of the unused classes, which no image ever had.
+    """
+    names = class_names(model.config)
+    kept = [index for index, label in enumerate(names) if label != NO_CLASS]
+    if len(kept) == len(names):
+        return
+    present = dict(model.named_modules(remove_duplicate=False))
+    for part in class_outputs:
+        for layer in present[part].modules() if part in present else ():
+            if isinstance(layer, nn.Linear) and layer.out_features >= len(names):
+                rows = [*kept, *range(len(names), layer.out_features)]  # the background stays
+                layer.weight = nn.Parameter(layer.weight.detach()[rows])
+                layer.bias = nn.Parameter(layer.bias.detach()[rows])
+                layer.out_features = len(rows)
+    for key, value in label_maps([names[index] for index in kept]).items():
+        setattr(model.config, key, value)
+    model.tie_weights()  # outputs that the family shares between decoder layers are one again
+
+
+def load_exported(
+    detector_class: type[TransformersDetector], folder: Path, classes: Sequence[str], name: str
+) -> TransformersDetector:
+    """A student that ``export`` wrote; its options are those of its name, its classes those of ``student.json``."""
+    try:
+        options = parse_model(name).options
+    except ModelError:  # somebody gave the student another name
+        options = ModelOptions()
+    return load_pretrained(detector_class, folder, classes, name, options)
+
+
+def read_config(source: str | Path) -> Any:
+    """The library's config of a folder or a name of the hub.
+
+    Raises:
+        ModelError: there is none.
+    """
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{source}: no config.json in it; give a folder that save_pretrained wrote")
+    if not path.is_dir() and (path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2):
+        raise ModelError(f"{source}: no such folder")  # names of the hub have one slash at most
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(source, local_files_only=is_offline(source), trust_remote_code=False)
+        except Exception as error:  # OSError, ValueError, KeyError, the hub's and the validator's own
+            raise ModelError(f"{source}: {reason_of(error)}") from error
+
+
+def read_statistics(source: str | Path) -> dict[str, Any]:
+    """Mean and deviation from ``preprocessor_config.json``; ImageNet's where there is none.
+
+    Raises:
+        ModelError: the file is broken.
+    """
+    with quiet():
+        found = cached_file(
+            str(source),
+            "preprocessor_config.json",
+            local_files_only=is_offline(source),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if found is None:
+        return {}
+    try:
+        content = json.loads(Path(found).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{found}: cannot be read as JSON: {error}") from error
+    if content.get("do_normalize") is False:
+        return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    given = {"mean": content.get("image_mean"), "std": content.get("image_std")}
+    return {key: tuple(value) for key, value in given.items() if value}
+
+
+def is_offline(source: str | Path) -> bool:
+    """True for a folder, and when the hub does not answer: the library would ask it for minutes before it gives up."""
+    if Path(source).is_dir():
+        return True
+    try:
+        get_session().head(hub_constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the network throws
+        return True
+    return False
+
+
+def reason_of(error: Exception) -> str:
+    """An error of the library in one line; a missing package is named."""
+    if isinstance(error, ImportError):
+        package = getattr(error, "name", None)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"the package {package} is missing; install it" if package else f"a package is missing: {lines[0]}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OSError) and lines and ("connect" in lines[0] or "cached" in lines[0]):
+        return "is no folder, and the hub cannot be reached to look for the name; give a folder that save_pretrained wrote"
+    return lines[0] if lines else type(error).__name__
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of a list."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

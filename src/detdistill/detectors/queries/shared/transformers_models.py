@@ -1,0 +1,197 @@
+"""Fresh models of transformers' DETR families from the options of a model string: backbones and their traps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import timm
+from huggingface_hub.utils import logging as hub_logging
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, ResNetConfig, RTDetrResNetConfig, TimmBackboneConfig
+from transformers.utils import logging as library_logging
+
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.torchvision.backbones import image_statistics, probe, timm_description
+from detdistill.errors import ModelError
+
+
+def backbone_config(backbone: str, options: ModelOptions, strides: Sequence[int]) -> PreTrainedConfig:
+    """The library's config of a timm backbone that yields the maps of some strides.
+
+    A resnet that is scaled (``width``, ``channels``, ``stem``) becomes transformers' own ResNet of the same depths, widths
+    and kind of block, because a ``TimmBackboneConfig`` holds no keyword arguments of timm: RT-DETR's with the deep stem
+    for timm's deep stems where the stem ends in as many channels as the first stage has, else the plain one (7x7).
+
+    Raises:
+        ModelError: the backbone is unknown, cannot be scaled, lacks a stride, or needs what the library cannot say.
+    """
+    timm_options = timm_description(backbone, options)
+    scaled = timm_options.keys() & {"channels", "stem_width", "plain_stem"}
+    if timm_options and not scaled:
+        needed = ", ".join(timm_options)
+        raise ModelError(f"backbone {backbone} needs timm's {needed}, which transformers cannot store; take a convolutional one")
+    body = probe(backbone, timm_options)
+    if str(getattr(body, "output_fmt", "NCHW")).upper().endswith("NHWC"):
+        raise ModelError(f"backbone {backbone} puts its channels last, which transformers' detectors do not expect")
+    index_of = dict(zip(body.feature_info.reduction(), body.feature_info.out_indices, strict=True))
+    missing = [stride for stride in strides if stride not in index_of]
+    if missing:
+        known = ", ".join(map(str, index_of))
+        raise ModelError(f"backbone {backbone} has maps of stride {known}, none of stride {missing[0]}, which the detector needs")
+    if not scaled:
+        return cast(Any, TimmBackboneConfig)(backbone=backbone, out_indices=[index_of[stride] for stride in strides])
+    depths = [len(getattr(body, f"layer{stage}")) for stage in range(1, 5)]
+    widths = [int(channels) for channels in body.feature_info.channels()[-4:]]
+    bottleneck = hasattr(body.layer1[0], "conv3")
+    stem = int(body.layer1[0].conv1.in_channels)
+    deep = isinstance(body.conv1, nn.Sequential)
+    config_class: Any = RTDetrResNetConfig if deep and (bottleneck or stem == widths[0]) else ResNetConfig
+    return config_class(
+        embedding_size=stem,
+        hidden_sizes=widths,
+        depths=depths,
+        layer_type="bottleneck" if bottleneck else "basic",
+        out_features=[f"stage{int(stride).bit_length() - 2}" for stride in strides],
+    )
+
+
+def fresh_model(
+    model_class: Callable[[Any], Any], config: Any, backbone_modules: Sequence[str], backbone: str, options: ModelOptions
+) -> Any:
+    """A library model with random weights (the backbone's from timm, if pretrained), all of it trainable.
+
+    Args:
+        model_class: the library's ``...ForObjectDetection``.
+        config: its config; ``backbone_norm`` is noted in it, so that a saved model can be trained on as it was.
+        backbone_modules: dotted names of the backbone inside the model.
+        backbone: name of the timm model.
+        options: of the model string; ``norm`` and ``pretrained`` are read.
+
+    Raises:
+        ModelError: the library would break the backbone, or there are no pretrained weights.
+    """
+    config.backbone_norm = options.norm
+    model = model_class(config)
+    body = backbone_body(model, backbone_modules)
+    if config.backbone_config.model_type == "timm_backbone":
+        refuse_lost_activations(body, backbone)
+        if options.pretrained:
+            load_timm_weights(body, backbone, config.backbone_config.out_indices)
+    return ready_model(model, backbone_modules)
+
+
+def ready_model(model: Any, backbone_modules: Sequence[str]) -> Any:
+    """Make a library model trainable as its config's ``backbone_norm`` says (absent: the library's own norms stay)."""
+    model.requires_grad_(True)
+    if getattr(model.config, "backbone_norm", None) == "bn":
+        for name in backbone_modules:
+            trainable_norms(model.get_submodule(name))
+    return model
+
+
+def trainable_norms(module: nn.Module) -> None:
+    """Turn the library's constant norms back into BatchNorm that trains, with the same values and epsilon."""
+    for name, child in list(module.named_children()):
+        if is_constant_norm(child):
+            constant = cast(Any, child)
+            norm = nn.BatchNorm2d(len(constant.weight), eps=1e-5).to(constant.weight)
+            values = {key: value for key, value in constant.state_dict().items() if key != "num_batches_tracked"}
+            norm.load_state_dict(values, strict=False)
+            setattr(module, name, norm)
+        else:
+            trainable_norms(child)
+
+
+def is_constant_norm(module: nn.Module) -> bool:
+    """True for the ``...FrozenBatchNorm2d`` that a family of transformers puts in place of BatchNorm."""
+    return type(module).__name__.endswith("FrozenBatchNorm2d") and type(module).__module__.startswith("transformers.")
+
+
+def saved_state(model: Any) -> dict[str, Tensor]:
+    """A model's state as the library knows it: without the counters of norms that are constants there."""
+    state = model.state_dict()
+    if (
+        getattr(model.config, "backbone_norm", None) != "bn"
+        or getattr(model.config, "freeze_backbone_batch_norms", None) is False
+    ):
+        return dict(state)
+    return {
+        name: tensor for name, tensor in state.items() if not (".backbone." in name and name.endswith(".num_batches_tracked"))
+    }
+
+
+def backbone_body(model: Any, backbone_modules: Sequence[str]) -> Any:
+    """The timm (or transformers) backbone inside the library's wrappers."""
+    body = model.get_submodule(backbone_modules[0])
+    while type(body).__module__.startswith("transformers."):
+        inner = getattr(body, "model", None)
+        inner = getattr(body, "_backbone", None) if inner is None else inner
+        if inner is None:
+            break
+        body = inner
+    return body
+
+
+def refuse_lost_activations(body: nn.Module, backbone: str) -> None:
+    """Refuse backbones whose norms hold their activation: replaced by the library's constants, they would lose it.
+
+    Raises:
+        ModelError: it is such a backbone.
+    """
+    if any(isinstance(module, BatchNormAct2d) for module in probe(backbone, {}).modules()) and any(
+        is_constant_norm(module) for module in body.modules()
+    ):
+        raise ModelError(
+            f"backbone {backbone}: transformers would replace its norms, which hold the activations; take a resnet, or rt_detr"
+        )
+
+
+def load_timm_weights(body: nn.Module, backbone: str, indices: Sequence[int]) -> None:
+    """Copy timm's pretrained weights into the backbone of a library model.
+
+    Raises:
+        ModelError: there are none, or they cannot be fetched.
+    """
+    try:
+        source = timm.create_model(backbone, features_only=True, pretrained=True, out_indices=tuple(indices))
+    except Exception as error:  # the hub's errors have no common base
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"backbone {backbone}: no pretrained weights: {reason}; leave out pretrained=true") from error
+    own = body.state_dict()
+    body.load_state_dict({name: value for name, value in source.state_dict().items() if name in own})
+
+
+def label_maps(classes: Sequence[str]) -> dict[str, Any]:
+    """A config's arguments that name the classes."""
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
+
+
+def selection(options: ModelOptions) -> dict[str, Any]:
+    """The constructor's arguments that come from a model string."""
+    return {"score": options.score, "dets": options.dets}
+
+
+def statistics(backbone: str, options: ModelOptions) -> dict[str, Any]:
+    """The constructor's arguments that say how images are normalised."""
+    mean, std = image_statistics(backbone, options)
+    return {"mean": mean, "std": std}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, the library shows no progress bars and no advice."""
+    verbosity, bars = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
+    hub_verbosity = hub_logging.get_verbosity()
+    library_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    library_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if bars:
+            library_logging.enable_progress_bar()

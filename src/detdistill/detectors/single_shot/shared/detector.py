@@ -1,0 +1,353 @@
+"""What SSD and SSDLite share: torchvision's ``SSD``, called part by part.
+
+Shape letters: B images, L levels, A default boxes of a cell, P default boxes of an image, K classes, C = K+1 or more outputs.
+
+torchvision's output 0 is the background; here the background is the last logit. Outputs that belong to no class of ours
+(pretrained models have some) count as background: their probabilities are added to its own, so that all others stay equal.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.ssd import SSD, SSDFeatureExtractorVGG
+from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet, SSDLiteHead
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
+
+from detdistill.detectors.contract import Tower, dense_positives
+from detdistill.detectors.student_files.load_student import TimmLevels
+from detdistill.detectors.torchvision.dense_outputs import flat_outputs, layout
+from detdistill.detectors.torchvision.detector import TorchvisionDetector
+from detdistill.detectors.torchvision.images import image_sizes, with_padding
+from detdistill.detectors.torchvision.targets import trainable, whole_indices
+from detdistill.errors import ModelError
+from detdistill.structures import (
+    IGNORED,
+    NEGATIVE,
+    Assignment,
+    Batch,
+    Dense,
+    Detections,
+    Features,
+    Losses,
+    Origin,
+    Positives,
+    Prediction,
+)
+
+
+def wrap_ssd(
+    model: nn.Module,
+    classes: Sequence[str],
+    name: str,
+    columns: Sequence[int] | None = None,
+    description: Mapping[str, Any] | None = None,
+) -> SingleShotDetector:
+    """Somebody's ``torchvision.models.detection.SSD``, with either head.
+
+    Raises:
+        ModelError: it is no SSD, or its backbone is of an unknown kind.
+    """
+    if not isinstance(model, SSD):
+        raise ModelError(f"{name}: a {type(model).__name__} is no torchvision SSD")
+    known = (SSDFeatureExtractorVGG, SSDLiteFeatureExtractorMobileNet, TimmLevels)
+    if not isinstance(model.backbone, known):
+        kind = type(model.backbone).__name__
+        raise ModelError(f"{name}: the backbone is a {kind}; only those of torchvision's two SSDs and of timm are understood")
+    fixed = model.transform.fixed_size  # (width, height), None for a model that keeps the size of its images
+    return SingleShotDetector(
+        model,
+        classes,
+        name,
+        family="dense",
+        softmax=True,
+        columns=columns,
+        description=description,
+        pyramid=_pyramid(model.backbone, fixed),
+        fixed_size_hw=None if fixed is None else (fixed[1], fixed[0]),
+    )
+
+
+class SingleShotDetector(TorchvisionDetector):
+    """SSD with towers, copies and backbone features. Its neck are the levels above the backbone's; softmax, background last.
+
+    Works at the batch's own size; the default boxes are parts of it. torchvision's two named models resize every image to
+    300 or 320 pixels, which is ``spec.fixed_size_hw``: give them images of that size.
+    """
+
+    model: Any
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """See ``TorchvisionDetector``."""
+        super().__init__(*arguments, **options)
+        num_added, num_blocks = len(_added(self.model.backbone)), len(self.model.backbone.extra)
+        added = range(num_blocks - num_added, num_blocks)
+        self.head_prefixes = (*(f"model.backbone.extra.{index}." for index in added), "model.head.")
+        self._num_backbone_levels = len(self.spec.strides) - num_added
+
+    # ---------------------------------------------------------------------------------------------------------- features
+
+    def features(self, batch: Batch) -> Features:
+        """The maps that the head reads.
+
+        Raises:
+            ModelError: the images are too small for a model of a fixed size.
+        """
+        try:
+            return super().features(batch)
+        except RuntimeError as error:
+            fixed = self.spec.fixed_size_hw
+            if fixed is None or min(batch.padding_hw) >= min(fixed):
+                raise
+            sizes = f"images of {fixed[0]}x{fixed[1]}, but got {batch.padding_hw[0]}x{batch.padding_hw[1]}"
+            raise ModelError(f"{self.spec.name} is made for {sizes}; set --size {max(fixed)}") from error
+
+    def backbone_features(self, batch: Batch) -> Features:
+        """The backbone's own maps; VGG-16: conv4_3 (rescaled) and fc7."""
+        maps = _body_maps(self.model.backbone, self.image_list(batch).tensors)
+        return with_padding(tuple(maps), self.spec.strides[: len(maps)], batch)
+
+    # -------------------------------------------------------------------------------------------------------- prediction
+
+    def predict(self, features: Features, batch: Batch) -> Dense:
+        """One prediction for each default box, cell by cell, finest level first."""
+        return self.finish(self.tower(features, upto=0), batch)
+
+    @property
+    def tower_depth(self) -> int:
+        """Blocks before the output layers: none in SSD, one depthwise in SSDLite; each level has its own."""
+        return len(_layers(self.model.head.classification_head.module_list[0])) - 1
+
+    def tower(self, features: Features, upto: int | None = None) -> Tower:
+        """Both sides after ``upto`` blocks."""
+        depth = self.tower_depth if upto is None else upto
+        head = self.model.head
+        sides = [
+            tuple(_layers(block)[:depth](level) for block, level in zip(side.module_list, features.maps, strict=True))
+            for side in (head.classification_head, head.regression_head)
+        ]
+        return Tower(sides[0], sides[1], depth, features.strides)
+
+    def finish(self, hidden: Tower, batch: Batch) -> Dense:
+        """The remaining blocks and the output layers."""
+        classification, regression = self.model.head.classification_head, self.model.head.regression_head
+
+        def outputs(side: Any, maps: tuple[Tensor, ...], width: int) -> Tensor:
+            found = [_layers(block)[hidden.depth :](level) for block, level in zip(side.module_list, maps, strict=True)]
+            return flat_outputs(found, width).to(batch.images.dtype)
+
+        logits = outputs(classification, hidden.classification, classification.num_columns)
+        deltas = outputs(regression, hidden.regression, regression.num_columns)
+        shapes = [(level.shape[-2], level.shape[-1]) for level in hidden.classification]
+        stand_ins = [batch.images.new_empty(1, 1, *shape) for shape in shapes]  # boxes in full precision under autocast
+        priors = torch.stack(self.model.anchor_generator(self.image_shapes(batch), stand_ins))
+        boxes = self.model.box_coder.decode_single(deltas.flatten(0, 1), priors.flatten(0, 1)).reshape(priors.shape)
+        levels, cells, anchors = layout(shapes, self._boxes_per_cell(), priors.device)
+        return Dense(
+            logits=self._background_last(logits),
+            deltas=deltas,
+            boxes_xyxy=boxes,
+            priors_xyxy=priors,
+            levels=levels,
+            cells=cells,
+            anchors=anchors,
+            softmax=True,
+        )
+
+    def _background_last(self, outputs: Tensor) -> Tensor:
+        """[B, P, C] outputs as logits [B, P, K+1]."""
+        if outputs.shape[-1] == len(self.columns) + 1:
+            background = outputs[..., :1]
+        else:
+            others = torch.ones(outputs.shape[-1], dtype=torch.bool, device=outputs.device)
+            others[self.columns] = False
+            background = outputs[..., others].logsumexp(dim=-1, keepdim=True)
+        return torch.cat([outputs[..., self.columns], background], dim=-1)
+
+    def _boxes_per_cell(self) -> list[int]:
+        return list(self.model.anchor_generator.num_anchors_per_location())
+
+    # -------------------------------------------------------------------------------------------------- training, results
+
+    def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
+        """By torchvision's ``SSDMatcher``: an IoU of one half, and for each ground truth its best default box."""
+        dense = cast(Dense, prediction)
+        matched = torch.full(dense.logits.shape[:2], NEGATIVE, dtype=torch.int64, device=dense.logits.device)
+        for image, target in enumerate(batch.targets):
+            boxes = target.boxes_xyxy[trainable(target)].to(dense.priors_xyxy.dtype)
+            if len(boxes):
+                index = self.model.proposal_matcher(box_iou(boxes, dense.priors_xyxy[image]))
+                matched[image] = whole_indices(index, target)
+        return Assignment(matched)
+
+    def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
+        """As in torchvision: smooth L1 of positives; cross-entropy of positives and of the three hardest negatives for each.
+
+        Terms ``bbox_regression`` and ``classification``, both divided by the batch's number of positives. An image without
+        positives has no negatives either, as in the library.
+        """
+        dense = cast(Dense, prediction)
+        if assignment is None:
+            assignment = self.assign(prediction, batch)
+        elif assignment.weights is not None or assignment.normalizer is not None or bool((assignment.matched == IGNORED).any()):
+            return Losses(self._weighted_loss(dense, batch, assignment))
+        targets = [{"boxes": t.boxes_xyxy.to(dense.deltas.dtype), "labels": t.labels + 1} for t in batch.targets]
+        outputs = {"cls_logits": _background_first(dense.logits), "bbox_regression": dense.deltas}
+        return Losses(self.model.compute_loss(targets, outputs, list(dense.priors_xyxy), list(assignment.matched)))
+
+    def _weighted_loss(self, dense: Dense, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
+        """``SSD.compute_loss`` with a weight for each prediction; ignored ones are neither positive nor mined."""
+        positives = dense_positives(dense, assignment, batch)
+        where = (positives.image, positives.index)
+        wanted = torch.full_like(assignment.matched, len(self.spec.classes))
+        wanted[where] = positives.labels
+        entropy = F.cross_entropy(dense.logits.flatten(0, 1), wanted.flatten(), reduction="none").reshape(wanted.shape)
+        is_positive, is_negative = assignment.matched >= 0, assignment.matched == NEGATIVE
+        rank = entropy.detach().masked_fill(~is_negative, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
+        num_negatives = self.model.neg_to_pos_ratio * is_positive.sum(dim=1, keepdim=True)
+        used = is_positive | (is_negative & (rank < num_negatives))
+        weights = torch.ones_like(entropy) if assignment.weights is None else assignment.weights.to(entropy.dtype)
+        regression = self.model.box_coder.encode_single(positives.targets_xyxy, dense.priors_xyxy[where])
+        smooth_l1 = F.smooth_l1_loss(dense.deltas[where], regression, reduction="none").sum(dim=1)
+        normalizer = max(1, len(positives)) if assignment.normalizer is None else assignment.normalizer
+        return {
+            "bbox_regression": (smooth_l1 * weights[where]).sum() / normalizer,
+            "classification": (entropy * weights)[used].sum() / normalizer,
+        }
+
+    def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
+        """As ``SSD.postprocess_detections``, with the origin of each box."""
+        dense = cast(Dense, prediction)
+        return [self._detect(dense, image, size) for image, size in enumerate(image_sizes(batch))]
+
+    def _detect(self, dense: Dense, image: int, size_hw: tuple[int, int]) -> Detections:
+        boxes = clip_boxes_to_image(dense.boxes_xyxy[image], size_hw)
+        by_class = _background_first(dense.logits[image]).softmax(dim=-1)[:, 1:].T  # [K, P]
+        scores, index = by_class.topk(min(self.model.topk_candidates, by_class.shape[1]), dim=1)
+        label, rank = torch.nonzero(scores > self.model.score_thresh, as_tuple=True)
+        scores, index = scores[label, rank], index[label, rank]
+        keep = batched_nms(boxes[index], scores, label, self.model.nms_thresh)[: self.model.detections_per_img]
+        index = index[keep]
+        no_box = torch.full_like(index, -1)
+        origin = Origin(torch.full_like(index, image), dense.levels[index], dense.cells[index], dense.anchors[index], no_box)
+        return Detections(boxes[index], scores[keep], label[keep], origin)
+
+    def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
+        """The default boxes that answer for a box."""
+        return dense_positives(cast(Dense, prediction), assignment, batch)
+
+    # ------------------------------------------------------------------------------------------------------------ copies
+
+    def copy_head(self, fresh: bool = False) -> SingleShotDetector:
+        """The head alone: this detector without its backbone, on its own parameters."""
+        head = cast(SingleShotDetector, self.without_backbone())
+        if fresh:
+            _initialize(head.model.head)
+        return head
+
+    def copy_neck(self, fresh: bool = False) -> ExtraLevels:  # type: ignore[override]
+        """The levels above the backbone's alone, on their own parameters."""
+        neck = ExtraLevels(copy.deepcopy(_added(self.model.backbone)), self.spec.strides[self._num_backbone_levels :])
+        if fresh:
+            _initialize(neck, lite=isinstance(self.model.head, SSDLiteHead))
+        return neck.requires_grad_(True).train()
+
+    def class_rows(self, name: str) -> Tensor | None:
+        """See ``inherit.HasClassRows``."""
+        prefix = "model.head.classification_head.module_list."
+        outputs: int = self.model.head.classification_head.num_columns
+        if not name.startswith(prefix):
+            return None
+        level, *inside = name.removeprefix(prefix).split(".")
+        if isinstance(self.model.head, SSDLiteHead) and inside[0] != "1":  # the depthwise convolution before the outputs
+            return None
+        first_rows = torch.arange(self._boxes_per_cell()[int(level)]) * outputs
+        return torch.add(first_rows[None], self.columns.cpu()[:, None])
+
+
+class ExtraLevels(nn.Module):
+    """An SSD's neck: levels above the backbone's, each made from the one below."""
+
+    def __init__(self, blocks: Sequence[nn.Module], strides: Sequence[int]) -> None:
+        """Take the blocks as they are; ``strides`` are those of the levels they add."""
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.strides = tuple(strides)
+
+    def forward(self, features: Features) -> Features:
+        """The backbone's levels and those above."""
+        maps = list(features.maps)
+        for block in self.blocks:
+            maps.append(block(maps[-1]))
+        strides = (*features.strides, *self.strides)
+        if features.padding is None:
+            return Features(tuple(maps), strides)
+        finest, padding = features.padding[0], list(features.padding)
+        for level, stride in zip(maps[len(padding) :], self.strides, strict=True):
+            rows, columns = (  # a coarse cell is padding when its first fine cell is
+                (torch.arange(length, device=finest.device) * stride // features.strides[0]).clamp(max=fine - 1)
+                for length, fine in zip(level.shape[-2:], finest.shape[-2:], strict=True)
+            )
+            padding.append(finest[:, rows][:, :, columns])
+        return Features(tuple(maps), strides, tuple(padding))
+
+
+def _background_first(logits: Tensor) -> Tensor:
+    """Logits [..., K+1] in torchvision's order."""
+    return torch.cat([logits[..., -1:], logits[..., :-1]], dim=-1)
+
+
+def _body_maps(backbone: Any, images: Tensor) -> list[Tensor]:
+    """The backbone's maps, finest first, before the added levels."""
+    if isinstance(backbone, TimmLevels):
+        return backbone.maps(images)
+    if isinstance(backbone, SSDFeatureExtractorVGG):
+        inner = backbone.features(images)
+        return [backbone.scale_weight.view(1, -1, 1, 1) * F.normalize(inner), backbone.extra[0](inner)]
+    maps = [backbone.features[0](images)]
+    return [*maps, backbone.features[1](maps[0])]
+
+
+def _added(backbone: Any) -> list[nn.Module]:
+    """The blocks that make the added levels; in VGG-16 the first block is the rest of the backbone."""
+    return list(backbone.extra[1:] if isinstance(backbone, SSDFeatureExtractorVGG) else backbone.extra)
+
+
+@torch.no_grad()
+def _pyramid(backbone: Any, fixed_size: tuple[int, int] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Channels and strides of the levels; at a fixed size strides are the rounded ratios of sizes (300 / 38: 8)."""
+    if isinstance(backbone, TimmLevels):
+        return tuple(backbone.out_channels), backbone.strides
+    assert fixed_size is not None
+    training = {module: module.training for module in backbone.modules()}
+    parameter = next(backbone.parameters())
+    images = torch.zeros(1, 3, fixed_size[1], fixed_size[0], device=parameter.device, dtype=parameter.dtype)
+    maps = list(backbone.eval()(images).values())
+    for module, was in training.items():
+        module.training = was
+    return tuple(level.shape[1] for level in maps), tuple(round(fixed_size[0] / level.shape[-1]) for level in maps)
+
+
+def _initialize(module: nn.Module, lite: bool = False) -> None:
+    """Random weights, drawn as torchvision draws them for this kind of head and its added levels."""
+    lite = lite or isinstance(module, SSDLiteHead)
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            if lite:
+                nn.init.normal_(part.weight, mean=0.0, std=0.03)
+            else:
+                nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.BatchNorm2d):
+            part.reset_parameters()
+
+
+def _layers(block: nn.Module) -> nn.Sequential:
+    """The layers of one level's side of the head, the output layer last."""
+    return block if isinstance(block, nn.Sequential) else nn.Sequential(block)

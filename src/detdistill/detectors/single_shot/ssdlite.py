@@ -1,0 +1,70 @@
+"""SSDLite: SSD with depthwise convolutions, torchvision's model in stages, on MobileNetV3 or on any timm backbone.
+
+Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, section 6.2, and Howard et al.,
+"Searching for MobileNetV3", ICCV 2019, section 6.3, as in ``torchvision.models.detection``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.single_shot.shared.detector import SingleShotDetector, wrap_ssd
+from detdistill.detectors.student_files.load_student import build as build_model
+from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
+
+
+def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> SingleShotDetector:
+    """A fresh SSDLite.
+
+    Args:
+        backbone: ``mobilenet_v3_large`` for torchvision's SSDLite320; or a timm model, whose maps are followed by
+            depthwise stride-2 blocks of ``options.neck`` channels up to the last level (levels 4-9).
+        classes: names of the labels.
+        options: of the model string.
+
+    Raises:
+        ModelError: the options do not fit.
+    """
+    options.refuse("ssdlite", "weights", "convs", "proposals", "rois", "mlp")
+    name = options.name or f"ssdlite:{backbone}"
+    results = {
+        "score_thresh": 0.001 if options.score is None else options.score,
+        "topk_candidates": options.topk or 300,
+        "detections_per_img": options.dets or 300,
+    }
+    if backbone == "mobilenet_v3_large":
+        # torchvision's pretrained MobileNetV3 is another architecture (without the reduced tail).
+        options.refuse("ssdlite:mobilenet_v3_large", "neck", "levels", "width", "channels", "stem", "norm", "pretrained")
+        named: dict[str, Any] = {
+            "call": "torchvision.models.detection.ssdlite320_mobilenet_v3_large",
+            "weights": None,
+            "weights_backbone": None,
+            "num_classes": len(classes) + 1,
+            **results,
+        }
+        return wrap_ssd(build_model(named), classes, name, description=named)
+    pyramid = pyramid_description(backbone, options, levels=(4, 9))
+    pyramid = {key: value for key, value in pyramid.items() if key != "top"} | {"call": "TimmLiteLevels"}
+    mean, std = image_statistics(backbone, options)
+    description: dict[str, Any] = {
+        "call": "single_shot",
+        "backbone": pyramid,
+        "anchor_generator": {
+            "call": "torchvision.models.detection.anchor_utils.DefaultBoxGenerator",
+            "aspect_ratios": [[2, 3]] * (len(pyramid["indices"]) + len(pyramid["extra"])),
+            "min_ratio": 0.2,
+            "max_ratio": 0.95,
+        },
+        "num_classes": len(classes) + 1,
+        "lite": True,
+        "image_mean": mean,
+        "image_std": std,
+        "nms_thresh": 0.55,
+        **results,
+    }
+    model: Any = build_model(description)
+    if options.pretrained:
+        load_pretrained(model.backbone, pyramid)
+    return wrap_ssd(model, classes, name, description=description)

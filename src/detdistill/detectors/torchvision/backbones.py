@@ -1,0 +1,156 @@
+"""Timm backbones under torchvision's feature pyramid: from options to the description that the loading script builds."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import nn
+
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.student_files.load_student import TimmPyramid, timm_features
+from detdistill.errors import ModelError, nearest
+
+RESNETS = ("resnet",)
+"""timm modules whose models take ``channels=`` and ``stem_width=``."""
+NOT_IN_TIMM = {
+    "uniformer": "UniFormer is neither in timm nor in transformers; take swin_tiny_patch4_window7_224 or convnext_tiny"
+}
+"""Beginnings of names that people look for in vain, and what to say."""
+
+
+def pyramid_description(
+    backbone: str,
+    options: ModelOptions,
+    levels: tuple[int, int],
+    top: Literal["conv", "linear", "input", "pool"] = "conv",
+) -> dict[str, Any]:
+    """The ``TimmPyramid`` call that a model's description holds under ``backbone``.
+
+    Args:
+        backbone: name of a timm model.
+        options: of the model string; ``options.levels`` goes before ``levels``.
+        levels: the detector's default levels.
+        top: how levels above the backbone's deepest are made, see ``TimmPyramid``; ``pool`` makes exactly one (torchvision's
+            two-stage models).
+
+    Raises:
+        ModelError: the backbone is unknown, or cannot have these levels, channels or stem.
+    """
+    first, last = options.levels or levels
+    timm_options = timm_description(backbone, options)
+    body = probe(backbone, timm_options)
+    deepest = {
+        reduction: index for index, reduction in zip(body.feature_info.out_indices, body.feature_info.reduction(), strict=True)
+    }
+    wanted = {2**level: level for level in range(first, last + 1)}
+    indices = [index for reduction, index in sorted(deepest.items()) if reduction in wanted]
+    if not indices or 2**first not in deepest:
+        strides = ", ".join(map(str, sorted(deepest)))
+        raise ModelError(f"backbone {backbone} has maps of stride {strides}; levels={first}-{last} must begin at one of them")
+    highest = max(level for stride, level in wanted.items() if stride in deepest)
+    extra = list(range(highest + 1, last + 1))
+    if top == "pool" and len(extra) > 1:
+        raise ModelError(f"backbone {backbone}: levels={first}-{last} ends too high; one level above {highest} can be added")
+    return {
+        "call": "TimmPyramid",
+        "name": backbone,
+        "indices": indices,
+        "out_channels": options.neck,
+        "extra": extra,
+        "top": top,
+        "norm": options.norm,
+        **timm_options,
+    }
+
+
+def timm_description(backbone: str, options: ModelOptions) -> dict[str, Any]:
+    """Keyword arguments of ``load_student.timm_features`` for these options.
+
+    ``plain_stem`` is among them where a stem of one convolution is to have other than timm's 64 channels; all others are
+    ``timm.create_model``'s.
+
+    Raises:
+        ModelError: no such model, or it cannot be scaled like this.
+    """
+    if not timm.is_model(backbone):
+        known = timm.list_models()
+        for beginning, reason in NOT_IN_TIMM.items():
+            if backbone.lower().startswith(beginning):
+                raise ModelError(f"unknown backbone {backbone!r}: {reason}")
+        raise ModelError(f"unknown backbone {backbone!r}{nearest(backbone, known)}; any of timm's {len(known)} models will do")
+    wanted: dict[str, Any] = {}
+    if timm.models.is_model_in_modules(backbone, ["swin_transformer", "swin_transformer_v2"]):
+        wanted["strict_img_size"] = False
+    if timm.models.is_model_in_modules(backbone, ["vision_transformer"]):
+        wanted["dynamic_img_size"] = True
+    scaled = [name for name in ("width", "channels", "stem") if getattr(options, name) != getattr(ModelOptions, name)]
+    if not scaled:
+        return wanted
+    if not timm.models.is_model_in_modules(backbone, list(RESNETS)):
+        raise ModelError(
+            f"backbone {backbone}: {', '.join(scaled)} needs a model of timm's resnet family (resnet10t, resnet18, resnet50, "
+            f"...); elsewhere choose a narrower model by name, e.g. mobilenetv3_small_050"
+        )
+    if options.pretrained:
+        raise ModelError(f"backbone {backbone}: pretrained=true does not go with {', '.join(scaled)}; its weights would not fit")
+    if options.channels is not None:
+        if len(options.channels) != 4 or options.width != 1.0:
+            raise ModelError(f"backbone {backbone}: give either width= or channels= with four numbers, such as 16-32-64-128")
+        wanted["channels"] = list(options.channels)
+    elif options.width != 1.0:
+        wanted["channels"] = [scale_channels(channels, options.width) for channels in (64, 128, 256, 512)]
+    deep_stem = isinstance(probe(backbone, {}).conv1, nn.Sequential)
+    if options.stem is not None:
+        if not deep_stem and options.stem % 2:
+            raise ModelError(f"backbone {backbone}: stem={options.stem} must be an even number of channels")
+        wanted["stem_width" if deep_stem else "plain_stem"] = options.stem
+    elif options.width != 1.0:
+        wanted["stem_width" if deep_stem else "plain_stem"] = scale_channels(32 if deep_stem else 64, options.width)
+    return wanted
+
+
+def scale_channels(channels: int, width: float) -> int:
+    """A multiple of 8, at least 8."""
+    return max(8, round(channels * width / 8) * 8)
+
+
+def probe(backbone: str, timm_options: dict[str, Any]) -> Any:
+    """The backbone with all its maps, to ask it; random numbers stay as they were.
+
+    Raises:
+        ModelError: timm cannot build it, or not as features.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return timm_features(backbone, **timm_options)
+        except Exception as error:  # timm raises whatever a model's constructor does
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ModelError(f"backbone {backbone}: timm cannot build it as features: {reason}") from error
+
+
+def load_pretrained(pyramid: TimmPyramid, description: dict[str, Any]) -> None:
+    """Copy timm's pretrained weights into a pyramid's backbone.
+
+    Raises:
+        ModelError: there are none, or they cannot be fetched.
+    """
+    known = ("call", "name", "indices", "out_channels", "extra", "top", "norm")
+    options = {key: value for key, value in description.items() if key not in known}
+    name = description["name"]
+    try:
+        body = timm.create_model(name, features_only=True, pretrained=True, out_indices=tuple(description["indices"]), **options)
+    except Exception as error:  # the hub's errors have no common base
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"backbone {name}: no pretrained weights: {reason}; leave out pretrained=true") from error
+    pyramid.body.load_state_dict(body.state_dict())
+
+
+def image_statistics(backbone: str, options: ModelOptions) -> tuple[list[float], list[float]]:
+    """Mean and deviation that images are normalised by: the pretrained weights' own, else ImageNet's."""
+    if options.pretrained:
+        config = timm.get_pretrained_cfg(backbone)
+        if config is not None:
+            return list(config.mean), list(config.std)
+    return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

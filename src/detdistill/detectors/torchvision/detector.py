@@ -1,0 +1,165 @@
+"""The parts that all of torchvision's detectors share: statistics, features, copies of the neck, export.
+
+Labels: torchvision's class 0 is the background, so a model of K classes has K+1 outputs; pretrained ones have more (91
+for COCO, with unused names). ``columns`` [K] says which output belongs to each of our labels 0 .. K-1.
+
+Images are normalised by the detector and padded with zeros to the multiple that the model's own transform pads to, so
+that features, losses and detections equal those of ``model(images, targets)`` on images that keep their size.
+
+Shape letters: B images, L levels, P predictions of an image, K classes, C = K+1 or more outputs, A anchors of a cell.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+
+from detdistill.detectors.contract import Detector, DetectorSpec, Family
+from detdistill.detectors.student_files import load_student
+from detdistill.detectors.torchvision.images import backbone_maps, image_sizes, padded, pyramid_of, with_padding
+from detdistill.files import write_atomically
+from detdistill.structures import Batch, Features
+
+
+class TorchvisionDetector(Detector):
+    """The parts that are the same for all of torchvision's detectors on a feature pyramid."""
+
+    head_prefixes: tuple[str, ...] = ("model.backbone.fpn.", "model.head.")
+    columns: Tensor
+
+    def __init__(
+        self,
+        model: Any,
+        classes: Sequence[str],
+        name: str,
+        *,
+        family: Family,
+        softmax: bool = False,
+        columns: Sequence[int] | None = None,
+        description: Mapping[str, Any] | None = None,
+        pyramid: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+        needs_masks: bool = False,
+        fixed_size_hw: tuple[int, int] | None = None,
+    ) -> None:
+        """Wrap a model.
+
+        Args:
+            model: torchvision's; its parameters keep their names below ``model.``.
+            classes: names of our labels.
+            name: as the command line writes it.
+            family: which prediction the adapter makes.
+            softmax: K+1 logits with the background last.
+            columns: the output of each class; None: 1 .. K, as for every model with K+1 outputs.
+            description: the tree ``load_student.build`` makes the model from; None: the export has no loading script.
+            pyramid: channels and strides of the features; None: of ``model.backbone``, found out.
+            needs_masks: training needs masks.
+            fixed_size_hw: the only input size.
+        """
+        super().__init__()
+        self.model = model
+        self.description = description
+        wanted = list(columns) if columns is not None else list(range(1, len(classes) + 1))
+        self.register_buffer("columns", torch.tensor(wanted, dtype=torch.int64), persistent=False)
+        channels, strides = pyramid or pyramid_of(model.backbone)
+        mean, std = model.transform.image_mean, model.transform.image_std
+        self.spec = DetectorSpec(
+            name=name,
+            family=family,
+            classes=tuple(classes),
+            channels=channels,
+            strides=strides,
+            softmax=softmax,
+            mean=tuple(mean),
+            std=tuple(std),
+            needs_masks=needs_masks,
+            fixed_size_hw=fixed_size_hw,
+        )
+
+    def features(self, batch: Batch) -> Features:
+        """The pyramid's levels."""
+        levels = self.model.backbone(self.image_list(batch).tensors)
+        return with_padding(tuple(levels.values()), self.spec.strides, batch)
+
+    def backbone_features(self, batch: Batch) -> Features:
+        """The backbone's maps that enter the pyramid."""
+        maps = tuple(backbone_maps(self.model.backbone, self.image_list(batch).tensors).values())
+        return with_padding(maps, self.spec.strides[: len(maps)], batch)
+
+    def image_list(self, batch: Batch) -> ImageList:
+        """Normalised images as the model's own transform would hand them on."""
+        images = self.normalized(batch)
+        return ImageList(padded(images, self.model.transform.size_divisible), image_sizes(batch))
+
+    def image_shapes(self, batch: Batch) -> ImageList:
+        """An ``ImageList`` of the right sizes without the pixels, for anchors and clipping."""
+        divisible = self.model.transform.size_divisible
+        height, width = (-(-side // divisible) * divisible for side in batch.padding_hw)
+        return ImageList(batch.images.new_empty(()).expand(len(batch), 3, height, width), image_sizes(batch))
+
+    def copy_neck(self, fresh: bool = False) -> Neck:
+        """The feature pyramid alone, on its own parameters."""
+        neck = Neck(copy.deepcopy(self.model.backbone.fpn), self.spec.strides).requires_grad_(True).train()
+        if fresh:
+            neck.reset()
+        return neck
+
+    def without_backbone(self) -> TorchvisionDetector:
+        """A copy, on its own trainable parameters, that can do all but compute features."""
+        nothing: dict[int, Any] = {id(self.model.backbone): nn.Identity()}
+        return copy.deepcopy(self, nothing).requires_grad_(True).train()
+
+    def export(self, folder: Path) -> None:
+        """Write ``model.safetensors`` (the model's own names), ``model.json`` and the script ``load_student.py``."""
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        write_atomically(folder / "model.safetensors", lambda path: save_file(state, path))
+        if self.description is None:
+            return
+        labels: list[str | None] = [None] * (int(self.columns.max()) + 1)
+        for label, column in enumerate(self.columns.tolist()):
+            labels[column] = self.spec.classes[label]
+        text = json.dumps({"model": self.description, "labels": labels}, indent=1)
+        write_atomically(folder / "model.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        script = Path(load_student.__file__)
+        write_atomically(folder / "load_student.py", lambda path: shutil.copyfile(script, path))
+        if '"models.' in text:  # a detector that no library has: its few files go along
+            (folder / "models").mkdir(exist_ok=True)
+            for source in sorted((script.parent / "models").glob("*.py")):
+                copy_of = partial(shutil.copyfile, source)
+                write_atomically(folder / "models" / source.name, copy_of)
+
+
+class Neck(nn.Module):
+    """A feature pyramid that maps backbone ``Features`` to neck ``Features``."""
+
+    def __init__(self, fpn: nn.Module, strides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.fpn = fpn
+        self.strides = strides
+
+    def forward(self, features: Features) -> Features:
+        """Levels of the strides the detector has."""
+        maps = {str(index): level for index, level in enumerate(features.maps)}
+        levels = tuple(self.fpn(maps).values())
+        if features.padding is None:
+            return Features(levels, self.strides)
+        finest, stride = features.padding[0], features.strides[0]
+        steps = [own // stride for own in self.strides]  # a coarse cell is padding when its first fine cell is
+        return Features(levels, self.strides, tuple(finest[:, ::step, ::step] for step in steps))
+
+    def reset(self) -> None:
+        """Random weights, drawn as torchvision draws them."""
+        for module in self.fpn.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)

@@ -1,0 +1,63 @@
+"""Image sizes, padding and the maps of a backbone, as torchvision's detectors want them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detdistill.detectors.student_files.load_student import TimmPyramid
+from detdistill.errors import ModelError
+from detdistill.structures import Batch, Features
+
+
+def image_sizes(batch: Batch) -> list[tuple[int, int]]:
+    """Valid height and width of each image."""
+    return [(int(height), int(width)) for height, width in batch.sizes.tolist()]
+
+
+def padded(images: Tensor, divisible: int) -> Tensor:
+    """Images [B, 3, H, W] with zeros on the right and at the bottom up to a multiple of ``divisible``."""
+    below, right = (-side % divisible for side in images.shape[-2:])
+    return nn.functional.pad(images, (0, right, 0, below)) if below or right else images
+
+
+def with_padding(maps: tuple[Tensor, ...], strides: tuple[int, ...], batch: Batch) -> Features:
+    """Features with their padding masks: a cell is padding when its first pixel is."""
+    if all(
+        level.shape[-2] * stride <= height and level.shape[-1] * stride <= width
+        for level, stride in zip(maps, strides, strict=True)
+        for height, width in image_sizes(batch)
+    ):
+        return Features(maps, strides)
+    masks = []
+    for level, stride in zip(maps, strides, strict=True):
+        rows = torch.arange(level.shape[-2], device=level.device)[None, :, None] * stride
+        columns = torch.arange(level.shape[-1], device=level.device)[None, None, :] * stride
+        masks.append((rows >= batch.sizes[:, 0, None, None]) | (columns >= batch.sizes[:, 1, None, None]))
+    return Features(maps, strides, tuple(masks) if any(bool(mask.any()) for mask in masks) else None)
+
+
+def backbone_maps(backbone: Any, images: Tensor) -> Mapping[str, Tensor]:
+    """The maps of the body of a ``TimmPyramid`` or of torchvision's ``BackboneWithFPN``."""
+    return backbone.maps(images) if isinstance(backbone, TimmPyramid) else backbone.body(images)
+
+
+@torch.no_grad()
+def pyramid_of(backbone: nn.Module, size: int = 256) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Channels and strides of each level, found out by an empty image of ``size`` pixels (statistics stay untouched).
+
+    Raises:
+        ModelError: the backbone yields no named maps.
+    """
+    training = {module: module.training for module in backbone.modules()}
+    parameter = next(backbone.parameters())
+    levels = backbone.eval()(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
+    for module, was in training.items():
+        module.training = was
+    if not isinstance(levels, Mapping):
+        raise ModelError("the backbone must return a dictionary of maps, as torchvision's BackboneWithFPN does")
+    maps: list[Tensor] = list(levels.values())
+    return tuple(level.shape[1] for level in maps), tuple(size // level.shape[-1] for level in maps)

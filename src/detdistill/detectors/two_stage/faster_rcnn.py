@@ -1,0 +1,57 @@
+"""Faster R-CNN on a feature pyramid: torchvision's model in stages.
+
+Ren et al., "Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks", NeurIPS 2015, with Lin et
+al., "Feature Pyramid Networks for Object Detection", CVPR 2017, as in ``torchvision.models.detection``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.student_files.load_student import TimmPyramid
+from detdistill.detectors.student_files.load_student import build as build_model
+from detdistill.detectors.torchvision.backbones import load_pretrained
+from detdistill.detectors.two_stage.shared.detector import TwoStageDetector, two_stage_description
+
+MODEL_CLASS = FasterRCNN
+TINY = "resnet10t,channels=8-16-32-64,stem=8,neck=32,mlp=32,proposals=20,rois=16"
+"""The smallest useful model, for ``probe``."""
+
+
+def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> FasterRCNNDetector:
+    """A fresh Faster R-CNN on a timm backbone: levels P2-P5 and torchvision's ``pool``, all else torchvision's default.
+
+    See ``two_stage_description`` for options and anchors.
+
+    Raises:
+        ModelError: the options do not fit the backbone or the detector.
+    """
+    description = two_stage_description("faster_rcnn", "torchvision.models.detection.FasterRCNN", backbone, classes, options)
+    model = build_model(description)
+    if options.pretrained:
+        load_pretrained(cast(TimmPyramid, model.backbone), description["backbone"])
+    return wrap_model(model, classes, options.name or f"faster_rcnn:{backbone}", description=description)
+
+
+def wrap_model(
+    model: nn.Module,
+    classes: Sequence[str],
+    name: str,
+    columns: Sequence[int] | None = None,
+    description: Mapping[str, Any] | None = None,
+) -> FasterRCNNDetector:
+    """Somebody's ``torchvision.models.detection.FasterRCNN``.
+
+    Raises:
+        ModelError: its backbone or its box predictor is not of torchvision's kind.
+    """
+    return FasterRCNNDetector(model, classes, name, columns, description)
+
+
+class FasterRCNNDetector(TwoStageDetector):
+    """Regions with copies and backbone features; terms ``loss_{objectness,rpn_box_reg,classifier,box_reg}``."""

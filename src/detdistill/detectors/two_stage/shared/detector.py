@@ -1,0 +1,532 @@
+"""What Faster R-CNN, Mask R-CNN and their cascades share: torchvision's region proposal network and RoI heads in parts.
+
+Shape letters: B images, L levels, A anchors of a cell, P anchors of an image, R regions of the batch, K classes.
+
+torchvision counts the background as class 0 and drops where a proposal came from. Here the background is the last logit
+and each box keeps its ``Origin``. Outputs that are no class of ours (COCO's unused numbers in pretrained models) count as
+background. The random draws keep the library's order (anchors of all images, then regions of all images), so that under
+one seed ``predict`` and ``loss`` give what ``model(images, targets)`` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.roi_heads import maskrcnn_loss
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops.poolers import initLevelMapper
+
+from detdistill.detectors.contract import region_positives
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.student_files.models.cascade import ClassAgnosticPredictor
+from detdistill.detectors.torchvision.backbones import image_statistics, pyramid_description
+from detdistill.detectors.torchvision.dense_outputs import layout
+from detdistill.detectors.torchvision.detector import TorchvisionDetector
+from detdistill.detectors.torchvision.images import image_sizes
+from detdistill.detectors.torchvision.targets import target_dicts, trainable
+from detdistill.errors import DataError, ModelError
+from detdistill.structures import (
+    IGNORED,
+    NEGATIVE,
+    Assignment,
+    Batch,
+    Dense,
+    Detections,
+    Features,
+    Losses,
+    Movable,
+    Origin,
+    Positives,
+    Prediction,
+    Regions,
+    Target,
+)
+
+SMOOTH_L1_BETA = 1 / 9
+"""Of both stages, as in torchvision (written into its losses)."""
+
+
+@dataclass(frozen=True)
+class AnchorSamples(Movable):
+    """The anchors that the first stage's loss looks at, drawn in ``predict`` to keep the library's order of draws."""
+
+    targets: tuple[Target, ...]
+    """The ground truth they were drawn for."""
+    labels: Tensor
+    """[B * P] 1 object, 0 background, -1 between the thresholds."""
+    regression: Tensor
+    """[B * P, 4] encoded targets; meaningful where ``labels`` is 1."""
+    positive: Tensor
+    """[S+] indices into B * P."""
+    negative: Tensor
+    """[S-] indices into B * P."""
+
+
+class TwoStageDetector(TorchvisionDetector):
+    """A region proposal network and RoI heads on a pyramid.
+
+    In training mode (that of ``model.roi_heads``) ``predict`` adds the ground truth to the proposals and samples; in eval
+    mode it does neither and needs no targets.
+    """
+
+    unused: Tensor
+
+    without_masks = "faster_rcnn"
+    """The detector to use on data without masks, for messages."""
+    head_prefixes = ("model.backbone.fpn.", "model.rpn.", "model.roi_heads.")
+
+    def __init__(
+        self,
+        model: Any,
+        classes: Sequence[str],
+        name: str,
+        columns: Sequence[int] | None = None,
+        description: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Wrap a ``GeneralizedRCNN``.
+
+        Args:
+            model: torchvision's, with the box head and predictor of Fast R-CNN.
+            classes: names of our labels.
+            name: as the command line writes it.
+            columns: the output of each class; None: 1 .. K.
+            description: of the model, for its export.
+
+        Raises:
+            ModelError: the backbone has no feature pyramid, the predictor is not torchvision's, or there are keypoints.
+        """
+        if not hasattr(getattr(model, "backbone", None), "fpn"):
+            raise ModelError(f"{name}: a two-stage detector needs a backbone with torchvision's feature pyramid as .fpn")
+        predictor = model.roi_heads.box_predictor
+        if not isinstance(predictor, FastRCNNPredictor):
+            raise ModelError(f"{name}: the box predictor is a {type(predictor).__name__}; only FastRCNNPredictor is understood")
+        if model.roi_heads.has_keypoint():
+            raise ModelError(f"{name}: keypoints cannot be trained here; use a Faster R-CNN or Mask R-CNN")
+        super().__init__(
+            model,
+            classes,
+            name,
+            family="regions",
+            softmax=True,
+            columns=columns,
+            description=description,
+            needs_masks=model.roi_heads.has_mask(),
+        )
+        unused = set(range(predictor.cls_score.out_features)) - {0} - set(self.columns.tolist())
+        self.register_buffer("unused", torch.tensor(sorted(unused), dtype=torch.int64), persistent=False)
+        # torchvision numbers the levels that stand on a map of the backbone; those above are never pooled from
+        self._pooled_levels = [
+            level
+            for level in range(len(model.backbone.fpn.inner_blocks))
+            if str(level) in model.roi_heads.box_roi_pool.featmap_names
+        ]
+
+    def copy_head(self, fresh: bool = False) -> TwoStageDetector:
+        """Both stages on their own, trainable parameters; ``fresh``: drawn anew by torchvision's rules."""
+        head = cast(TwoStageDetector, self.without_backbone())
+        if fresh:
+            _initialize(head.model)
+        return head
+
+    def class_rows(self, name: str) -> Tensor | None:
+        """Rows of the class outputs (one each), of the boxes (four each) and of the masks; see ``inherit``."""
+        outputs = (".box_predictor.cls_score.", ".mask_predictor.mask_fcn_logits.")
+        if name.startswith("model.roi_heads.") and any(output in name for output in outputs):
+            return self.columns[:, None]
+        if name.startswith("model.roi_heads.box_predictor.bbox_pred."):
+            return 4 * self.columns[:, None] + torch.arange(4, device=self.columns.device)
+        return None
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    def predict(self, features: Features, batch: Batch) -> Regions:
+        """Both stages.
+
+        Raises:
+            DataError: in training mode without targets.
+        """
+        features = features.float()
+        rpn = self._first_stage(features, batch)
+        boxes, origins = self._propose(rpn, batch)
+        training = bool(self.model.roi_heads.training)
+        if training:
+            if len(batch.targets) != len(batch):
+                raise DataError(
+                    f"a two-stage detector samples its regions by ground truth in training, but the batch has "
+                    f"{len(batch.targets)} targets for {len(batch)} images; give targets, or call eval() first"
+                )
+            rpn = replace(rpn, own=self._sample_anchors(rpn, batch))
+        return replace(self._after_first_stage(features, boxes, origins, batch, sample=training), rpn=rpn)
+
+    def regions(self, features: Features, boxes_xyxy: Sequence[Tensor], batch: Batch) -> Regions:
+        """The second stage on given boxes."""
+        features = features.float()
+        boxes = [given.detach().to(features.maps[0]) for given in boxes_xyxy]
+        origin = Origin.given([len(given) for given in boxes], features.maps[0].device)
+        origins = [origin[origin.image == image] for image in range(len(boxes))]
+        return self._after_first_stage(features, boxes, origins, batch, sample=False)
+
+    def proposals(self, features: Features, batch: Batch) -> tuple[list[Tensor], list[Origin]]:
+        """The first stage's boxes, best first, and their origins; as many as the mode (train or eval) keeps."""
+        return self._propose(self._first_stage(features.float(), batch), batch)
+
+    def _first_stage(self, features: Features, batch: Batch) -> Dense:
+        maps, count = list(features.maps), len(batch)
+        objectness, deltas = self.model.rpn.head(maps)
+        shapes = [(level.shape[-2], level.shape[-1]) for level in objectness]
+        flat_logits, flat_deltas = concat_box_prediction_layers([_full(x) for x in objectness], [_full(x) for x in deltas])
+        anchors = self.model.rpn.anchor_generator(self.image_shapes(batch), maps)
+        boxes = self.model.rpn.box_coder.decode(flat_deltas, anchors)
+        levels, cells, of_cell = layout(shapes, [level.shape[1] for level in objectness], maps[0].device)
+        return Dense(
+            logits=flat_logits.view(count, -1, 1),
+            deltas=flat_deltas.view(count, -1, 4),
+            boxes_xyxy=boxes.view(count, -1, 4),
+            priors_xyxy=torch.stack(anchors),
+            levels=levels,
+            cells=cells,
+            anchors=of_cell,
+        )
+
+    def _propose(self, rpn: Dense, batch: Batch) -> tuple[list[Tensor], list[Origin]]:
+        """``RegionProposalNetwork.filter_proposals``, with the index of each proposal carried along."""
+        objectness, decoded = rpn.logits.detach().squeeze(-1), rpn.boxes_xyxy.detach()
+        per_level = torch.bincount(rpn.levels).tolist()
+        # top n of each level, before suppression
+        ranked = self.model.rpn._get_top_n_idx(objectness, per_level)
+        kept_boxes, origins = [], []
+        for image, (index, size) in enumerate(zip(ranked, image_sizes(batch), strict=True)):
+            boxes = clip_boxes_to_image(decoded[image, index], size)
+            scores = torch.sigmoid(objectness[image, index])
+            keep = remove_small_boxes(boxes, self.model.rpn.min_size)
+            keep = keep[scores[keep] >= self.model.rpn.score_thresh]
+            boxes, scores, index = boxes[keep], scores[keep], index[keep]
+            keep = batched_nms(boxes, scores, rpn.levels[index], self.model.rpn.nms_thresh)[: self.model.rpn.post_nms_top_n()]
+            kept_boxes.append(boxes[keep])
+            index = index[keep]
+            nowhere = torch.full_like(index, -1)
+            origins.append(
+                Origin(torch.full_like(index, image), rpn.levels[index], rpn.cells[index], rpn.anchors[index], nowhere)
+            )
+        return kept_boxes, origins
+
+    def _after_first_stage(
+        self, features: Features, boxes: Sequence[Tensor], origins: Sequence[Origin], batch: Batch, sample: bool
+    ) -> Regions:
+        """Everything behind the proposals; ``sample``: among them and the ground truth, as in training."""
+        heads = self.model.roi_heads
+        if sample:
+            boxes, origins = self._sample_regions(boxes, origins, batch, heads)
+        return self._region_stage(features, boxes, origins, batch, heads)
+
+    def _region_stage(
+        self, features: Features, boxes: Sequence[Tensor], origins: Sequence[Origin], batch: Batch, heads: Any
+    ) -> Regions:
+        """One stage's ``heads`` (``RoIHeads``) on boxes."""
+        flat = torch.cat(list(boxes))
+        pooled = self._pool(heads.box_roi_pool, features, boxes, batch)
+        embedding = heads.box_head(pooled)
+        logits, deltas = (_full(output) for output in heads.box_predictor(embedding))
+        deltas = deltas.unflatten(1, (-1, 4))
+        if deltas.shape[1] > 1:  # not class-agnostic
+            deltas = deltas[:, self.columns]
+        refined = heads.box_coder.decode_single(deltas.flatten(1), flat).reshape(deltas.shape)
+        return Regions(
+            boxes_xyxy=flat,
+            origin=Origin.cat(origins),
+            logits=self._background_last(logits),
+            deltas=deltas,
+            refined_xyxy=refined,
+            pooled=pooled,
+            embedding=embedding,
+            own=features if heads.has_mask() else None,
+        )
+
+    def _background_last(self, logits: Tensor) -> Tensor:
+        """[R, K+1] of the library's [R, C]. The softmax of each class stays: unused outputs join the background."""
+        background = logits[:, :1]
+        if len(self.unused) > 0:
+            background = torch.cat([background, logits[:, self.unused]], dim=1).logsumexp(dim=1, keepdim=True)
+        return torch.cat([logits[:, self.columns], background], dim=1)
+
+    def _pool(self, pool: MultiScaleRoIAlign, features: Features, boxes: Sequence[Tensor], batch: Batch) -> Tensor:
+        """[R, C, h, w]. The library guesses scales from the first images it ever sees; the pyramid's strides are known."""
+        strides = [features.strides[level] for level in self._pooled_levels]
+        pool.scales = [1 / stride for stride in strides]
+        pool.map_levels = initLevelMapper(
+            strides[0].bit_length() - 1,
+            strides[-1].bit_length() - 1,
+            canonical_scale=pool.canonical_scale,
+            canonical_level=pool.canonical_level,
+        )
+        maps = {str(level): features.maps[level] for level in self._pooled_levels}
+        return cast(Tensor, pool(maps, list(boxes), image_sizes(batch)))
+
+    # ----------------------------------------------------------------------------------------------- training
+
+    def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
+        """IoU with the regions' boxes, by the library's matcher and threshold (0.5). Crowd boxes match nothing."""
+        return self._assign_regions(cast(Regions, prediction), batch, self.model.roi_heads)
+
+    def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
+        """The library's terms; those of the first stage only where the prediction has one.
+
+        A foreign ``assignment`` is that of the regions: its weights multiply each region's terms, ignored regions count
+        nowhere, and its normaliser replaces the number of regions. The first stage keeps the anchors sampled by
+        ``predict`` if the batch still has the targets they were drawn for, else it samples anew.
+
+        Raises:
+            DataError: a mask branch and a target without masks.
+            ModelError: a mask branch and a prediction that has lost the features it was made from.
+        """
+        prediction = cast(Regions, prediction)
+        terms: dict[str, Tensor] = {}
+        if prediction.rpn is not None:
+            terms |= self._first_stage_losses(prediction.rpn, batch)
+        assignment = assignment or self.assign(prediction, batch)
+        return Losses(terms | self._region_losses(prediction, batch, assignment, self.model.roi_heads))
+
+    def _assign_regions(self, regions: Regions, batch: Batch, heads: Any) -> Assignment:
+        matched = torch.full_like(regions.origin.image, NEGATIVE)
+        for image, target in enumerate(batch.targets):
+            mine = regions.origin.image == image
+            matched[mine] = self._match(regions.boxes_xyxy[mine], target, heads)
+        return Assignment(matched)
+
+    def _match(self, boxes: Tensor, target: Target, heads: Any) -> Tensor:
+        """[n] index of each box's ground truth among ALL of the target's boxes, -1 negative, -2 between thresholds."""
+        usable = trainable(target)
+        if len(usable) == 0 or len(boxes) == 0:
+            return torch.full((len(boxes),), NEGATIVE, device=boxes.device)
+        matched = heads.proposal_matcher(box_iou(target.boxes_xyxy[usable].to(boxes.dtype), boxes))
+        return torch.where(matched >= 0, usable[matched.clamp(min=0)], matched)
+
+    def _sample_regions(
+        self, boxes: Sequence[Tensor], origins: Sequence[Origin], batch: Batch, heads: Any
+    ) -> tuple[list[Tensor], list[Origin]]:
+        """``RoIHeads.select_training_samples``, with origins: ground truth is appended, then both are sampled."""
+        all_boxes, all_origins, labels = [], [], []
+        for image, (proposals, origin, target) in enumerate(zip(boxes, origins, batch.targets, strict=True)):
+            usable = trainable(target)
+            nowhere = torch.full_like(usable, -1)
+            inserted = Origin(torch.full_like(usable, image), nowhere, nowhere[:, None].expand(-1, 2), nowhere, usable)
+            all_boxes.append(torch.cat([proposals, target.boxes_xyxy[usable].to(proposals.dtype)]))
+            all_origins.append(Origin.cat([origin, inserted]))
+            matched = self._match(all_boxes[-1], target, heads)
+            # as the sampler reads them: 1 positive, 0 negative, -1 left out
+            labels.append((matched >= 0).long() - (matched == IGNORED).long())
+        sampled = heads.subsample(labels)
+        chosen = [given[index] for given, index in zip(all_boxes, sampled, strict=True)]
+        return chosen, [origin[index] for origin, index in zip(all_origins, sampled, strict=True)]
+
+    def _sample_anchors(self, rpn: Dense, batch: Batch) -> AnchorSamples:
+        anchors = list(rpn.priors_xyxy)
+        targets = target_dicts(batch, self.columns)
+        labels, matched = self.model.rpn.assign_targets_to_anchors(anchors, targets)
+        regression = self.model.rpn.box_coder.encode(matched, anchors)
+        positive, negative = self.model.rpn.fg_bg_sampler(labels)
+        return AnchorSamples(
+            batch.targets,
+            torch.cat(labels),
+            torch.cat(regression),
+            torch.where(torch.cat(positive))[0],
+            torch.where(torch.cat(negative))[0],
+        )
+
+    def _first_stage_losses(self, rpn: Dense, batch: Batch) -> dict[str, Tensor]:
+        """``RegionProposalNetwork.compute_loss`` on anchors that are already drawn."""
+        samples = rpn.own
+        if not isinstance(samples, AnchorSamples) or not _same_boxes(samples.targets, batch.targets):
+            samples = self._sample_anchors(rpn, batch)
+        sampled = torch.cat([samples.positive, samples.negative])
+        objectness, deltas = rpn.logits.flatten()[sampled], rpn.deltas.reshape(-1, 4)[samples.positive]
+        box = F.smooth_l1_loss(deltas, samples.regression[samples.positive], beta=SMOOTH_L1_BETA, reduction="sum")
+        return {
+            "loss_objectness": F.binary_cross_entropy_with_logits(objectness, samples.labels[sampled]),
+            "loss_rpn_box_reg": box / sampled.numel(),
+        }
+
+    def _region_losses(
+        self, prediction: Regions, batch: Batch, assignment: Assignment, heads: Any, beta: float = SMOOTH_L1_BETA
+    ) -> dict[str, Tensor]:
+        """``fastrcnn_loss`` under any assignment: both terms are divided by the number of regions that count."""
+        logits, deltas = prediction.logits, prediction.deltas
+        positives = region_positives(prediction, assignment, batch)
+        labels = torch.full_like(assignment.matched, logits.shape[1] - 1)  # background, last
+        labels[positives.index] = positives.labels
+        counts = (assignment.matched != IGNORED).to(logits.dtype)
+        weights = counts if assignment.weights is None else counts * assignment.weights
+        divisor = counts.sum().clamp(min=1) if assignment.normalizer is None else assignment.normalizer
+        classifier = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+        # an empty box (clipped away between two stages) cannot be moved onto another
+        sized = _sized(prediction.boxes_xyxy[positives.index]) & _sized(positives.targets_xyxy)
+        index, labels = positives.index[sized], positives.labels[sized]
+        encoded = heads.box_coder.encode_single(positives.targets_xyxy[sized].to(deltas.dtype), prediction.boxes_xyxy[index])
+        column = labels if deltas.shape[1] > 1 else torch.zeros_like(labels)
+        box = F.smooth_l1_loss(deltas[index, column], encoded, beta=beta, reduction="none").sum(dim=1)
+        terms = {"loss_classifier": classifier / divisor, "loss_box_reg": (box * weights[index]).sum() / divisor}
+        if heads.has_mask():
+            terms["loss_mask"] = self._mask_loss(prediction, batch, assignment, heads)
+        return terms
+
+    def _mask_loss(self, prediction: Regions, batch: Batch, assignment: Assignment, heads: Any) -> Tensor:
+        """``maskrcnn_loss`` on the positive regions: their mean, so weights and normaliser have no part in it."""
+        features = prediction.own
+        if not isinstance(features, Features):
+            raise ModelError("Mask R-CNN's loss needs the prediction as predict() made it, not one that was cut or cached")
+        masks, labels, boxes, matched = [], [], [], []
+        for image, (target, (height, width)) in enumerate(zip(batch.targets, image_sizes(batch), strict=True)):
+            if target.masks is None and len(target) > 0:
+                raise DataError(
+                    f"Mask R-CNN needs instance masks, but image {batch.ids[image]} has none; "
+                    f"use data with segmentations, or {self.without_masks} for boxes alone"
+                )
+            given = batch.images.new_zeros(0, height, width) if target.masks is None else target.masks
+            mine = torch.nonzero((prediction.origin.image == image) & (assignment.matched >= 0)).flatten()
+            masks.append(given[:, :height, :width])
+            labels.append(self.columns[target.labels])
+            boxes.append(prediction.boxes_xyxy[mine])
+            matched.append(assignment.matched[mine])
+        pooled = self._pool(heads.mask_roi_pool, features, boxes, batch)
+        logits = _full(heads.mask_predictor(heads.mask_head(pooled)))
+        return cast(Tensor, maskrcnn_loss(logits, boxes, masks, labels, matched))
+
+    def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
+        """The refined box of the ground truth's class."""
+        return region_positives(cast(Regions, prediction), assignment, batch)
+
+    # ---------------------------------------------------------------------------------------------- inference
+
+    @torch.no_grad()
+    def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
+        """``RoIHeads.postprocess_detections``, with the origin of each detection's region."""
+        prediction = cast(Regions, prediction)
+        heads, classes = self.model.roi_heads, prediction.logits.shape[1] - 1
+        # The library's order of logits, so that the softmax adds up in the same order and is equal to the last bit.
+        logits = self._detection_logits(prediction)
+        scores = F.softmax(torch.cat([logits[:, -1:], logits[:, :-1]], dim=1), dim=1)[:, 1:]
+        found = []
+        for image, size in enumerate(image_sizes(batch)):
+            region = torch.nonzero(prediction.origin.image == image).flatten().repeat_interleave(classes)
+            label = torch.arange(classes, device=region.device).repeat(len(region) // classes)
+            score = scores[region, label]
+            column = label if prediction.refined_xyxy.shape[1] > 1 else torch.zeros_like(label)
+            box = clip_boxes_to_image(prediction.refined_xyxy[region, column], size)
+            keep = torch.nonzero(score > heads.score_thresh).flatten()
+            keep = keep[remove_small_boxes(box[keep], min_size=1e-2)]
+            # + 1: suppression moves the boxes of each label apart by its number, and the library counts from 1
+            best = batched_nms(box[keep], score[keep], label[keep] + 1, heads.nms_thresh)[: heads.detections_per_img]
+            keep = keep[best]
+            found.append(Detections(box[keep], score[keep], label[keep], prediction.origin[region[keep]]))
+        return found
+
+    def _detection_logits(self, prediction: Regions) -> Tensor:
+        """[R, K+1] what the scores of the detections come from."""
+        return prediction.logits
+
+
+def two_stage_description(
+    detector: str, call: str, backbone: str, classes: Sequence[str], options: ModelOptions
+) -> dict[str, Any]:
+    """The call of a torchvision two-stage model on a timm backbone.
+
+    Anchors have aspect ratios 1/2, 1 and 2, and one size on each level. A pyramid that begins at P2 has torchvision's sizes,
+    8 x stride (32 pixels on P2). One that begins higher is for images of 128 to 256 pixels and has 3 x stride (24 pixels on
+    P3): of the embedded digits at 128 pixels, 83 % then overlap an anchor by IoU 0.5 or more; with 8 x stride none would.
+
+    Args:
+        detector: for messages.
+        call: the model's class.
+        backbone: name of a timm model.
+        classes: names of our labels.
+        options: ``levels`` beyond the backbone's deepest: one, by subsampling (torchvision's ``pool``). ``proposals`` holds
+            in training and test; torchvision keeps 2000 and 1000.
+
+    Raises:
+        ModelError: the options do not fit the backbone or the detector.
+    """
+    options.refuse(detector, "convs", "topk", "weights")
+    pyramid = pyramid_description(backbone, options, levels=(2, 6), top="pool")
+    first, last = options.levels or (2, 6)
+    strides_wide = 8 if first <= 2 else 3
+    numbers = len(pyramid["indices"])
+    representation = options.mlp or 1024
+    mean, std = image_statistics(backbone, options)
+    package = "torchvision.models.detection"
+    return {
+        "call": call,
+        "backbone": pyramid,
+        "rpn_anchor_generator": {
+            "call": f"{package}.anchor_utils.AnchorGenerator",
+            "sizes": [[strides_wide * 2**level] for level in range(first, last + 1)],
+            "aspect_ratios": [[0.5, 1.0, 2.0]] * (last - first + 1),
+        },
+        "box_roi_pool": {
+            "call": "torchvision.ops.MultiScaleRoIAlign",
+            "featmap_names": [str(level) for level in range(numbers)],
+            "output_size": 7,
+            "sampling_ratio": 2,
+        },
+        "box_head": {
+            "call": f"{package}.faster_rcnn.TwoMLPHead",
+            "in_channels": options.neck * 7**2,
+            "representation_size": representation,
+        },
+        "box_predictor": {
+            "call": f"{package}.faster_rcnn.FastRCNNPredictor",
+            "in_channels": representation,
+            "num_classes": len(classes) + 1,
+        },
+        "image_mean": mean,
+        "image_std": std,
+        "box_score_thresh": 0.05 if options.score is None else options.score,
+        "box_detections_per_img": options.dets or 100,
+        "box_batch_size_per_image": options.rois or 512,
+        "rpn_post_nms_top_n_train": options.proposals or 2000,
+        "rpn_post_nms_top_n_test": options.proposals or 1000,
+    }
+
+
+def _sized(boxes: Tensor) -> Tensor:
+    """[n] bool: the box has a width and a height."""
+    return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+
+
+def _full(output: Tensor) -> Tensor:
+    """At least single precision: boxes decoded in half precision are pixels off (autocast)."""
+    return output if output.dtype == torch.float64 else output.float()
+
+
+def _same_boxes(first: Sequence[Target], second: Sequence[Target]) -> bool:
+    if len(first) != len(second):
+        return False
+    for mine, theirs in zip(first, second, strict=True):
+        if mine is not theirs and not torch.equal(mine.boxes_xyxy.to(theirs.boxes_xyxy), theirs.boxes_xyxy):
+            return False
+    return True
+
+
+def _initialize(model: Any) -> None:
+    """Draw all weights of both stages anew, by torchvision's rules for these modules."""
+    predictors = []
+    for module in (*model.rpn.modules(), *model.roi_heads.modules()):
+        if isinstance(module, nn.Linear | nn.BatchNorm2d):
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, ClassAgnosticPredictor):
+            predictors.append(module)
+    for module in model.rpn.head.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01)
+    for predictor in predictors:  # after their linear layers
+        predictor.reset_parameters()

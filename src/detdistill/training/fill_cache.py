@@ -1,0 +1,257 @@
+"""From the command line to a filled cache: build, prepare, probe, forecast, fill."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+import yaml
+from safetensors.torch import save
+
+from detdistill.cache.encoding import Store
+from detdistill.cache.fill import Lecture, compare, fill, look
+from detdistill.cache.forecast import Forecast, forecast, stranger
+from detdistill.cache.identity import views_of
+from detdistill.cache.knowledge import About, KnowledgeCache, found_about, write
+from detdistill.cache.storage import CacheError, Storage, storage
+from detdistill.data.records import DataSplits
+from detdistill.data.transforms import ViewSettings
+from detdistill.data.views import sights
+from detdistill.detectors.build import build_detector
+from detdistill.detectors.contract import Detector, Teacher
+from detdistill.methods.shared.compose import build_method
+from detdistill.methods.shared.contract import Method, PairError, Stage
+from detdistill.progress import Progress
+from detdistill.settings import CacheSettings, DistillSettings, as_plain
+from detdistill.training.from_cache import stage_from_cache
+from detdistill.training.machine import seed_everything
+from detdistill.training.run import Plan, prepare, view_settings
+from detdistill.training.stage_results import cached_stage_file, state_of
+
+TOLERANCES: dict[Store, float] = {"float32": 1e-3, "float16": 2e-3, "bfloat16": 1e-2, "int8": 1e-2, "int6": 4e-2}
+"""What ``verify`` forgives, in parts of a tensor's largest value: other hardware adds in another order, and a number may be
+rounded the other way."""
+
+
+def make_cache(
+    url: str,
+    teacher: tuple[str, Detector],
+    data: tuple[str, DataSplits],
+    student: str | None,
+    settings: CacheSettings,
+    device: str,
+    progress: Progress,
+) -> tuple[str, int, bool, Store, Forecast]:
+    """Make a cache, or go on with an unfinished one.
+
+    Args:
+        url: folder or fsspec URL.
+        teacher: its name and itself.
+        data: its name and itself.
+        student: model string, or None for an untrained detector of the teacher's build.
+        settings: what to ask and how to keep it.
+        device: where the teacher runs.
+        progress: where to show it.
+
+    Returns:
+        Folder, records in it, whether these are all, how numbers are kept, and the forecast of what was missing.
+
+    Raises:
+        CacheError: endless views, another cache there, no space, or a disk that takes no more.
+        PairError: the method does not serve this teacher (and student).
+    """
+    folder, views = storage(url), view_settings(settings)
+    kinds = views_of(views)  # endless views are refused before anything else
+    if settings.nodes > 1 and "WORLD_SIZE" not in os.environ:
+        raise CacheError("nodes: start the same command on every machine with torchrun, which numbers the processes")
+    frozen = Teacher(teacher[1])
+    seed_everything(settings.seed)
+    learner, method = _learner(frozen, student, data[1], settings.method)
+    stages = _prepared(teacher[0], data, student, settings, learner, method, progress)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    lecture = Lecture(settings.method, method, device, settings.precision)
+    train, everything = data[1].train, sights(data[1].train, views)
+    rank, world = _rank(settings.devices)
+    before = found_about(folder) if rank == 0 else _wait(folder)
+    wanted = before.store if before is not None and settings.store == "auto" else settings.store
+    about = About(
+        teacher=teacher[0],
+        teacher_fingerprint=frozen.fingerprint,
+        teacher_parameters=sum(p.numel() for p in teacher[1].parameters()),
+        spec=frozen.spec,
+        method=settings.method,
+        student=student,
+        knowledge=tuple(lecture.knowledge),
+        stages=tuple(stage.depends_on for stage in stages),
+        data=data[0],
+        data_fingerprint=train.fingerprint,
+        views=kinds,
+        store="float32" if wanted == "auto" else wanted,
+        precision=settings.precision,
+        records=len(everything),
+    )
+    cache = None if before is None else KnowledgeCache.create(url, about)  # refused here if it is another one
+    missing = [sight for sight in everything if cache is None or sight.key not in cache.index.places]
+    ahead = Forecast(0, {}, 0.0, None, {})
+    if missing and rank == 0:
+        probe = look(lecture, learner, train, views, missing, settings.batch, settings.probe)
+        ahead = forecast(probe, (sight.canvas_hw for sight in missing), folder.free_bytes(), world)
+        if wanted == "auto":
+            about = replace(about, store=probe.choose())
+        for line in ahead.lines(about.store):
+            progress.say(line)
+        ahead.check(about.store, folder.url)
+    if settings.dry_run:
+        return folder.url, len(everything) - len(missing), not missing, about.store, ahead
+    cache = cache or KnowledgeCache.create(url, about)
+    if rank == 0:
+        for stage in stages:
+            write(folder, cached_stage_file(stage), save(state_of(stage)))
+    if missing:
+        bar = progress.bar("cache", len(missing))
+        share = {"rank": rank, "world": world, "workers": settings.workers, "shard_records": settings.shard}
+        with _others(settings, about.store, {"teacher": teacher[0], "data": data[0], "student": student, "out": url}):
+            fill(cache, lecture, train, views, everything, settings.batch, bar=bar, **share)
+        cache.index.refresh()
+    left = len(cache.index.missing(sight.key for sight in everything))
+    progress.say(f"{len(everything) - left} of {len(everything)} records in {folder.url}")
+    return folder.url, len(everything) - left, not left, about.store, ahead
+
+
+def _wait(folder: Storage) -> About | None:
+    """What the first of several processes decided; nothing when it does not decide within half an hour."""
+    deadline = time.monotonic() + 1800
+    while (about := found_about(folder)) is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return about
+
+
+def _rank(devices: int) -> tuple[int, int]:
+    """This process among those that a launcher (torchrun) started, or the first of those that ``_others`` will start."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", devices))
+
+
+@contextlib.contextmanager
+def _others(settings: CacheSettings, store: Store, names: dict[str, str | None]) -> Iterator[None]:
+    """The further processes of ``devices``, where no launcher has started them, at work beside this one.
+
+    Raises:
+        CacheError: one of them failed, with its last line.
+    """
+    if "WORLD_SIZE" in os.environ or settings.devices == 1:
+        yield
+        return
+    plain = {**as_plain(settings), "store": store, **names}
+    skipped = ("resume", "report", "track", "ema", "evaluate_every", "checkpoint_every", "log_every", "monitor_every")
+    for name in (*skipped, "instability", "in_memory", "deterministic", "dry_run"):
+        del plain[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        config = Path(scratch) / "config.yaml"
+        config.write_text(yaml.safe_dump(plain))
+        children = []
+        for rank in range(1, settings.devices):
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": settings.devices}
+            with (Path(scratch) / f"{rank}.txt").open("w") as log:
+                children.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "detdistill", "cache", "--config", str(config)],
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env={**os.environ, **{name: str(value) for name, value in numbers.items()}},
+                    )
+                )
+        try:
+            yield
+            for rank, child in enumerate(children, start=1):
+                if child.wait() != 0:
+                    lines = (Path(scratch) / f"{rank}.txt").read_text().strip().splitlines()
+                    raise CacheError(f"writer {rank} of {settings.devices} failed: {lines[-1] if lines else child.returncode}")
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    child.kill()
+
+
+def _learner(frozen: Teacher, student: str | None, splits: DataSplits, method: str) -> tuple[Detector, Method]:
+    if student is not None:
+        learner = build_detector(student, splits.train.classes)
+        return learner, build_method(method, frozen, learner)
+    if frozen.spec.classes != splits.train.classes:
+        raise CacheError(f"teacher {frozen.spec.name} has other classes than the data; give the student of the run (--student)")
+    learner = stranger(frozen.detector)
+    try:
+        return learner, build_method(method, frozen, learner)
+    except PairError as error:
+        raise PairError(f"{error} (no student was named, so one of the teacher's build was tried; give --student)") from error
+
+
+def _prepared(
+    teacher: str,
+    data: tuple[str, DataSplits],
+    student: str | None,
+    settings: CacheSettings,
+    learner: Detector,
+    method: Method,
+    progress: Progress,
+) -> tuple[Stage, ...]:
+    """The earlier stages that the knowledge depends on, trained or found."""
+    common = {
+        field.name: getattr(settings, field.name) for field in fields(CacheSettings) if hasattr(DistillSettings, field.name)
+    }
+    alone = {"out": None, "resume": False, "report": False, "track": (), "devices": 1, "nodes": 1}
+    run_settings = DistillSettings(**{**common, **alone})
+    plan = Plan(student or teacher, data[0], run_settings, role="stage", teacher=teacher, title="earlier stage")
+    return prepare(plan, data[1], learner, method, progress)
+
+
+def check_cache(
+    url: str, live: Callable[[str], tuple[Detector, DataSplits]] | None, records: int, device: str, progress: Progress
+) -> str:
+    """Read every record, and compare some with the living teacher; see ``api.verify_cache``.
+
+    Raises:
+        CacheError: a record is damaged, or is not what the teacher says now.
+    """
+    cache = KnowledgeCache.open(url)
+    keys = list(cache.index.places)
+    bar = progress.bar("checksums", len(keys))
+    for number, key in enumerate(keys, start=1):
+        cache.read(key)
+        bar.update(number)
+    words = f"{len(keys)} of {cache.about.records} records, all checksums right"
+    if live is None:
+        return words
+    detector, splits = live(cache.about.data)
+    frozen = Teacher(detector)
+    views = _views(cache)
+    cache.check(cache.about.method, splits.train.fingerprint, views_of(views), frozen)
+    learner, method = _learner(frozen, cache.about.student, splits, cache.about.method)
+    for stage in method.stages(learner)[:-1]:
+        if stage.depends_on:
+            stage_from_cache(cache, stage, method)
+    known = [sight for sight in sights(splits.train, views) if sight.key in cache.index.places]
+    chosen = random.Random().sample(known, min(records, len(known)))
+    lecture = Lecture(cache.about.method, method, device, cache.about.precision)
+    largest = compare(cache, lecture, splits.train, views, chosen)
+    if largest > TOLERANCES[cache.about.store]:
+        raise CacheError(
+            f"cache {cache.folder.url} is not what the teacher says now: {len(chosen)} records differ by up to "
+            f"{100 * largest:.2g} % of the largest value; make it anew"
+        )
+    return f"{words}; {len(chosen)} compared with the teacher: largest difference {100 * largest:.2g} % of the largest value"
+
+
+def _views(cache: KnowledgeCache) -> ViewSettings:
+    views = cache.about.views
+    flips = {(False,): 0.0, (True,): 1.0, (False, True): 0.5}[tuple(views["flips"])]
+    scales = () if views["scales"] == [1.0] else tuple(views["scales"])
+    return ViewSettings(size=views["size"], resize=views["resize"], max_size=views["max_size"], flip=flips, scales=scales)

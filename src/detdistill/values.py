@@ -1,0 +1,194 @@
+"""Typed values: one check and one reading for settings of runs, hyper-parameters of methods and options of models.
+
+A type says all that a value must be: ``Literal["a", "b"]``, ``int | None``, ``tuple[float, ...]``, and ``Weight`` and its
+relatives below, which are numbers with limits. Numbers are finite.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from detdistill.errors import nearest
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Ends of the numbers that a type allows, both included unless ``above`` excludes the lower one."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        return (self.low < number if self.above else self.low <= number) and number <= self.high
+
+    def __str__(self) -> str:
+        """As a sentence continues after "a number"."""
+        if self.high < math.inf:
+            return f" from {self.low:g} to {self.high:g}"
+        if self.low == -math.inf:
+            return ""
+        return f" above {self.low:g}" if self.above else f", {self.low:g} or more"
+
+
+Weight = Annotated[float, Limits(0)]
+"""Factor of a loss, or another number that is 0 or more."""
+Positive = Annotated[float, Limits(0, above=True)]
+"""A number above 0: a temperature, a learning rate."""
+Fraction = Annotated[float, Limits(0, 1)]
+"""A part of a whole."""
+Count = Annotated[int, Limits(1)]
+"""How many of something there must be: 1 or more."""
+Index = Annotated[int, Limits(0)]
+"""A whole number, 0 or more."""
+
+
+def check(kind: Any, value: Any) -> Any:
+    """A value as its type has it: lists become tuples, whole numbers floats where a float is wanted.
+
+    Raises:
+        ValueError: it is not of the type; the text reads after the value, ``is not a number, 0 or more``.
+
+    Example:
+        >>> check(tuple[int, ...] | None, [1, 2]), check(Weight, 2)
+        ((1, 2), 2.0)
+    """
+    for member in _members(kind):
+        found = _fitted(member, value)
+        if found is not _UNFIT:
+            return found
+    raise ValueError(f"is not {in_words(kind)}{nearest(str(value), choices(kind))}")
+
+
+def read(kind: Any, text: str, separator: str = "/") -> Any:
+    """A value from text: ``0.5``, ``true``, ``none``, ``sum``, lists as ``0/1/2``.
+
+    Raises:
+        ValueError: as ``check``.
+
+    Example:
+        >>> read(tuple[int, ...], "0/1/2"), read(Weight | None, "none"), read(bool, "true")
+        ((0, 1, 2), None, True)
+    """
+    for member in sorted(_members(kind), key=lambda one: one is not type(None)):  # "none" is no text where it means None
+        found = _fitted(member, _parsed(member, text, separator))
+        if found is not _UNFIT:
+            return found
+    raise ValueError(f"is not {in_words(kind)}{nearest(text, choices(kind))}")
+
+
+_UNFIT = object()
+
+
+def _parsed(member: Any, text: str, separator: str) -> Any:
+    """What a text says to a type that is no union; the text itself where it says nothing."""
+    plain, _ = _stripped(member)
+    if (item := _item(plain)) is not None:
+        return [_parsed(item, part, separator) for part in text.split(separator)]
+    if plain is bool:
+        return {"true": True, "false": False}.get(text, text)
+    if plain is type(None):
+        return None if text in ("none", "null") else text
+    if plain in (int, float):
+        try:
+            return plain(text)
+        except ValueError:
+            return text
+    if plain is Path:
+        return Path(text)
+    return text
+
+
+def _fitted(member: Any, value: Any) -> Any:
+    """The value as a type that is no union has it, or ``_UNFIT``."""
+    plain, limits = _stripped(member)
+    if typing.get_origin(plain) is Literal:
+        return value if value in typing.get_args(plain) else _UNFIT
+    if (item := _item(plain)) is not None:
+        if not isinstance(value, list | tuple) or _length(plain) not in (None, len(value)):
+            return _UNFIT
+        found = tuple(_fitted_any(item, one) for one in value)
+        return _UNFIT if _UNFIT in found else found
+    if plain is Any:
+        return value
+    if plain in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | plain) or not math.isfinite(value):
+            return _UNFIT
+        return plain(value) if limits is None or value in limits else _UNFIT
+    return value if isinstance(value, plain) else _UNFIT
+
+
+def _fitted_any(kind: Any, value: Any) -> Any:
+    return next((found for member in _members(kind) if (found := _fitted(member, value)) is not _UNFIT), _UNFIT)
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, also of one with limits; a single type otherwise."""
+    plain, limits = _stripped(kind)
+    if typing.get_origin(plain) not in (typing.Union, types.UnionType):
+        return (kind,)
+    members = typing.get_args(plain)
+    return tuple(Annotated[one, limits] if limits is not None and one in (int, float) else one for one in members)
+
+
+def _stripped(kind: Any) -> tuple[Any, Limits | None]:
+    """A type without its annotation, and its limits."""
+    if typing.get_origin(kind) is not Annotated:
+        return kind, None
+    plain, *notes = typing.get_args(kind)
+    return plain, next((note for note in notes if isinstance(note, Limits)), None)
+
+
+def _item(kind: Any) -> Any:
+    """The type of a list's items; None: it is no list."""
+    origin = typing.get_origin(kind)
+    if not isinstance(origin, type) or not issubclass(origin, collections.abc.Collection):
+        return None
+    return typing.get_args(kind)[0]
+
+
+def _length(kind: Any) -> int | None:
+    """How many items a tuple type has; None: any number."""
+    inner = typing.get_args(kind)
+    return len(inner) if typing.get_origin(kind) is tuple and inner[-1] is not Ellipsis else None
+
+
+def choices(kind: Any) -> list[str]:
+    """The words that a type allows, if it is made of words."""
+    found: list[str] = []
+    for member in _members(kind):
+        plain, _ = _stripped(member)
+        if (item := _item(plain)) is not None:
+            found += choices(item)
+        elif typing.get_origin(plain) is Literal:
+            found += map(str, typing.get_args(plain))
+    return found
+
+
+def in_words(kind: Any) -> str:
+    """How a message names a type, after "is not".
+
+    Example:
+        >>> in_words(Weight | None), in_words(tuple[Count, ...])
+        ('a number, 0 or more, or none', 'a list, each a whole number, 1 or more')
+    """
+    named = [_in_words(member) for member in _members(kind)]
+    between = ", or " if any("," in name for name in named) else " or "
+    return between.join(named)
+
+
+def _in_words(member: Any) -> str:
+    plain, limits = _stripped(member)
+    if typing.get_origin(plain) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(plain)))}"
+    if (item := _item(plain)) is not None:
+        count = _length(plain)
+        return f"{'two' if count == 2 else count} numbers" if count else f"a list, each {in_words(item)}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path", type(None): "none", str: "a text"}
+    return names.get(plain, str(plain)) + ("" if limits is None else str(limits))

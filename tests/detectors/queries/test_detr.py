@@ -1,0 +1,8 @@
+from transformers import DetrImageProcessor
+
+from tests.detectors.queries.shared import QueryDetectorTests
+
+
+class TestDetr(QueryDetectorTests):
+    family = "detr"
+    processor = DetrImageProcessor

@@ -1,8 +1,0 @@
-from transformers import ConditionalDetrImageProcessor
-
-from tests.detectors.queries import QueryDetectorTests
-
-
-class TestDabDetr(QueryDetectorTests):
-    family = "dab_detr"
-    processor = ConditionalDetrImageProcessor
