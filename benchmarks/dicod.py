@@ -321,7 +321,7 @@ def _speed_of(model: str, rounds: int) -> dict[str, Any]:
 
     def step(pixels: float, features: float, bound: int) -> None:
         method.pixel_weight, method.feature_weight, method.max_crops = pixels, features, bound
-        method.step(student, batch, Clock(1, 10)).total().backward()
+        method.step(student, batch, method.teach(batch), Clock(1, 10)).total().backward()
 
     contenders: dict[str, Callable[[], Any]] = {
         "student": lambda: alone.step(batch, Clock(1, 10)).total().backward(),

@@ -21,7 +21,8 @@ import torch
 
 from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
 from detdistill.methods.shared.compose import build_method, method_class, method_slugs
-from detdistill.methods.shared.contract import Method, Needs
+from detdistill.methods.shared.contract import Method
+from detdistill.methods.shared.needs import Needs
 from detdistill.structures import Batch, Clock, Features, Observation, Target, View
 from detdistill.training.machine import hardware, versions
 

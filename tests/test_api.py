@@ -11,7 +11,7 @@ from detdistill.detectors.load import load_detector
 from detdistill.detectors.save import save_student
 from detdistill.errors import ClassNameError, DetdistillError, RunError, name_list
 from detdistill.evaluation import ERRORS
-from detdistill.methods.shared.compose import MethodError
+from detdistill.methods.shared.hyper_parameters import MethodError
 
 MODEL = "fcos:resnet10t,channels=16-16-16-16,stem=8,neck=32,levels=3-4,convs=1"
 DIGITS = "digits:train=24,val=8,size=64,seed=0"

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from detdistill.detectors.contract import (
     Detector,
     DetectorSpec,
-    Tower,
+    Parts,
+    Pyramid,
     dense_positives,
     query_positives,
     region_positives,
@@ -39,6 +40,7 @@ from detdistill.structures import (
     QuerySeed,
     Regions,
     Target,
+    Tower,
     View,
 )
 
@@ -96,9 +98,20 @@ class TinyDetector(Detector):
     backbone_channels = 6
 
     def build(self, kind: str, classes: Sequence[str], channels: Sequence[int], strides: Sequence[int]) -> None:
-        self.spec = DetectorSpec(f"tiny{kind}:patches", kind, tuple(classes), tuple(channels), tuple(strides))
+        below = Pyramid((self.backbone_channels,) * len(strides), tuple(strides))
+        anchors = () if kind == "queries" else (1,) * len(strides)
+        self.spec = DetectorSpec(
+            f"tiny{kind}:patches", kind, tuple(classes), tuple(channels), tuple(strides), backbone=below, anchors=anchors
+        )
         self.backbone = nn.ModuleList(nn.Conv2d(3, self.backbone_channels, stride, stride) for stride in strides)
-        self.neck = TinyNeck(self.backbone_channels, channels)
+        self.levels = TinyNeck(self.backbone_channels, channels)
+
+    def parts(self) -> Parts:
+        head = [module for name, module in self.named_children() if name not in ("backbone", "levels")]
+        return Parts((self.backbone,), (self.levels,), (*head, nn.ParameterList(self._parameters.values())))
+
+    def neck(self, features: Features, batch: Batch) -> Features:
+        return self.levels(features)
 
     def backbone_features(self, batch: Batch) -> Features:
         images = self.normalized(batch)
@@ -110,7 +123,7 @@ class TinyDetector(Detector):
         return Features(maps, self.spec.strides, padding)
 
     def features(self, batch: Batch) -> Features:
-        return self.neck(self.backbone_features(batch))
+        return self.neck(self.backbone_features(batch), batch)
 
     def export(self, folder: Path) -> None:
         save_file(self.state_dict(), folder / "model.safetensors")
@@ -194,7 +207,6 @@ class TinyHead(nn.Module):
 class TinyDense(TinyDetector):
     """One prediction for each cell; sigmoid. With towers, copies and backbone features."""
 
-    head_prefixes = ("neck.", "head.")
     tower_depth = TinyHead.tower_depth
 
     @seeded
@@ -231,7 +243,7 @@ class TinyDense(TinyDetector):
         return TinyHead(self.spec.channels[0], len(self.spec.classes)) if fresh else copy.deepcopy(self.head)
 
     def copy_neck(self, fresh: bool = False) -> TinyNeck:
-        return TinyNeck(self.backbone_channels, self.spec.channels) if fresh else copy.deepcopy(self.neck)
+        return TinyNeck(self.backbone_channels, self.spec.channels) if fresh else copy.deepcopy(self.levels)
 
 
 def best(boxes_xyxy: Tensor, scores: Tensor, size_hw: Tensor, count: int = 10) -> Detections:
@@ -258,7 +270,6 @@ def iou(first: Tensor, second: Tensor) -> Tensor:
 class TinyRegions(TinyDetector):
     """Two stages: the best cells become regions, in training the boxes too; softmax, background last."""
 
-    head_prefixes = ("neck.", "rpn.", "embed.", "logits.", "deltas.")
     num_proposals = 6
 
     @seeded
@@ -294,7 +305,7 @@ class TinyRegions(TinyDetector):
                 inserted = Origin.given([len(usable)], device=usable.device)
                 inserted = replace(inserted, image=inserted.image + image, ground_truth=usable)
                 origins[image] = Origin.cat([origins[image], inserted])
-        return replace(self._second(features, boxes, Origin.cat(origins), batch), rpn=first)
+        return replace(self._second(features, boxes, Origin.cat(origins), batch), first=first)
 
     def regions(self, features: Features, boxes_xyxy: Sequence[Tensor], batch: Batch) -> Regions:
         origin = Origin.given([len(boxes) for boxes in boxes_xyxy], device=batch.images.device)
@@ -314,10 +325,12 @@ class TinyRegions(TinyDetector):
         deltas = self.deltas(embedding).unflatten(1, (-1, 4))
         size = (regions[:, 2:] - regions[:, :2]).repeat(1, 2)[:, None]
         refined = regions[:, None] + deltas * size
-        return Regions(regions, origin, self.logits(embedding), deltas, refined, feature, embedding)
+        return Regions(regions, origin, self.logits(embedding), deltas, refined, feature, (embedding,))
 
-    def assign(self, prediction: Regions, batch: Batch) -> Assignment:
-        """The box of the highest IoU, if that is at least one half."""
+    def assign(self, prediction: Regions | Dense, batch: Batch) -> Assignment:
+        """The box of the highest IoU, if that is at least one half; of the first stage: as its head assigns."""
+        if isinstance(prediction, Dense):
+            return self.rpn.assign(prediction, batch)
         matched = torch.full_like(prediction.origin.image, NEGATIVE)
         for image, target in enumerate(batch.targets):
             if len(target):
@@ -327,8 +340,10 @@ class TinyRegions(TinyDetector):
                 matched[mine] = torch.where(value >= 0.5, index, NEGATIVE)
         return Assignment(matched)
 
-    def loss(self, prediction: Regions, batch: Batch, assignment: Assignment | None = None) -> Losses:
+    def loss(self, prediction: Regions | Dense, batch: Batch, assignment: Assignment | None = None) -> Losses:
         """Cross-entropy over regions, L1 in parts of the image over positives; the first stage's loss as ``rpn_*``."""
+        if isinstance(prediction, Dense):
+            return self.rpn.loss(prediction, batch, assignment)
         assignment = assignment or self.assign(prediction, batch)
         positives = region_positives(prediction, assignment, batch)
         wanted = torch.full_like(prediction.origin.image, len(self.spec.classes))
@@ -339,8 +354,8 @@ class TinyRegions(TinyDetector):
         entropy = F.cross_entropy(prediction.logits, wanted, reduction="none")
         l1 = (positives.boxes_xyxy - positives.targets_xyxy).abs().sum(dim=-1) / max(batch.padding_hw)
         terms = {"cls": (entropy * weights).sum() / normalizer, "box": (l1 * weights[positives.index]).sum() / normalizer}
-        if prediction.rpn is not None:
-            first = self.rpn.loss(prediction.rpn, batch).terms
+        if prediction.first is not None:
+            first = self.rpn.loss(prediction.first, batch).terms
             terms |= {f"rpn_{name}": value for name, value in first.items()}
         return Losses(terms)
 
@@ -359,7 +374,6 @@ class TinyRegions(TinyDetector):
 class TinyQueries(TinyDetector):
     """Two decoder layers of self- and cross-attention over all cells; sigmoid; boxes move from their reference."""
 
-    head_prefixes = ("neck.", "content", "position", "reference", "layers.", "logits.", "deltas.")
     num_queries, num_layers = 5, 2
 
     @seeded
@@ -404,8 +418,8 @@ class TinyQueries(TinyDetector):
             return Queries(*stacked, seed)
         return Queries(*stacked, seed, torch.stack(seen), self_attention=torch.stack(among))
 
-    def predict(self, features: Features, batch: Batch) -> Queries:
-        return self.decode(features, self.seed(features, batch), batch)
+    def predict(self, features: Features, batch: Batch, attention: bool = False) -> Queries:
+        return self.decode(features, self.seed(features, batch), batch, attention)
 
     def assign(self, prediction: Queries, batch: Batch) -> Assignment:
         """In every layer the cheapest pair of query and box, again and again, until all boxes are taken."""

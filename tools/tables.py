@@ -25,7 +25,7 @@ from detdistill.detectors.contract import Detector, Teacher
 from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.probe import CHECKS, Probed, probe_all, tiny_detector
 from detdistill.methods.shared.compose import build_method, method_class, method_slugs
-from detdistill.methods.shared.contract import PairError
+from detdistill.methods.shared.needs import PairError
 from detdistill.settings import DistillSettings, TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -99,7 +99,9 @@ def distill(
     from detdistill.methods.shared.compose import build_method, parse_methods
     from detdistill.progress import Progress
 
-    needing = [kind.slug for kind, _ in parse_methods(wanted.method) if kind.needs.teacher]  # misspelt methods are said first
+    needing = [
+        kind.slug for kind, given in parse_methods(wanted.method) if kind.needs(**given).teacher is not None
+    ]  # misspelt methods are said first
     if teacher is None and wanted.cache is None and needing:
         raise RunError(f"teacher: {', '.join(needing)} needs one (--teacher), or what it said (--cache)")
     if teacher is None and wanted.inherit:

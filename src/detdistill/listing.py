@@ -18,7 +18,7 @@ def show_methods(teacher: str | None = None, student: str | None = None) -> None
     """All methods; with a student (and a teacher), whether each can serve the pair, found by building it."""
     from detdistill.detectors.contract import Teacher
     from detdistill.methods.shared.compose import build_method, method_class, method_slugs
-    from detdistill.methods.shared.contract import PairError
+    from detdistill.methods.shared.needs import PairError
 
     table = Table("method", "paper", *(["serves this pair"] if student else []))
     learner = frozen = None

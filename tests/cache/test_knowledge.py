@@ -13,7 +13,7 @@ from detdistill.cache.storage import CacheError
 from detdistill.data.transforms import ViewSettings
 from detdistill.detectors.contract import Teacher
 from detdistill.methods.shared.compose import build_method, method_slugs, parse_methods
-from detdistill.methods.shared.contract import PairError
+from detdistill.methods.shared.needs import PairError
 from detdistill.structures import Observation, TaughtTogether
 from tests.methods.contract_checks import MIDDLE, assert_same, one_by_one
 from tests.tiny import TinyDense, tiny_batch
@@ -96,11 +96,11 @@ def test_a_source_serves_every_method_whose_knowledge_is_there(filled, text):
     method.source = cache.source(text)
     taught = method.taught(batch)
     assert type(taught) is (TaughtTogether if "+" in text else Observation)
-    actual = method.step(student, batch, MIDDLE).terms
+    actual = method.step(student, batch, method.teach(batch), MIDDLE).terms
     online = build_method(text, teacher, TinyDense(seed=2))
     online.load_state_dict(method.state_dict())
     torch.manual_seed(4)
-    assert_same(online.step(student, batch, MIDDLE).terms, actual, "", rtol=1e-6, atol=1e-6)
+    assert_same(online.step(student, batch, online.teach(batch), MIDDLE).terms, actual, "", rtol=1e-6, atol=1e-6)
 
 
 def test_every_method_can_be_built_from_a_description_of_the_teacher_or_says_why(filled):

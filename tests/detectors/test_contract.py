@@ -13,7 +13,7 @@ from detdistill.detectors.contract import (
     HasTowers,
     Teacher,
 )
-from detdistill.structures import Assignment, Batch, Origin, QuerySeed, Target, View
+from detdistill.structures import Assignment, Batch, Look, Origin, QuerySeed, Target, View
 from tests.methods.contract_checks import assert_same, without_boxes
 from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
 
@@ -447,7 +447,7 @@ def test_teacher_is_frozen_in_eval_mode_and_no_module():
     holder.train()
     assert not detector.training
     assert not holder.state_dict()
-    seen = teacher.observe(tiny_batch(2), prediction=True)
+    seen = teacher.observe(tiny_batch(2), Look(prediction=True))
     assert not seen.prediction.logits.requires_grad
     assert teacher.spec is detector.spec
 
@@ -457,9 +457,9 @@ def test_teacher_runs_once_for_a_batch_and_answers_only_what_was_asked():
     teacher = Teacher(detector)
     first = teacher.observe(batch)
     assert (first.backbone_features, first.prediction) == (None, None)
-    second = teacher.observe(batch, prediction=True)
+    second = teacher.observe(batch, Look(prediction=True))
     assert second.features is first.features
-    third = teacher.observe(batch, prediction=True, backbone=True)
+    third = teacher.observe(batch, Look(backbone=True, prediction=True))
     assert third.prediction is second.prediction
     assert detector.calls == ["features", "predict"]
     again = teacher.observe(batch)
@@ -478,7 +478,7 @@ def test_teacher_without_backbone_features_says_so():
             return TinyDense().features(batch)
 
     with pytest.raises(TypeError, match="tinydense:patches shows no backbone features"):
-        Teacher(Bare()).observe(tiny_batch(1), backbone=True)
+        Teacher(Bare()).observe(tiny_batch(1), Look(backbone=True))
 
 
 def test_padding_is_judged_by_views():

@@ -14,7 +14,7 @@ from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.detectors.probe import probe_batch, tiny_name
 from detdistill.methods.shared.compose import build_method
-from detdistill.methods.shared.contract import PairError
+from detdistill.methods.shared.needs import PairError
 from detdistill.structures import Clock
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from detdistill.detectors.contract import Teacher
 from detdistill.detectors.wrap import wrap
 from detdistill.errors import ModelError
 from detdistill.methods.pkd import PKD
-from detdistill.structures import Clock, Detections, Features, Observation
+from detdistill.structures import Clock, Detections, Features, Look, Observation
 from tests.tiny import TinyDense, tiny_batch
 
 
@@ -53,7 +53,7 @@ def test_five_lines_make_a_student_that_follows_a_teacher(net):
     optimizer = torch.optim.Adam([*student.parameters(), *method.parameters()], lr=0.02)
     batch, totals = tiny_batch(count=4), []
     for step in range(25):
-        losses = method.step(student, batch, Clock(step, 25))
+        losses = method.step(student, batch, method.teach(batch), Clock(step, 25))
         optimizer.zero_grad()
         losses.total().backward()
         assert all(parameter.grad is not None for parameter in student.parameters())
@@ -176,7 +176,7 @@ def test_what_a_wrapped_model_cannot_do_is_said(net):
 
 def test_knowledge_of_a_wrapped_teacher_is_split_and_stacked(net):
     teacher = Teacher(wrap(net, taps=["stem", "down"]))
-    observed = teacher.observe(tiny_batch(), prediction=True)
+    observed = teacher.observe(tiny_batch(), Look(prediction=True))
     pieces = observed.split(2)
     assert type(pieces[0].features) is Features
     assert pieces[0].prediction.own is None

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.cache.encoding import decode, encode
-from detdistill.detectors.contract import Detector, Teacher
-from detdistill.methods.shared.contract import Method, PairError, Stage
-from detdistill.structures import Batch, Clock, Losses, Target, Taught
+from detdistill.detectors.contract import PREDICTION, Detector, HasQueries, Teacher
+from detdistill.methods.fitnet import FitNet
+from detdistill.methods.pkd import PKD
+from detdistill.methods.shared.contract import Composition, Method, Source, Stage, part_of, teach_by_canvas
+from detdistill.methods.shared.hyper_parameters import checked_settings
+from detdistill.methods.shared.needs import PairError
+from detdistill.structures import Batch, Clock, Losses, Observation, Target, Taught
 from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
 
 MIDDLE = Clock(step=5, total=10, epoch=1)
@@ -30,7 +34,8 @@ def check_method(method_class: type[Method], **hyperparameters: Any) -> list[str
     """
     checked = []
     students: list[type[Detector]] = [TinyDense, TinyRegions, TinyQueries]
-    teachers: list[type[Detector] | None] = [*students] if method_class.needs.teacher else [None]
+    needs = method_class.needs(**checked_settings(method_class.slug, method_class, hyperparameters))
+    teachers: list[type[Detector] | None] = [None] if needs.teacher is None else [*students]
     for teacher_class in teachers:
         for student_class in students:
             for channels in (8, 16) if teacher_class else (8,):
@@ -61,14 +66,18 @@ class _Pair:
     teacher: Teacher | None = None
     student: Detector | None = None
 
-    def build(self, seed: int = 2) -> Method:
-        """A new student and method on the same teacher, the same for equal seeds."""
+    def build(self, seed: int = 2, composed: bool = False) -> Method:
+        """A new student and method on the same teacher, the same for equal seeds; ``composed``: beside another method."""
         with torch.random.fork_rng(devices=[]):
             if self.teacher is None and self.teacher_class is not None:
                 self.teacher = Teacher(self.teacher_class(channels=(self.channels, self.channels), seed=1))
             self.student = self.student_class(seed=seed)
             torch.manual_seed(seed)
-            return self.method_class(self.teacher, self.student, **self.hyperparameters)
+            method = self.method_class(self.teacher, self.student, **self.hyperparameters)
+            if not composed:
+                return method
+            other = FitNet if self.method_class is PKD else PKD
+            return Composition([method, other(self.teacher or Teacher(TinyDense(seed=1)), self.student)], self.student)
 
     def forget(self) -> None:
         if self.teacher is not None:
@@ -81,9 +90,12 @@ def _check_pair(pair: _Pair) -> None:
     check_state_dict(pair)
     check_images_without_boxes(pair)
     check_half_precision(pair)
+    check_arithmetic_is_exact_under_autocast(pair)
     check_one_image(pair)
     check_split_and_stack(pair)
-    check_offline(pair)
+    check_distill_weight(pair)
+    for composed in (False, True):
+        check_offline(pair, composed)
 
 
 def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -111,10 +123,15 @@ def assert_same(first: Any, second: Any, message: str, rtol: float = 0.0, atol: 
         )
 
 
+def observe(method: Method, student: Detector, batch: Batch) -> Observation:
+    """The student's pass, with all that the method looks at."""
+    return student(batch, PREDICTION | method.requirements.student)
+
+
 def learn(method: Method, student: Detector, batch: Batch, taught: Taught | None, clock: Clock = MIDDLE) -> Losses:
     """One seeded student pass and what the method makes of it."""
     torch.manual_seed(7)
-    return method.learn(student, student(batch), taught, batch, clock)
+    return method.learn(student, observe(method, student, batch), taught, batch, clock)
 
 
 def check_teach_is_independent_of_student(pair: _Pair) -> None:
@@ -126,7 +143,8 @@ def check_teach_is_independent_of_student(pair: _Pair) -> None:
     for path, tensor in tensors(before):
         assert not tensor.requires_grad, f"teach{path} carries a gradient"
     kept = copy.deepcopy(before)
-    losses = Losses.merge([method.supervise(student, student(batch), before, batch), learn(method, student, batch, before)])
+    supervised = method.supervise(student, observe(method, student, batch), before, batch)
+    losses = Losses.merge([supervised, learn(method, student, batch, before)])
     losses.total().backward()
     assert_same(before, kept, "supervise or learn changed what was taught in place: ")
     with torch.no_grad():
@@ -171,11 +189,17 @@ def run_stage(stage: Stage, student: Detector, method: Method, batch: Batch, clo
     for parameter, required in before.items():
         parameter.requires_grad_(required and parameter in chosen)
         parameter.grad = None
-    losses = stage.step(batch, clock)
+    losses = stage_losses(stage, batch, clock)
     losses.total().backward()
     for parameter, required in before.items():
         parameter.requires_grad_(required)
     return losses
+
+
+def stage_losses(stage: Stage, batch: Batch, clock: Clock = MIDDLE) -> Losses:
+    """One step of a stage on what its method is taught online."""
+    taught = None if stage.learns_from is None else teach_by_canvas(stage.learns_from, batch)
+    return stage.step(batch, taught, clock)
 
 
 def check_state_dict(pair: _Pair) -> None:
@@ -209,7 +233,7 @@ def check_images_without_boxes(pair: _Pair) -> None:
             student = pair.student
             pair.forget()
             taught = method.teach(batch)
-            supervised = method.supervise(student, student(batch), taught, batch)
+            supervised = method.supervise(student, observe(method, student, batch), taught, batch)
             losses = Losses.merge([supervised, learn(method, student, batch, taught, clock)])
             for name, value in (*losses.terms.items(), *losses.monitors.items()):
                 assert bool(torch.isfinite(value).all()), f"{name} is {value} with {len(images)} images without boxes"
@@ -220,19 +244,58 @@ def check_images_without_boxes(pair: _Pair) -> None:
 
 
 def check_half_precision(pair: _Pair) -> None:
-    """Under bf16 autocast the losses are float32 scalars, finite and differentiable."""
+    """In a bf16 run the losses of every stage are float32 scalars, finite and differentiable."""
     method, batch = pair.build(), tiny_batch(3)
-    student = pair.student
-    pair.forget()
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = learn(method, student, batch, method.teach(batch))
-    for name, value in losses.terms.items():
-        assert value.dtype == torch.float32, f"{name} is {value.dtype} under bf16 autocast; cast before the loss"
-        assert value.shape == (), f"{name} is no scalar: {tuple(value.shape)}"
-        assert bool(torch.isfinite(value)), f"{name} is {value} under bf16 autocast"
-    losses.total().backward()
-    for name, p in (*student.named_parameters(), *method.named_parameters()):
-        assert p.grad is None or bool(torch.isfinite(p.grad).all()), f"gradient of {name} is not finite under bf16 autocast"
+    for stage in method.stages(pair.student):
+        pair.forget()
+        pair.student.zero_grad(), method.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = stage_losses(stage, batch)
+        for name, value in losses.terms.items():
+            assert value.dtype == torch.float32, f"{name} is {value.dtype} in a bf16 run; compute it in full_precision"
+            assert value.shape == (), f"{name} is no scalar: {tuple(value.shape)}"
+            assert bool(torch.isfinite(value)), f"{name} is {value} in a bf16 run"
+        losses.total().backward()
+        for name, p in (*pair.student.named_parameters(), *method.named_parameters()):
+            assert p.grad is None or bool(torch.isfinite(p.grad).all()), f"gradient of {name} is not finite in a bf16 run"
+
+
+def check_arithmetic_is_exact_under_autocast(pair: _Pair) -> None:
+    """Networks apart, a step computes in a bf16 run just what it computes without autocast."""
+    found = []
+    for enabled in (False, True):
+        method, batch = pair.build(), tiny_batch(3)
+        for detector in (pair.student, *([pair.teacher.detector] if pair.teacher else [])):
+            keep_exact(detector)
+        pair.forget()
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(stage_losses(method.stages(pair.student)[-1], batch).terms)
+    assert_same(found[1], found[0], "a loss is computed in half precision in a bf16 run: ")
+
+
+def keep_exact(detector: Detector) -> None:
+    """Let a detector's parts run without autocast, whatever the caller does."""
+    for name in ("observe_features", "observe_head", "decode", "predict", "tower", "finish", "regions", "proposals", "neck"):
+        part = getattr(detector, name, None)
+        if part is not None and not isinstance(part, nn.Module):
+            setattr(detector, name, torch.autocast("cpu", enabled=False)(part))
+
+
+def check_distill_weight(pair: _Pair) -> None:
+    """The terms of the distillation say that they are, in every stage that learns from what was taught."""
+    method, batch = pair.build(), tiny_batch(3)
+    for stage in method.stages(pair.student):
+        pair.forget()
+        losses = stage_losses(stage, batch)
+        if stage.learns_from is None:
+            assert not losses.distilled, f"stage {stage.name} distils nothing"
+            continue
+        own = set(pair.student.loss(pair.student(batch).prediction, batch).terms)
+        assert losses.distilled >= set(losses.terms) - own, f"stage {stage.name}: {set(losses.terms) - losses.distilled - own}"
+        doubled = losses.with_distilled_scaled(2.0)
+        for name, term in losses.terms.items():
+            assert torch.equal(doubled.terms[name], 2 * term if name in losses.distilled else term), name
 
 
 def check_one_image(pair: _Pair) -> None:
@@ -262,21 +325,21 @@ def check_split_and_stack(pair: _Pair) -> None:
     assert_same(actual, expected, "split and stacked knowledge gives another loss: ", rtol=1e-6, atol=1e-7)
 
 
-def check_offline(pair: _Pair) -> None:
+def check_offline(pair: _Pair, composed: bool = False) -> None:
     """Learning from records of single images gives the online losses, without the teacher, with images of unequal size.
 
-    Once with all images on one canvas, once with a canvas for each size. The teacher stays only where the method uses its
-    modules.
+    In every stage that learns from what was taught; once with all images on one canvas, once with a canvas for each size.
+    The teacher stays only where the method uses its modules.
     """
     whole = tiny_batch(3)
     apart = dataclasses.replace(whole, canvases_hw=tuple(view.size_hw for view in whole.views))
     for batch in (whole, apart):
         pair.forget()
-        online = pair.build()
+        online = pair.build(composed=composed)
         if online.teach(batch) is None:
             return
         pair.forget()
-        expected = _all_steps(online, pair.student, batch)
+        expected = _all_steps(online, pair.student, batch, teach_by_canvas)
         records = {}
         for image in range(len(batch)):
             pair.forget()
@@ -285,19 +348,20 @@ def check_offline(pair: _Pair) -> None:
             record = encode(piece, "float32")
             records[batch.ids[image], batch.views[image].key] = record
         teacher = pair.teacher
-        if teacher is not None and not pair.method_class.why_live_teacher(pair.hyperparameters):
-            pair.teacher = AbsentTeacher(teacher.spec, teacher.fingerprint)
-        offline = pair.build()
+        settings = checked_settings(pair.method_class.slug, pair.method_class, pair.hyperparameters)
+        if teacher is not None and not pair.method_class.needs(**settings).why_live():
+            queries = teacher.queries if isinstance(teacher.detector, HasQueries) else None
+            pair.teacher = AbsentTeacher(dataclasses.replace(teacher.spec, queries=queries), teacher.fingerprint)
+        offline = pair.build(composed=composed)
         pair.teacher = teacher
         offline.load_state_dict(online.state_dict())  # what earlier stages trained comes with the cache
 
-        def source(asked: Batch, records=records) -> Taught:
+        def source(method: Method, asked: Batch, records=records, root=offline) -> Taught:
             found = [records[key] for key in zip(asked.ids, (view.key for view in asked.views), strict=True)]
             pieces = [decode(record.layout, bytearray(record.data)) for record in found]
-            return type(pieces[0]).stack(pieces)
+            return part_of(type(pieces[0]).stack(pieces), root, method)
 
-        offline.source = source
-        actual = _all_steps(offline, pair.student, batch)
+        actual = _all_steps(offline, pair.student, batch, source)
         assert_same(actual, expected, "learning from records gives another loss: ", rtol=1e-6, atol=1e-6)
 
 
@@ -308,13 +372,14 @@ def one_by_one(batch: Batch) -> Iterator[tuple[int, Batch]]:
         yield image, batch._on_canvas([image], canvases[image])
 
 
-def _all_steps(method: Method, student: Detector, batch: Batch) -> dict[str, Tensor]:
+def _all_steps(method: Method, student: Detector, batch: Batch, source: Source) -> dict[str, Tensor]:
     """Losses of all stages that learn from what was taught."""
     found: dict[str, Tensor] = {}
     for stage in method.stages(student):
-        if stage.depends_on:
+        if stage.learns_from is None:
             continue
         torch.manual_seed(7)
         with torch.no_grad():
-            found |= {f"{stage.name}/{name}": term for name, term in stage.step(batch, MIDDLE).terms.items()}
+            terms = stage.step(batch, source(stage.learns_from, batch), MIDDLE).terms
+            found |= {f"{stage.name}/{name}": term for name, term in terms.items()}
     return found

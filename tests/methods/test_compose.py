@@ -4,8 +4,10 @@ import pytest
 
 import detdistill
 from detdistill.detectors.contract import Teacher
-from detdistill.methods.shared.compose import MethodError, build_method, method_class, method_slugs, parse_methods
-from detdistill.methods.shared.contract import Composition, PairError
+from detdistill.methods.shared.compose import build_method, method_class, method_slugs, parse_methods
+from detdistill.methods.shared.contract import Composition
+from detdistill.methods.shared.hyper_parameters import MethodError
+from detdistill.methods.shared.needs import PairError
 from tests.tiny import TinyDense, TinyRegions
 
 

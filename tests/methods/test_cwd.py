@@ -6,9 +6,9 @@ import torch
 
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
-from detdistill.functional import cwd_logit_map, cwd_loss
+from detdistill.losses import cwd_logit_map, cwd_loss
 from detdistill.methods.cwd import CWD
-from detdistill.methods.shared.contract import PairError
+from detdistill.methods.shared.needs import PairError
 from detdistill.structures import Clock, Dense
 from tests.golden import Golden, assert_golden
 from tests.methods.contract_checks import check_method

@@ -7,9 +7,9 @@ from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
-from detdistill.functional import d3etr_loss, d3etr_match, d3etr_terms
+from detdistill.losses import d3etr_loss, d3etr_match, d3etr_terms
 from detdistill.methods.d3etr import D3ETR, D3ETRQueries, D3ETRWeights, gathered_attention, spread_attention
-from detdistill.methods.shared.contract import PairError
+from detdistill.methods.shared.needs import PairError
 from detdistill.structures import Clock, Losses
 from tests.detectors.dense.shared import unequal_batch
 from tests.golden import Golden, assert_golden
@@ -371,7 +371,7 @@ def build(family, seed=0, **changes):
 def check_real(teacher, student, batch, **settings):
     """A step: finite terms; gradients reach encoder and decoder of the student, and none the teacher."""
     method = D3ETR(Teacher(teacher), student.train(), **settings)
-    losses = method.step(student, batch, CLOCK)
+    losses = method.step(student, batch, method.teach(batch), CLOCK)
     kinds = [f"{matching}_{name}" for matching in method.matchings for name in ALL if f"{matching}_{name}" in losses.terms]
     only = Losses({name: losses.terms[name] for name in kinds}).total()
     assert bool(torch.isfinite(only))

@@ -9,7 +9,7 @@ from torch import nn
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
-from detdistill.functional import (
+from detdistill.losses import (
     detrdistill_contrastive_loss,
     detrdistill_feature_loss,
     detrdistill_layers,
@@ -22,7 +22,7 @@ from detdistill.functional import (
     detrdistill_split_loss,
 )
 from detdistill.methods.detrdistill import ContrastiveHead, DETRDistill, LogitsWeights
-from detdistill.methods.shared.contract import PairError
+from detdistill.methods.shared.needs import PairError
 from detdistill.structures import Assignment, Batch, Clock, Queries, QuerySeed, Target, View
 from tests.golden import Golden, assert_golden
 from tests.methods.contract_checks import check_method, without_boxes
@@ -647,7 +647,7 @@ def test_the_students_points_are_its_own():
     student.decode = lambda features, seed, batch, attention=False: given.append(seed) or decode(features, seed, batch, attention)
     method = build(student, Pointed(seed=1))
     given.clear()
-    method.step(student, batch, NOW)
+    method.step(student, batch, method.teach(batch), NOW)
     assert [seed.reference is None for seed in given] == [False, True]
 
 
@@ -720,7 +720,7 @@ def check_library_pair(kind):
     batch = tiny_batch(2)
     teacher, student = tiny_detector(kind, 1), tiny_detector(kind, 2)
     method = DETRDistill(Teacher(teacher), student)
-    losses = method.step(student, batch, NOW)
+    losses = method.step(student, batch, method.teach(batch), NOW)
     assert {"logits_cls", "logits_l1", "logits_giou", "feature", "assignment"} <= losses.terms.keys()
     assert all(bool(torch.isfinite(term)) for term in losses.terms.values())
     losses.total().backward()

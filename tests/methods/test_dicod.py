@@ -14,12 +14,13 @@ from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.detectors.probe import tiny_name
 from detdistill.errors import DetdistillError, ModelError
-from detdistill.functional import dicod_classification_loss, dicod_localization_loss, dicod_pooled, dicod_sample
 from detdistill.functional.crops import clamp_boxes, crop_boxes
+from detdistill.losses import dicod_classification_loss, dicod_localization_loss, dicod_pooled, dicod_sample
 from detdistill.methods import dicod
 from detdistill.methods.dicod import DICOD, Classifier, DICODTaught, as_teacher, jittered, large_enough
 from detdistill.methods.shared.compose import build_method
-from detdistill.methods.shared.contract import Composition, PairError
+from detdistill.methods.shared.contract import Composition
+from detdistill.methods.shared.needs import PairError
 from detdistill.structures import Clock, Target, TaughtTogether, map_tensors
 from tests.golden import Golden, assert_golden
 from tests.methods.contract_checks import check_method, run_stage, tensors, without_boxes

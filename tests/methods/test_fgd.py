@@ -6,8 +6,8 @@ from torch import nn
 
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
-from detdistill.functional import fgd_loss, fgd_masks, fgd_terms
 from detdistill.functional.attention import channel_attention, spatial_attention
+from detdistill.losses import fgd_loss, fgd_masks, fgd_terms
 from detdistill.methods.fgd import FGD, ContextBlock, FGDTerms
 from detdistill.structures import Clock, Target
 from tests.golden import Golden, assert_golden

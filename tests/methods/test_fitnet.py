@@ -7,8 +7,8 @@ import torch
 
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
-from detdistill.functional import fitnet_loss, fitnet_modified_loss, fitnet_normalized_loss
 from detdistill.functional.masks import foreground_mask
+from detdistill.losses import fitnet_loss, fitnet_modified_loss, fitnet_normalized_loss
 from detdistill.methods.fitnet import FitNet, FitNetAttentionAdapter
 from detdistill.methods.shared.align import LevelPair
 from detdistill.structures import Clock
@@ -231,8 +231,8 @@ def test_hints_come_first_and_alone():
     method = FitNet(Teacher(TinyDense(seed=2)), student, hint_share=0.5)
     hint, distill = method.stages(student)
     assert (hint.name, hint.share, hint.evaluates) == ("hint", 0.5, None)
-    assert set(hint.step(batch, Clock(0, 1)).terms) == {"fitnet"}
-    assert set(distill.step(batch, Clock(0, 1)).terms) == {"cls", "box"}
+    assert set(hint.step(batch, method.teach(batch), Clock(0, 1)).terms) == {"fitnet"}
+    assert set(distill.step(batch, method.teach(batch), Clock(0, 1)).terms) == {"cls", "box"}
     assert len(FitNet(Teacher(TinyDense(seed=2)), student).stages(student)) == 1
 
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
-from detdistill.functional import fkd_attention, fkd_loss, fkd_relations
 from detdistill.functional.attention import channel_attention, spatial_attention
+from detdistill.losses import fkd_attention, fkd_loss, fkd_relations
 from detdistill.methods.fkd import FKD, FKDLevel, FKDTerms, NonLocalBlock
 from detdistill.structures import Clock
 from tests.golden import Golden, assert_golden

@@ -8,10 +8,10 @@ from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
-from detdistill.functional import kd_detr_loss, kd_detr_terms, kd_detr_weights
+from detdistill.losses import kd_detr_loss, kd_detr_terms, kd_detr_weights
 from detdistill.methods.kd_detr import KDDETR
-from detdistill.methods.shared.contract import PairError
-from detdistill.structures import Clock, Losses
+from detdistill.methods.shared.needs import PairError
+from detdistill.structures import Clock, Look, Losses
 from detdistill.training.from_cache import why_live_teacher
 from tests.golden import Golden, assert_golden
 from tests.methods.contract_checks import check_method, without_boxes
@@ -195,7 +195,7 @@ def test_terms_are_those_of_the_pure_function():
     batch = tiny_batch(2)
     with torch.no_grad():
         losses = learn(method, student, batch)
-        theirs = teacher.observe(batch, prediction=True).prediction
+        theirs = teacher.observe(batch, Look(prediction=True)).prediction
         mine = student.decode(student.features(batch), theirs.seed, batch)
     w = kd_detr_weights(theirs.logits[-1])
     terms = kd_detr_terms(mine.logits, mine.boxes_cxcywh01, theirs.logits[-1], theirs.boxes_cxcywh01[-1], w, 3.0)
@@ -339,7 +339,7 @@ def check_real(teacher, student, **settings):
     """A step: finite, and gradients reach the student's decoder and the method's layers, none the teacher."""
     batch = tiny_batch(2, 128)
     method = KDDETR(Teacher(teacher), student.train(), general_points=5, **settings)
-    losses = method.step(student, batch, CLOCK)
+    losses = method.step(student, batch, method.teach(batch), CLOCK)
     kinds = [f"{group}_{name}" for group in ("specific", "general") for name in ("cls_sum", "l1", "giou")]
     assert set(kinds) <= set(losses.terms)
     taught = method.teach(batch)

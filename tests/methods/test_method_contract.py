@@ -13,7 +13,8 @@ from detdistill.detectors.contract import (
     Teacher,
 )
 from detdistill.methods.pkd import PKD
-from detdistill.methods.shared.contract import Composition, Method, Needs, PairError, Stage, check_pair
+from detdistill.methods.shared.contract import Composition, Method, Stage
+from detdistill.methods.shared.needs import Needs, PairError, check_pair
 from detdistill.structures import Assignment, Clock, Losses, Observation, Taught, TaughtTogether
 from tests.methods.contract_checks import MIDDLE, assert_same, check_method, run_stage
 from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
@@ -135,7 +136,7 @@ def test_a_teacher_free_method_needs_none_and_says_so_when_asked():
 def test_a_step_is_the_own_loss_and_what_was_learned():
     teacher, student, batch = Teacher(TinyDense(seed=1)), TinyDense(seed=2), tiny_batch(2)
     method = Mimic(teacher, student, weight=3.0)
-    losses = method.step(student, batch, CLOCK)
+    losses = method.step(student, batch, method.teach(batch), CLOCK)
     seen = student(batch)
     own = student.loss(seen.prediction, batch).terms
     assert list(losses.terms) == ["cls", "box", "maps"]
@@ -189,11 +190,11 @@ def test_a_composition_runs_the_shared_teacher_once_and_adds_all_losses():
     teacher, student, batch = Teacher(Counting(seed=1)), TinyDense(seed=2), tiny_batch(2)
     parts = [PKD(teacher, student), Soft(teacher, student), Mimic(teacher, student)]
     together = Composition(parts, student)
-    losses = together.step(student, batch, CLOCK)
+    losses = together.step(student, batch, together.teach(batch), CLOCK)
     assert Counting.runs == 1
     assert list(losses.terms) == ["cls", "box", "pkd/pkd", "soft_toy/scores", "mimic_toy/maps"]
     assert list(losses.monitors) == ["soft_toy/gap"]
-    alone = [method.step(student, batch, CLOCK) for method in parts]
+    alone = [method.step(student, batch, method.teach(batch), CLOCK) for method in parts]
     assert Counting.runs == 1
     torch.testing.assert_close(losses.terms["pkd/pkd"], alone[0].terms["pkd"], rtol=0, atol=0)
     torch.testing.assert_close(losses.terms["soft_toy/scores"], alone[1].terms["scores"], rtol=0, atol=0)
@@ -237,7 +238,10 @@ def test_two_teachers_run_once_each():
 def test_one_override_of_the_own_loss_is_used_and_two_are_refused():
     teacher, student, batch = Teacher(TinyDense(seed=1)), TinyDense(seed=2), tiny_batch(2)
     together = Composition([PKD(teacher, student), Doubled(None, student)], student)
-    terms, own = together.step(student, batch, CLOCK).terms, student.loss(student(batch).prediction, batch).terms
+    terms, own = (
+        together.step(student, batch, together.teach(batch), CLOCK).terms,
+        student.loss(student(batch).prediction, batch).terms,
+    )
     assert list(terms) == ["cls", "box", "pkd/pkd", "doubled_toy/size"]
     assert torch.equal(terms["cls"], 2 * own["cls"])
     with pytest.raises(PairError, match=r"^doubled_toy and tripled_toy both replace the student's own loss"):
@@ -303,7 +307,7 @@ class Staged(Mimic):
         return (
             Stage("warm", self._warm, lambda clock: (self.encoder,), None, 0.25, "fingerprint"),
             Stage("rebuild", self._rebuild, lambda clock: (self.encoder, self.decoder), None, 0.5),
-            Stage("distill", lambda batch, clock: self.step(student, batch, clock), trains, student),
+            Stage("distill", lambda batch, clock: self.step(student, batch, self.teach(batch), clock), trains, student),
         )
 
 

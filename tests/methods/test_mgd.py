@@ -6,7 +6,7 @@ import torch
 
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
-from detdistill.functional import mgd_keep, mgd_loss
+from detdistill.losses import mgd_keep, mgd_loss
 from detdistill.methods.mgd import MGD, MGDGeneration
 from detdistill.structures import Clock
 from tests.golden import Golden, assert_golden

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from detdistill.functional import pkd_loss
+from detdistill.losses import pkd_loss
 from tests.golden import Golden, assert_golden
 
 

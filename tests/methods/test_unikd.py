@@ -8,7 +8,6 @@ from torchvision.ops import box_convert, box_iou
 
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
-from detdistill.functional import unikd_boxes, unikd_loss
 from detdistill.functional.deformable import (
     Cells,
     DeformableAttention,
@@ -17,7 +16,8 @@ from detdistill.functional.deformable import (
     places_of_cells,
     valid_ratios,
 )
-from detdistill.methods.shared.contract import PairError
+from detdistill.losses import unikd_boxes, unikd_loss
+from detdistill.methods.shared.needs import PairError
 from detdistill.methods.unikd import LevelSource, UniKD, frozen, level_sources, pyramid_of
 from detdistill.structures import Clock, Target
 from tests.golden import Golden
@@ -402,7 +402,7 @@ def test_levels_by_nearest_stride(student, teacher, expected):
 def test_unequal_pyramids(teacher, student):
     method, batch = build(teacher, student), tiny_batch(3)
     assert method.channels == max(teacher.spec.channels)
-    losses = method.step(student, batch, Clock(0, 1))
+    losses = method.step(student, batch, method.teach(batch), Clock(0, 1))
     losses.total().backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in student.parameters() if p.grad is not None)
     assert float(student.backbone[0].weight.grad.abs().max()) > 0

@@ -18,7 +18,8 @@ from detdistill.detectors.contract import Detector, Teacher
 from detdistill.detectors.load import load_detector
 from detdistill.methods.mgd import MGD
 from detdistill.methods.pkd import PKD
-from detdistill.methods.shared.contract import Method, Needs, Stage
+from detdistill.methods.shared.contract import Method, Stage
+from detdistill.methods.shared.needs import Needs
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, TrainSettings
 from detdistill.structures import Batch, Clock, Losses

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import NoReturn
 
 from detdistill.cache.storage import CacheError
-from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
-from detdistill.structures import Assignment, Batch, Detections, Features, Losses, Observation, Positives, Prediction
+from detdistill.detectors.contract import FEATURES, Detector, DetectorSpec, Teacher
+from detdistill.functional.query_seeds import QuerySpec
+from detdistill.structures import Assignment, Batch, Detections, Features, Look, Losses, Observation, Positives, Prediction
 
 
 class SpecOnly(Detector):
@@ -55,11 +57,27 @@ class SpecOnly(Detector):
 class AbsentTeacher(Teacher):
     """Its ``spec`` and ``fingerprint`` are the real teacher's; it cannot be observed."""
 
+    present = False
+
     def __init__(self, spec: DetectorSpec, fingerprint: str) -> None:
         super().__init__(SpecOnly(spec))
         self.fingerprint = fingerprint
 
-    def observe(self, batch: Batch, *, backbone: bool = False, prediction: bool = False) -> Observation:
+    @functools.cached_property
+    def queries(self) -> QuerySpec:
+        """What the teacher's queries are made of, as the cache says.
+
+        Raises:
+            CacheError: it does not.
+        """
+        if self.spec.queries is None:
+            raise CacheError(
+                f"teacher {self.spec.name}: the cache does not say what its queries are made of, because it was made by an "
+                f"earlier version or of another kind of detector; make it anew, or give the teacher too (--teacher)"
+            )
+        return self.spec.queries
+
+    def observe(self, batch: Batch, look: Look = FEATURES) -> Observation:
         """An error.
 
         Raises:

@@ -62,6 +62,8 @@ class Lecture:
         moved = batch.to(self.device)
         said: list[list[Taught]] = []
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
+            if isinstance(self.method, Composition):
+                self.method.look_at_teachers(moved)
             for part in self.asked:
                 taught = part.teach(moved)
                 if taught is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from detdistill.cache.encoding import DEFLATED, STORES, Store, decode, encode
 from detdistill.cache.storage import CacheError
 from detdistill.detectors.contract import Detector
-from detdistill.methods.shared.contract import Method
+from detdistill.methods.shared.contract import Method, part_of
 from detdistill.structures import Batch, Clock, Taught, TaughtTogether
 
 LARGEST_CHANGE = 0.01
@@ -111,7 +111,7 @@ def loss_changes(method: Method, student: Detector, batch: Batch, pieces: Sequen
     """How much the largest change of any loss term is when knowledge is kept in each store instead of as it is.
 
     Args:
-        method: with ``source`` unset.
+        method: one, or a composition.
         student: an untrained one; it and the method are left as they were.
         batch: on one canvas.
         pieces: what was taught about each of its images, for each part of ``method``.
@@ -139,11 +139,8 @@ def _losses(method: Method, student: Detector, batch: Batch, pieces: Sequence[tu
             continue
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
-            method.source = lambda _: stacked
-            try:
-                losses = stage.step(batch, MIDDLE)
-            finally:
-                method.source = None
+            taught = None if stage.learns_from is None else part_of(stacked, method, stage.learns_from)
+            losses = stage.step(batch, taught, MIDDLE)
         found |= {f"{stage.name}/{name}": term for name, term in losses.terms.items()}
     student.load_state_dict(state[0])
     method.load_state_dict(state[1])

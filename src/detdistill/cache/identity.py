@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from detdistill.cache.storage import CacheError
 from detdistill.data.transforms import PADDING_MULTIPLE, ViewSettings
 from detdistill.data.views import endless, variants
+from detdistill.detectors.contract import FEATURES
 from detdistill.methods.shared.compose import parse_methods
 from detdistill.methods.shared.contract import Method
 
@@ -27,15 +27,12 @@ def knowledge_of(methods: str) -> list[Knowledge]:
     return [_knowledge(kind, given) for kind, given in parse_methods(methods)]
 
 
-def _knowledge(kind: type[Method], given: Mapping[str, Any]) -> Knowledge:
+def _knowledge(kind: type[Method[Any]], settings: Mapping[str, Any]) -> Knowledge:
     if kind.teach is Method.teach:
-        return {
-            "teach": "observation",
-            "backbone": kind.needs.teacher_backbone,
-            "prediction": kind.needs.teacher_prediction,
-        }
-    parameters = inspect.signature(kind.__init__).parameters.values()
-    settings = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY} | dict(given)
+        look = kind.needs(**settings).teacher or FEATURES
+        further: Knowledge = {"towers": list(look.towers)} if look.towers else {}
+        further |= {"attention": True} if look.attention else {}
+        return {"teach": "observation", "backbone": look.backbone, "prediction": look.prediction, **further}
     wanted = settings if kind.teach_settings is None else kind.teach_settings
     return {"teach": kind.slug, **{name: _plain(settings[name]) for name in wanted}}
 
@@ -47,7 +44,7 @@ def _plain(value: Any) -> Any:
 def in_words(knowledge: Knowledge) -> str:
     """For messages."""
     if knowledge["teach"] == "observation":
-        seen = ["features", *(name for name in ("backbone", "prediction") if knowledge[name])]
+        seen = ["features", *(name for name in ("backbone", "prediction", "towers", "attention") if knowledge.get(name))]
         return " and ".join(seen)
     settings = [f"{name}={value}" for name, value in knowledge.items() if name != "teach"]
     return ",".join([knowledge["teach"], *settings])

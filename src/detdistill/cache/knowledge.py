@@ -16,8 +16,7 @@ from detdistill.cache.shards import ShardIndex, sealed, unsealed
 from detdistill.cache.storage import CacheError, Storage, storage
 from detdistill.data.views import key_of
 from detdistill.detectors.contract import DetectorSpec, Teacher
-from detdistill.methods.shared.compose import parse_methods
-from detdistill.methods.shared.contract import Source
+from detdistill.methods.shared.contract import Composition, Method, Source
 from detdistill.structures import Batch, Taught, TaughtTogether
 
 FORMAT = 1
@@ -169,22 +168,28 @@ class KnowledgeCache:
         """What methods are built with when no teacher is loaded."""
         return AbsentTeacher(self.about.spec, self.about.teacher_fingerprint)
 
-    def source(self, method: str) -> Source:
-        """``Method.taught`` from this cache: one record for each image of a batch, stacked.
+    def source(self, methods: str, root: Method[Any]) -> Source:
+        """What a method, or a member of a composition, is taught, from this cache: one record for each image, stacked.
+
+        Args:
+            methods: the text that ``root`` was built from.
+            root: the method of the run.
 
         Raises:
             CacheError: when called; a record is missing or damaged.
         """
-        places = [self.about.knowledge.index(one) for one in knowledge_of(method)]
-        together = len(parse_methods(method)) > 1
+        places = [self.about.knowledge.index(one) for one in knowledge_of(methods)]
         readers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="cache")
 
-        def read(key: str) -> Taught:
-            parts = self.read(key)
-            chosen = tuple(parts[place] for place in places)
-            return TaughtTogether(chosen) if together else chosen[0]
+        def source(method: Method[Any], batch: Batch) -> Taught | None:
+            members = root.methods if isinstance(root, Composition) else (root,)
+            wanted = places if method is root else [places[members.index(method)]]
 
-        def source(batch: Batch) -> Taught:
+            def read(key: str) -> Taught:
+                parts = self.read(key)
+                chosen = tuple(parts[place] for place in wanted)
+                return TaughtTogether(chosen) if isinstance(method, Composition) else chosen[0]
+
             keys = [key_of(image, view.key) for image, view in zip(batch.ids, batch.views, strict=True)]
             pieces = list(readers.map(read, keys))
             return type(pieces[0]).stack(pieces).to(batch.images.device, non_blocking=True)
@@ -225,11 +230,9 @@ def found_about(folder: Storage) -> About | None:
     content = unsealed(text, f"{folder.url}/{ABOUT}")
     if (version := content.pop("format")) != FORMAT:
         raise CacheError(f"{folder.url} is a cache of format {version}, this detdistill reads {FORMAT}; make it anew")
-    spec: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in content.pop("spec").items()
-    }
+    spec = DetectorSpec.from_plain(content.pop("spec"))
     content |= {name: tuple(content[name]) for name in ("knowledge", "stages")}
-    return About(spec=DetectorSpec(**spec), **content)
+    return About(spec=spec, **content)
 
 
 def write(folder: Storage, name: str, content: bytes) -> None:

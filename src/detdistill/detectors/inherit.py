@@ -49,7 +49,7 @@ def inherit_head(student: Detector, teacher: Detector) -> Inherited:
     the student's other classes keep their values.
 
     Args:
-        student: changed in place, under its ``head_prefixes``.
+        student: changed in place, in its neck and head (``parts``).
         teacher: a detector of the same kind, on any backbone.
     """
     if type(student) is not type(teacher):
@@ -60,10 +60,12 @@ def inherit_head(student: Detector, teacher: Detector) -> Inherited:
         reason = f"class lists differ and {student.spec.name} does not tell which outputs belong to which class"
         return Inherited((), (("neck and head", reason),))
     theirs = teacher.state_dict()
+    parts = student.parts()
+    inherited = set(parts.names(student, (*parts.neck, *parts.head)))
     copied: list[str] = []
     skipped: list[tuple[str, str]] = []
     for name, mine in student.state_dict().items():
-        if not name.startswith(student.head_prefixes):
+        if name not in inherited:
             continue
         reason = _copy(name, mine, theirs[name], student, teacher) if name in theirs else "the teacher has no such tensor"
         if reason:

@@ -9,7 +9,7 @@ Shape letters: B images, N queries, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -70,28 +70,41 @@ class QueryFormat:
 
 
 @dataclass(frozen=True)
-class DecoderFormat:
-    """What a decoder's own queries have, and what it makes of queries."""
+class QuerySpec:
+    """What a query decoder's own queries have, what it reads of anybody's, and which attention maps it shows."""
 
     gives: QueryFormat
     reads: QueryFormat
     """The same, without a reference that changes nothing (Conditional DETR makes its own of the positions)."""
-    decoded: Queries
-    """Two of its queries, decoded on noise: for the number of layers, heads and cells."""
-    cells_hw: tuple[tuple[int, int], ...]
-    """Rows and columns of the maps it read then."""
+    layers: int
+    """Decoder layers."""
+    width: int
+    """Channels of the queries' embeddings."""
+    heads: int
+    """Heads of the attention maps; 0 where none are shown."""
+    self_attention: bool
+    """Maps of the queries among themselves are shown."""
+    cross_attention: bool
+    """Maps over the cells of the detector's features are shown."""
+    no_attention: str = ""
+    """Why there are no maps, or no maps over the features' cells; in words."""
+
+    @staticmethod
+    def from_plain(content: Mapping[str, Any]) -> QuerySpec:
+        """The inverse of ``dataclasses.asdict``."""
+        formats = {name: QueryFormat(**content[name]) for name in ("gives", "reads")}
+        return QuerySpec(**{**content, **formats})
 
 
 @torch.no_grad()
-def decoder_format(decoder: QueryDecoder, attention: bool = False) -> DecoderFormat:
+def query_spec(decoder: QueryDecoder) -> QuerySpec:
     """Try a decoder on maps of noise, without its backbone.
 
     Args:
         decoder: leaves as it came: mode, statistics and the global random state.
-        attention: ask for attention maps, too.
 
     Raises:
-        DetdistillError: it decodes nothing of the sizes tried, or shows no attention maps.
+        DetdistillError: it decodes nothing of the sizes tried.
     """
     refusal: DetdistillError | None = None
     with _evaluating(decoder):
@@ -103,15 +116,31 @@ def decoder_format(decoder: QueryDecoder, attention: bool = False) -> DecoderFor
                 refusal = error
                 continue
             pair = _first(own, 2)
-            decoded = decoder.decode(features, pair, batch, attention=attention)
+            decoded = decoder.decode(features, pair, batch)
             gives = reads = QueryFormat.of(own)
             if pair.reference is not None:
                 moved = QuerySeed(pair.content, pair.position, pair.reference * 0.5 + 0.2)
                 if torch.equal(decoder.decode(features, moved, batch).boxes_cxcywh01, decoded.boxes_cxcywh01):
                     reads = QueryFormat(gives.width, gives.empty, gives.position, 0)
-            return DecoderFormat(gives, reads, decoded, tuple((m.shape[-2], m.shape[-1]) for m in features.maps))
+            layers, width = decoded.logits.shape[0], decoded.embedding.shape[-1]
+            return QuerySpec(gives, reads, layers, width, *_attention(decoder, features, pair, batch))
     assert refusal is not None
     raise refusal
+
+
+def _attention(decoder: QueryDecoder, features: Features, seed: QuerySeed, batch: Batch) -> tuple[int, bool, bool, str]:
+    """Heads, whether self-attention and cross-attention are shown, and why not."""
+    try:
+        decoded = decoder.decode(features, seed, batch, attention=True)
+    except DetdistillError as error:
+        return 0, False, False, str(error)
+    among, cross = decoded.self_attention, decoded.attention
+    heads = next((maps.shape[2] for maps in (among, cross) if maps is not None), 0)
+    cells = sum(level.shape[-2] * level.shape[-1] for level in features.maps)
+    if cross is not None and cross.shape[-1] != cells:
+        return heads, among is not None, False, f"{decoder.spec.name} looks at other maps than its features"
+    why = "" if among is not None and cross is not None else f"{decoder.spec.name} shows no such maps"
+    return heads, among is not None, cross is not None, why
 
 
 def _noise(decoder: QueryDecoder, canvas: int) -> tuple[Features, Batch]:

@@ -6,18 +6,21 @@ Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 202
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from detdistill.detectors.contract import Detector, Teacher
+from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
 from detdistill.errors import DetdistillError
+from detdistill.functional.precision import full_precision
+from detdistill.functional.query_seeds import class_columns
 from detdistill.functional.similarity import mean_cosine
-from detdistill.methods.shared.align import ChannelAdapters, float32, pair_levels, resize_like
-from detdistill.methods.shared.checks import check_choice, check_temperatures, check_weights
-from detdistill.methods.shared.contract import Method, Needs, PairError, check_pair
-from detdistill.structures import Batch, Clock, Dense, Losses, Observation, Taught
+from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_levels, resize_like
+from detdistill.methods.shared.contract import Method
+from detdistill.methods.shared.needs import Needs, PairError
+from detdistill.structures import Batch, Clock, Dense, Look, Losses, Observation
+from detdistill.values import Positive, Weight
 
 
 def cwd_loss(
@@ -54,7 +57,8 @@ def cwd_loss(
         >>> abs(round(float(cwd_loss([maps], [maps + 7])), 6))
         0.0
     """
-    check_temperatures("cwd", temperature=temperature)
+    if not temperature > 0:
+        raise DetdistillError(f"cwd: temperature={temperature} is not a number above 0")
     losses = []
     for level, (mine, theirs) in enumerate(zip(student, teacher, strict=True)):
         if mine.shape != theirs.shape:
@@ -95,7 +99,7 @@ def cwd_logit_map(prediction: Dense, level: int, classes: Sequence[int] | None =
     return ordered.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 
-class CWD(Method):
+class CWD(Method[Observation]):
     """CWD between necks, or between the class logits of dense detectors, paired by stride."""
 
     slug = "cwd"
@@ -106,16 +110,15 @@ class CWD(Method):
   booktitle={IEEE/CVF International Conference on Computer Vision},
   year={2021}
 }"""
-    teach_settings = ("on",)
 
     def __init__(
         self,
-        teacher: Teacher | None,
+        teacher: Teacher,
         student: Detector,
         *,
         on: Literal["features", "logits"] = "features",
-        weight: float = 5.0,
-        temperature: float = 1.0,
+        weight: Weight = 5.0,
+        temperature: Positive = 1.0,
         levels: Sequence[int] | None = None,
         channels: Literal["compared", "student"] = "compared",
         resize_student: bool = False,
@@ -135,60 +138,64 @@ class CWD(Method):
                 released codes do.
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range.
+            MethodError: a hyper-parameter is out of range.
             PairError: no common level; for ``logits`` also other families, unknown classes, or softmax against sigmoid.
         """
         super().__init__(teacher, student)
-        check_choice(self.slug, "on", on, ("features", "logits"))
-        check_choice(self.slug, "channels", channels, ("compared", "student"))
-        check_weights(self.slug, weight=weight)
-        check_temperatures(self.slug, temperature=temperature)
         self.on, self.weight, self.temperature, self.resize_student = on, weight, temperature, resize_student
-        self.pairs = pair_levels(self.slug, student.spec, self.teacher.spec, levels)
+        self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels)
         self.divisors: list[int] | None = None
         if on == "features":
-            self.adapters = ChannelAdapters(self.pairs)
+            self.adapters = LevelAdapters(self.pairs)
+            self.paired_maps = PairedMaps(self.pairs, self.adapters)
             if channels == "student":
                 self.divisors = [pair.student_channels for pair in self.pairs]
         else:
-            self.columns = self._match_classes(student)
+            self.columns = class_columns(student.spec.classes, teacher.spec.classes, student.spec.softmax)
+            self._check_anchors(student.spec, teacher.spec)
 
-    def _match_classes(self, student: Detector) -> list[int]:
-        """The teacher's logit columns in the order of the student's."""
-        needs = Needs(teacher_families=("dense",), student_families=("dense",), same_classes=True)
-        check_pair(self.slug, needs, self.teacher, student)
-        mine, theirs = student.spec, self.teacher.spec
-        if mine.softmax != theirs.softmax:
-            kinds = ("sigmoid", "softmax") if theirs.softmax else ("softmax", "sigmoid")
-            raise PairError(
-                f"{self.slug}: the student {mine.name} has {kinds[0]} and the teacher {theirs.name} {kinds[1]} class logits; "
-                f"use on=features"
-            )
-        background = [len(theirs.classes)] if theirs.softmax else []
-        return [theirs.classes.index(name) for name in mine.classes] + background
+    @classmethod
+    def needs(cls, **settings: Any) -> Needs:
+        """For ``logits`` dense predictions of equal classes; for ``features`` nothing beside them."""
+        if settings["on"] == "features":
+            return Needs()
+        families = ("dense",)
+        return Needs(
+            teacher=Look(prediction=True),
+            teacher_families=families,
+            student_families=families,
+            same_classes=True,
+            outputs="same",
+        )
 
-    def teach(self, batch: Batch) -> Taught:
-        """The teacher's neck; for ``logits`` its prediction too."""
-        return self.teacher.observe(batch, prediction=self.on == "logits")
+    def _check_anchors(self, mine: DetectorSpec, theirs: DetectorSpec) -> None:
+        """Both sides have as many predictions in a cell of the levels that are compared.
 
-    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+        Raises:
+            PairError: they do not.
+        """
+        for pair in self.pairs:
+            if mine.anchors[pair.student] != theirs.anchors[pair.teacher]:
+                raise PairError(
+                    f"{self.slug}: the student {mine.name} has {mine.anchors[pair.student]} anchors in a cell of stride "
+                    f"{mine.strides[pair.student]}, the teacher {theirs.name} {theirs.anchors[pair.teacher]}; use on=features"
+                )
+
+    def learn(self, student: Detector, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
         """One term, ``cwd``, and the ``cosine`` of the maps as a monitor."""
-        assert isinstance(taught, Observation)
-        mine, theirs = self._logits(seen, taught) if self.on == "logits" else self._features(seen, taught)
-        if self.resize_student:
-            mine = [resize_like(level, fixed) for level, fixed in zip(mine, theirs, strict=True)]
-        loss = cwd_loss(mine, theirs, self.weight, self.temperature, self.divisors)
-        return Losses({"cwd": loss}, {"cosine": mean_cosine(mine, theirs)})
-
-    def _features(self, seen: Observation, taught: Observation) -> tuple[list[Tensor], list[Tensor]]:
-        mine = self.adapters([seen.features.maps[pair.student] for pair in self.pairs])
-        return float32(mine), float32([taught.features.maps[pair.teacher] for pair in self.pairs])
+        with full_precision(batch.images.device):
+            if self.on == "features":
+                mine, theirs = self.paired_maps(seen.features, taught.features)
+            else:
+                mine, theirs = self._logits(seen, taught)
+            if self.resize_student:
+                mine = [resize_like(level, fixed) for level, fixed in zip(mine, theirs, strict=True)]
+            loss = cwd_loss(mine, theirs, self.weight, self.temperature, self.divisors)
+            return Losses({"cwd": loss}, {"cosine": mean_cosine(mine, theirs)})
 
     def _logits(self, seen: Observation, taught: Observation) -> tuple[list[Tensor], list[Tensor]]:
         assert isinstance(seen.prediction, Dense)
         assert isinstance(taught.prediction, Dense)
         mine = [cwd_logit_map(seen.prediction, pair.student) for pair in self.pairs]
         theirs = [cwd_logit_map(taught.prediction, pair.teacher, self.columns) for pair in self.pairs]
-        if any(a.shape[1] != b.shape[1] for a, b in zip(mine, theirs, strict=True)):
-            raise PairError(f"{self.slug}: student and teacher have different numbers of anchors in a cell; use on=features")
-        return float32(mine), float32(theirs)
+        return mine, theirs

@@ -13,27 +13,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, HasQueries, Teacher
-from detdistill.errors import DetdistillError
 from detdistill.functional.matching import hungarian
+from detdistill.functional.precision import full_precision
 from detdistill.functional.query_seeds import (
-    DecoderFormat,
     QueryBridge,
     QueryFormat,
+    QuerySpec,
     class_columns,
-    decoder_format,
     giou_with_eps,
     query_gaps,
+    query_spec,
 )
-from detdistill.methods.shared.checks import check_choice, check_some, check_weights
-from detdistill.methods.shared.contract import Method, Needs, PairError
-from detdistill.structures import SECOND, Batch, Clock, Features, Losses, Observation, Queries, QuerySeed, Taught
+from detdistill.methods.shared.contract import Method
+from detdistill.methods.shared.hyper_parameters import check_some
+from detdistill.methods.shared.needs import Needs, PairError
+from detdistill.structures import SECOND, Batch, Clock, Features, Look, Losses, Observation, Queries, QuerySeed, Taught
+from detdistill.values import Weight
 
 Matching = Literal["both", "adaptive", "fixed"]
 CrossMaps = Literal["each", "sum"]
@@ -219,13 +221,13 @@ class D3ETRTaught(Taught):
     """As ``spread_attention`` has it."""
 
 
-class D3ETR(Method):
+class D3ETR(Method[D3ETRTaught]):
     """D3ETR between two DETRs with decoders of equal depth. Weights and the class loss are unchecked, see the module.
 
     Adaptive matching pairs the student's queries with the teacher's by what they predict; fixed matching lets the student
     decode the teacher's queries beside its own. Both compare predictions, self-attention and cross-attention.
 
-    Attention maps come from a second pass of the student's decoder that shows them. Deformable decoders have no dense maps:
+    Attention maps come from the student's own pass, which shows them. Deformable decoders have no dense maps:
     their sampling weights are scattered to the cells that bilinear sampling reads (with its half-cell shift, which the
     re-implementation leaves out), and by default summed over queries. Both need memory: L * H * N * S numbers for each image.
     """
@@ -238,25 +240,22 @@ class D3ETR(Method):
   booktitle={Proceedings of the International Joint Conference on Artificial Intelligence},
   year={2024}
 }"""
-    needs = Needs(
-        student_capabilities=(HasQueries,), teacher_families=("queries",), student_families=("queries",), same_classes=True
-    )
     teach_settings = ("self_attention_weight", "cross_attention_weight", "cross_maps")
 
     def __init__(
         self,
-        teacher: Teacher | None,
+        teacher: Teacher,
         student: Detector,
         *,
         matching: Matching = "both",
-        cls_weight: float = 1.0,
-        l1_weight: float = 5.0,
-        giou_weight: float = 2.0,
-        self_attention_weight: float = 1e4,
-        cross_attention_weight: float = 1e3,
-        cls_cost: float = 1.0,
-        l1_cost: float = 5.0,
-        giou_cost: float = 2.0,
+        cls_weight: Weight = 1.0,
+        l1_weight: Weight = 5.0,
+        giou_weight: Weight = 2.0,
+        self_attention_weight: Weight = 1e4,
+        cross_attention_weight: Weight = 1e3,
+        cls_cost: Weight = 1.0,
+        l1_cost: Weight = 5.0,
+        giou_cost: Weight = 2.0,
         cross_maps: CrossMaps | None = None,
         average_heads: bool = False,
         project: bool = False,
@@ -282,24 +281,16 @@ class D3ETR(Method):
                 for fixed matching only.
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range, or all weights are 0.
-            PairError: softmax against sigmoid classes; decoders, maps or queries that cannot be compared; ``project`` without
-                the live teacher.
+            MethodError: a hyper-parameter is out of range, or all weights are 0.
+            PairError: softmax against sigmoid classes; decoders, maps or queries that cannot be compared.
         """
         super().__init__(teacher, student)
-        check_choice(self.slug, "matching", matching, ("both", "adaptive", "fixed"))
-        if cross_maps is not None:
-            check_choice(self.slug, "cross_maps", cross_maps, ("each", "sum"))
         weights = (cls_weight, l1_weight, giou_weight, self_attention_weight, cross_attention_weight)
         self.weights = D3ETRWeights(*weights)
         check_some(self.slug, **{f"{name}_weight": value for name, value in vars(self.weights).items()})
-        check_weights(self.slug, cls_cost=cls_cost, l1_cost=l1_cost, giou_cost=giou_cost)
         self.matchings = [name for name in ("adaptive", "fixed") if matching in (name, "both")]
         self.costs, self.average_heads, self.project = (cls_cost, l1_cost, giou_cost), average_heads, project
-        theirs, mine = self.teacher.spec, student.spec
-        if theirs.softmax != mine.softmax:
-            kinds = [f"{spec.name} has {'softmax' if spec.softmax else 'sigmoid'} classes" for spec in (theirs, mine)]
-            raise PairError(f"{self.slug}: compares class scores, but teacher {kinds[0]} and student {kinds[1]}; take equal ones")
+        theirs, mine = teacher.spec, student.spec
         self.softmax = mine.softmax
         self.columns = class_columns(mine.classes, theirs.classes, self.softmax)
         self.summed = cross_maps == "sum" or (cross_maps is None and max(len(theirs.strides), len(mine.strides)) > 1)
@@ -308,105 +299,92 @@ class D3ETR(Method):
                 f"{self.slug}: compares cross-attention on equal maps, but the strides are {theirs.strides} in teacher "
                 f"{theirs.name} and {mine.strides} in student {mine.name}; set cross_attention_weight=0"
             )
-        own = self._format("student", student)
-        self.reads = own.reads
-        self._student_shape = self._shape(own)
-        self.bridge: QueryBridge | None = None
-        if isinstance(self.teacher.detector, HasQueries):
-            other = self._format("teacher", self.teacher.detector)
-            self._check_shape(*self._shape(other))
-            self.bridge = self._bridge(other.gives)
-        elif project:
-            raise PairError(f"{self.slug}: project=true builds its layers for the live teacher's queries; train without --cache")
+        assert isinstance(student, HasQueries)
+        own, other = query_spec(student), teacher.queries
+        self._check_maps("student", own, mine.name)
+        self._check_maps("teacher", other, theirs.name)
+        self._check_shape(own, other)
+        self.bridge = self._bridge(other.gives, own.reads) if "fixed" in self.matchings else None
 
     # ------------------------------------------------------------------------------------------------------- the pair
+
+    @classmethod
+    def needs(cls, **settings: Any) -> Needs:
+        """Two DETRs of equal classes; attention maps of both where they are compared."""
+        attends = settings["self_attention_weight"] > 0 or settings["cross_attention_weight"] > 0
+        return Needs(
+            teacher=Look(prediction=True, attention=attends),
+            student=Look(attention=attends),
+            teacher_families=("queries",),
+            student_families=("queries",),
+            student_capabilities=(HasQueries,),
+            same_classes=True,
+            outputs="same",
+        )
 
     @property
     def attends(self) -> bool:
         """Attention maps are compared."""
         return self.weights.self_attention > 0 or self.weights.cross_attention > 0
 
-    def _format(self, side: str, detector: Detector) -> DecoderFormat:
-        """Try one decoder.
+    def _check_maps(self, side: str, queries: QuerySpec, name: str) -> None:
+        """Whether one decoder shows the maps that are compared.
 
         Raises:
-            PairError: it shows no maps, or not on its features.
+            PairError: it does not.
         """
-        assert isinstance(detector, HasQueries)
-        without = "set self_attention_weight=0,cross_attention_weight=0"
-        try:
-            found = decoder_format(detector, attention=self.attends)
-        except DetdistillError as error:
-            if not self.attends:
-                raise
-            raise PairError(f"{self.slug}: the {side} shows no attention maps: {error}; or {without}") from error
-        if not self.attends:
-            return found
-        maps = {"self_attention": found.decoded.self_attention, "cross_attention": found.decoded.attention}
-        for name, shown in maps.items():
-            if getattr(self.weights, name) and shown is None:
-                raise PairError(f"{self.slug}: the {side} {detector.spec.name} shows no {name} maps; set {name}_weight=0")
-        cells = sum(rows * columns for rows, columns in found.cells_hw)
-        if self.weights.cross_attention and found.decoded.attention is not None and found.decoded.attention.shape[-1] != cells:
-            raise PairError(
-                f"{self.slug}: the {side} {detector.spec.name} looks at other maps than its features; "
-                f"set cross_attention_weight=0"
-            )
-        return found
+        shown = {"self_attention": queries.self_attention, "cross_attention": queries.cross_attention}
+        for kind, there in shown.items():
+            if getattr(self.weights, kind) and not there:
+                raise PairError(
+                    f"{self.slug}: the {side} {name} shows no {kind} maps of its features: {queries.no_attention}; "
+                    f"set {kind}_weight=0"
+                )
 
-    @staticmethod
-    def _shape(found: DecoderFormat) -> tuple[int, int]:
-        """Layers and heads (0 without maps)."""
-        maps = found.decoded.attention if found.decoded.self_attention is None else found.decoded.self_attention
-        return found.decoded.logits.shape[0], 0 if maps is None else maps.shape[2]
-
-    def _check_shape(self, layers: int, heads: int) -> None:
+    def _check_shape(self, mine: QuerySpec, theirs: QuerySpec) -> None:
         """The teacher's decoder against the student's.
 
         Raises:
             PairError: other numbers of layers or heads.
         """
-        mine = self._student_shape
-        if layers != mine[0]:
+        if theirs.layers != mine.layers:
             raise PairError(
-                f"{self.slug}: compares decoders layer by layer, but the teacher {self.teacher.spec.name} has {layers} layers "
-                f"and the student {mine[0]}; add decoder={layers} to the student's name, or take kd_detr, which compares all "
-                f"layers with the teacher's last"
+                f"{self.slug}: compares decoders layer by layer, but the teacher {self.teacher.spec.name} has {theirs.layers} "
+                f"layers and the student {mine.layers}; add decoder={theirs.layers} to the student's name, or take a method that "
+                f"compares all layers with the teacher's last"
             )
-        if self.attends and heads != mine[1] and not self.average_heads:
+        if self.attends and theirs.heads != mine.heads and not self.average_heads:
             raise PairError(
-                f"{self.slug}: compares attention maps head by head, but the teacher {self.teacher.spec.name} has {heads} heads "
-                f"and the student {mine[1]}; set average_heads=true, or self_attention_weight=0,cross_attention_weight=0"
+                f"{self.slug}: compares attention maps head by head, but the teacher {self.teacher.spec.name} has {theirs.heads} "
+                f"heads and the student {mine.heads}; set average_heads=true, or "
+                f"self_attention_weight=0,cross_attention_weight=0"
             )
 
-    def _bridge(self, gives: QueryFormat) -> QueryBridge | None:
-        """How the student reads the teacher's queries; None if it does not.
+    def _bridge(self, gives: QueryFormat, reads: QueryFormat) -> QueryBridge:
+        """The teacher's queries as the student reads them.
 
         Raises:
-            PairError: it cannot.
+            PairError: the student reads something that they lack, and nothing may be learned.
         """
-        if "fixed" not in self.matchings:
-            return None
-        gaps = query_gaps(gives, self.reads)
+        gaps = query_gaps(gives, reads)
         if gaps and not self.project:
             raise PairError(
                 f"{self.slug}: in fixed matching the student's decoder reads {' and '.join(gaps)}, which the queries of the "
                 f"teacher {self.teacher.spec.name} lack; set matching=adaptive, or project=true to learn them"
             )
-        return QueryBridge(gives, self.reads)
+        return QueryBridge(gives, reads)
 
     # ---------------------------------------------------------------------------------------------------------- teach
 
     @torch.no_grad()
     def teach(self, batch: Batch) -> D3ETRTaught:
         """All decoder layers, with attention maps if they are compared."""
-        decoder = self.teacher.detector
-        assert isinstance(decoder, HasQueries)
-        features = self.teacher.observe(batch).features
-        found = decoder.decode(features, decoder.seed(features, batch), batch, attention=self.attends)
+        assert self.requirements.teacher is not None
+        observed = self.teacher.observe(batch, self.requirements.teacher)
+        found = cast(Queries, observed.prediction)
         cross = None
         if self.weights.cross_attention and found.attention is not None:
-            cross = spread_attention(found.attention, _cells(features), self.summed)
+            cross = spread_attention(found.attention, _cells(observed.features), self.summed)
         return D3ETRTaught(
             found.logits,
             found.boxes_cxcywh01,
@@ -417,46 +395,37 @@ class D3ETR(Method):
 
     # ---------------------------------------------------------------------------------------------------------- learn
 
-    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+    def learn(self, student: Detector, seen: Observation, taught: D3ETRTaught, batch: Batch, clock: Clock) -> Losses:
         """Terms ``adaptive_*`` and ``fixed_*``."""
-        assert isinstance(taught, D3ETRTaught)
-        assert isinstance(student, HasQueries)
-        assert isinstance(seen.prediction, Queries)
-        taught = taught.float()
-        theirs = self._theirs(taught, seen.features)
+        fixed = self._decode(student, seen.features, taught, batch)
         terms: dict[str, Tensor] = {}
-        for matching in self.matchings:
-            if matching == "fixed":
-                seed = self._bridged(taught)
-                mine = self._mine(student.decode(seen.features, seed, batch, attention=self.attends), seen.features)
-                match = torch.arange(theirs.logits.shape[2], device=theirs.logits.device).expand(theirs.logits.shape[:3])
-            else:
-                own = seen.prediction
-                if self.attends:  # predictions and maps of one pass belong together
-                    own = student.decode(seen.features, own.seed, batch, attention=True)
-                mine = self._mine(own, seen.features)
-                match = d3etr_match(mine, theirs, self.costs, self.softmax)
-            found = d3etr_loss(d3etr_terms(mine, theirs, match, self.softmax), self.weights)
-            terms |= {f"{matching}_{name}": value for name, value in found.items()}
+        with full_precision(batch.images.device):
+            theirs = self._theirs(taught, seen.features)
+            for matching in self.matchings:
+                mine = self._mine(cast(Queries, seen.prediction if fixed is None or matching == "adaptive" else fixed))
+                if matching == "fixed":
+                    match = torch.arange(theirs.logits.shape[2], device=theirs.logits.device).expand(theirs.logits.shape[:3])
+                else:
+                    match = d3etr_match(mine, theirs, self.costs, self.softmax)
+                found = d3etr_loss(d3etr_terms(mine, theirs, match, self.softmax), self.weights)
+                terms |= {f"{matching}_{name}": value for name, value in found.items()}
         return Losses(terms)
 
-    def _bridged(self, taught: D3ETRTaught) -> QuerySeed:
-        """The teacher's queries as the student reads them."""
-        if self.bridge is None:  # the teacher is a stand-in, so its format is known by its first record only
-            self.bridge = self._bridge(QueryFormat.of(taught.seed))
-        assert self.bridge is not None
-        bridged: QuerySeed = self.bridge(taught.seed)
-        return bridged
+    def _decode(self, student: Detector, features: Features, taught: D3ETRTaught, batch: Batch) -> Queries | None:
+        """What the student's decoder makes of the teacher's queries; None without fixed matching."""
+        if self.bridge is None:
+            return None
+        assert isinstance(student, HasQueries)
+        with full_precision(batch.images.device):
+            seed: QuerySeed = self.bridge(taught.seed)
+        return student.decode(features, seed, batch, attention=self.attends).float()
 
     def _theirs(self, taught: D3ETRTaught, features: Features) -> D3ETRQueries:
         cross = None if taught.cross_attention is None else gathered_attention(taught.cross_attention, _cells(features))
         logits = taught.logits[..., self.columns]
-        maps = cross if taught.self_attention is None else taught.self_attention
-        self._check_shape(len(logits), 0 if maps is None else maps.shape[2])  # a stand-in could not be tried when built
         return self._with_heads(D3ETRQueries(logits, taught.boxes_cxcywh01, taught.self_attention, cross))
 
-    def _mine(self, found: Queries, features: Features) -> D3ETRQueries:
-        found = found.float()
+    def _mine(self, found: Queries) -> D3ETRQueries:
         cross = None
         if self.weights.cross_attention and found.attention is not None:
             cross = found.attention.sum(dim=3) if self.summed else found.attention

@@ -12,22 +12,24 @@ Boxes of queries are cxcywh in parts of the valid image.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from detdistill.detectors.contract import Detector, HasQueries, Teacher
+from detdistill.detectors.contract import Detector, DetectorSpec, HasQueries, Teacher
 from detdistill.functional.boxes import giou_loss, paired_iou, pairwise_iou
 from detdistill.functional.matching import giou_cost, hungarian, l1_cost
-from detdistill.methods.shared.align import ChannelAdapters, float32, pair_levels, resize_like
-from detdistill.methods.shared.checks import check_choice, check_fractions, check_some, check_temperatures, check_weights
-from detdistill.methods.shared.contract import Method, Needs, PairError
+from detdistill.functional.precision import full_precision
+from detdistill.functional.query_seeds import QueryFormat, QuerySpec, query_spec
+from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_levels
+from detdistill.methods.shared.contract import Method
+from detdistill.methods.shared.hyper_parameters import check_some
+from detdistill.methods.shared.needs import Needs, PairError
 from detdistill.structures import (
     NEGATIVE,
     SECOND,
@@ -35,23 +37,19 @@ from detdistill.structures import (
     Batch,
     Clock,
     Features,
+    Look,
     Losses,
     Observation,
     Queries,
     QuerySeed,
-    Target,
     Taught,
-    View,
 )
+from detdistill.values import Count, Fraction, Positive, Weight
 
 ROUNDING = torch.finfo(torch.float32).eps
 """Added to the number of pairs that the logits losses are divided by, as mmdet adds it."""
 FORBIDDEN = 1e6
 """Cost of pairs that must not be matched."""
-BLANK = 256
-"""Height and width of the blank image that both detectors are shown when a pair is checked."""
-MASKS = ("released", "paper")
-ASSIGNMENTS = ("teacher", "self")
 
 
 # ------------------------------------------------------------------------------------------------------ predictions
@@ -401,7 +399,7 @@ class DETRDistillTaught(Taught):
 # -------------------------------------------------------------------------------------------------------- the method
 
 
-class DETRDistill(Method):
+class DETRDistill(Method[DETRDistillTaught]):
     """DETRDistill between two detectors of queries.
 
     Which terms work for which pair:
@@ -428,37 +426,35 @@ class DETRDistill(Method):
   booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},
   year={2023}
 }"""
-    # The teacher's queries are in what it predicts; nobody enters its decoder again, so a cache can stand in for it.
-    needs = Needs(teacher_prediction=True, teacher_families=("queries",), student_capabilities=(HasQueries,), same_classes=True)
     teach_settings = ()
 
     def __init__(
         self,
-        teacher: Teacher | None,
+        teacher: Teacher,
         student: Detector,
         *,
-        logits_weight: float = 1.0,
-        cls_weight: float = 1.0,
-        l1_weight: float = 5.0,
-        giou_weight: float = 2.0,
-        cls_cost: float = 1.0,
-        l1_cost: float = 5.0,
-        giou_cost: float = 2.0,
+        logits_weight: Weight = 1.0,
+        cls_weight: Weight = 1.0,
+        l1_weight: Weight = 5.0,
+        giou_weight: Weight = 2.0,
+        cls_cost: Weight = 1.0,
+        l1_cost: Weight = 5.0,
+        giou_cost: Weight = 2.0,
         split: bool = False,
         progressive: bool = True,
-        feature_weight: float | None = None,
+        feature_weight: Weight | None = None,
         mask: Literal["released", "paper"] = "released",
-        max_per_img: int = 100,
-        mask_floor: float = 0.01,
-        gamma: float = 0.5,
+        max_per_img: Count = 100,
+        mask_floor: Positive = 0.01,
+        gamma: Fraction = 0.5,
         levels: Sequence[int] | None = None,
-        assignment_weight: float = 1.0,
+        assignment_weight: Weight = 1.0,
         assignment: Literal["teacher", "self"] = "teacher",
-        contrastive_weight: float = 0.0,
-        temperature: float = 0.07,
-        contrastive_width: int = 512,
+        contrastive_weight: Weight = 0.0,
+        temperature: Positive = 0.07,
+        contrastive_width: Count = 512,
     ) -> None:
-        """Check the pair, by showing both a blank image, and pair the levels.
+        """Check the pair, by what both decoders' queries are made of, and pair the levels.
 
         Args:
             teacher: a detector of queries with sigmoid classes.
@@ -487,14 +483,10 @@ class DETRDistill(Method):
             contrastive_width: of its towers.
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range, or all weights are 0.
+            MethodError: a hyper-parameter is out of range, or all weights are 0.
             PairError: softmax classes, or a term that cannot work for this pair, with what would.
         """
         super().__init__(teacher, student)
-        check_choice(self.slug, "mask", mask, MASKS)
-        check_choice(self.slug, "assignment", assignment, ASSIGNMENTS)
-        check_fractions(self.slug, gamma=gamma)
-        check_temperatures(self.slug, mask_floor=mask_floor, temperature=temperature)
         self.feature_weight = {"released": 1.0, "paper": 20.0}[mask] if feature_weight is None else feature_weight
         terms = {
             "logits_weight": logits_weight,
@@ -503,86 +495,67 @@ class DETRDistill(Method):
             "contrastive_weight": contrastive_weight,
         }
         self.weights, self.costs = LogitsWeights(cls_weight, l1_weight, giou_weight), LogitsWeights(cls_cost, l1_cost, giou_cost)
-        inner = {f"{name}_weight": value for name, value in self.weights._asdict().items()}
-        inner |= {f"{name}_cost": value for name, value in self.costs._asdict().items()}
         check_some(self.slug, **terms)
-        check_weights(self.slug, **inner)
-        if max_per_img < 1 or contrastive_width < 1:
-            raise PairError(f"{self.slug}: max_per_img={max_per_img} and contrastive_width={contrastive_width} must be 1 or more")
         self.logits_weight, self.split, self.progressive = logits_weight, split, progressive
         self.mask, self.max_per_img, self.mask_floor, self.gamma = mask, max_per_img, mask_floor, gamma
         self.assignment_weight, self.assignment = assignment_weight, assignment
         self.contrastive_weight, self.temperature = contrastive_weight, temperature
-        self._check_classes(student)
-        self.columns = [self.teacher.spec.classes.index(name) for name in student.spec.classes]
-        self.pairs = pair_levels(self.slug, student.spec, self.teacher.spec, levels) if self.feature_weight else ()
-        self.adapters = ChannelAdapters(self.pairs)
-        widths = student.spec.channels[0], self.teacher.spec.channels[0]
+        self.columns = [teacher.spec.classes.index(name) for name in student.spec.classes]
+        self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels) if self.feature_weight else ()
+        self.adapters = LevelAdapters(self.pairs)
+        self.paired_maps = PairedMaps(self.pairs, self.adapters, resize=True)
+        widths = student.spec.channels[0], teacher.spec.channels[0]
         self.contrastive = ContrastiveHead(*widths, contrastive_width) if contrastive_weight else None
-        if isinstance(self.teacher.detector, HasQueries):  # a cache has none; then the first batch is checked
-            self._check_blank(student)
+        assert isinstance(student, HasQueries)
+        mine, theirs = query_spec(student), teacher.queries
+        self._check_width("teacher", teacher.spec, theirs, bool(self.feature_weight or contrastive_weight))
+        self._check_width("student", student.spec, mine, bool(contrastive_weight))
+        if assignment_weight:
+            self._check_formats(student.spec.name, mine.gives, theirs.gives)
 
     # ------------------------------------------------------------------------------------------------------- the pair
 
-    def _check_classes(self, student: Detector) -> None:
-        """Sigmoid on both sides.
+    @classmethod
+    def needs(cls, **settings: Any) -> Needs:
+        """Two detectors of queries with sigmoid classes. Nobody enters the teacher's decoder again, so a cache can stand in."""
+        return Needs(
+            teacher=Look(prediction=True),
+            teacher_families=("queries",),
+            student_families=("queries",),
+            student_capabilities=(HasQueries,),
+            same_classes=True,
+            outputs="sigmoid",
+        )
 
-        Raises:
-            PairError: one has softmax classes.
-        """
-        for side, spec in (("teacher", self.teacher.spec), ("student", student.spec)):
-            if spec.softmax:
-                raise PairError(
-                    f"{self.slug}: the {side} {spec.name} has softmax classes with a background, but the method compares "
-                    f"sigmoid scores of single classes; take one that has those, such as deformable_detr or rt_detr"
-                )
-
-    def _check_blank(self, student: Detector) -> None:
-        """What only a forward pass tells, before the first real image.
-
-        Raises:
-            PairError: see ``_check_seeds`` and ``_check_width``.
-        """
-        theirs = cast(Queries, self.teacher.observe(_blank(self.teacher.detector), prediction=True).prediction)
-        self.teacher.forget()
-        self._check_width("teacher", self.teacher.detector, theirs, bool(self.feature_weight or self.contrastive_weight))
-        with _evaluating(student), torch.no_grad():
-            mine = cast(Queries, student(_blank(student)).prediction)
-        self._check_width("student", student, mine, bool(self.contrastive_weight))
-        if self.assignment_weight:
-            self._check_seeds(mine.seed, theirs.seed, student)
-
-    def _check_width(self, side: str, detector: Detector, prediction: Queries, wanted: bool) -> None:
+    def _check_width(self, side: str, spec: DetectorSpec, queries: QuerySpec, wanted: bool) -> None:
         """Queries as wide as the features, where they meet.
 
         Raises:
             PairError: they are not.
         """
-        width, channels = prediction.embedding.shape[-1], set(detector.spec.channels)
-        if wanted and channels != {width}:
+        if wanted and set(spec.channels) != {queries.width}:
             raise PairError(
-                f"{self.slug}: the {side} {detector.spec.name} has queries of width {width} and features of "
-                f"{sorted(channels)} channels; set feature_weight=0 and contrastive_weight=0, which need them equal"
+                f"{self.slug}: the {side} {spec.name} has queries of width {queries.width} and features of "
+                f"{sorted(set(spec.channels))} channels; set feature_weight=0 and contrastive_weight=0, which need them equal"
             )
 
-    def _check_seeds(self, mine: QuerySeed, theirs: QuerySeed, student: Detector) -> None:
+    def _check_formats(self, student: str, own: QueryFormat, given: QueryFormat) -> None:
         """Whether the student's decoder reads the teacher's queries as its own.
 
         Raises:
             PairError: the formats differ.
         """
-        own, given = _format(mine), _format(theirs)
-        if own != given:
+        if _in_words(own) != _in_words(given):
             raise PairError(
-                f"{self.slug}: the student {student.spec.name} decodes {own}, the teacher {self.teacher.spec.name} has {given}; "
-                f"set assignment_weight=0 to leave that term out, or take two detectors of one kind and width"
+                f"{self.slug}: the student {student} decodes {_in_words(own)}, the teacher {self.teacher.spec.name} has "
+                f"{_in_words(given)}; set assignment_weight=0 to leave that term out, or take two detectors of one kind and width"
             )
 
     # ---------------------------------------------------------------------------------------------------------- teach
 
     def teach(self, batch: Batch) -> DETRDistillTaught:
         """Features, predictions of all layers with the queries they began as, and what each of those should find."""
-        observation = self.teacher.observe(batch, prediction=True)
+        observation = self.teacher.observe(batch, Look(prediction=True))
         prediction = cast(Queries, observation.prediction)
         columns = torch.tensor(self.columns, device=batch.images.device)
         named = batch.with_targets([dataclasses.replace(one, labels=columns[one.labels]) for one in batch.targets])
@@ -594,15 +567,12 @@ class DETRDistill(Method):
 
     # ---------------------------------------------------------------------------------------------------------- learn
 
-    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+    def learn(self, student: Detector, seen: Observation, taught: DETRDistillTaught, batch: Batch, clock: Clock) -> Losses:
         """Terms ``logits_cls``, ``logits_l1``, ``logits_giou``, ``feature``, ``assignment`` and ``contrastive``, where used."""
-        assert isinstance(taught, DETRDistillTaught)
-        meeting = bool(self.feature_weight or self.contrastive_weight)
-        self._check_width("teacher", self.teacher.detector, taught.prediction, meeting)
         auxiliary = self._decode(student, seen, taught, batch) if self.assignment_weight else None
-        with torch.autocast(batch.images.device.type, enabled=False):
-            theirs = self._followed(taught.float(), cast(Queries, seen.prediction))
-            mine = cast(Queries, seen.prediction).float()
+        with full_precision(batch.images.device):
+            mine = cast(Queries, seen.prediction)
+            theirs = self._followed(taught, mine)
             terms: dict[str, Tensor] = {}
             together = (self.logits_weight and not self.split) or self.contrastive is not None
             matched = detrdistill_match(*_predictions(mine, theirs), batch.sizes, None, self.costs) if together else None
@@ -642,21 +612,18 @@ class DETRDistill(Method):
             shares = detrdistill_quality(said.logits, said.boxes_cxcywh01, theirs.matched, *whole, batch.sizes, self.gamma)
         else:
             shares = detrdistill_query_weights(said.logits, said.boxes_cxcywh01, boxes, batch.sizes, self.max_per_img)
-        mine = self.adapters(float32([features.maps[pair.student] for pair in self.pairs]))
         levels = []
-        for level, pair in zip(mine, self.pairs, strict=True):
-            fixed = theirs.features.maps[pair.teacher]
+        for level, fixed in zip(*self.paired_maps(features, theirs.features), strict=True):
             if self.mask == "paper":
                 weights = detrdistill_quality_weights(shares, said.embedding, fixed)
             else:
                 weights = detrdistill_masks(shares, said.embedding, fixed, self.mask_floor).square()
-            levels.append(detrdistill_feature_loss(resize_like(level, fixed), fixed, weights).sum())
+            levels.append(detrdistill_feature_loss(level, fixed, weights).sum())
         return torch.stack(levels).sum()
 
     def _decode(self, student: Detector, seen: Observation, taught: DETRDistillTaught, batch: Batch) -> Queries:
         """The student's decoder on the teacher's queries; it reads the features it has already made."""
         mine, theirs = cast(Queries, seen.prediction).seed, taught.prediction.seed
-        self._check_seeds(mine, theirs, student)
         made = mine.position is not None and mine.reference is not None and mine.reference.shape[-1] == 2
         seed = QuerySeed(theirs.content, theirs.position, None if made else theirs.reference)
         return cast(HasQueries, student).decode(seen.features, seed, batch)
@@ -678,32 +645,8 @@ def _predictions(mine: Queries, theirs: DETRDistillTaught) -> tuple[Tensor, Tens
     return mine.logits, mine.boxes_cxcywh01, said.logits, said.boxes_cxcywh01
 
 
-def _format(seed: QuerySeed) -> str:
-    """What queries begin as, in words."""
-    parts = [f"content of width {seed.content.shape[-1]}"]
-    if seed.position is not None:
-        parts.append(f"positions of width {seed.position.shape[-1]}")
-    if seed.reference is not None:
-        parts.append({2: "points", 4: "boxes"}[seed.reference.shape[-1]])
-    return " with ".join([parts[0], " and ".join(parts[1:])]) if parts[1:] else parts[0]
-
-
-def _blank(detector: Detector) -> Batch:
-    """One black image without boxes."""
-    some = next(detector.parameters())
-    nothing = Target(some.new_zeros(0, 4), some.new_zeros(0, dtype=torch.int64), some.new_zeros(0, dtype=torch.bool))
-    size = torch.tensor([[BLANK, BLANK]], device=some.device)
-    view = View((BLANK, BLANK), (BLANK, BLANK))
-    return Batch(some.new_zeros(1, 3, BLANK, BLANK), size, (nothing,), ids=(0,), views=(view,))
-
-
-@contextmanager
-def _evaluating(detector: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each module as it was."""
-    training = {module: module.training for module in detector.modules()}
-    detector.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
+def _in_words(queries: QueryFormat) -> str:
+    """What queries begin as."""
+    parts = [f"positions of width {queries.width}"] if queries.position else []
+    parts += {0: [], 2: ["points"], 4: ["boxes"]}[queries.reference]
+    return " with ".join([f"content of width {queries.width}", *([" and ".join(parts)] if parts else [])])

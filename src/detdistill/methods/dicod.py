@@ -30,11 +30,15 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.errors import DetdistillError, ModelError, name_list, nearest
+from detdistill.errors import ModelError, name_list, nearest
 from detdistill.functional.crops import clamp_boxes, crop_boxes
-from detdistill.methods.shared.checks import check_choice, check_fractions, check_some, check_temperatures, check_weights
-from detdistill.methods.shared.contract import Method, Needs, PairError, Stage
+from detdistill.functional.modes import evaluating, frozen
+from detdistill.functional.precision import full_precision
+from detdistill.methods.shared.contract import Stage, TeacherFree
+from detdistill.methods.shared.hyper_parameters import MethodError, check_some
+from detdistill.methods.shared.needs import Needs, PairError
 from detdistill.structures import Batch, Clock, Losses, Observation, Positives, Queries, Taught, map_tensors
+from detdistill.values import Count, Fraction, Index, Positive, Weight
 
 Form = Literal["softmax", "binary", "normalized"]
 CHUNK = 256
@@ -241,28 +245,10 @@ class Classifier(nn.Module):
 
 
 @contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards every part is in its own mode again."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-@contextlib.contextmanager
 def as_teacher(module: nn.Module) -> Iterator[None]:
     """In eval mode and without gradients of its own; gradients flow through it."""
-    open_ = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    module.requires_grad_(False)
-    try:
-        with evaluating(module):
-            yield
-    finally:
-        for parameter in open_:
-            parameter.requires_grad_(True)
+    with frozen(module), evaluating(module):
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------- taught
@@ -296,7 +282,7 @@ class DICODTaught(Taught):
 # ------------------------------------------------------------------------------------------------------------ the method
 
 
-class DICOD(Method):
+class DICOD(TeacherFree[DICODTaught]):
     """DICOD for any detector that predicts; of DETRs the queries matched to an object are its positives.
 
     No detector teaches: the classifier is a submodule, and ``teach`` asks it about the true boxes, so that may come from a
@@ -311,7 +297,6 @@ class DICOD(Method):
   booktitle={Advances in Neural Information Processing Systems},
   year={2021}
 }"""
-    needs = Needs(teacher=False, student_families=("dense", "regions", "queries"))
     teach_settings = (
         *("classifier", "weights", "pretrained", "size", "cells", "layers"),
         *("jitter", "classifier_epochs", "classifier_lr"),
@@ -325,19 +310,19 @@ class DICOD(Method):
         classifier: str = "resnet50",
         weights: str | None = None,
         pretrained: bool = False,
-        cls_weight: float = 0.4,
-        temperature: float = 2.0,
+        cls_weight: Weight = 0.4,
+        temperature: Positive = 2.0,
         sigmoid_form: Literal["binary", "normalized"] = "binary",
-        pixel_weight: float = 0.15,
-        feature_weight: float = 0.15,
-        size: int = 112,
-        cells: int = 4,
-        layers: Sequence[int] = (0,),
+        pixel_weight: Weight = 0.15,
+        feature_weight: Weight = 0.15,
+        size: Count = 112,
+        cells: Count = 4,
+        layers: Sequence[Index] = (0,),
         decoder_layers: Literal["last", "all"] = "last",
-        max_crops: int = 256,
-        jitter: float = 0.1,
-        classifier_epochs: float = 1.0,
-        classifier_lr: float = 0.01,
+        max_crops: Count = 256,
+        jitter: Fraction = 0.1,
+        classifier_epochs: Weight = 1.0,
+        classifier_lr: Weight = 0.01,
     ) -> None:
         """Build or load the classifier.
 
@@ -364,23 +349,16 @@ class DICOD(Method):
             classifier_lr: its learning rate (SGD, cosine).
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range, or all weights are 0.
+            MethodError: a hyper-parameter is out of range, or all weights are 0.
             ModelError: the classifier cannot be built or loaded.
             PairError: the classifier does not know the student's classes, or there is one class only.
         """
-        super().__init__(None, student)
+        super().__init__(teacher, student)
         self.places: Tensor
         self.pixel_scale: Tensor
         check_some(self.slug, cls_weight=cls_weight, pixel_weight=pixel_weight, feature_weight=feature_weight)
-        check_weights(self.slug, classifier_epochs=classifier_epochs, classifier_lr=classifier_lr)
-        check_temperatures(self.slug, temperature=temperature)
-        check_fractions(self.slug, jitter=jitter)
-        check_choice(self.slug, "sigmoid_form", sigmoid_form, ("binary", "normalized"))
-        check_choice(self.slug, "decoder_layers", decoder_layers, ("last", "all"))
-        if min(size, cells, max_crops) < 1:
-            raise DetdistillError(f"{self.slug}: size={size}, cells={cells} and max_crops={max_crops} must be 1 or more")
         if not layers or list(layers) != sorted(set(layers)):
-            raise DetdistillError(f"{self.slug}: layers={'/'.join(map(str, layers))} must rise; feature_weight=0 leaves them out")
+            raise MethodError(f"{self.slug}: layers={'/'.join(map(str, layers))} must rise; feature_weight=0 leaves them out")
         self.cls_weight, self.pixel_weight, self.feature_weight = cls_weight, pixel_weight, feature_weight
         self.temperature, self.size, self.cells, self.layers = temperature, size, cells, tuple(layers)
         self.decoder_layers, self.max_crops, self.jitter = decoder_layers, max_crops, jitter
@@ -403,6 +381,11 @@ class DICOD(Method):
         self.register_buffer("pixel_scale", scale, persistent=False)
         settings = (classifier, pretrained, size, jitter, classifier_epochs, classifier_lr, self.joint, classes)
         self._settings = repr(settings)
+
+    @classmethod
+    def needs(cls, **settings: Any) -> Needs:
+        """A student that predicts; no teacher."""
+        return Needs(teacher=None, student_families=("dense", "regions", "queries"))
 
     def _check_classes(self, classes: Sequence[str], weights: str | None, pretrained: bool) -> None:
         known = self.classifier.classes
@@ -432,15 +415,13 @@ class DICOD(Method):
         name = self.classifier.name
         depth = len(self.classifier.network.feature_info)
         if self.layers[-1] >= depth:
-            raise DetdistillError(
-                f"{self.slug}: classifier {name} has the layers 0 to {depth - 1}; layers={self.layers[-1]} is none"
-            )
+            raise MethodError(f"{self.slug}: classifier {name} has the layers 0 to {depth - 1}; layers={self.layers[-1]} is none")
         try:
             with as_teacher(self.classifier), torch.no_grad():
                 self.classifier.describe(torch.zeros(1, 3, self.size, self.size), self.layers)
         except Exception as error:  # a network raises what it likes
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DetdistillError(f"{self.slug}: classifier {name} does not take crops of size={self.size}: {reason}") from error
+            raise MethodError(f"{self.slug}: classifier {name} does not take crops of size={self.size}: {reason}") from error
 
     # ---------------------------------------------------------------------------------------------------------- teach
 
@@ -452,7 +433,7 @@ class DICOD(Method):
         if not len(boxes):  # for the shapes alone: an empty box, described and left out
             boxes, image = boxes.new_zeros(1, 4), image.new_zeros(1)
         described = []
-        with as_teacher(self.classifier), torch.autocast(batch.images.device.type, enabled=False):
+        with as_teacher(self.classifier), full_precision(batch.images.device):
             for part, whose in zip(boxes.split(CHUNK), image.split(CHUNK), strict=True):
                 crops = self.classifier.crops(batch, part, whose, self.size)
                 logits, maps = self.classifier.describe(crops, self.layers)
@@ -476,7 +457,7 @@ class DICOD(Method):
 
     # --------------------------------------------------------------------------------------------- the classifier's stage
 
-    def train_classifier(self, batch: Batch, clock: Clock) -> Losses:
+    def train_classifier(self, batch: Batch, taught: None, clock: Clock) -> Losses:
         """Section 3.1: it learns the class of each object from a crop of its box, jittered.
 
         The images are the run's, so it sees the augmentation that the student will see. At most 256 crops of a batch.
@@ -501,20 +482,19 @@ class DICOD(Method):
 
     # ---------------------------------------------------------------------------------------------------------- learn
 
-    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+    def learn(self, student: Detector, seen: Observation, taught: DICODTaught, batch: Batch, clock: Clock) -> Losses:
         """Terms ``crop_classes``, ``crop_pixels`` and ``crop_features``, each a mean over positives; none where its weight is 0.
 
         Monitors: ``classifier_accuracy`` on the batch's objects, and ``cropped``, the part of the positives that was cropped.
         """
-        assert isinstance(taught, DICODTaught)
         terms: dict[str, Tensor] = {}
         monitors = self._accuracy(taught, batch)
-        with torch.autocast(batch.images.device.type, enabled=False):
-            positives = self._positives(student, seen.float(), batch)
+        with full_precision(batch.images.device):
+            positives = self._positives(student, seen, batch)
             seen_by_classifier = taught.usable[positives.image, positives.ground_truth]
             positives = map_tensors(positives, lambda tensor: tensor[seen_by_classifier])
             if self.cls_weight:
-                known = taught.logits[positives.image, positives.ground_truth].float()[:, self.places]
+                known = taught.logits[positives.image, positives.ground_truth][:, self.places]
                 term = dicod_classification_loss(positives.logits, known, self.temperature, self.form)
                 terms["crop_classes"] = self.cls_weight * term
             if self.pixel_weight or self.feature_weight:
@@ -547,7 +527,7 @@ class DICOD(Method):
             crops = self.classifier.crops(batch, boxes[chosen], image, self.size)
             maps = self.classifier.maps(crops, self.layers) if self.feature_weight else []
         predicted = dicod_pooled([crops, *maps], self.cells)
-        truth = [part[image, ground_truth].float() for part in (taught.pixels, *taught.features)[: len(predicted)]]
+        truth = [part[image, ground_truth] for part in (taught.pixels, *taught.features)[: len(predicted)]]
         predicted[0], truth[0] = predicted[0] * self.pixel_scale, truth[0] * self.pixel_scale
         return *dicod_localization_loss(predicted, truth, self.pixel_weight, self.feature_weight), len(chosen)
 
@@ -564,12 +544,7 @@ class DICOD(Method):
 
     def stages(self, student: Detector) -> tuple[Stage, ...]:
         """The classifier on the objects of the data, unless it came from a file; then the student, with a frozen classifier."""
-        distill = Stage(
-            "distill",
-            step=lambda batch, clock: self.step(student, batch, clock),
-            trains=lambda clock: (student,),
-            evaluates=student,
-        )
+        distill = self.distill_stage(student, (student,))
         if not self.own_stage:
             return (distill,)
         first = Stage(

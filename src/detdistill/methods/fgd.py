@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.attention import channel_attention, spatial_attention
 from detdistill.functional.masks import box_cells, cell_regions
-from detdistill.methods.shared.align import ChannelAdapters, float32, pair_levels, resize_like
-from detdistill.methods.shared.checks import check_choice, check_some, check_temperatures
+from detdistill.functional.precision import full_precision
+from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_levels
 from detdistill.methods.shared.contract import Method
-from detdistill.structures import Batch, Clock, Losses, Observation, Taught
+from detdistill.methods.shared.hyper_parameters import check_some
+from detdistill.structures import Batch, Clock, Losses, Observation
+from detdistill.values import Positive, Weight
 
 
 class FGDTerms(NamedTuple):
@@ -156,7 +158,7 @@ _PROFILES = {
 }
 
 
-class FGD(Method):
+class FGD(Method[Observation]):
     """FGD between necks, paired by stride. Backbones and heads may differ; crowd boxes are not foreground.
 
     Departs from the released code in the masks of padded images, see ``box_norm``, and in boxes that begin outside the
@@ -174,15 +176,15 @@ class FGD(Method):
 
     def __init__(
         self,
-        teacher: Teacher | None,
+        teacher: Teacher,
         student: Detector,
         *,
         profile: Literal["one_stage", "two_stage", "anchor_free"] = "one_stage",
-        foreground_weight: float | None = None,
-        background_weight: float | None = None,
-        attention_weight: float | None = None,
-        relation_weight: float | None = None,
-        temperature: float = 0.5,
+        foreground_weight: Weight | None = None,
+        background_weight: Weight | None = None,
+        attention_weight: Weight | None = None,
+        relation_weight: Weight | None = None,
+        temperature: Positive = 0.5,
         box_norm: Literal["padded", "image"] = "padded",
         levels: Sequence[int] | None = None,
     ) -> None:
@@ -203,36 +205,31 @@ class FGD(Method):
             levels: student levels to use, as indices; None: all that have a partner (the paper leaves out a pooled P6).
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range, or all weights are 0.
+            MethodError: a hyper-parameter is out of range, or all weights are 0.
         """
         super().__init__(teacher, student)
-        check_choice(self.slug, "profile", profile, _PROFILES)
-        check_choice(self.slug, "box_norm", box_norm, ("padded", "image"))
-        check_temperatures(self.slug, temperature=temperature)
         given = (foreground_weight, background_weight, attention_weight, relation_weight)
         published = zip(given, _PROFILES[profile], strict=True)
         self.weights = dict(zip(FGDTerms._fields, (other if mine is None else mine for mine, other in published), strict=True))
         check_some(self.slug, **{f"{name}_weight": weight for name, weight in self.weights.items()})
         self.temperature, self.box_norm = temperature, box_norm
-        self.pairs = pair_levels(self.slug, student.spec, self.teacher.spec, levels)
-        self.adapters = ChannelAdapters(self.pairs)
+        self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels)
+        self.adapters = LevelAdapters(self.pairs)
+        self.paired_maps = PairedMaps(self.pairs, self.adapters, resize=True)
         self.student_context = nn.ModuleList(ContextBlock(pair.teacher_channels) for pair in self.pairs)
         self.teacher_context = nn.ModuleList(ContextBlock(pair.teacher_channels) for pair in self.pairs)
 
-    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+    def learn(self, student: Detector, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
         """Terms ``fgd_foreground``, ``fgd_background``, ``fgd_attention`` and ``fgd_relation``, summed over levels.
 
         None where its weight is 0.
         """
-        assert isinstance(taught, Observation)
         boxes = [target.without_crowd().boxes_xyxy for target in batch.targets]
         sizes = [batch.padding_hw] * len(batch) if self.box_norm == "padded" else [(h, w) for h, w in batch.sizes.tolist()]
-        theirs = float32([taught.features.maps[pair.teacher] for pair in self.pairs])
         levels = []
-        with torch.autocast(batch.images.device.type, enabled=False):
-            mine = self.adapters(float32([seen.features.maps[pair.student] for pair in self.pairs]))
+        with full_precision(batch.images.device):
+            mine, theirs = self.paired_maps(seen.features, taught.features)
             for index, (student_map, teacher_map) in enumerate(zip(mine, theirs, strict=True)):
-                student_map = resize_like(student_map, teacher_map)
                 foreground, background = fgd_masks(boxes, sizes, (teacher_map.shape[-2], teacher_map.shape[-1]))
                 contexts = self.student_context[index](student_map), self.teacher_context[index](teacher_map.detach())
                 levels.append(fgd_terms(student_map, teacher_map, foreground, background, *contexts, self.temperature))

@@ -22,14 +22,13 @@ from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError
 from detdistill.functional.deformable import Cells, DeformableEncoder
 from detdistill.functional.masks import foreground_mask
+from detdistill.functional.precision import full_precision
 from detdistill.functional.similarity import mean_cosine
-from detdistill.methods.shared.align import ChannelAdapters, LevelPair, float32, pair_levels, resize_like
-from detdistill.methods.shared.checks import check_choice, check_weights
+from detdistill.methods.shared.align import LevelAdapters, LevelPair, pair_levels, resize_like
 from detdistill.methods.shared.contract import Method, Stage
-from detdistill.structures import Batch, Clock, Features, Losses, Observation, Taught
-
-VARIANTS = ("plain", "normalized", "modified")
-REDUCTIONS = ("mean", "batch", "dist")
+from detdistill.methods.shared.hyper_parameters import MethodError
+from detdistill.structures import Batch, Clock, Features, Losses, Observation
+from detdistill.values import Index, Weight
 
 
 def fitnet_loss(
@@ -54,7 +53,6 @@ def fitnet_loss(
         >>> float(fitnet_loss([torch.ones(1, 2, 2, 2)], [torch.zeros(1, 2, 2, 2)]))
         1.0
     """
-    check_choice("fitnet", "reduction", reduction, REDUCTIONS)
     factor = weight / 2 if half else weight
     pairs = zip(student, teacher, strict=True)
     return factor * _added([_reduce(resize_like(mine, theirs) - theirs.detach(), reduction) for mine, theirs in pairs])
@@ -85,7 +83,6 @@ def fitnet_normalized_loss(
         >>> round(float(fitnet_normalized_loss([maps], [-3 * maps])), 6)
         4.0
     """
-    check_choice("fitnet", "reduction", reduction, REDUCTIONS)
     losses = []
     for mine, theirs in zip(student, teacher, strict=True):
         difference = _unit_length(resize_like(mine, theirs)) - _unit_length(theirs.detach())
@@ -122,8 +119,10 @@ def _reduce(difference: Tensor, reduction: str) -> Tensor:
         return difference.square().mean()
     if reduction == "batch":
         return difference.square().sum() / len(difference)
-    distance: Tensor = torch.linalg.vector_norm(difference)  # its gradient at zero is zero
-    return distance
+    if reduction == "dist":
+        distance: Tensor = torch.linalg.vector_norm(difference)  # its gradient at zero is zero
+        return distance
+    raise DetdistillError(f"fitnet: reduction={reduction!r} is not one of mean, batch, dist")
 
 
 def _unit_length(maps: Tensor) -> Tensor:
@@ -156,9 +155,9 @@ class FitNetAttentionAdapter(nn.Module):
         """
         super().__init__()
         width = max(pair.teacher_channels for pair in pairs)
-        self.project = ChannelAdapters([replace(pair, teacher_channels=width) for pair in pairs], always=True)
+        self.project = LevelAdapters([replace(pair, teacher_channels=width) for pair in pairs], always=True)
         self.attention = DeformableEncoder(width, len(pairs), layers)
-        self.leave = ChannelAdapters([replace(pair, student_channels=width) for pair in pairs])
+        self.leave = LevelAdapters([replace(pair, student_channels=width) for pair in pairs])
 
     def forward(self, maps: Sequence[Tensor], padding: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Student maps [B, Cs, h, w] (and masks [B, h, w] of padded cells) to [B, Ct, h, w]."""
@@ -166,7 +165,7 @@ class FitNetAttentionAdapter(nn.Module):
         return adapted
 
 
-class FitNet(Method):
+class FitNet(Method[Observation]):
     """FitNet between necks, paired by stride."""
 
     slug = "fitnet"
@@ -181,19 +180,19 @@ class FitNet(Method):
 
     def __init__(
         self,
-        teacher: Teacher | None,
+        teacher: Teacher,
         student: Detector,
         *,
         variant: Literal["plain", "normalized", "modified"] = "plain",
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         levels: Sequence[int] | None = None,
         reduction: Literal["mean", "batch", "dist"] | None = None,
         half: bool = False,
         mean_over_levels: bool = False,
         always_adapt: bool = False,
-        attention_layers: int = 2,
-        warm_iters: int = 0,
-        hint_share: float = 0.0,
+        attention_layers: Index = 2,
+        warm_iters: Index = 0,
+        hint_share: Weight = 0.0,
     ) -> None:
         """Pair the levels and build the adapters.
 
@@ -213,14 +212,10 @@ class FitNet(Method):
                 afterwards: the 2015 paper's two stages. 0: together with the detection loss.
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range or does not belong to the variant.
+            MethodError: a hyper-parameter is out of range or does not belong to the variant.
             PairError: no common level.
         """
         super().__init__(teacher, student)
-        check_choice(self.slug, "variant", variant, VARIANTS)
-        check_weights(self.slug, weight=weight, attention_layers=attention_layers, warm_iters=warm_iters, hint_share=hint_share)
-        if reduction is not None:
-            check_choice(self.slug, "reduction", reduction, REDUCTIONS)
         foreign = {
             "reduction": variant == "modified" and reduction is not None,
             "half": variant != "plain" and half,
@@ -228,35 +223,35 @@ class FitNet(Method):
         }
         for name, given in foreign.items():
             if given:
-                raise DetdistillError(f"{self.slug}: {name} means nothing to variant {variant!r}; leave it out")
+                raise MethodError(f"{self.slug}: {name} means nothing to variant {variant!r}; leave it out")
         self.variant, self.weight = variant, weight
         self.reduction = reduction or ("batch" if variant == "normalized" else "mean")
         self.halved, self.mean_over_levels = half, mean_over_levels
         self.warm_iters, self.hint_share = warm_iters, hint_share
-        self.pairs = pair_levels(self.slug, student.spec, self.teacher.spec, levels)
+        self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels)
         self.adapters: nn.Module
         if variant == "modified":
             self.adapters = FitNetAttentionAdapter(self.pairs, attention_layers)
         else:
-            self.adapters = ChannelAdapters(self.pairs, always=always_adapt)
+            self.adapters = LevelAdapters(self.pairs, always=always_adapt)
 
-    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+    def learn(self, student: Detector, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
         """One term, ``fitnet``; none after a stage of hints."""
         return Losses({}) if self.hint_share > 0 else self.hint(seen, taught, batch, clock)
 
-    def hint(self, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+    def hint(self, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
         """The loss of the chosen variant, and the ``cosine`` of the maps as a monitor."""
-        assert isinstance(taught, Observation)
-        theirs = float32([taught.features.maps[pair.teacher] for pair in self.pairs])
-        mine = float32(self._adapt(seen.features.take([pair.student for pair in self.pairs])))
-        mine = [resize_like(level, fixed) for level, fixed in zip(mine, theirs, strict=True)]
-        if self.variant == "plain":
-            loss = fitnet_loss(mine, theirs, self.weight, self.reduction, self.halved)
-        elif self.variant == "normalized":
-            loss = fitnet_normalized_loss(mine, theirs, self.weight, self.reduction, self.mean_over_levels)
-        else:
-            loss = fitnet_modified_loss(mine, theirs, self._foreground(theirs, batch), self.weight)
-        return Losses({"fitnet": loss * clock.warm_up(self.warm_iters)}, {"cosine": mean_cosine(mine, theirs)})
+        theirs = [taught.features.maps[pair.teacher] for pair in self.pairs]
+        with full_precision(batch.images.device):
+            mine = self._adapt(seen.features.take([pair.student for pair in self.pairs]))
+            mine = [resize_like(level, fixed) for level, fixed in zip(mine, theirs, strict=True)]
+            if self.variant == "plain":
+                loss = fitnet_loss(mine, theirs, self.weight, self.reduction, self.halved)
+            elif self.variant == "normalized":
+                loss = fitnet_normalized_loss(mine, theirs, self.weight, self.reduction, self.mean_over_levels)
+            else:
+                loss = fitnet_modified_loss(mine, theirs, self._foreground(theirs, batch), self.weight)
+            return Losses({"fitnet": loss * clock.warm_up(self.warm_iters)}, {"cosine": mean_cosine(mine, theirs)})
 
     def _adapt(self, features: Features) -> list[Tensor]:
         adapted: list[Tensor]
@@ -279,8 +274,9 @@ class FitNet(Method):
         if self.hint_share == 0:
             return last
 
-        def step(batch: Batch, clock: Clock) -> Losses:
-            return self.hint(student(batch), self.taught(batch), batch, clock)
+        def step(batch: Batch, taught: Observation, clock: Clock) -> Losses:
+            return self.hint(student(batch).float(), taught.float(), batch, clock).as_distilled()
 
-        hints = Stage("hint", step, trains=lambda clock: (student, self), evaluates=None, share=self.hint_share)
+        trains = (student, self)
+        hints = Stage("hint", step, lambda clock: trains, evaluates=None, learns_from=self, share=self.hint_share)
         return (hints, *last)

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.errors import DetdistillError
 from detdistill.functional.attention import channel_attention, spatial_attention
-from detdistill.methods.shared.align import ChannelAdapters, float32, pair_levels, resize_like
-from detdistill.methods.shared.checks import check_choice, check_some, check_temperatures
+from detdistill.functional.precision import full_precision
+from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_levels
 from detdistill.methods.shared.contract import Method
-from detdistill.structures import Batch, Clock, Losses, Observation, Taught
+from detdistill.methods.shared.hyper_parameters import MethodError, check_some
+from detdistill.structures import Batch, Clock, Losses, Observation
+from detdistill.values import Count, Positive, Weight
 
 
 class FKDTerms(NamedTuple):
@@ -216,7 +217,7 @@ _PROFILES = {
 }
 
 
-class FKD(Method):
+class FKD(Method[Observation]):
     """FKD between necks, paired by stride.
 
     The norms are over the whole local batch: doubling it multiplies the loss by sqrt(2). The published weights are for 2
@@ -237,19 +238,19 @@ class FKD(Method):
 
     def __init__(
         self,
-        teacher: Teacher | None,
+        teacher: Teacher,
         student: Detector,
         *,
         profile: Literal["two_stage", "one_stage"] = "two_stage",
-        feature_weight: float | None = None,
-        channel_weight: float | None = None,
-        spatial_weight: float | None = None,
-        relation_weight: float | None = None,
-        spatial_temperature: float | None = None,
-        channel_temperature: float | None = None,
+        feature_weight: Weight | None = None,
+        channel_weight: Weight | None = None,
+        spatial_weight: Weight | None = None,
+        relation_weight: Weight | None = None,
+        spatial_temperature: Positive | None = None,
+        channel_temperature: Positive | None = None,
         channel_mask: bool | None = None,
-        reductions: Sequence[int] = (4, 4, 2, 2, 2),
-        pools: Sequence[int] = (8, 4, 2, 2, 2),
+        reductions: Sequence[Count] = (4, 4, 2, 2, 2),
+        pools: Sequence[Count] = (8, 4, 2, 2, 2),
         levels: Sequence[int] | None = None,
     ) -> None:
         """Pair the levels; channels that differ get a 1x1 convolution on the student first (not in the paper).
@@ -271,10 +272,9 @@ class FKD(Method):
             levels: student levels to use, as indices; None: all that have a partner.
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range, or all weights are 0.
+            MethodError: a hyper-parameter is out of range, or all weights are 0.
         """
         super().__init__(teacher, student)
-        check_choice(self.slug, "profile", profile, _PROFILES)
         published = _PROFILES[profile]
         given = zip((feature_weight, channel_weight, spatial_weight, relation_weight), published.weights, strict=True)
         self.weights = dict(zip(FKDTerms._fields, (other if mine is None else mine for mine, other in given), strict=True))
@@ -283,32 +283,27 @@ class FKD(Method):
             "spatial_temperature": published.temperature if spatial_temperature is None else spatial_temperature,
             "channel_temperature": published.temperature if channel_temperature is None else channel_temperature,
         }
-        check_temperatures(self.slug, **self.temperatures)
         self.channel_mask = published.channel_mask if channel_mask is None else channel_mask
         for name, values in (("reductions", reductions), ("pools", pools)):
-            if not values or any(value < 1 for value in values):
-                raise DetdistillError(
-                    f"{self.slug}: {name}={list(values)} must be whole numbers, 1 or more, at least one of them"
-                )
-        self.pairs = pair_levels(self.slug, student.spec, self.teacher.spec, levels)
-        self.adapters = ChannelAdapters(self.pairs)
+            if not values:
+                raise MethodError(f"{self.slug}: {name} is empty; give at least one number, which then serves all levels")
+        self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels)
+        self.adapters = LevelAdapters(self.pairs)
+        self.paired_maps = PairedMaps(self.pairs, self.adapters, resize=True)
         self.parts = nn.ModuleList(
             FKDLevel(pair.teacher_channels, _of_level(reductions, pair.student), _of_level(pools, pair.student))
             for pair in self.pairs
         )
 
-    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+    def learn(self, student: Detector, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
         """Terms ``fkd_feature``, ``fkd_channel``, ``fkd_spatial`` and ``fkd_relation``, summed over levels.
 
         None where its weight is 0.
         """
-        assert isinstance(taught, Observation)
-        theirs = float32([taught.features.maps[pair.teacher] for pair in self.pairs])
         levels = []
-        with torch.autocast(batch.images.device.type, enabled=False):
-            mine = self.adapters(float32([seen.features.maps[pair.student] for pair in self.pairs]))
+        with full_precision(batch.images.device):
+            mine, theirs = self.paired_maps(seen.features, taught.features)
             for part, student_map, teacher_map in zip(self.parts, mine, theirs, strict=True):
-                student_map = resize_like(student_map, teacher_map)
                 cells, channels = fkd_attention(student_map, teacher_map, **self.temperatures)
                 levels.append(part(student_map, teacher_map, cells, channels if self.channel_mask else None))
         terms = dict(zip(FKDTerms._fields, map(torch.stack, zip(*levels, strict=True)), strict=True))

@@ -9,27 +9,28 @@ Shape letters: B images, L decoder layers, N queries of a group (distillation po
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, HasQueries, Teacher
+from detdistill.functional.precision import full_precision
 from detdistill.functional.query_seeds import (
-    DecoderFormat,
     QueryBridge,
-    QueryFormat,
+    QuerySpec,
     class_columns,
-    decoder_format,
     giou_with_eps,
     query_gaps,
+    query_spec,
     random_queries,
 )
-from detdistill.methods.shared.checks import check_choice, check_some, check_temperatures
-from detdistill.methods.shared.contract import Method, Needs, PairError
-from detdistill.structures import Batch, Clock, Losses, Observation, Queries, QuerySeed, Taught
+from detdistill.methods.shared.contract import Method
+from detdistill.methods.shared.hyper_parameters import check_some
+from detdistill.methods.shared.needs import Needs, PairError
+from detdistill.structures import Batch, Clock, Look, Losses, Observation, Queries, QuerySeed, Taught
+from detdistill.values import Index, Positive, Weight
 
 ClassReduction = Literal["sum", "weighted_mean"]
 GENERAL_POINTS = 300
@@ -117,7 +118,7 @@ class KDDETRTaught(Taught):
     seed: QuerySeed
 
 
-class KDDETR(Method):
+class KDDETR(Method[KDDETRTaught | None]):
     """KD-DETR between two DETRs; their backbones, encoders, depths and numbers of queries may differ.
 
     Both decode two groups beside the student's own queries: the teacher's initial queries (specific points), and random ones,
@@ -134,26 +135,19 @@ class KDDETR(Method):
   booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year={2024}
 }"""
-    needs = Needs(
-        teacher_capabilities=(HasQueries,),
-        student_capabilities=(HasQueries,),
-        teacher_families=("queries",),
-        student_families=("queries",),
-        same_classes=True,
-    )
     teach_settings = ("specific_points",)
 
     def __init__(
         self,
-        teacher: Teacher | None,
+        teacher: Teacher,
         student: Detector,
         *,
-        temperature: float = 10.0,
-        cls_weight: float = 1.0,
-        l1_weight: float = 5.0,
-        giou_weight: float = 2.0,
+        temperature: Positive = 10.0,
+        cls_weight: Weight = 1.0,
+        l1_weight: Weight = 5.0,
+        giou_weight: Weight = 2.0,
         specific_points: bool = True,
-        general_points: int = GENERAL_POINTS,
+        general_points: Index = GENERAL_POINTS,
         rebalance: bool = True,
         cls_reduction: ClassReduction = "sum",
         project: bool = False,
@@ -175,129 +169,111 @@ class KDDETR(Method):
                 the paper, which stays within one family, or bridges to a CNN in a similar way).
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range, or all weights are 0.
+            MethodError: a hyper-parameter is out of range, or all weights are 0.
             PairError: no points; softmax against sigmoid classes; one class, of which a softmax says nothing; queries that do
                 not fit; no live teacher for the general points.
         """
-        self._check_teacher(teacher, general_points)
         super().__init__(teacher, student)
-        check_temperatures(self.slug, temperature=temperature)
         check_some(self.slug, cls_weight=cls_weight, l1_weight=l1_weight, giou_weight=giou_weight)
-        check_choice(self.slug, "cls_reduction", cls_reduction, ("sum", "weighted_mean"))
-        if general_points < 0 or not (general_points or specific_points):
+        if not (general_points or specific_points):
             raise PairError(f"{self.slug}: specific_points=false and general_points=0 leave no points to distil; turn one on")
         self.temperature, self.cls_reduction, self.rebalance = temperature, cls_reduction, rebalance
         self.weights = {"cls": cls_weight, "l1": l1_weight, "giou": giou_weight}
         self.specific_points, self.general_points, self.project = specific_points, general_points, project
-        theirs, mine = self.teacher.spec, student.spec
-        if theirs.softmax != mine.softmax:
-            kinds = [f"{spec.name} has {'softmax' if spec.softmax else 'sigmoid'} classes" for spec in (theirs, mine)]
-            raise PairError(f"{self.slug}: compares class scores, but teacher {kinds[0]} and student {kinds[1]}; take equal ones")
+        mine = student.spec
         self.softmax = mine.softmax
-        self.columns = class_columns(mine.classes, theirs.classes, self.softmax)
+        self.columns = class_columns(mine.classes, teacher.spec.classes, self.softmax)
         if cls_weight and len(self.columns) == 1:
             raise PairError(
                 f"{self.slug}: a softmax over one class ({mine.classes[0]}) is always 1, so the class terms would be zero; "
                 f"set {self.slug},cls_weight=0"
             )
         assert isinstance(student, HasQueries)
-        self.reads = decoder_format(student).reads
-        self.bridge: QueryBridge | None = None
-        if isinstance(self.teacher.detector, HasQueries):
-            own = decoder_format(self.teacher.detector)
-            self._check_general(own)
-            self.gives = own.gives
-            self.bridge = self._bridge(own.gives)
-        elif project:
-            raise PairError(f"{self.slug}: project=true builds its layers for the live teacher's queries; give --teacher too")
+        self.reads, self.gives = query_spec(student).reads, teacher.queries.gives
+        if general_points:
+            self._check_general(teacher.queries)
+        self.bridge = self._bridge()
 
     @classmethod
-    def why_live_teacher(cls, settings: Mapping[str, Any]) -> str:
-        """Because of the general points, unless they are off."""
-        if not settings.get("general_points", GENERAL_POINTS):
-            return ""
-        return (
+    def needs(cls, **settings: Any) -> Needs:
+        """Two DETRs of equal classes; for the general points the living teacher, which a cache does not hold."""
+        general_points = settings["general_points"]
+        why = (
             "the general points are random queries that the live teacher decodes anew in each step, which a cache does not hold "
             f"({cls.slug},general_points=0 turns them off; the specific points learn from the cache)"
         )
+        return Needs(
+            teacher=Look(prediction=True),
+            teacher_families=("queries",),
+            student_families=("queries",),
+            student_capabilities=(HasQueries,),
+            teacher_capabilities=(HasQueries,) if general_points else (),
+            live_teacher=why if general_points else "",
+            same_classes=True,
+            outputs="same",
+        )
 
-    def _check_teacher(self, teacher: Teacher | None, general_points: int) -> None:
-        """Let a stand-in for the teacher pass if there are no general points.
-
-        Raises:
-            PairError: there are.
-        """
-        if teacher is None or teacher.spec.family != "queries" or isinstance(teacher.detector, HasQueries):
-            return
-        if general_points:
-            reason = self.why_live_teacher({"general_points": general_points})
-            raise PairError(f"{self.slug}: {reason}; give --teacher {teacher.spec.name} too")
-        self.needs = replace(self.needs, teacher_capabilities=())  # type: ignore[misc]  # of this instance only
-
-    def _check_general(self, own: DecoderFormat) -> None:
+    def _check_general(self, own: QuerySpec) -> None:
         """Both sides must place a random query alike.
 
         Raises:
             PairError: the teacher makes its points of the positions, and the student wants to be told them.
         """
-        if self.general_points and self.reads.reference and own.gives.reference and not own.reads.reference:
+        if self.reads.reference and own.gives.reference and not own.reads.reference:
             raise PairError(
                 f"{self.slug}: the teacher {self.teacher.spec.name} derives its reference points from position embeddings, so "
                 f"random ones cannot be shared with a student that reads references; set general_points=0"
             )
 
-    def _bridge(self, gives: QueryFormat) -> QueryBridge:
-        gaps = query_gaps(gives, self.reads)
+    def _bridge(self) -> QueryBridge:
+        """The teacher's queries as the student reads them.
+
+        Raises:
+            PairError: the student reads something that they lack, and nothing may be learned.
+        """
+        gaps = query_gaps(self.gives, self.reads)
         if gaps and not self.project:
             raise PairError(
                 f"{self.slug}: the student's decoder reads {' and '.join(gaps)}, which the queries of the teacher "
                 f"{self.teacher.spec.name} lack; set {self.slug},project=true to learn them, or take a student of the teacher's "
                 f"family and width"
             )
-        return QueryBridge(gives, self.reads)
-
-    def _bridged(self, seed: QuerySeed) -> QuerySeed:
-        """The teacher's queries as the student reads them."""
-        if self.bridge is None:  # the teacher is a stand-in, so its format is known by its first record only
-            self.bridge = self._bridge(QueryFormat.of(seed))
-        bridged: QuerySeed = self.bridge(seed)
-        return bridged
+        return QueryBridge(self.gives, self.reads)
 
     @torch.no_grad()
     def teach(self, batch: Batch) -> KDDETRTaught | None:
         """The specific points; None without them."""
         if not self.specific_points:
             return None
-        prediction = self.teacher.observe(batch, prediction=True).prediction
+        prediction = self.teacher.observe(batch, Look(prediction=True)).prediction
         assert isinstance(prediction, Queries)
         seed = QuerySeed(prediction.seed.content, prediction.seed.position, prediction.seed.reference)
         return KDDETRTaught(prediction.logits[-1], prediction.boxes_cxcywh01[-1], seed)
 
-    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+    def learn(self, student: Detector, seen: Observation, taught: KDDETRTaught | None, batch: Batch, clock: Clock) -> Losses:
         """Terms ``specific_*`` and ``general_*``, none where its weight is 0; monitors the mean weight of each group."""
         assert isinstance(student, HasQueries)
         terms: dict[str, Tensor] = {}
         monitors: dict[str, Tensor] = {}
-        groups: dict[str, KDDETRTaught] = {}
-        if self.specific_points:
-            assert isinstance(taught, KDDETRTaught)
-            groups["specific"] = taught
-        if self.general_points:
-            groups["general"] = self._general(batch)
+        groups = {"specific": taught, "general": self._general(batch) if self.general_points else None}
         for group, theirs in groups.items():
-            theirs = theirs.float()
-            mine = student.decode(seen.features, self._bridged(theirs.seed), batch).float()
-            logits = theirs.logits[..., self.columns]
-            weights = kd_detr_weights(logits, self.softmax)
-            found = kd_detr_terms(
-                mine.logits,
-                mine.boxes_cxcywh01,
-                logits,
-                theirs.boxes_cxcywh01,
-                weights if self.rebalance else torch.ones_like(weights),
-                self.temperature,
-                self.cls_reduction,
-            )
+            if theirs is None:
+                continue
+            with full_precision(batch.images.device):
+                seed = self.bridge(theirs.seed)
+            mine = student.decode(seen.features, seed, batch).float()
+            with full_precision(batch.images.device):
+                logits = theirs.logits[..., self.columns]
+                weights = kd_detr_weights(logits, self.softmax)
+                found = kd_detr_terms(
+                    mine.logits,
+                    mine.boxes_cxcywh01,
+                    logits,
+                    theirs.boxes_cxcywh01,
+                    weights if self.rebalance else torch.ones_like(weights),
+                    self.temperature,
+                    self.cls_reduction,
+                )
             for name, value in ((name, value) for name, value in found._asdict().items() if self.weights[name]):
                 shown = f"{name}_{self.cls_reduction}" if name == "cls" else name
                 terms[f"{group}_{shown}"] = self.weights[name] * value.sum()
@@ -311,5 +287,5 @@ class KDDETR(Method):
         assert isinstance(decoder, HasQueries)
         features = self.teacher.observe(batch).features.float()
         seed = random_queries(self.gives, self.general_points, like=features.maps[0])
-        decoded = decoder.decode(features, seed, batch)
+        decoded = decoder.decode(features, seed, batch).float()
         return KDDETRTaught(decoded.logits[-1], decoded.boxes_cxcywh01[-1], seed)

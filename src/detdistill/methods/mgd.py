@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
+from detdistill.functional.precision import full_precision
 from detdistill.functional.similarity import mean_cosine
-from detdistill.methods.shared.align import float32, pair_levels, resize_like
-from detdistill.methods.shared.checks import check_fractions, check_weights
+from detdistill.methods.shared.align import pair_levels, resize_like
 from detdistill.methods.shared.contract import Method
-from detdistill.structures import Batch, Clock, Losses, Observation, Taught
+from detdistill.structures import Batch, Clock, Losses, Observation
+from detdistill.values import Fraction, Weight
 
 
 def mgd_keep(uniform: Tensor, dropped: float = 0.65) -> Tensor:
@@ -83,7 +84,7 @@ class MGDGeneration(nn.Module):
         return generated
 
 
-class MGD(Method):
+class MGD(Method[Observation]):
     """MGD between necks, paired by stride."""
 
     slug = "mgd"
@@ -97,11 +98,11 @@ class MGD(Method):
 
     def __init__(
         self,
-        teacher: Teacher | None,
+        teacher: Teacher,
         student: Detector,
         *,
-        weight: float = 2e-5,
-        dropped: float = 0.65,
+        weight: Weight = 2e-5,
+        dropped: Fraction = 0.65,
         drop_channels: bool = False,
         levels: Sequence[int] | None = None,
     ) -> None:
@@ -118,28 +119,24 @@ class MGD(Method):
             levels: student levels to use, as indices; None: all that have a partner.
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range.
+            MethodError: a hyper-parameter is out of range.
             PairError: no common level.
         """
         super().__init__(teacher, student)
-        check_weights(self.slug, weight=weight)
-        check_fractions(self.slug, dropped=dropped)
         self.weight, self.dropped, self.drop_channels = weight, dropped, drop_channels
-        self.pairs = pair_levels(self.slug, student.spec, self.teacher.spec, levels)
+        self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels)
         self.generators = nn.ModuleList(MGDGeneration(pair.student_channels, pair.teacher_channels) for pair in self.pairs)
 
-    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+    def learn(self, student: Detector, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
         """One term, ``mgd``, and the ``cosine`` of generated and teacher's maps as a monitor.
 
         Drops cells whenever it is called, in eval mode too; the draw is the global generator's, on the maps' device.
         """
-        assert isinstance(taught, Observation)
-        theirs = float32([taught.features.maps[pair.teacher] for pair in self.pairs])
-        generated = []
-        for pair, generator, fixed in zip(self.pairs, self.generators, theirs, strict=True):
-            mine = resize_like(seen.features.maps[pair.student], fixed)
-            images, channels, height, width = fixed.shape
-            shape = (images, channels, 1, 1) if self.drop_channels else (images, 1, height, width)
-            generated.append(generator(mine, mgd_keep(torch.rand(shape, device=mine.device), self.dropped)))
-        generated = float32(generated)
-        return Losses({"mgd": mgd_loss(generated, theirs, self.weight)}, {"cosine": mean_cosine(generated, theirs)})
+        theirs, generated = [taught.features.maps[pair.teacher] for pair in self.pairs], []
+        with full_precision(batch.images.device):
+            for pair, generator, fixed in zip(self.pairs, self.generators, theirs, strict=True):
+                mine = resize_like(seen.features.maps[pair.student], fixed)
+                images, channels, height, width = fixed.shape
+                shape = (images, channels, 1, 1) if self.drop_channels else (images, 1, height, width)
+                generated.append(generator(mine, mgd_keep(torch.rand(shape, device=mine.device), self.dropped)))
+            return Losses({"mgd": mgd_loss(generated, theirs, self.weight)}, {"cosine": mean_cosine(generated, theirs)})

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.methods.shared.align import ChannelAdapters, float32, pair_levels
+from detdistill.functional.precision import full_precision
+from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_levels
 from detdistill.methods.shared.contract import Method
-from detdistill.structures import Batch, Clock, Losses, Observation, Taught
+from detdistill.structures import Batch, Clock, Losses, Observation
+from detdistill.values import Weight
 
 
 def standardize_channels(maps: Tensor, eps: float = 1e-6) -> Tensor:
@@ -63,7 +65,7 @@ def pkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: float
     return sum(losses[1:], losses[0])
 
 
-class PKD(Method):
+class PKD(Method[Observation]):
     """PKD between necks, paired by stride."""
 
     slug = "pkd"
@@ -77,10 +79,10 @@ class PKD(Method):
 
     def __init__(
         self,
-        teacher: Teacher | None,
+        teacher: Teacher,
         student: Detector,
         *,
-        weight: float = 6.0,
+        weight: Weight = 6.0,
         levels: Sequence[int] | None = None,
         resize_student: bool = True,
     ) -> None:
@@ -95,12 +97,12 @@ class PKD(Method):
         """
         super().__init__(teacher, student)
         self.weight, self.resize_student = weight, resize_student
-        self.pairs = pair_levels(self.slug, student.spec, self.teacher.spec, levels)
-        self.adapters = ChannelAdapters(self.pairs)
+        self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels)
+        self.adapters = LevelAdapters(self.pairs)
+        self.paired_maps = PairedMaps(self.pairs, self.adapters)
 
-    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+    def learn(self, student: Detector, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
         """One term, ``pkd``."""
-        assert isinstance(taught, Observation)
-        mine = self.adapters([seen.features.maps[pair.student] for pair in self.pairs])
-        theirs = [taught.features.maps[pair.teacher] for pair in self.pairs]
-        return Losses({"pkd": pkd_loss(float32(mine), float32(theirs), self.weight, self.resize_student)})
+        with full_precision(batch.images.device):
+            mine, theirs = self.paired_maps(seen.features, taught.features)
+            return Losses({"pkd": pkd_loss(mine, theirs, self.weight, self.resize_student)})

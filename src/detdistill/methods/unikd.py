@@ -14,13 +14,12 @@ Shape letters: B images, N queries of each kind, C channels, L levels of the tea
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +30,16 @@ from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
 from detdistill.functional.boxes import giou_loss, paired_iou
 from detdistill.functional.deformable import Cells, DeformableDecoderLayer, DeformableEncoder, num_heads
 from detdistill.functional.matching import focal_class_cost, giou_cost, hungarian, l1_cost
+from detdistill.functional.modes import frozen
+from detdistill.functional.precision import full_precision
 from detdistill.functional.similarity import mean_cosine
-from detdistill.methods.shared.checks import check_choice, check_fractions, check_some, check_weights
-from detdistill.methods.shared.contract import Method, PairError, Stage
+from detdistill.methods.shared.contract import Method, Stage
+from detdistill.methods.shared.hyper_parameters import check_some
 from detdistill.structures import Batch, Clock, Features, Losses, Observation, Taught
+from detdistill.values import Count, Fraction, Index, Limits, Weight
 
 Kind = Literal["content", "positional"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-CLS_NORMS = ("num_gt", "num_queries")
 TRIES = 20
 """Draws of a jittered box before the box itself is taken."""
 ROUNDS = 50
@@ -299,7 +300,7 @@ class Adaptor(nn.Module):
         """The adapted pyramid, on the teacher's strides."""
         maps = []
         for source, linear in zip(self.sources, self.linear, strict=True):
-            level = features.maps[source.student].float()
+            level = features.maps[source.student]
             for _ in range(source.pools):
                 level = F.max_pool2d(level, 2, ceil_mode=True)
             if abs(source.factor - 1) > 1e-6:
@@ -326,23 +327,10 @@ def pyramid_of(maps: Sequence[Tensor], strides: Sequence[int], batch: Batch) -> 
     return Cells.of(maps, padding, torch.stack(ratios, dim=1))
 
 
-@contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """No gradient for the module's own parameters; gradients still flow through it."""
-    open_ = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in open_:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in open_:
-            parameter.requires_grad_(True)
-
-
 # ------------------------------------------------------------------------------------------------------------ the method
 
 
-class UniKD(Method):
+class UniKD(Method[UniKDTaught]):
     """UniKD between any two detectors."""
 
     slug = "unikd"
@@ -360,21 +348,21 @@ class UniKD(Method):
 
     def __init__(
         self,
-        teacher: Teacher | None,
+        teacher: Teacher,
         student: Detector,
         *,
-        queries: int = 200,
-        content_weight: float = 10.0,
-        positional_weight: float = 10.0,
-        extractor_layers: int = 1,
-        adaptor_layers: int = 2,
-        points: int = 4,
-        alpha: float = 0.6,
-        beta: float = 0.4,
+        queries: Annotated[int, Limits(2)] = 200,
+        content_weight: Weight = 10.0,
+        positional_weight: Weight = 10.0,
+        extractor_layers: Count = 1,
+        adaptor_layers: Index = 2,
+        points: Count = 4,
+        alpha: Fraction = 0.6,
+        beta: Fraction = 0.4,
         self_attention: bool = False,
         cls_norm: Literal["num_gt", "num_queries"] = "num_gt",
-        extractor_epochs: float = 1.25,
-        extractor_lr: float = 2e-4,
+        extractor_epochs: Weight = 1.25,
+        extractor_lr: Weight = 2e-4,
     ) -> None:
         """Build extractors and adaptor.
 
@@ -395,20 +383,14 @@ class UniKD(Method):
             extractor_lr: its learning rate (AdamW).
 
         Raises:
-            DetdistillError: a hyper-parameter is out of range, or both weights are 0.
-            PairError: there are too few queries.
+            MethodError: a hyper-parameter is out of range, or both weights are 0.
         """
         super().__init__(teacher, student)
         check_some(self.slug, content_weight=content_weight, positional_weight=positional_weight)
-        check_weights(self.slug, extractor_epochs=extractor_epochs, extractor_lr=extractor_lr)
-        check_fractions(self.slug, alpha=alpha, beta=beta)
-        check_choice(self.slug, "cls_norm", cls_norm, CLS_NORMS)
-        if queries < 2 or points < 1 or extractor_layers < 1:
-            raise PairError(f"{self.slug}: queries must be 2 or more, points and extractor_layers 1 or more")
         self.weights = {"content": content_weight, "positional": positional_weight}
         self.queries, self.alpha, self.beta, self.cls_norm = queries, alpha, beta, cls_norm
         self.extractor_epochs, self.extractor_lr = extractor_epochs, extractor_lr
-        spec = self.teacher.spec
+        spec = teacher.spec
         self.channels = max(spec.channels)
         self.extractors = nn.ModuleDict()
         # A teacher whose levels differ in width (SSD) is read through one linear layer for each that is narrower.
@@ -436,7 +418,7 @@ class UniKD(Method):
     def teach(self, batch: Batch) -> UniKDTaught:
         """Queries, embeddings and which of them are positive; random boxes are seeded by image and view."""
         features = self.teacher.observe(batch).features
-        with torch.autocast(batch.images.device.type, enabled=False):
+        with full_precision(batch.images.device):
             pyramid = self._pyramid(features, batch)
             boxes, near = self._boxes(batch)
             content, positional = self._extractor("content"), self._extractor("positional")
@@ -476,10 +458,10 @@ class UniKD(Method):
 
     # --------------------------------------------------------------------------------------------- the extractors' stage
 
-    def pretrain(self, batch: Batch, clock: Clock) -> Losses:
+    def pretrain(self, batch: Batch, taught: None, clock: Clock) -> Losses:
         """Equation 6: the extractors learn to detect with what they read in the frozen teacher's features."""
         features = self.teacher.observe(batch).features
-        with torch.autocast(batch.images.device.type, enabled=False):
+        with full_precision(batch.images.device):
             pyramid = self._pyramid(features, batch)
             boxes, near = self._boxes(batch, draw=str(clock.epoch))
             losses: dict[str, Tensor] = {}
@@ -545,11 +527,10 @@ class UniKD(Method):
 
     # ---------------------------------------------------------------------------------------------------------- learn
 
-    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+    def learn(self, student: Detector, seen: Observation, taught: UniKDTaught, batch: Batch, clock: Clock) -> Losses:
         """Equation 7: terms ``content`` and ``positional``; monitors the cosine of the embeddings."""
-        assert isinstance(taught, UniKDTaught)
         strides = self.teacher.spec.strides
-        with torch.autocast(batch.images.device.type, enabled=False):
+        with full_precision(batch.images.device):
             pyramid = self.adaptor(seen.features, strides, batch)
             queries = {"content": taught.content_queries, "positional": taught.positional_queries}
             wanted = {"content": taught.content, "positional": taught.positional}
@@ -559,8 +540,8 @@ class UniKD(Method):
             for kind in (kind for kind in KINDS if self.weights[kind] > 0):
                 extractor = self._extractor(kind)
                 with frozen(extractor):
-                    read = extractor.extract(queries[kind].float(), taught.boxes_cxcywh01.float(), pyramid)
-                theirs = wanted[kind].float()
+                    read = extractor.extract(queries[kind], taught.boxes_cxcywh01, pyramid)
+                theirs = wanted[kind]
                 terms[kind] = self.weights[kind] * unikd_loss(read, theirs, positive[kind])
                 monitors[f"{kind}_cosine"] = mean_cosine([read.transpose(1, 2)], [theirs.transpose(1, 2)])
         return Losses(terms, monitors)
@@ -577,10 +558,5 @@ class UniKD(Method):
                 depends_on=hashlib.sha256(f"{self.slug} {self.teacher.fingerprint} {self._settings}".encode()).hexdigest()[:16],
                 overrides={"optimizer": "adamw", "lr": self.extractor_lr, "weight_decay": 1e-4, "clip": 0.1, "schedule": "step"},
             ),
-            Stage(
-                "distill",
-                step=lambda batch, clock: self.step(student, batch, clock),
-                trains=lambda clock: (student, self.adaptor),
-                evaluates=student,
-            ),
+            self.distill_stage(student, (student, self.adaptor)),
         )

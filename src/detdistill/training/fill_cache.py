@@ -26,9 +26,10 @@ from detdistill.data.records import DataSplits
 from detdistill.data.transforms import ViewSettings
 from detdistill.data.views import sights
 from detdistill.detectors.build import build_detector
-from detdistill.detectors.contract import Detector, Teacher
+from detdistill.detectors.contract import Detector, DetectorSpec, HasQueries, Teacher
 from detdistill.methods.shared.compose import build_method
-from detdistill.methods.shared.contract import Method, PairError, Stage
+from detdistill.methods.shared.contract import Method, Stage
+from detdistill.methods.shared.needs import PairError
 from detdistill.progress import Progress
 from detdistill.settings import CacheSettings, DistillSettings, as_plain
 from detdistill.training.from_cache import stage_from_cache
@@ -87,7 +88,7 @@ def make_cache(
         teacher=teacher[0],
         teacher_fingerprint=frozen.fingerprint,
         teacher_parameters=sum(p.numel() for p in teacher[1].parameters()),
-        spec=frozen.spec,
+        spec=described(frozen),
         method=settings.method,
         student=student,
         knowledge=tuple(lecture.knowledge),
@@ -125,6 +126,13 @@ def make_cache(
     left = len(cache.index.missing(sight.key for sight in everything))
     progress.say(f"{len(everything) - left} of {len(everything)} records in {folder.url}")
     return folder.url, len(everything) - left, not left, about.store, ahead
+
+
+def described(teacher: Teacher) -> DetectorSpec:
+    """The teacher's spec with the format of its queries, which runs without the teacher need to know."""
+    if not isinstance(teacher.detector, HasQueries):
+        return teacher.spec
+    return replace(teacher.spec, queries=teacher.queries)
 
 
 def _wait(folder: Storage) -> About | None:

@@ -34,7 +34,7 @@ def open_cache(url: str, method: str, splits: DataSplits, views: ViewSettings, t
 
 def why_live_teacher(method: str) -> str:
     """Why a method needs the teacher itself when it learns, beside what a cache holds; empty: it does not."""
-    reasons = [(kind.slug, kind.why_live_teacher(settings)) for kind, settings in parse_methods(method)]
+    reasons = [(kind.slug, kind.needs(**settings).why_live()) for kind, settings in parse_methods(method)]
     return "; ".join(f"{slug}: {reason}" for slug, reason in reasons if reason)
 
 

@@ -17,8 +17,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detdistill.detectors.contract import Detector
 from detdistill.errors import RunError
-from detdistill.methods.shared.contract import Method, Stage
-from detdistill.settings import TrainSettings
+from detdistill.methods.shared.contract import Method, Source, Stage, teach_by_canvas
+from detdistill.settings import DistillSettings, TrainSettings
 from detdistill.structures import Batch, Clock, Losses
 from detdistill.training.optimizers import build_optimizer, build_schedule
 
@@ -39,6 +39,7 @@ class StageModule(L.LightningModule):
         stage: Stage,
         settings: TrainSettings,
         total: int,
+        source: Source = teach_by_canvas,
         images: int = 0,
         seconds: float = 0.0,
     ) -> None:
@@ -50,12 +51,14 @@ class StageModule(L.LightningModule):
             stage: what to do.
             settings: of the run.
             total: optimizer steps of this stage.
+            source: gives what the stage's method is taught about a batch, from the teacher or from a cache.
             images: seen in the stages before.
             seconds: used by the stages before.
         """
         super().__init__()
         self.student, self.method = student, method
-        self.stage, self.settings, self.total = stage, settings, total
+        self.stage, self.settings, self.total, self.source = stage, settings, total, source
+        self.distill_weight = settings.dis if isinstance(settings, DistillSettings) else 1.0
         self.average: AveragedModel | None = None
         if settings.ema:
             self.average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
@@ -96,7 +99,9 @@ class StageModule(L.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """The stage's step."""
         self._freeze()
-        losses = self.stage.step(batch, self.clock)
+        method = self.stage.learns_from
+        taught = None if method is None else self.source(method, batch)
+        losses = self.stage.step(batch, taught, self.clock).with_distilled_scaled(self.distill_weight)
         total = losses.total()
         every = self.settings.monitor_every
         steps_now = (index + 1) % self.settings.accumulate == 0 or index + 1 == self.trainer.num_training_batches

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from detdistill.detectors.contract import Detector
-from detdistill.errors import RunError
+from detdistill.detectors.contract import Detector, Parts
+from detdistill.errors import ModelError, RunError
 from detdistill.settings import TrainSettings
 
 
@@ -39,12 +39,11 @@ def build_optimizer(modules: Iterable[nn.Module], settings: TrainSettings) -> Op
 def _backbones(modules: Iterable[nn.Module]) -> set[int]:
     found: set[int] = set()
     for detector in (module for module in modules if isinstance(module, Detector)):
-        if not detector.head_prefixes:
-            raise RunError(
-                f"backbone_lr_factor: {detector.spec.name} does not say which of its weights are neck and head (head_prefixes); "
-                "say it in its class, or leave the factor at 1"
-            )
-        found |= {id(p) for name, p in detector.named_parameters() if not name.startswith(detector.head_prefixes)}
+        try:
+            parts = detector.parts()
+        except ModelError as error:
+            raise RunError(f"backbone_lr_factor: {error}, or leave the factor at 1") from error
+        found |= {id(p) for p in Parts.parameters(parts.backbone)}
     return found
 
 

@@ -37,7 +37,7 @@ from detdistill.errors import RunError
 from detdistill.evaluation import Scores, evaluate
 from detdistill.evaluation.instability import check_queries, first_images, index_vectors
 from detdistill.methods.shared.compose import build_method
-from detdistill.methods.shared.contract import Method, Stage
+from detdistill.methods.shared.contract import Method, Source, Stage, teach_by_canvas
 from detdistill.progress import Progress
 from detdistill.settings import NOT_THE_RUN, DistillSettings, TrainSettings, as_plain
 from detdistill.structures import Batch, Clock, Losses
@@ -142,9 +142,6 @@ def run(plan: Plan, splits: DataSplits, teacher: Teacher | None = None, progress
             if not inherited.copied:
                 raise RunError(f"inherit: nothing of {teacher.spec.name} fits {student.spec.name}; leave out --inherit")
         method = build_method(plan.distilling.method, teacher, student)
-        method.strength = plan.distilling.dis
-        if cache is not None:
-            method.source = cache.source(plan.distilling.method)
     # Both sides of a comparison draw the same numbers from here on, whatever the method drew to initialise itself.
     seed_everything(settings.seed)
     folder = _open(plan, path)
@@ -225,7 +222,7 @@ def _finished(plan: Plan) -> Run | None:
 def plain_stage(student: Detector) -> Stage:
     """Training without a teacher."""
 
-    def step(batch: Batch, clock: Clock) -> Losses:
+    def step(batch: Batch, taught: None, clock: Clock) -> Losses:
         seen = student(batch)
         with torch.autocast(batch.images.device.type, enabled=False):
             seen = seen.float()
@@ -274,6 +271,9 @@ class _Loop:
         cache: KnowledgeCache | None = None,
     ) -> None:
         self.cache = cache
+        self.source: Source = teach_by_canvas
+        if cache is not None and method is not None and plan.distilling is not None:
+            self.source = cache.source(plan.distilling.method, method)
         self.plan, self.splits, self.folder, self.student, self.method = plan, splits, folder, student, method
         self.settings, self.progress = plan.settings, progress
         self.validation: DetectionLoader | None = None
@@ -353,8 +353,17 @@ class _Loop:
         resuming = self.resume_stage == stage.name
         if self.table is None and is_main_process():
             self.table = self._table(done_before if resuming else None)
+        if stage.before is not None and not resuming:
+            stage.before()
         self.module = StageModule(
-            self.student, self.method, stage, settings, total, images=self.images_seen // world, seconds=self.seconds
+            self.student,
+            self.method,
+            stage,
+            settings,
+            total,
+            source=self.source,
+            images=self.images_seen // world,
+            seconds=self.seconds,
         )
         train_set = self.splits.train
 

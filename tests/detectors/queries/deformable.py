@@ -16,7 +16,7 @@ from detdistill.detectors.contract import HasBackboneFeatures, HasCopies, HasQue
 from detdistill.detectors.inherit import inherit_head
 from detdistill.detectors.load import load_detector
 from detdistill.detectors.save import save_student
-from detdistill.structures import Assignment, Batch, Features, map_tensors
+from detdistill.structures import Assignment, Batch, Features, Look, map_tensors
 from tests.detectors.dense.shared import EMPTY, FULL, target, unequal_batch
 from tests.detectors.queries.shared import CLASSES, easy_batch
 
@@ -420,8 +420,8 @@ class DeformableTests:
 
     def test_as_a_teacher(self, detector):
         batch = unequal_batch()
-        seen = Teacher(detector).observe(batch, backbone=True, prediction=True)
-        again = Teacher(detector).observe(batch, prediction=True)
+        seen = Teacher(detector).observe(batch, Look(backbone=True, prediction=True))
+        again = Teacher(detector).observe(batch, Look(prediction=True))
         assert torch.equal(seen.prediction.logits, again.prediction.logits)
         assert not seen.prediction.logits.requires_grad
         stacked = type(seen).stack(seen.split(3))

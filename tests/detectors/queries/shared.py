@@ -16,7 +16,7 @@ from detdistill.detectors.contract import HasBackboneFeatures, HasCopies, HasQue
 from detdistill.detectors.inherit import inherit_head
 from detdistill.detectors.load import load_detector
 from detdistill.detectors.save import save_student
-from detdistill.structures import Assignment, Batch, Features, View
+from detdistill.structures import Assignment, Batch, Features, Look, View
 from tests.detectors.dense.shared import EMPTY, target, unequal_batch
 
 SMALL = "resnet10t,channels=8-16-32-64,stem=8,dim=64,queries=30,encoder=1,decoder=3,heads=4,ffn=128"
@@ -456,8 +456,8 @@ class QueryDetectorTests:
     def test_as_a_teacher(self, detector):
         teacher = Teacher(detector)
         batch = unequal_batch()
-        seen = teacher.observe(batch, backbone=True, prediction=True)
-        again = Teacher(detector).observe(batch, prediction=True)
+        seen = teacher.observe(batch, Look(backbone=True, prediction=True))
+        again = Teacher(detector).observe(batch, Look(prediction=True))
         assert torch.equal(seen.prediction.logits, again.prediction.logits)
         assert not seen.prediction.logits.requires_grad
         pieces = seen.split(3)

@@ -8,6 +8,7 @@ NeurIPS 2020 (version 1); the numbers are mmdet's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor
@@ -66,6 +67,11 @@ class GFLDetector(OwnDenseDetector):
     """Anchors of each level among which a box finds its own."""
     beta = 2.0
     """Exponent of the quality focal loss."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """As ``TorchvisionDetector``."""
+        super().__init__(*arguments, **options)
+        self.spec = replace(self.spec, box_bins=self.model.reg_max + 1)
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
         """Adaptive training sample selection with ``candidates`` of each level, as in ATSS."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from detdistill.detectors.contract import query_positives
+from detdistill.detectors.contract import Parts, Pyramid, query_positives
 from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.student_files.models.adamixer import AdaMixer, to_corners
@@ -97,8 +97,9 @@ def wrap_model(
 ) -> AdaMixerDetector:
     """A model of ``models/adamixer.py``."""
     channels = model.generator.content.shape[1]
-    pyramid = ((channels,) * len(model.strides), model.strides)
-    return AdaMixerDetector(model, classes, name, family="queries", columns=columns, description=description, pyramid=pyramid)
+    below = Pyramid(tuple(model.backbone.out_channels), model.strides)
+    pyramids = (Pyramid((channels,) * len(model.strides), model.strides), below)
+    return AdaMixerDetector(model, classes, name, family="queries", columns=columns, description=description, pyramids=pyramids)
 
 
 class AdaMixerDetector(TorchvisionDetector):
@@ -108,24 +109,31 @@ class AdaMixerDetector(TorchvisionDetector):
     attention maps over the features.
     """
 
-    head_prefixes = ("model.neck.", "model.generator.", "model.stages.")
     model: AdaMixer
+
+    def parts(self) -> Parts:
+        """The backbone, the channel mapper, and the initial queries with the stages."""
+        return Parts((self.model.backbone,), (self.model.neck,), (self.model.generator, self.model.stages))
 
     # ------------------------------------------------------------------------------------------------------- prediction
 
     def features(self, batch: Batch) -> Features:
         """The backbone's maps behind the channel mapper."""
-        maps = self.model.neck(self.model.backbone(self.image_list(batch).tensors))
-        return with_padding(tuple(maps.values()), self.spec.strides, batch)
+        return self.neck(self.backbone_features(batch), batch)
 
     def backbone_features(self, batch: Batch) -> Features:
         """The backbone's maps."""
         maps = self.model.backbone(self.image_list(batch).tensors)
         return with_padding(tuple(maps.values()), self.spec.strides, batch)
 
-    def predict(self, features: Features, batch: Batch) -> Queries:
+    def neck(self, features: Features, batch: Batch) -> Features:
+        """The channel mapper on the backbone's maps."""
+        maps = self.model.neck({str(index): level for index, level in enumerate(features.maps)})
+        return with_padding(tuple(maps.values()), self.spec.strides, batch)
+
+    def predict(self, features: Features, batch: Batch, attention: bool = False) -> Queries:
         """All stages, from the detector's own queries."""
-        return self.decode(features, self.seed(features, batch), batch)
+        return self.decode(features, self.seed(features, batch), batch, attention)
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
         """The learned contents; every query starts from the whole image."""

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 
+from detdistill.detectors.contract import Parts
 from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.queries.shared import deformable
 from detdistill.detectors.queries.shared import transformers_detector as shared
@@ -123,9 +124,10 @@ class DeformableDetrDetector(shared.TransformersDetector):
     class_outputs = ("class_embed", "model.decoder.class_embed")
     image_processor = "DeformableDetrImageProcessor"
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.head_prefixes += ("model.model.level_embed",)
+    def parts(self) -> Parts:
+        """As in the base; the embeddings of the levels are the neck's."""
+        found = super().parts()
+        return replace(found, neck=(*found.neck, nn.ParameterList([self.model.model.level_embed])))
 
     # --------------------------------------------------------------------------------------------------------- features
 
@@ -140,9 +142,9 @@ class DeformableDetrDetector(shared.TransformersDetector):
         """The library's backbone."""
         return self.model.model.backbone(images, pixel_mask)
 
-    def features(self, batch: Batch) -> Features:
-        """The encoder's maps; masks of the added levels are taken from the pixels, as in the library."""
-        return self.encode_masked(self.backbone_features(batch), (~batch.padding_mask()).float())
+    def neck(self, features: Features, batch: Batch) -> Features:
+        """Projections and encoder; masks of the added levels are taken from the pixels, as in the library."""
+        return self.encode_masked(features, (~batch.padding_mask()).float())
 
     def encode(self, features: Features) -> Features:
         """Projections and encoder; masks of the added levels are taken from the finest map, which may differ by one cell."""
@@ -205,10 +207,10 @@ class DeformableDetrDetector(shared.TransformersDetector):
         """Learned queries with reference points [B, N, 2]; in two stages those made of proposals, with boxes [B, N, 4]."""
         return self.propose(features)[0]
 
-    def predict(self, features: Features, batch: Batch) -> Queries:
+    def predict(self, features: Features, batch: Batch, attention: bool = False) -> Queries:
         """The decoder on the detector's own queries."""
         seed, encoder = self.propose(features)
-        return replace(self.decode(features, seed, batch), own=encoder)
+        return replace(self.decode(features, seed, batch, attention), own=encoder)
 
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
         """Decode from any seed; references may be points or boxes, and without any they are made of the positions.

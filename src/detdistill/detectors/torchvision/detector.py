@@ -24,9 +24,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from detdistill.detectors.contract import Detector, DetectorSpec, Family
+from detdistill.detectors.contract import Detector, DetectorSpec, Family, Parts, Pyramid
 from detdistill.detectors.student_files import load_student
-from detdistill.detectors.torchvision.images import backbone_maps, image_sizes, padded, pyramid_of, with_padding
+from detdistill.detectors.torchvision.images import (
+    backbone_maps,
+    image_sizes,
+    padded,
+    pyramids_of,
+    with_padding,
+)
 from detdistill.files import write_atomically
 from detdistill.structures import Batch, Features
 
@@ -34,7 +40,6 @@ from detdistill.structures import Batch, Features
 class TorchvisionDetector(Detector):
     """The parts that are the same for all of torchvision's detectors on a feature pyramid."""
 
-    head_prefixes: tuple[str, ...] = ("model.backbone.fpn.", "model.head.")
     columns: Tensor
 
     def __init__(
@@ -47,7 +52,7 @@ class TorchvisionDetector(Detector):
         softmax: bool = False,
         columns: Sequence[int] | None = None,
         description: Mapping[str, Any] | None = None,
-        pyramid: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+        pyramids: tuple[Pyramid, Pyramid | None] | None = None,
         needs_masks: bool = False,
         fixed_size_hw: tuple[int, int] | None = None,
     ) -> None:
@@ -61,7 +66,7 @@ class TorchvisionDetector(Detector):
             softmax: K+1 logits with the background last.
             columns: the output of each class; None: 1 .. K, as for every model with K+1 outputs.
             description: the tree ``load_student.build`` makes the model from; None: the export has no loading script.
-            pyramid: channels and strides of the features; None: of ``model.backbone``, found out.
+            pyramids: of the features and of the backbone's maps; None: of ``model.backbone``, found out.
             needs_masks: training needs masks.
             fixed_size_hw: the only input size.
         """
@@ -70,20 +75,30 @@ class TorchvisionDetector(Detector):
         self.description = description
         wanted = list(columns) if columns is not None else list(range(1, len(classes) + 1))
         self.register_buffer("columns", torch.tensor(wanted, dtype=torch.int64), persistent=False)
-        channels, strides = pyramid or pyramid_of(model.backbone)
+        features, below = pyramids or pyramids_of(model.backbone)
         mean, std = model.transform.image_mean, model.transform.image_std
         self.spec = DetectorSpec(
             name=name,
             family=family,
             classes=tuple(classes),
-            channels=channels,
-            strides=strides,
+            channels=features.channels,
+            strides=features.strides,
             softmax=softmax,
             mean=tuple(mean),
             std=tuple(std),
             needs_masks=needs_masks,
             fixed_size_hw=fixed_size_hw,
+            backbone=below,
+            anchors=self.anchors_per_cell(),
         )
+
+    def anchors_per_cell(self) -> tuple[int, ...]:
+        """Dense predictions of a cell on each level; empty where there are none."""
+        return ()
+
+    def parts(self) -> Parts:
+        """The backbone's body, its feature pyramid, and the head."""
+        return Parts((self.model.backbone.body,), (self.model.backbone.fpn,), (self.model.head,))
 
     def features(self, batch: Batch) -> Features:
         """The pyramid's levels."""
@@ -94,6 +109,11 @@ class TorchvisionDetector(Detector):
         """The backbone's maps that enter the pyramid."""
         maps = tuple(backbone_maps(self.model.backbone, self.image_list(batch).tensors).values())
         return with_padding(maps, self.spec.strides[: len(maps)], batch)
+
+    def neck(self, features: Features, batch: Batch) -> Features:
+        """The feature pyramid on the backbone's maps."""
+        levels = self.model.backbone.fpn({str(index): level for index, level in enumerate(features.maps)})
+        return with_padding(tuple(levels.values()), self.spec.strides, batch)
 
     def image_list(self, batch: Batch) -> ImageList:
         """Normalised images as the model's own transform would hand them on."""
@@ -148,8 +168,7 @@ class Neck(nn.Module):
 
     def forward(self, features: Features) -> Features:
         """Levels of the strides the detector has."""
-        maps = {str(index): level for index, level in enumerate(features.maps)}
-        levels = tuple(self.fpn(maps).values())
+        levels = tuple(self.fpn({str(index): level for index, level in enumerate(features.maps)}).values())
         if features.padding is None:
             return Features(levels, self.strides)
         finest, stride = features.padding[0], features.strides[0]

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detdistill.detectors.contract import Pyramid
 from detdistill.detectors.student_files.load_student import TimmPyramid
 from detdistill.errors import ModelError
+from detdistill.functional.modes import evaluating
 from detdistill.structures import Batch, Features
 
 
@@ -46,18 +48,24 @@ def backbone_maps(backbone: Any, images: Tensor) -> Mapping[str, Tensor]:
 
 
 @torch.no_grad()
-def pyramid_of(backbone: nn.Module, size: int = 256) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Channels and strides of each level, found out by an empty image of ``size`` pixels (statistics stay untouched).
+def pyramids_of(backbone: Any, size: int = 256) -> tuple[Pyramid, Pyramid | None]:
+    """The feature pyramid and the body's, found out by an empty image of ``size`` pixels (statistics stay untouched).
+
+    The second is None where the backbone has no ``body`` and ``fpn`` of torchvision's kind.
 
     Raises:
         ModelError: the backbone yields no named maps.
     """
-    training = {module: module.training for module in backbone.modules()}
     parameter = next(backbone.parameters())
-    levels = backbone.eval()(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
-    for module, was in training.items():
-        module.training = was
+    image = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
+    with evaluating(backbone):
+        apart = hasattr(backbone, "body") and hasattr(backbone, "fpn")
+        below = backbone_maps(backbone, image) if apart else None
+        levels = backbone(image) if below is None else backbone.fpn(below)
     if not isinstance(levels, Mapping):
         raise ModelError("the backbone must return a dictionary of maps, as torchvision's BackboneWithFPN does")
-    maps: list[Tensor] = list(levels.values())
-    return tuple(level.shape[1] for level in maps), tuple(size // level.shape[-1] for level in maps)
+    return _pyramid(levels, size), None if below is None else _pyramid(below, size)
+
+
+def _pyramid(maps: Mapping[str, Tensor], size: int) -> Pyramid:
+    return Pyramid(tuple(level.shape[1] for level in maps.values()), tuple(size // level.shape[-1] for level in maps.values()))

@@ -6,14 +6,15 @@ One shared answer for all methods; a method has its own only where its paper doe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detdistill.detectors.contract import DetectorSpec
-from detdistill.methods.shared.contract import PairError
+from detdistill.methods.shared.needs import PairError
+from detdistill.structures import Features
 
 
 @dataclass(frozen=True)
@@ -75,23 +76,66 @@ def resize_like(student: Tensor, teacher: Tensor) -> Tensor:
     return F.interpolate(student, size=teacher.shape[-2:], mode="bilinear", align_corners=False)
 
 
-class ChannelAdapters(nn.ModuleList):
-    """One 1x1 convolution for each pair of levels whose channels differ (with bias, PyTorch's initialisation)."""
+class LevelAdapters(nn.ModuleList):
+    """A convolution for each pair of levels, from the student's channels to the teacher's, with bias.
 
-    def __init__(self, pairs: Sequence[LevelPair], always: bool = False) -> None:
-        """Build them; ``always`` adapts equal channels too."""
-        super().__init__(
-            nn.Conv2d(pair.student_channels, pair.teacher_channels, 1)
-            if always or pair.student_channels != pair.teacher_channels
-            else nn.Identity()
-            for pair in pairs
-        )
+    Pairs of equal channels have none unless ``always``.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[LevelPair],
+        always: bool = False,
+        *,
+        kernel: int = 1,
+        shared: bool = False,
+        activation: Callable[[], nn.Module] | None = None,
+        initialize: Callable[[nn.Conv2d], None] | None = None,
+    ) -> None:
+        """Build them.
+
+        Args:
+            pairs: levels that are compared.
+            always: adapt equal channels too.
+            kernel: side of the convolution, odd; the map keeps its size.
+            shared: one convolution serves all pairs of equal channels on both sides.
+            activation: made after each convolution, e.g. ``nn.ReLU``; None: nothing.
+            initialize: draws a convolution's weights; None: PyTorch's default.
+        """
+        super().__init__()
+        made: dict[tuple[int, int], nn.Module] = {}
+        for pair in pairs:
+            channels = pair.student_channels, pair.teacher_channels
+            if channels[0] == channels[1] and not always:
+                self.append(nn.Identity())
+                continue
+            if not shared or channels not in made:
+                convolution = nn.Conv2d(*channels, kernel, padding=kernel // 2)
+                if initialize is not None:
+                    initialize(convolution)
+                made[channels] = convolution if activation is None else nn.Sequential(convolution, activation())
+            self.append(made[channels])
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Each student map [B, Cs, h, w] with the channels of its partner, [B, Ct, h, w]."""
         return [adapter(level) for adapter, level in zip(self, maps, strict=True)]
 
 
-def float32(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Maps in at least float32: distillation losses are never computed in half precision."""
-    return [level.float() if level.dtype.itemsize < 4 else level for level in maps]
+@dataclass(frozen=True)
+class PairedMaps:
+    """Maps of both sides, brought together: paired levels, in the teacher's channels, and at its size if asked."""
+
+    pairs: Sequence[LevelPair]
+    adapters: nn.Module
+    """Turns the student's maps, in the order of ``pairs``, into the teacher's channels. It belongs to the method: this is no
+    module, so that its parameters have one name."""
+    resize: bool = False
+    """Resize the student's maps to the teacher's height and width after the adapter (``resize_like``)."""
+
+    def __call__(self, student: Features, teacher: Features) -> tuple[list[Tensor], list[Tensor]]:
+        """The student's maps [B, C, h, w], with gradient, and the teacher's [B, C, H, W], level by level."""
+        theirs = [teacher.maps[pair.teacher] for pair in self.pairs]
+        mine: list[Tensor] = self.adapters([student.maps[pair.student] for pair in self.pairs])
+        if self.resize:
+            mine = [resize_like(level, fixed) for level, fixed in zip(mine, theirs, strict=True)]
+        return mine, theirs

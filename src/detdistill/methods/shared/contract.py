@@ -10,42 +10,21 @@ constructor takes the teacher and the student, then its hyper-parameters as keyw
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
-import torch
 from torch import nn
 
-from detdistill.detectors.contract import CAPABILITIES, Detector, Teacher
-from detdistill.errors import DetdistillError
-from detdistill.structures import Batch, Clock, Losses, Observation, Taught, TaughtTogether
+from detdistill.detectors.contract import PREDICTION, Detector, Teacher
+from detdistill.functional.precision import full_precision
+from detdistill.methods.shared.hyper_parameters import checked_settings
+from detdistill.methods.shared.needs import Needs, PairError, check_pair
+from detdistill.structures import Batch, Clock, Features, Look, Losses, Observation, Taught, TaughtTogether
 
-
-class PairError(DetdistillError):
-    """This teacher, this student and this method cannot work together; the message says why and what would."""
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a method asks of both sides, beside ``features``, which every detector has."""
-
-    teacher: bool = True
-    """False for teacher-free methods."""
-    teacher_backbone: bool = False
-    """``teach`` observes the teacher's backbone features too."""
-    teacher_prediction: bool = False
-    """``teach`` observes the teacher's prediction too."""
-    teacher_capabilities: tuple[type, ...] = ()
-    student_capabilities: tuple[type, ...] = ()
-    teacher_families: tuple[str, ...] = ()
-    """Families that can serve; empty: any."""
-    student_families: tuple[str, ...] = ()
-    same_classes: bool = False
-    """Class logits are compared: every class of the student must be known to the teacher by name."""
-
-
-StageStep = Callable[[Batch, Clock], Losses]
-Source = Callable[[Batch], Taught]
+T = TypeVar("T", bound=Taught | None)
+StageStep = Callable[[Batch, Any, Clock], Losses]
+Source = Callable[["Method[Any]", Batch], Taught | None]
+"""Where a step gets what a method is taught about a batch: from the teacher (``teach_by_canvas``) or from a cache."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +33,13 @@ class Stage:
 
     name: str
     step: StageStep
-    """One batch in, all losses out."""
+    """A batch, what ``learns_from`` was taught about it, and the clock in; all losses out."""
     trains: Callable[[Clock], Sequence[nn.Module]]
-    """Which modules get gradients at this moment; the rest of student and method is frozen."""
+    """Modules that get gradients at this moment; the rest of student and method is frozen."""
     evaluates: Detector | None
-    """Which detector's AP is followed, or None."""
+    """The detector whose AP is followed, or None."""
+    learns_from: Method[Any] | None = None
+    """The method whose ``teach`` the loop asks for each batch, online or from a cache; None: the step is given None."""
     share: float = 1.0
     """Length as a multiple of the run's ``epochs``, or of its ``steps`` when those are given."""
     depends_on: str = ""
@@ -66,10 +47,12 @@ class Stage:
     Empty: never reused."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Training settings of this stage that differ from the run's: ``{"optimizer": "adamw", "lr": 2e-4}``."""
+    before: Callable[[], None] | None = None
+    """Called once when the stage starts, not when it is resumed: hands weights over from the stage before."""
 
 
-class Method(nn.Module):
-    """One distillation method for one pair.
+class Method(nn.Module, Generic[T]):
+    """One distillation method for one pair. ``T`` is what its ``teach`` returns.
 
     Trainable parts (adapters, attention) are submodules; the teacher is not, because ``Teacher`` is no module.
     """
@@ -79,11 +62,22 @@ class Method(nn.Module):
     title: ClassVar[str]
     """Title of the paper, with venue and year."""
     bibtex: ClassVar[str]
-    """What ``detdistill cite`` prints."""
-    needs: ClassVar[Needs] = Needs()
+    """The text that ``detdistill cite`` prints."""
     teach_settings: ClassVar[tuple[str, ...] | None] = None
-    """Hyper-parameters on which the result of ``teach`` depends, so that one cache serves all values of the others. None: all of
-    them where the class defines ``teach``, and none where it does not."""
+    """Names of the hyper-parameters that change what ``teach`` returns; only these enter a cache's identity.
+    None: all, if the class overrides ``teach``; those that change ``needs``, if it inherits it."""
+    settings: dict[str, Any]
+    """Values of all hyper-parameters, checked against the types of the constructor before it runs."""
+
+    def __new__(cls, *sides: Any, **given: Any) -> Self:
+        """Check the hyper-parameters.
+
+        Raises:
+            MethodError: one is unknown, or its value is not of its type.
+        """
+        method = super().__new__(cls)
+        method.settings = checked_settings(cls.slug, cls, given)
+        return method
 
     def __init__(self, teacher: Teacher | None, student: Detector) -> None:
         """Check the pair.
@@ -92,90 +86,88 @@ class Method(nn.Module):
             PairError: teacher or student lacks something that ``needs`` names.
         """
         super().__init__()
-        check_pair(self.slug, self.needs, teacher, student)
+        self.requirements = self.needs(**self.settings)
+        check_pair(self.slug, self.requirements, teacher, student)
         self._teacher = teacher
-        self.strength = 1.0
-        """Factor on what ``learn`` returns; the run's ``dis``."""
-        self.source: Source | None = None
-        """Where ``taught`` comes from instead of the teacher: a cache."""
 
     @classmethod
-    def why_live_teacher(cls, settings: Mapping[str, Any]) -> str:
-        """Why a cache of what was taught is not enough, and the teacher must be there too; empty: it is enough.
+    def needs(cls, **settings: Any) -> Needs:
+        """What the method asks of both sides.
 
         Args:
-            settings: hyper-parameters that differ from their defaults.
+            settings: all hyper-parameters, by name.
         """
-        return "uses modules of the teacher when it learns, which a cache does not hold" if cls.needs.teacher_capabilities else ""
+        return Needs()
 
     @property
     def teacher(self) -> Teacher:
-        """The frozen teacher (an ``AssertionError`` in a teacher-free method, which has none)."""
+        """The frozen teacher (an ``AssertionError`` in a method that has none)."""
         assert self._teacher is not None, f"{self.slug} has no teacher"
         return self._teacher
 
-    def teach(self, batch: Batch) -> Taught | None:
+    def teach(self, batch: Batch) -> T:
         """What the teacher says about a batch: no gradient, depends on the batch and on frozen weights only.
 
-        Plain per-image data, so it may come from a cache instead. Randomness is seeded by image id and view.
+        Plain per-image data, so it may come from a cache instead. Randomness is seeded by image id and view. By default the
+        teacher is observed as ``needs`` says.
         """
-        if self._teacher is None:
-            return None
-        return self._teacher.observe(batch, backbone=self.needs.teacher_backbone, prediction=self.needs.teacher_prediction)
+        if self._teacher is None or self.requirements.teacher is None:
+            return cast(T, None)
+        return cast(T, self._teacher.observe(batch, self.requirements.teacher))
 
-    def taught(self, batch: Batch) -> Taught | None:
-        """What steps use: from the cache when there is one, else ``teach``, each image on its own canvas.
+    def learn(self, student: Detector, seen: Observation, taught: T, batch: Batch, clock: Clock) -> Losses:
+        """Losses that make the student (and this method's modules) follow what was taught.
 
-        The canvas is the padding that an image has in a batch of its own; what is taught about an image does not depend on
-        the others of its batch, so online and offline training learn the same. With ``letterbox`` all canvases are equal.
+        Runs in the precision of the caller, so that parts of the networks may be run again; ``seen`` and ``taught`` are
+        float32. The arithmetic of losses belongs into ``with full_precision(batch.images.device)``.
         """
-        if self.source is not None:
-            return self.source(batch)
-        groups = batch.by_canvas()
-        if len(groups) == 1 and groups[0][1] is batch:
-            return self.teach(batch)
-        pieces: list[tuple[int, Taught]] = []
-        for chosen, part in groups:
-            taught = self.teach(part)
-            if taught is None:
-                return None
-            pieces += zip(chosen, taught.split(len(part)), strict=True)
-        ordered = [piece for _, piece in sorted(pieces, key=lambda pair: pair[0])]
-        return type(ordered[0]).stack(ordered)
-
-    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
-        """Losses that make the student (and this method's modules) follow what was taught."""
         raise TypeError(f"{type(self).__name__} must define learn()")
 
-    def supervise(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch) -> Losses:
-        """The student's own detection loss. A composition holds at most one override."""
+    def supervise(self, student: Detector, seen: Observation, taught: T, batch: Batch) -> Losses:
+        """The student's own detection loss, in full precision. A composition holds at most one override."""
         assert seen.prediction is not None
         return student.loss(seen.prediction, batch)
 
-    def step(self, student: Detector, batch: Batch, clock: Clock) -> Losses:
-        """Teach, one student pass, supervise, learn: the step of the stage ``distill``.
+    def relabel(self, student: Detector, features: Features, batch: Batch, clock: Clock) -> tuple[Batch, Losses]:
+        """Other targets for the batch, chosen between the student's features and its prediction, and the losses of choosing.
 
-        The networks run in the caller's precision; all losses, and the method's own modules, in float32.
+        A composition holds at most one override.
         """
-        taught = self.taught(batch)
-        seen = student(batch)
-        with torch.autocast(batch.images.device.type, enabled=False):
-            seen, taught = seen.float(), None if taught is None else taught.float()
+        return batch, Losses({})
+
+    def step(self, student: Detector, batch: Batch, taught: T, clock: Clock) -> Losses:
+        """One student pass, supervise, learn: the step of the stage ``distill``.
+
+        The networks run in the caller's precision. The student's pass and ``taught`` are turned into float32.
+        """
+        look, relabelled = PREDICTION | self.requirements.student, Losses({})
+        if self._relabels():
+            seen = student.observe_features(batch, look)
+            batch, relabelled = self.relabel(student, seen.features, batch, clock)
+            seen = student.observe_head(seen, batch, look)
+        else:
+            seen = student(batch, look)
+        seen, taught = seen.float(), cast(T, None if taught is None else taught.float())
+        with full_precision(batch.images.device):
             supervised = self.supervise(student, seen, taught, batch)
-            learned = self.learn(student, seen, taught, batch, clock)
-        if self.strength != 1.0:
-            learned = Losses({name: self.strength * term for name, term in learned.terms.items()}, learned.monitors)
-        return Losses.merge([supervised, learned])
+        learned = self.learn(student, seen, taught, batch, clock)
+        return Losses.merge([supervised, relabelled.as_distilled(), learned.as_distilled()])
+
+    def _relabels(self) -> bool:
+        return type(self).relabel is not Method.relabel
 
     def stages(self, student: Detector) -> tuple[Stage, ...]:
         """By default one. The last stage is always ``step`` with the student: earlier stages are the method's own."""
-        return (
-            Stage(
-                "distill",
-                step=lambda batch, clock: self.step(student, batch, clock),
-                trains=lambda clock: (student, self),
-                evaluates=student,
-            ),
+        return (self.distill_stage(student, (student, self)),)
+
+    def distill_stage(self, student: Detector, trains: Sequence[nn.Module]) -> Stage:
+        """The last stage, in which some modules train."""
+        return Stage(
+            "distill",
+            step=lambda batch, taught, clock: self.step(student, batch, taught, clock),
+            trains=lambda clock: trains,
+            evaluates=student,
+            learns_from=self,
         )
 
     def teachers(self) -> tuple[Teacher, ...]:
@@ -183,53 +175,88 @@ class Method(nn.Module):
         return () if self._teacher is None else (self._teacher,)
 
 
-class Composition(Method):
+class TeacherFree(Method[T]):
+    """A method without a teacher: labels, or networks of its own, take the teacher's place."""
+
+    def __init__(self, teacher: Teacher | None, student: Detector) -> None:
+        """Check the student; a teacher, which the other methods of a composition may have, is not looked at."""
+        super().__init__(None, student)
+
+    @classmethod
+    def needs(cls, **settings: Any) -> Needs:
+        """No teacher."""
+        return Needs(teacher=None)
+
+
+class Composition(Method[TaughtTogether]):
     """Several methods at once: ``fgd+pkd``. Their losses are added under their names."""
 
     slug = "composition"
     title = "several methods at once"
     bibtex = ""
-    needs = Needs(teacher=False)
 
-    def __init__(self, methods: Sequence[Method], student: Detector) -> None:
+    def __init__(self, methods: Sequence[Method[Any]], student: Detector) -> None:
         """Put methods together.
 
         Raises:
-            PairError: two of them replace the student's own loss, or a method is named twice.
+            PairError: two of them replace the student's own loss or its targets, or a method is named twice.
         """
         super().__init__(None, student)
         slugs = [method.slug for method in methods]
         if len(set(slugs)) < len(slugs):
             raise PairError(f"method {'+'.join(slugs)}: each method may be named once")
-        supervising = [method for method in methods if type(method).supervise is not Method.supervise]
-        if len(supervising) > 1:
-            names = " and ".join(method.slug for method in supervising)
-            raise PairError(f"{names} both replace the student's own loss; a composition can hold only one of them")
+        self._supervisor = _only_one(methods, lambda method: type(method).supervise is not Method.supervise, "own loss")
+        self._relabeler = _only_one(methods, lambda method: method._relabels(), "targets")
         self.parts = nn.ModuleDict(dict(zip(slugs, methods, strict=True)))
-        self._supervisor = supervising[0].slug if supervising else None
+        student_look = Look()
+        self._teacher_looks: dict[Teacher, Look] = {}
+        for method in methods:
+            student_look |= method.requirements.student
+            if method._teacher is not None and method.requirements.teacher is not None:
+                before = self._teacher_looks.get(method._teacher, Look())
+                self._teacher_looks[method._teacher] = before | method.requirements.teacher
+        self.requirements = replace(self.requirements, student=student_look)
+
+    @classmethod
+    def needs(cls, **settings: Any) -> Needs:
+        """Each member has asked for itself."""
+        return Needs(teacher=None)
 
     @property
-    def methods(self) -> tuple[Method, ...]:
+    def methods(self) -> tuple[Method[Any], ...]:
         """In the order they were named."""
         return tuple(self.parts.values())  # type: ignore[arg-type]
 
+    def look_at_teachers(self, batch: Batch) -> None:
+        """One pass of each teacher that shows all that the members will look at."""
+        for teacher, look in self._teacher_looks.items():
+            teacher.observe(batch, look)
+
     def teach(self, batch: Batch) -> TaughtTogether:
         """What each method was taught, in order."""
+        self.look_at_teachers(batch)
         return TaughtTogether(tuple(method.teach(batch) for method in self.methods))
 
-    def learn(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch, clock: Clock) -> Losses:
+    def learn(self, student: Detector, seen: Observation, taught: TaughtTogether, batch: Batch, clock: Clock) -> Losses:
         """All losses, each under ``<slug>/``."""
-        assert isinstance(taught, TaughtTogether)
         pairs = zip(self.methods, taught.parts, strict=True)
         return Losses.merge([m.learn(student, seen, part, batch, clock).prefixed(m.slug) for m, part in pairs])
 
-    def supervise(self, student: Detector, seen: Observation, taught: Taught | None, batch: Batch) -> Losses:
+    def supervise(self, student: Detector, seen: Observation, taught: TaughtTogether, batch: Batch) -> Losses:
         """The override of the one method that has one, else the student's own loss."""
         if self._supervisor is None:
             return super().supervise(student, seen, taught, batch)
-        assert isinstance(taught, TaughtTogether)
-        index = list(self.parts).index(self._supervisor)
-        return self.methods[index].supervise(student, seen, taught.parts[index], batch)
+        return self.methods[self._supervisor].supervise(student, seen, taught.parts[self._supervisor], batch)
+
+    def relabel(self, student: Detector, features: Features, batch: Batch, clock: Clock) -> tuple[Batch, Losses]:
+        """That of the one method that has one."""
+        assert self._relabeler is not None
+        method = self.methods[self._relabeler]
+        changed, losses = method.relabel(student, features, batch, clock)
+        return changed, losses.prefixed(method.slug)
+
+    def _relabels(self) -> bool:
+        return self._relabeler is not None
 
     def stages(self, student: Detector) -> tuple[Stage, ...]:
         """The methods' own earlier stages, one after the other, then everybody's last stage together."""
@@ -239,44 +266,55 @@ class Composition(Method):
         def trains(clock: Clock) -> Sequence[nn.Module]:
             return [module for stage in last for module in stage.trains(clock)]
 
-        together = Stage("distill", lambda batch, clock: self.step(student, batch, clock), trains, student)
-        return (*earlier, together)
+        def before() -> None:
+            for stage in last:
+                if stage.before is not None:
+                    stage.before()
+
+        together = replace(self.distill_stage(student, ()), trains=trains)
+        return (*earlier, replace(together, before=before) if any(stage.before for stage in last) else together)
 
     def teachers(self) -> tuple[Teacher, ...]:
         """Of all methods, each once."""
         return tuple(dict.fromkeys(teacher for method in self.methods for teacher in method.teachers()))
 
 
-def check_pair(slug: str, needs: Needs, teacher: Teacher | None, student: Detector) -> None:
-    """Say what is missing before the first image.
+def _only_one(methods: Sequence[Method[Any]], does: Callable[[Method[Any]], bool], what: str) -> int | None:
+    """Index of the only method that replaces something of the student's; None: no method does.
 
     Raises:
-        PairError: naming the side, its detector, and all that is missing.
+        PairError: several do.
     """
-    if needs.teacher and teacher is None:
-        raise PairError(f"{slug}: needs a teacher; give one with --teacher")
-    sides: list[tuple[str, Detector, tuple[type, ...], tuple[str, ...]]] = [
-        ("student", student, needs.student_capabilities, needs.student_families)
-    ]
-    if teacher is not None:
-        sides.append(("teacher", teacher.detector, needs.teacher_capabilities, needs.teacher_families))
-    for side, detector, capabilities, families in sides:
-        if families and detector.spec.family not in families:
-            raise PairError(
-                f"{slug}: the {side} {detector.spec.name} predicts {detector.spec.family}; "
-                f"{slug} needs a {side} that predicts {' or '.join(families)}"
-            )
-        missing = [CAPABILITIES[capability] for capability in capabilities if not isinstance(detector, capability)]
-        if missing:
-            raise PairError(
-                f"{slug}: the {side} {detector.spec.name} lacks {', '.join(missing)}; "
-                f"run `detdistill methods --student {detector.spec.name}` for the methods that serve it"
-            )
-    if needs.same_classes and teacher is not None:
-        unknown = [name for name in student.spec.classes if name not in teacher.spec.classes]
-        if unknown:
-            raise PairError(
-                f"{slug}: compares class scores, but the teacher does not know {', '.join(unknown[:5])}"
-                f"{' ...' if len(unknown) > 5 else ''}; teacher classes: {', '.join(teacher.spec.classes[:10])}"
-                f"; use a method on features (fitnet, pkd, cwd, fkd, fgd, mgd)"
-            )
+    found = [index for index, method in enumerate(methods) if does(method)]
+    if len(found) > 1:
+        names = " and ".join(methods[index].slug for index in found)
+        raise PairError(f"{names} both replace the student's {what}; a composition can hold only one of them")
+    return found[0] if found else None
+
+
+def part_of(taught: Taught, root: Method[Any], member: Method[Any]) -> Taught | None:
+    """What one method was taught, of what the whole composition ``root`` was taught; all of it where they are one."""
+    if member is root:
+        return taught
+    assert isinstance(root, Composition)
+    assert isinstance(taught, TaughtTogether)
+    return taught.parts[root.methods.index(member)]
+
+
+def teach_by_canvas(method: Method[Any], batch: Batch) -> Taught | None:
+    """What a method is taught about a batch, each image on the canvas that it has in a batch of its own.
+
+    The knowledge about an image then does not depend on the others of its batch, so online and offline training learn the
+    same. With ``letterbox`` all canvases are equal.
+    """
+    groups = batch.by_canvas()
+    if len(groups) == 1 and groups[0][1] is batch:
+        return cast(Taught | None, method.teach(batch))
+    pieces: list[tuple[int, Taught]] = []
+    for chosen, part in groups:
+        taught = method.teach(part)
+        if taught is None:
+            return None
+        pieces += zip(chosen, taught.split(len(part)), strict=True)
+    ordered = [piece for _, piece in sorted(pieces, key=lambda pair: pair[0])]
+    return type(ordered[0]).stack(ordered)

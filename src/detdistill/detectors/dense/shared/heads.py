@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from detdistill.detectors.contract import Tower, dense_positives
+from detdistill.detectors.contract import dense_positives
 from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.student_files.models.dense import OneStage, valid_cells
@@ -35,7 +35,19 @@ from detdistill.detectors.torchvision.detector import TorchvisionDetector
 from detdistill.detectors.torchvision.images import image_sizes
 from detdistill.detectors.torchvision.targets import matched_targets, target_dicts, trainable, whole_indices
 from detdistill.functional.atss import atss_assign
-from detdistill.structures import IGNORED, Assignment, Batch, Dense, Detections, Features, Losses, Origin, Positives, Prediction
+from detdistill.structures import (
+    IGNORED,
+    Assignment,
+    Batch,
+    Dense,
+    Detections,
+    Features,
+    Losses,
+    Origin,
+    Positives,
+    Prediction,
+    Tower,
+)
 
 EPSILON = torch.finfo(torch.float32).eps
 """What mmdet adds to every divisor of a loss."""
@@ -67,6 +79,10 @@ class DenseDetector(TorchvisionDetector):
     @abstractmethod
     def final_scores(self, outputs: dict[str, Tensor]) -> Tensor:
         """[B, P, C] the scores that detections are given (torchvision's models: needed to find where boxes came from)."""
+
+    def anchors_per_cell(self) -> tuple[int, ...]:
+        """As the model's anchor generator has them."""
+        return tuple(self.model.anchor_generator.num_anchors_per_location())
 
     # ------------------------------------------------------------------------------------------------------- prediction
 
@@ -205,6 +221,10 @@ class OwnDenseDetector(DenseDetector):
         """The same square anchors for all images."""
         anchors = self.model.anchors(shapes, batch.images.new_empty(()))
         return (anchors,) * len(batch), [1] * len(shapes)
+
+    def anchors_per_cell(self) -> tuple[int, ...]:
+        """One on each level."""
+        return (1,) * len(self.model.strides)
 
     def strides(self, levels: Tensor, like: Tensor) -> Tensor:
         """[P] stride of each prediction's level, in the type of ``like``."""

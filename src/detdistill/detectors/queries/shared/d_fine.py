@@ -47,6 +47,7 @@ class FineDetector(family.HybridEncoderDetector):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.requires_grad_(True)
+        self.spec = replace(self.spec, box_bins=int(self.config.max_num_bins) + 1)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As in torch, but the two constants of the weighting function, which the library keeps as parameters, stay."""

@@ -96,15 +96,21 @@ class Looks:
 
 
 @contextmanager
-def watched(layers: Sequence[Any], wanted: bool) -> Iterator[Looks]:
-    """Note the attention of decoder layers while they run, deformable ones as dense maps; nothing when not ``wanted``."""
+def watched(layers: Sequence[Any], wanted: bool, queries: slice = slice(None)) -> Iterator[Looks]:
+    """Note the attention of decoder layers while they run, deformable ones as dense maps; nothing when not ``wanted``.
+
+    Args:
+        layers: of the decoder.
+        wanted: whether to note anything.
+        queries: whose attention is noted, of those that are decoded together. They must attend to each other only.
+    """
     looks = Looks([], [])
     hooks = []
     if wanted:
         for layer in layers:
             cross = layer.encoder_attn if hasattr(layer, "encoder_attn") else layer.cross_attn
-            hooks.append(cross.register_forward_hook(partial(_note, looks), with_kwargs=True))
-            hooks.append(layer.self_attn.register_forward_hook(partial(_note_among, looks), with_kwargs=True))
+            hooks.append(cross.register_forward_hook(partial(_note, looks, queries), with_kwargs=True))
+            hooks.append(layer.self_attn.register_forward_hook(partial(_note_among, looks, queries), with_kwargs=True))
     try:
         yield looks
     finally:
@@ -112,16 +118,18 @@ def watched(layers: Sequence[Any], wanted: bool) -> Iterator[Looks]:
             hook.remove()
 
 
-def _note(looks: Looks, module: Any, arguments: tuple[Any, ...], given: dict[str, Any], result: Any) -> None:
+def _note(looks: Looks, queries: slice, module: Any, arguments: tuple[Any, ...], given: dict[str, Any], result: Any) -> None:
     """Repeat how the library computes the sampling points (it does not return them) and spread the weights."""
     hidden, position, reference = given["hidden_states"], given.get("position_embeddings"), given["reference_points"]
-    hidden = hidden if position is None else hidden + position
+    hidden = (hidden if position is None else hidden + position)[:, queries]
     shapes = tuple((int(height), int(width)) for height, width in given["spatial_shapes_list"])
-    batch, queries = hidden.shape[:2]
+    batch, count = hidden.shape[:2]
     heads, counts = int(module.n_heads), point_counts(module)
-    offsets = module.sampling_offsets(hidden).reshape(batch, queries, heads, sum(counts), 2)
-    reference = reference.expand(-1, -1, len(shapes), -1)[:, :, None].repeat_interleave(
-        torch.tensor(counts, device=hidden.device), dim=3, output_size=sum(counts)
+    offsets = module.sampling_offsets(hidden).reshape(batch, count, heads, sum(counts), 2)
+    reference = (
+        reference[:, queries]
+        .expand(-1, -1, len(shapes), -1)[:, :, None]
+        .repeat_interleave(torch.tensor(counts, device=hidden.device), dim=3, output_size=sum(counts))
     )  # [B, N, 1, points, 2 or 4]
     if reference.shape[-1] == 2:
         per_point = torch.tensor([shape[::-1] for shape, count in zip(shapes, counts, strict=True) for _ in range(count)])
@@ -130,20 +138,22 @@ def _note(looks: Looks, module: Any, arguments: tuple[Any, ...], given: dict[str
         share = torch.tensor([1 / count for count in counts for _ in range(count)]).to(offsets)[:, None]
         points = reference[..., :2] + offsets * share * reference[..., 2:] * getattr(module, "offset_scale", 0.5)
     method = getattr(module, "method", None) or getattr(module, "decoder_method", "default")
-    weights = result[1].reshape(batch, queries, heads, sum(counts))
+    weights = result[1][:, queries].reshape(batch, count, heads, sum(counts))
     looks.cross.append(dense_attention(weights, points, shapes, counts, nearest=method == "discrete"))
 
 
-def _note_among(looks: Looks, module: Any, arguments: tuple[Any, ...], given: dict[str, Any], result: Any) -> None:
+def _note_among(
+    looks: Looks, queries: slice, module: Any, arguments: tuple[Any, ...], given: dict[str, Any], result: Any
+) -> None:
     """Compute the self-attention once more: the library's fused forms return none, and its plain form rounds otherwise."""
     hidden, position, mask = given.get("hidden_states"), given.get("position_embeddings"), given.get("attention_mask")
     hidden = arguments[0] if hidden is None else hidden
-    hidden = hidden if position is None else hidden + position
-    queries, keys = (
+    hidden = (hidden if position is None else hidden + position)[:, queries]
+    asking, keys = (
         layer(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for layer in (module.q_proj, module.k_proj)
     )
-    scores = queries @ keys.transpose(2, 3) * module.scaling
-    looks.among.append((scores if mask is None else scores + mask).softmax(dim=-1))
+    scores = asking @ keys.transpose(2, 3) * module.scaling
+    looks.among.append((scores if mask is None else scores + mask[..., queries, queries]).softmax(dim=-1))
 
 
 def point_counts(attention: Any) -> list[int]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher, LwDetrImageLoss
 
+from detdistill.detectors.contract import Pyramid
 from detdistill.detectors.queries.shared import deformable
 from detdistill.detectors.queries.shared import transformers_detector as shared
 from detdistill.detectors.queries.shared.deformable import Memory, Outputs
@@ -51,9 +52,9 @@ class GroupDetector(shared.TransformersDetector):
 
     # --------------------------------------------------------------------------------------------------------- features
 
-    def find_strides(self, size: int = 128) -> tuple[int, ...]:
+    def find_backbone_pyramid(self, size: int = 128) -> Pyramid:
         """By an image of a size that the windows fit."""
-        return super().find_strides(2 * self.step)
+        return super().find_backbone_pyramid(2 * self.step)
 
     def rest(self, batch: Batch) -> tuple[int, int, int, int]:
         """What is padded on the right and at the bottom for the windows, as ``torch.nn.functional.pad`` wants it."""
@@ -72,9 +73,9 @@ class GroupDetector(shared.TransformersDetector):
         padding = None if bool(valid.all()) else tuple(~mask for _, mask in maps)
         return Features(tuple(level for level, _ in maps), self.backbone_strides, padding)
 
-    def features(self, batch: Batch) -> Features:
-        """The projector's maps, with masks taken from the pixels as in the library."""
-        return self.project(self.backbone_features(batch), F.pad((~batch.padding_mask()).float(), self.rest(batch)))
+    def neck(self, features: Features, batch: Batch) -> Features:
+        """The projector, with masks taken from the pixels as in the library."""
+        return self.project(features, F.pad((~batch.padding_mask()).float(), self.rest(batch)))
 
     def encode(self, features: Features) -> Features:
         """The projector; masks are taken from the ViT's cells."""
@@ -124,14 +125,16 @@ class GroupDetector(shared.TransformersDetector):
         content, reference, _ = self.choose(features, 1)
         return QuerySeed(content, reference=reference)
 
-    def predict(self, features: Features, batch: Batch) -> Queries:
+    def predict(self, features: Features, batch: Batch, attention: bool = False) -> Queries:
         """The first group; in training the other groups are decoded beside it, for the loss."""
         groups, count = (self.config.group_detr if self.training else 1), self.config.num_queries
         content, reference, encoder = self.choose(features, groups)
-        layers, embedding = self.run(features, content, reference, groups)
+        with deformable.watched(self.model.model.decoder.layers, attention, slice(count)) as looks:
+            layers, embedding = self.run(features, content, reference, groups)
         seed = QuerySeed(content[:, :count], reference=reference[:, :count])
         first = [layer.take(0, count) for layer in layers]
-        return self.queries(first, embedding[:, :, :count], seed, Own(layers, encoder, groups))
+        found = self.queries(first, embedding[:, :, :count], seed, Own(layers, encoder, groups))
+        return replace(found, attention=looks.attention, self_attention=looks.self_attention)
 
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
         """Decode from any seed with a box (cxcywh) for each query, as one group; ``position`` is not used: the box is it.

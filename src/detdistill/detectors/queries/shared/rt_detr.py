@@ -225,20 +225,26 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         found = self.queries(run, seed, Own(run), batch)
         return replace(found, attention=looks.attention, self_attention=looks.self_attention)
 
-    def predict(self, features: Features, batch: Batch) -> Queries:
+    def predict(self, features: Features, batch: Batch, attention: bool = False) -> Queries:
         """Decode the own queries; in training beside denoising queries made of ``batch.targets`` (torch's random numbers)."""
-        memory = self.memory(features)
+        memory, layers = self.memory(features), self.model.model.decoder.layers
         chosen = self.choose(memory, batch)
         seed = QuerySeed(chosen.content, reference=chosen.reference * self.scale(batch))
         noise = self.denoising(batch, chosen)
         if noise is None:
-            run = self.run(memory, chosen.content, chosen.reference, None)
-            return self.queries(run, seed, Own(run, chosen.outputs), batch)
-        content = torch.cat([noise.content, chosen.content.to(noise.content.dtype)], dim=1)
-        reference = torch.cat([noise.reference, chosen.reference], dim=1)
-        both, count = self.run(memory, content, reference, noise.mask), noise.content.shape[1]
-        run = both.take(count, None)
-        return self.queries(run, seed, Own(run, chosen.outputs, noise, both.take(0, count)), batch)
+            with shared.watched(layers, attention) as looks:
+                run = self.run(memory, chosen.content, chosen.reference, None)
+            own = Own(run, chosen.outputs)
+        else:
+            content = torch.cat([noise.content, chosen.content.to(noise.content.dtype)], dim=1)
+            reference = torch.cat([noise.reference, chosen.reference], dim=1)
+            count = noise.content.shape[1]
+            with shared.watched(layers, attention, slice(count, None)) as looks:
+                both = self.run(memory, content, reference, noise.mask)
+            run = both.take(count, None)
+            own = Own(run, chosen.outputs, noise, both.take(0, count))
+        found = self.queries(run, seed, own, batch)
+        return replace(found, attention=looks.attention, self_attention=looks.self_attention)
 
     def denoising(self, batch: Batch, chosen: Chosen) -> Denoising | None:
         """The library's contrastive denoising queries; None in eval mode, without boxes, or when they are switched off."""

@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou, clip_boxes_to_image, generalized_box_iou_loss
 from transformers.models.conditional_detr.modeling_conditional_detr import inverse_sigmoid as library_inverse_sigmoid
 
-from detdistill.detectors.contract import Detector, DetectorSpec, query_positives
+from detdistill.detectors.contract import Detector, DetectorSpec, Parts, Pyramid, query_positives
 from detdistill.detectors.queries.shared.transformers_models import quiet, saved_state
 from detdistill.detectors.torchvision.targets import trainable, whole_indices
+from detdistill.functional.modes import evaluating
 from detdistill.structures import (
     IGNORED,
     NEGATIVE,
@@ -107,8 +108,8 @@ class TransformersDetector(Detector):
         self.model = model
         self.score = 0.0 if score is None else score
         self.dets = dets
-        self.head_prefixes = tuple(f"model.{part}." for part in (*self.neck_modules, *self.head_modules))
-        self.backbone_strides = self.find_strides()
+        below = self.find_backbone_pyramid()
+        self.backbone_strides = below.strides
         strides = self.neck_strides()
         self.spec = DetectorSpec(
             name=name,
@@ -119,7 +120,17 @@ class TransformersDetector(Detector):
             softmax=self.softmax,
             mean=cast(tuple[float, float, float], tuple(mean)),
             std=cast(tuple[float, float, float], tuple(std)),
+            backbone=below,
         )
+
+    def parts(self) -> Parts:
+        """The family's modules by name; what is neither neck nor head is the backbone's."""
+        present = dict(self.model.named_modules(remove_duplicate=False))
+
+        def modules(names: Sequence[str]) -> tuple[nn.Module, ...]:
+            return tuple(present[name] for name in names if name in present)
+
+        return Parts(modules(self.backbone_modules), modules(self.neck_modules), modules(self.head_modules))
 
     @property
     def config(self) -> Any:
@@ -136,16 +147,13 @@ class TransformersDetector(Detector):
         return self.backbone_strides
 
     @torch.no_grad()
-    def find_strides(self, size: int = 128) -> tuple[int, ...]:
-        """Strides of the backbone's maps, found out by an empty image (statistics stay untouched)."""
-        training = {module: module.training for module in self.model.modules()}
-        self.model.eval()
+    def find_backbone_pyramid(self, size: int = 128) -> Pyramid:
+        """Channels and strides of the backbone's maps, found out by an empty image (statistics stay untouched)."""
         parameter = next(self.model.parameters())
         image = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
-        maps = self.backbone_maps(image, torch.ones(1, size, size, device=parameter.device, dtype=torch.int64))
-        for module, was in training.items():
-            module.training = was
-        return tuple(size // level.shape[-1] for level, _ in maps)
+        with evaluating(self.model):
+            maps = self.backbone_maps(image, torch.ones(1, size, size, device=parameter.device, dtype=torch.int64))
+        return Pyramid(tuple(level.shape[1] for level, _ in maps), tuple(size // level.shape[-1] for level, _ in maps))
 
     # --------------------------------------------------------------------------------------------- what a family gives
 
@@ -227,13 +235,17 @@ class TransformersDetector(Detector):
 
     def features(self, batch: Batch) -> Features:
         """The encoder's maps."""
-        return self.encode(self.backbone_features(batch))
+        return self.neck(self.backbone_features(batch), batch)
+
+    def neck(self, features: Features, batch: Batch) -> Features:
+        """Projection and encoder, with masks as the library makes them; families whose neck adds levels override it."""
+        return self.encode(features)
 
     # -------------------------------------------------------------------------------------------------------- prediction
 
-    def predict(self, features: Features, batch: Batch) -> Queries:
+    def predict(self, features: Features, batch: Batch, attention: bool = False) -> Queries:
         """The decoder on the detector's own queries."""
-        return self.decode(features, self.seed(features, batch), batch)
+        return self.decode(features, self.seed(features, batch), batch, attention)
 
     @contextmanager
     def attention_maps(self, wanted: bool) -> Iterator[dict[str, bool]]:

@@ -19,13 +19,14 @@ from torchvision.models.detection.ssd import SSD, SSDFeatureExtractorVGG
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet, SSDLiteHead
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
-from detdistill.detectors.contract import Tower, dense_positives
+from detdistill.detectors.contract import Parts, Pyramid, dense_positives
 from detdistill.detectors.student_files.load_student import TimmLevels
 from detdistill.detectors.torchvision.dense_outputs import flat_outputs, layout
 from detdistill.detectors.torchvision.detector import TorchvisionDetector
 from detdistill.detectors.torchvision.images import image_sizes, with_padding
 from detdistill.detectors.torchvision.targets import trainable, whole_indices
 from detdistill.errors import ModelError
+from detdistill.functional.modes import evaluating
 from detdistill.structures import (
     IGNORED,
     NEGATIVE,
@@ -38,6 +39,7 @@ from detdistill.structures import (
     Origin,
     Positives,
     Prediction,
+    Tower,
 )
 
 
@@ -68,7 +70,7 @@ def wrap_ssd(
         softmax=True,
         columns=columns,
         description=description,
-        pyramid=_pyramid(model.backbone, fixed),
+        pyramids=_pyramids(model.backbone, fixed),
         fixed_size_hw=None if fixed is None else (fixed[1], fixed[0]),
     )
 
@@ -85,10 +87,22 @@ class SingleShotDetector(TorchvisionDetector):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         """See ``TorchvisionDetector``."""
         super().__init__(*arguments, **options)
-        num_added, num_blocks = len(_added(self.model.backbone)), len(self.model.backbone.extra)
-        added = range(num_blocks - num_added, num_blocks)
-        self.head_prefixes = (*(f"model.backbone.extra.{index}." for index in added), "model.head.")
-        self._num_backbone_levels = len(self.spec.strides) - num_added
+        self._num_backbone_levels = len(self.spec.strides) - len(_added(self.model.backbone))
+
+    def anchors_per_cell(self) -> tuple[int, ...]:
+        """As the model's generator of default boxes has them."""
+        return tuple(self._boxes_per_cell())
+
+    def parts(self) -> Parts:
+        """The backbone with the maps that are its own, the levels added above, and the head."""
+        backbone, added = self.model.backbone, _added(self.model.backbone)
+        if isinstance(backbone, TimmLevels):
+            below: list[nn.Module] = [backbone.body]
+        elif isinstance(backbone, SSDFeatureExtractorVGG):
+            below = [backbone.features, backbone.extra[0], nn.ParameterList([backbone.scale_weight])]
+        else:
+            below = [backbone.features]
+        return Parts(tuple(below), tuple(added), (self.model.head,))
 
     # ---------------------------------------------------------------------------------------------------------- features
 
@@ -111,6 +125,13 @@ class SingleShotDetector(TorchvisionDetector):
         """The backbone's own maps; VGG-16: conv4_3 (rescaled) and fc7."""
         maps = _body_maps(self.model.backbone, self.image_list(batch).tensors)
         return with_padding(tuple(maps), self.spec.strides[: len(maps)], batch)
+
+    def neck(self, features: Features, batch: Batch) -> Features:
+        """The added levels above the backbone's maps."""
+        maps = list(features.maps)
+        for block in _added(self.model.backbone):
+            maps.append(block(maps[-1]))
+        return with_padding(tuple(maps), self.spec.strides, batch)
 
     # -------------------------------------------------------------------------------------------------------- prediction
 
@@ -319,18 +340,20 @@ def _added(backbone: Any) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def _pyramid(backbone: Any, fixed_size: tuple[int, int] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Channels and strides of the levels; at a fixed size strides are the rounded ratios of sizes (300 / 38: 8)."""
+def _pyramids(backbone: Any, fixed_size: tuple[int, int] | None) -> tuple[Pyramid, Pyramid]:
+    """Of all levels, and of the backbone's; at a fixed size strides are the rounded ratios of sizes (300 / 38: 8)."""
     if isinstance(backbone, TimmLevels):
-        return tuple(backbone.out_channels), backbone.strides
-    assert fixed_size is not None
-    training = {module: module.training for module in backbone.modules()}
-    parameter = next(backbone.parameters())
-    images = torch.zeros(1, 3, fixed_size[1], fixed_size[0], device=parameter.device, dtype=parameter.dtype)
-    maps = list(backbone.eval()(images).values())
-    for module, was in training.items():
-        module.training = was
-    return tuple(level.shape[1] for level in maps), tuple(round(fixed_size[0] / level.shape[-1]) for level in maps)
+        channels, strides = tuple(backbone.out_channels), backbone.strides
+    else:
+        assert fixed_size is not None
+        parameter = next(backbone.parameters())
+        images = torch.zeros(1, 3, fixed_size[1], fixed_size[0], device=parameter.device, dtype=parameter.dtype)
+        with evaluating(backbone):
+            maps = list(backbone(images).values())
+        channels = tuple(level.shape[1] for level in maps)
+        strides = tuple(round(fixed_size[0] / level.shape[-1]) for level in maps)
+    below = len(strides) - len(_added(backbone))
+    return Pyramid(channels, strides), Pyramid(channels[:below], strides[:below])
 
 
 def _initialize(module: nn.Module, lite: bool = False) -> None:

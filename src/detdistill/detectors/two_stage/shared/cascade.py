@@ -15,7 +15,7 @@ from detdistill.detectors.student_files.models.cascade import IOUS, STDS, mean_l
 from detdistill.detectors.torchvision.images import image_sizes
 from detdistill.detectors.two_stage.shared.detector import TwoStageDetector, two_stage_description
 from detdistill.errors import ModelError
-from detdistill.structures import Assignment, Batch, Features, Losses, Origin, Prediction, Regions
+from detdistill.structures import Assignment, Batch, Dense, Features, Losses, Origin, Prediction, Regions
 
 
 class CascadeDetector(TwoStageDetector):
@@ -71,6 +71,8 @@ class CascadeDetector(TwoStageDetector):
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
         """IoU with the boxes that the prediction's stage pooled from, by that stage's threshold; crowds match nothing."""
+        if isinstance(prediction, Dense):
+            return super().assign(prediction, batch)
         prediction = cast(Regions, prediction)
         heads = self.model.roi_heads.stages[len(_chain(prediction)) - 1]
         return self._assign_regions(prediction, batch, heads)
@@ -85,8 +87,10 @@ class CascadeDetector(TwoStageDetector):
             DataError: a mask branch and a target without masks.
             ModelError: a mask branch and a prediction that has lost the features it was made from.
         """
+        if isinstance(prediction, Dense):
+            return super().loss(prediction, batch, assignment)
         prediction = cast(Regions, prediction)
-        terms = {} if prediction.rpn is None else self._first_stage_losses(prediction.rpn, batch)
+        terms = self._losses_of_first(prediction, batch)
         stages = zip(_chain(prediction), self.model.roi_heads.stages, strict=False)
         for number, (regions, heads) in enumerate(stages):
             foreign = assignment if regions is prediction else None

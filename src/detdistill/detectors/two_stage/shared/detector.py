@@ -17,20 +17,20 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import maskrcnn_loss
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 from torchvision.ops.poolers import initLevelMapper
 
-from detdistill.detectors.contract import region_positives
+from detdistill.detectors.contract import Parts, dense_positives, region_positives
 from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.models.cascade import ClassAgnosticPredictor
 from detdistill.detectors.torchvision.backbones import image_statistics, pyramid_description
 from detdistill.detectors.torchvision.dense_outputs import layout
 from detdistill.detectors.torchvision.detector import TorchvisionDetector
 from detdistill.detectors.torchvision.images import image_sizes
-from detdistill.detectors.torchvision.targets import target_dicts, trainable
+from detdistill.detectors.torchvision.targets import trainable
 from detdistill.errors import DataError, ModelError
 from detdistill.structures import (
     IGNORED,
@@ -54,19 +54,10 @@ SMOOTH_L1_BETA = 1 / 9
 
 
 @dataclass(frozen=True)
-class AnchorSamples(Movable):
-    """The anchors that the first stage's loss looks at, drawn in ``predict`` to keep the library's order of draws."""
+class SampledFor(Movable):
+    """The ground truth that ``Regions.first_assignment`` was drawn for."""
 
     targets: tuple[Target, ...]
-    """The ground truth they were drawn for."""
-    labels: Tensor
-    """[B * P] 1 object, 0 background, -1 between the thresholds."""
-    regression: Tensor
-    """[B * P, 4] encoded targets; meaningful where ``labels`` is 1."""
-    positive: Tensor
-    """[S+] indices into B * P."""
-    negative: Tensor
-    """[S-] indices into B * P."""
 
 
 class TwoStageDetector(TorchvisionDetector):
@@ -80,7 +71,6 @@ class TwoStageDetector(TorchvisionDetector):
 
     without_masks = "faster_rcnn"
     """The detector to use on data without masks, for messages."""
-    head_prefixes = ("model.backbone.fpn.", "model.rpn.", "model.roi_heads.")
 
     def __init__(
         self,
@@ -128,6 +118,15 @@ class TwoStageDetector(TorchvisionDetector):
             if str(level) in model.roi_heads.box_roi_pool.featmap_names
         ]
 
+    def anchors_per_cell(self) -> tuple[int, ...]:
+        """Of the first stage."""
+        return tuple(self.model.rpn.anchor_generator.num_anchors_per_location())
+
+    def parts(self) -> Parts:
+        """The backbone's body, its feature pyramid, and both stages."""
+        backbone = self.model.backbone
+        return Parts((backbone.body,), (backbone.fpn,), (self.model.rpn, self.model.roi_heads))
+
     def copy_head(self, fresh: bool = False) -> TwoStageDetector:
         """Both stages on their own, trainable parameters; ``fresh``: drawn anew by torchvision's rules."""
         head = cast(TwoStageDetector, self.without_backbone())
@@ -153,8 +152,8 @@ class TwoStageDetector(TorchvisionDetector):
             DataError: in training mode without targets.
         """
         features = features.float()
-        rpn = self._first_stage(features, batch)
-        boxes, origins = self._propose(rpn, batch)
+        first, sampled = self._first_stage(features, batch), None
+        boxes, origins = self._propose(first, batch)
         training = bool(self.model.roi_heads.training)
         if training:
             if len(batch.targets) != len(batch):
@@ -162,8 +161,9 @@ class TwoStageDetector(TorchvisionDetector):
                     f"a two-stage detector samples its regions by ground truth in training, but the batch has "
                     f"{len(batch.targets)} targets for {len(batch)} images; give targets, or call eval() first"
                 )
-            rpn = replace(rpn, own=self._sample_anchors(rpn, batch))
-        return replace(self._after_first_stage(features, boxes, origins, batch, sample=training), rpn=rpn)
+            first, sampled = replace(first, own=SampledFor(batch.targets)), self._sample_anchors(first, batch)
+        regions = self._after_first_stage(features, boxes, origins, batch, sample=training)
+        return replace(regions, first=first, first_assignment=sampled)
 
     def regions(self, features: Features, boxes_xyxy: Sequence[Tensor], batch: Batch) -> Regions:
         """The second stage on given boxes."""
@@ -195,10 +195,10 @@ class TwoStageDetector(TorchvisionDetector):
             anchors=of_cell,
         )
 
-    def _propose(self, rpn: Dense, batch: Batch) -> tuple[list[Tensor], list[Origin]]:
+    def _propose(self, first: Dense, batch: Batch) -> tuple[list[Tensor], list[Origin]]:
         """``RegionProposalNetwork.filter_proposals``, with the index of each proposal carried along."""
-        objectness, decoded = rpn.logits.detach().squeeze(-1), rpn.boxes_xyxy.detach()
-        per_level = torch.bincount(rpn.levels).tolist()
+        objectness, decoded = first.logits.detach().squeeze(-1), first.boxes_xyxy.detach()
+        per_level = torch.bincount(first.levels).tolist()
         # top n of each level, before suppression
         ranked = self.model.rpn._get_top_n_idx(objectness, per_level)
         kept_boxes, origins = [], []
@@ -208,12 +208,12 @@ class TwoStageDetector(TorchvisionDetector):
             keep = remove_small_boxes(boxes, self.model.rpn.min_size)
             keep = keep[scores[keep] >= self.model.rpn.score_thresh]
             boxes, scores, index = boxes[keep], scores[keep], index[keep]
-            keep = batched_nms(boxes, scores, rpn.levels[index], self.model.rpn.nms_thresh)[: self.model.rpn.post_nms_top_n()]
+            keep = batched_nms(boxes, scores, first.levels[index], self.model.rpn.nms_thresh)[: self.model.rpn.post_nms_top_n()]
             kept_boxes.append(boxes[keep])
             index = index[keep]
             nowhere = torch.full_like(index, -1)
             origins.append(
-                Origin(torch.full_like(index, image), rpn.levels[index], rpn.cells[index], rpn.anchors[index], nowhere)
+                Origin(torch.full_like(index, image), first.levels[index], first.cells[index], first.anchors[index], nowhere)
             )
         return kept_boxes, origins
 
@@ -232,8 +232,8 @@ class TwoStageDetector(TorchvisionDetector):
         """One stage's ``heads`` (``RoIHeads``) on boxes."""
         flat = torch.cat(list(boxes))
         pooled = self._pool(heads.box_roi_pool, features, boxes, batch)
-        embedding = heads.box_head(pooled)
-        logits, deltas = (_full(output) for output in heads.box_predictor(embedding))
+        hidden = hidden_layers(heads.box_head, pooled)
+        logits, deltas = (_full(output) for output in heads.box_predictor(hidden[-1]))
         deltas = deltas.unflatten(1, (-1, 4))
         if deltas.shape[1] > 1:  # not class-agnostic
             deltas = deltas[:, self.columns]
@@ -245,7 +245,7 @@ class TwoStageDetector(TorchvisionDetector):
             deltas=deltas,
             refined_xyxy=refined,
             pooled=pooled,
-            embedding=embedding,
+            hidden=hidden,
             own=features if heads.has_mask() else None,
         )
 
@@ -272,7 +272,12 @@ class TwoStageDetector(TorchvisionDetector):
     # ----------------------------------------------------------------------------------------------- training
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """IoU with the regions' boxes, by the library's matcher and threshold (0.5). Crowd boxes match nothing."""
+        """IoU with the regions' boxes, by the library's matcher and threshold (0.5). Crowd boxes match nothing.
+
+        Of the first stage's prediction: IoU with the anchors, by the first stage's matcher; all anchors, not a sample.
+        """
+        if isinstance(prediction, Dense):
+            return self._assign_anchors(prediction, batch)
         return self._assign_regions(cast(Regions, prediction), batch, self.model.roi_heads)
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
@@ -282,14 +287,17 @@ class TwoStageDetector(TorchvisionDetector):
         nowhere, and its normaliser replaces the number of regions. The first stage keeps the anchors sampled by
         ``predict`` if the batch still has the targets they were drawn for, else it samples anew.
 
+        Of the first stage's prediction alone: its two terms, over the anchors that ``assignment`` does not ignore, weighted
+        by it, divided by its normaliser or their number; without one over anchors sampled anew.
+
         Raises:
             DataError: a mask branch and a target without masks.
             ModelError: a mask branch and a prediction that has lost the features it was made from.
         """
+        if isinstance(prediction, Dense):
+            return Losses(self._first_stage_losses(prediction, batch, assignment))
         prediction = cast(Regions, prediction)
-        terms: dict[str, Tensor] = {}
-        if prediction.rpn is not None:
-            terms |= self._first_stage_losses(prediction.rpn, batch)
+        terms = self._losses_of_first(prediction, batch)
         assignment = assignment or self.assign(prediction, batch)
         return Losses(terms | self._region_losses(prediction, batch, assignment, self.model.roi_heads))
 
@@ -326,31 +334,55 @@ class TwoStageDetector(TorchvisionDetector):
         chosen = [given[index] for given, index in zip(all_boxes, sampled, strict=True)]
         return chosen, [origin[index] for origin, index in zip(all_origins, sampled, strict=True)]
 
-    def _sample_anchors(self, rpn: Dense, batch: Batch) -> AnchorSamples:
-        anchors = list(rpn.priors_xyxy)
-        targets = target_dicts(batch, self.columns)
-        labels, matched = self.model.rpn.assign_targets_to_anchors(anchors, targets)
-        regression = self.model.rpn.box_coder.encode(matched, anchors)
-        positive, negative = self.model.rpn.fg_bg_sampler(labels)
-        return AnchorSamples(
-            batch.targets,
-            torch.cat(labels),
-            torch.cat(regression),
-            torch.where(torch.cat(positive))[0],
-            torch.where(torch.cat(negative))[0],
-        )
+    def _assign_anchors(self, first: Dense, batch: Batch) -> Assignment:
+        """``RegionProposalNetwork.assign_targets_to_anchors`` as an assignment: [B, P], ignored between the thresholds."""
+        matched = torch.full(first.logits.shape[:2], NEGATIVE, device=first.logits.device)
+        for image, target in enumerate(batch.targets):
+            usable = trainable(target)
+            if len(usable):
+                overlaps = box_iou(target.boxes_xyxy[usable].to(batch.images.dtype), first.priors_xyxy[image])
+                found = self.model.rpn.proposal_matcher(overlaps)
+                matched[image] = torch.where(found >= 0, usable[found.clamp(min=0)], found)
+        return Assignment(matched)
 
-    def _first_stage_losses(self, rpn: Dense, batch: Batch) -> dict[str, Tensor]:
-        """``RegionProposalNetwork.compute_loss`` on anchors that are already drawn."""
-        samples = rpn.own
-        if not isinstance(samples, AnchorSamples) or not _same_boxes(samples.targets, batch.targets):
-            samples = self._sample_anchors(rpn, batch)
-        sampled = torch.cat([samples.positive, samples.negative])
-        objectness, deltas = rpn.logits.flatten()[sampled], rpn.deltas.reshape(-1, 4)[samples.positive]
-        box = F.smooth_l1_loss(deltas, samples.regression[samples.positive], beta=SMOOTH_L1_BETA, reduction="sum")
+    def _sample_anchors(self, first: Dense, batch: Batch) -> Assignment:
+        """The library's random sample of anchors; all others are ignored."""
+        matched = self._assign_anchors(first, batch).matched
+        labels = (matched >= 0).to(first.logits.dtype) - (matched == IGNORED).to(first.logits.dtype)
+        positive, negative = (torch.stack(masks) > 0 for masks in self.model.rpn.fg_bg_sampler(list(labels)))
+        return Assignment(matched.masked_fill(~(positive | negative), IGNORED))
+
+    def _losses_of_first(self, prediction: Regions, batch: Batch) -> dict[str, Tensor]:
+        """The first stage's losses, where the prediction has one, over the anchors that ``predict`` sampled."""
+        if prediction.first is None:
+            return {}
+        drawn = prediction.first.own
+        kept = isinstance(drawn, SampledFor) and _same_boxes(drawn.targets, batch.targets)
+        return self._first_stage_losses(prediction.first, batch, prediction.first_assignment if kept else None)
+
+    def _first_stage_losses(self, first: Dense, batch: Batch, assignment: Assignment | None) -> dict[str, Tensor]:
+        """``RegionProposalNetwork.compute_loss`` over the anchors of an assignment; None: sampled anew."""
+        if assignment is None:
+            assignment = self._sample_anchors(first, batch)
+        positives = dense_positives(first, assignment, batch)
+        positive = (positives.image, positives.index)
+        negative = torch.nonzero(assignment.matched == NEGATIVE, as_tuple=True)
+        sampled = tuple(torch.cat(both) for both in zip(positive, negative, strict=True))
+        objectness, wanted = first.logits[..., 0][sampled], torch.zeros_like(first.logits[..., 0][sampled])
+        wanted[: len(positives)] = 1
+        boxes = positives.targets_xyxy.to(batch.images.dtype)
+        regression = self.model.rpn.box_coder.encode_single(boxes, first.priors_xyxy[positive])
+        if assignment.weights is None and assignment.normalizer is None:
+            box = F.smooth_l1_loss(first.deltas[positive], regression, beta=SMOOTH_L1_BETA, reduction="sum")
+            entropy = F.binary_cross_entropy_with_logits(objectness, wanted)
+            return {"loss_objectness": entropy, "loss_rpn_box_reg": box / len(wanted)}
+        weights = torch.ones_like(first.logits[..., 0]) if assignment.weights is None else assignment.weights
+        divisor = max(1, len(wanted)) if assignment.normalizer is None else assignment.normalizer
+        distance = F.smooth_l1_loss(first.deltas[positive], regression, beta=SMOOTH_L1_BETA, reduction="none").sum(dim=1)
+        entropy = F.binary_cross_entropy_with_logits(objectness, wanted, reduction="none")
         return {
-            "loss_objectness": F.binary_cross_entropy_with_logits(objectness, samples.labels[sampled]),
-            "loss_rpn_box_reg": box / sampled.numel(),
+            "loss_objectness": (entropy * weights[sampled]).sum() / divisor,
+            "loss_rpn_box_reg": (distance * weights[positive]).sum() / divisor,
         }
 
     def _region_losses(
@@ -430,6 +462,23 @@ class TwoStageDetector(TorchvisionDetector):
     def _detection_logits(self, prediction: Regions) -> Tensor:
         """[R, K+1] what the scores of the detections come from."""
         return prediction.logits
+
+
+def hidden_layers(head: nn.Module, pooled: Tensor) -> tuple[Tensor, ...]:
+    """[R, D] what each fully connected layer of a box head gives, behind its ReLU; the last is the head's output."""
+    if isinstance(head, TwoMLPHead):
+        first = F.relu(head.fc6(pooled.flatten(1)))
+        return first, F.relu(head.fc7(first))
+    if not isinstance(head, nn.Sequential):
+        return (cast(Tensor, head(pooled)),)
+    found: list[Tensor] = []
+    for layer in head:
+        pooled = layer(pooled)
+        if isinstance(layer, nn.Linear):
+            found.append(pooled)
+        elif found:  # its activation, which may have worked in place
+            found[-1] = pooled
+    return tuple(found) or (pooled,)
 
 
 def two_stage_description(

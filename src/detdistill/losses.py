@@ -1,0 +1,114 @@
+"""The pure functions of all methods: tensors in, tensors out, usable in anybody's loop.
+
+    from detdistill.losses import pkd_loss
+
+Written by ``tools/losses.py`` from the files of the methods; a method's public functions begin with its slug.
+"""
+
+from detdistill.methods.cwd import (
+    cwd_logit_map,
+    cwd_loss,
+)
+from detdistill.methods.d3etr import (
+    d3etr_loss,
+    d3etr_match,
+    d3etr_terms,
+)
+from detdistill.methods.detrdistill import (
+    detrdistill_contrastive_loss,
+    detrdistill_feature_loss,
+    detrdistill_layers,
+    detrdistill_logits_loss,
+    detrdistill_masks,
+    detrdistill_match,
+    detrdistill_quality,
+    detrdistill_quality_weights,
+    detrdistill_query_weights,
+    detrdistill_split_loss,
+    detrdistill_targets,
+)
+from detdistill.methods.dicod import (
+    dicod_classification_loss,
+    dicod_localization_loss,
+    dicod_pooled,
+    dicod_sample,
+)
+from detdistill.methods.fgd import (
+    fgd_loss,
+    fgd_masks,
+    fgd_terms,
+)
+from detdistill.methods.fitnet import (
+    fitnet_loss,
+    fitnet_modified_loss,
+    fitnet_normalized_loss,
+)
+from detdistill.methods.fkd import (
+    fkd_attention,
+    fkd_channel_loss,
+    fkd_feature_loss,
+    fkd_loss,
+    fkd_relation_loss,
+    fkd_relations,
+    fkd_spatial_loss,
+)
+from detdistill.methods.kd_detr import (
+    kd_detr_loss,
+    kd_detr_terms,
+    kd_detr_weights,
+)
+from detdistill.methods.mgd import (
+    mgd_keep,
+    mgd_loss,
+)
+from detdistill.methods.pkd import (
+    pkd_loss,
+)
+from detdistill.methods.unikd import (
+    unikd_boxes,
+    unikd_loss,
+)
+
+__all__ = [
+    "cwd_logit_map",
+    "cwd_loss",
+    "d3etr_loss",
+    "d3etr_match",
+    "d3etr_terms",
+    "detrdistill_contrastive_loss",
+    "detrdistill_feature_loss",
+    "detrdistill_layers",
+    "detrdistill_logits_loss",
+    "detrdistill_masks",
+    "detrdistill_match",
+    "detrdistill_quality",
+    "detrdistill_quality_weights",
+    "detrdistill_query_weights",
+    "detrdistill_split_loss",
+    "detrdistill_targets",
+    "dicod_classification_loss",
+    "dicod_localization_loss",
+    "dicod_pooled",
+    "dicod_sample",
+    "fgd_loss",
+    "fgd_masks",
+    "fgd_terms",
+    "fitnet_loss",
+    "fitnet_modified_loss",
+    "fitnet_normalized_loss",
+    "fkd_attention",
+    "fkd_channel_loss",
+    "fkd_feature_loss",
+    "fkd_loss",
+    "fkd_relation_loss",
+    "fkd_relations",
+    "fkd_spatial_loss",
+    "kd_detr_loss",
+    "kd_detr_terms",
+    "kd_detr_weights",
+    "mgd_keep",
+    "mgd_loss",
+    "pkd_loss",
+    "unikd_boxes",
+    "unikd_loss",
+]

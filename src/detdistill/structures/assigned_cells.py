@@ -1,0 +1,118 @@
+"""An assignment of dense predictions as a cache can hold it: the few cells that answer for a box, by their places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from detdistill.structures.base import SHARED, PerImage
+from detdistill.structures.batch import Batch
+from detdistill.structures.predictions import Dense
+from detdistill.structures.targets import IGNORED, NEGATIVE, Assignment
+
+
+@dataclass(frozen=True)
+class AssignedCells(PerImage):
+    """Positive and ignored predictions of each image by level, row, column and anchor; all others are negative.
+
+    Places are those of the image, so the assignment can be laid on the prediction of any detector with the same cells,
+    whatever the batch is padded to. The cells beyond an image's valid size are not listed.
+
+    Shape letters: B images, M listed predictions of an image (rows of the others are -1 at the end), P predictions.
+    """
+
+    places: Tensor
+    """[B, M, 4] int64 level, row, column and anchor; -1 where an image has fewer."""
+    ground_truth: Tensor
+    """[B, M] int64 index of the box within its image's ``Target``; -2 ignored; -1 nothing."""
+    weights: Tensor | None
+    """[B, M], or None for all ones."""
+    padding_ignored: Tensor
+    """[B] bool: the cells beyond the image's valid size are ignored; False: they are negative."""
+    strides: tuple[int, ...] = field(metadata=SHARED)
+    """Of the levels."""
+
+    @staticmethod
+    def of(assignment: Assignment, prediction: Dense, batch: Batch, strides: Sequence[int]) -> AssignedCells:
+        """List an assignment [B, P] of a dense prediction; its normaliser, which belongs to the batch, is left out.
+
+        Args:
+            assignment: weights of negative predictions must be 1.
+            prediction: whose cells they are.
+            batch: its sizes are read.
+            strides: of the prediction's levels.
+        """
+        inside = _inside(prediction, batch, strides)
+        padding_ignored = ((assignment.matched == IGNORED) & ~inside).any(dim=1)
+        listed = (assignment.matched != NEGATIVE) & inside
+        where = torch.stack([prediction.levels, *prediction.cells.unbind(dim=1), prediction.anchors], dim=1)
+
+        def padded(rows: Sequence[Tensor], empty: float) -> Tensor:
+            return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=empty)
+
+        return AssignedCells(
+            padded([where[mask] for mask in listed], -1),
+            padded([row[mask] for row, mask in zip(assignment.matched, listed, strict=True)], NEGATIVE),
+            None
+            if assignment.weights is None
+            else padded([row[mask] for row, mask in zip(assignment.weights, listed, strict=True)], 0.0),
+            padding_ignored,
+            tuple(strides),
+        )
+
+    @classmethod
+    def stack(cls, pieces: Sequence[AssignedCells]) -> AssignedCells:
+        """The inverse of ``split``; images with fewer cells are filled up with -1."""
+        longest = max(piece.ground_truth.shape[1] for piece in pieces)
+
+        def filled(values: Sequence[Tensor], empty: float) -> Tensor:
+            rows = []
+            for value in values:
+                missing = longest - value.shape[1]
+                rows.append(torch.cat([value, value.new_full((len(value), missing, *value.shape[2:]), empty)], dim=1))
+            return torch.cat(rows)
+
+        weights = [piece.weights for piece in pieces if piece.weights is not None]
+        return AssignedCells(
+            filled([piece.places for piece in pieces], -1),
+            filled([piece.ground_truth for piece in pieces], NEGATIVE),
+            filled(weights, 0.0) if len(weights) == len(pieces) else None,
+            torch.cat([piece.padding_ignored for piece in pieces]),
+            pieces[0].strides,
+        )
+
+    def on(self, prediction: Dense, batch: Batch) -> Assignment:
+        """The assignment [B, P] of a prediction with the same cells; cells that it lacks are passed over."""
+        count = len(batch)
+        matched = torch.full(prediction.boxes_xyxy.shape[:2], NEGATIVE, dtype=torch.int64, device=prediction.cells.device)
+        matched[self.padding_ignored[:, None] & ~_inside(prediction, batch, self.strides)] = IGNORED
+        own = torch.stack([prediction.levels, *prediction.cells.unbind(dim=1), prediction.anchors], dim=1)
+        spread = torch.cat([own, self.places.flatten(0, 1)]).amax(dim=0) + 1
+        numbers, order = _number(own, spread).sort()
+        wanted = _number(self.places, spread)  # [B, M]
+        found = torch.searchsorted(numbers, wanted).clamp(max=len(numbers) - 1)
+        there = (numbers[found] == wanted) & (self.ground_truth != NEGATIVE)
+        image = torch.arange(count, device=matched.device)[:, None].expand_as(found)[there]
+        index = order[found[there]]
+        matched[image, index] = self.ground_truth[there]
+        if self.weights is None:
+            return Assignment(matched)
+        weights = torch.ones_like(matched, dtype=self.weights.dtype)
+        weights[image, index] = self.weights[there]
+        return Assignment(matched, weights)
+
+
+def _number(places: Tensor, spread: Tensor) -> Tensor:
+    """One number for each place [..., 4], different for different places below ``spread`` [4]."""
+    level, row, column, anchor = places.unbind(dim=-1)
+    return ((level * spread[1] + row) * spread[2] + column) * spread[3] + anchor
+
+
+def _inside(prediction: Dense, batch: Batch, strides: Sequence[int]) -> Tensor:
+    """[B, P] whether the first pixel of a prediction's cell is a pixel of the image."""
+    stride = torch.tensor(strides, device=prediction.levels.device)[prediction.levels]
+    first = prediction.cells * stride[:, None]
+    return (first[None] < batch.sizes[:, None].to(first.device)).all(dim=-1)
