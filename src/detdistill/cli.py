@@ -16,7 +16,8 @@ from typing import Any, Literal, NoReturn, get_args
 from jsonargparse import ArgumentParser, Namespace
 
 from detdistill.errors import DetdistillError, nearest
-from detdistill.settings import CacheSettings, DistillSettings, TrainSettings, choices, in_words
+from detdistill.settings import CacheSettings, DistillSettings, TrainSettings
+from detdistill.values import choices, in_words
 
 ALIASES = {"distill_model": "teacher", "distill-model": "teacher"}
 """Names other tools use for our flags."""

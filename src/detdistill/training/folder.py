@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from detdistill.errors import RunError
-from detdistill.settings import NOT_THE_RUN
+from detdistill.settings import DistillSettings, names_where
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def resume_folder(path: Path | None, config: dict[str, Any]) -> RunFolder:
     if not (path / "config.yaml").exists():
         raise RunError(f"{path} holds no run to resume (no config.yaml); leave out --resume to start one")
     before = yaml.safe_load((path / "config.yaml").read_text())
-    differing = [key for key in config if key not in NOT_THE_RUN and before.get(key) != config[key]]
+    free = names_where(DistillSettings, "run", False)
+    differing = [key for key in config if key not in free and before.get(key) != config[key]]
     if differing:
         key = differing[0]
         raise RunError(
