@@ -58,13 +58,15 @@ def test_overview_names_every_verb(capsys):
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_every_verb_has_help(verb, capsys):
+def test_every_verb_has_help(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as ended:
         cli.main([*verb.split("-"), "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert cli.VERBS[verb][2].split()[0] in text
     assert f"usage: detdistill {verb.replace('-', ' ')}" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_help_of_distill_explains_each_setting(capsys):

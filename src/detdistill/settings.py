@@ -179,7 +179,7 @@ class DistillSettings(TrainSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings(TrainSettings):
-    """What a run would ask of its teacher, to be written to disk: the run's own settings of views, and how to keep it.
+    """How the teacher's answers are cached: a run's image settings, and the store.
 
     Args:
         method: one method or several joined by ``+``, as for ``distill``.
