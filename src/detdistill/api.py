@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detdistill.errors import RunError, nearest
-from detdistill.settings import CacheSettings, DistillSettings, TrainSettings
+from detdistill.settings import CacheSettings, DistillSettings, TrainSettings, renamed
 
 if TYPE_CHECKING:
     from detdistill.cache.forecast import Forecast
@@ -392,6 +392,7 @@ def inspect_data(data: str, *, strict: bool = False, deep: bool = False) -> Data
 
 def _settings(kind: type[Any], given: dict[str, Any]) -> Any:
     names = [field.name for field in dataclasses.fields(kind)]
+    given = renamed(given)
     for name in given:
         if name not in names:
             raise RunError(f"no setting {name!r}{nearest(name, names)}; settings: {', '.join(names)}")

@@ -150,7 +150,7 @@ class DistillSettings(TrainSettings):
 
     Args:
         method: one method or several joined by ``+``, each with its own settings after commas: ``fgd,temperature=0.8+pkd``.
-        dis: factor on all distillation losses together.
+        distill_weight: factor on all distillation losses together.
         inherit: copy the teacher's neck and head into the student where names and shapes agree, before training.
         baseline: also train the student alone, same seeds and schedule, and compare.
         seeds: run once for each of these seeds instead of ``seed`` alone.
@@ -162,7 +162,7 @@ class DistillSettings(TrainSettings):
     """
 
     method: str = "pkd"
-    dis: Weight = 1.0
+    distill_weight: Weight = 1.0
     inherit: bool = False
     baseline: bool = False
     seeds: tuple[Index, ...] = ()
@@ -185,7 +185,7 @@ class DistillSettings(TrainSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings(TrainSettings):
-    """What a run would ask of its teacher, to be written to disk: the run's own settings of views, and how to keep it.
+    """How the teacher's answers are cached: a run's image settings, and the store.
 
     Args:
         method: one method or several joined by ``+``, as for ``distill``.
@@ -222,6 +222,15 @@ def names_where(kind: type[TrainSettings], decides: str, yes: bool = True) -> tu
         ('size', 'resize', 'max_size')
     """
     return tuple(name for name, effect in effects(kind).items() if getattr(effect, decides) == yes)
+
+
+RENAMED = {"dis": "distill_weight"}
+"""Settings that had another name in earlier versions: the old name, and the new one."""
+
+
+def renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's ``config.yaml`` with today's names."""
+    return {RENAMED.get(key, key): value for key, value in config.items()}
 
 
 def as_plain(settings: Any) -> dict[str, Any]:
