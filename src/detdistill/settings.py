@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -206,8 +205,7 @@ class CacheSettings(TrainSettings):
     stages: Annotated[str, NOTHING] = "runs/stages"
 
 
-@functools.cache
-def effects(kind: type[Any]) -> Mapping[str, Effect]:
+def effects(kind: type[TrainSettings]) -> Mapping[str, Effect]:
     """What each setting of one of the classes above decides, by its annotation."""
     hints = typing.get_type_hints(kind, include_extras=True)
     notes = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in dataclasses.fields(kind)}
