@@ -14,6 +14,7 @@ from torch import Tensor
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError
 from detdistill.functional.similarity import mean_cosine
+from detdistill.functional.soft_targets import kl_divergence, soft_cross_entropy
 from detdistill.methods._settings import check_choice, check_temperatures, check_weights
 from detdistill.methods.align import ChannelAdapters, float32, pair_levels, resize_like
 from detdistill.methods.contract import Method, Needs, PairError, check_pair
@@ -62,11 +63,13 @@ def cwd_loss(
                 f"cwd: level {level}: student map {tuple(mine.shape)} and teacher map {tuple(theirs.shape)} differ; "
                 f"resize first (resize_student=true in the method)"
             )
-        log_q = (mine.flatten(2) / temperature).log_softmax(dim=2)  # [B, C, H*W]
-        log_p = (theirs.detach().flatten(2) / temperature).log_softmax(dim=2)
-        gap = -log_q if cross_entropy else log_p - log_q
+        positions = mine.flatten(2), theirs.flatten(2)  # [B, C, H*W]
+        if cross_entropy:
+            distance = temperature**2 * soft_cross_entropy(*positions, temperature)
+        else:
+            distance = kl_divergence(*positions, temperature)
         rows = len(mine) * (mine.shape[1] if divisors is None else divisors[level])
-        losses.append(weight * temperature**2 * (log_p.exp() * gap).sum() / rows)
+        losses.append(weight * distance.sum() / rows)
     return sum(losses[1:], losses[0])
 
 

@@ -32,6 +32,7 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError, ModelError, name_list, nearest
 from detdistill.functional.crops import clamp_boxes, crop_boxes
+from detdistill.functional.soft_targets import binary_kl_divergence
 from detdistill.methods._settings import check_choice, check_fractions, check_some, check_temperatures, check_weights
 from detdistill.methods.contract import Method, Needs, PairError, Stage
 from detdistill.structures import Batch, Clock, Losses, Observation, Positives, Queries, Taught, map_tensors
@@ -82,9 +83,7 @@ def dicod_classification_loss(
         theirs, mine = (side.sigmoid() / side.sigmoid().sum(dim=-1, keepdim=True) for side in (theirs, mine))
         divergence = _kl(theirs, mine).sum(dim=-1)
     else:
-        yes = theirs.sigmoid() * (F.logsigmoid(theirs) - F.logsigmoid(mine))
-        no = (-theirs).sigmoid() * (F.logsigmoid(-theirs) - F.logsigmoid(-mine))
-        divergence = (yes + no).mean(dim=-1)
+        divergence = binary_kl_divergence(mine, theirs).mean(dim=-1)
     return temperature**2 * divergence.sum() / (max(1, len(logits)) if normalizer is None else normalizer)
 
 
