@@ -95,9 +95,8 @@ def info_nce(
     if ignored is not None:
         out[:, : len(keys)] = ignored
     out.fill_diagonal_(not positive_in_denominator)
-    alone = out.all(dim=1)  # a sum over nothing has no logarithm
-    total = similar.masked_fill(out & ~alone[:, None], -torch.inf).logsumexp(dim=1)
-    return torch.where(alone, 0.0, total - positive)
+    total = similar.masked_fill(out, -torch.inf).logsumexp(dim=1)
+    return torch.where(out.all(dim=1), 0.0, total - positive)  # a sum over nothing has no logarithm
 
 
 def overlapping_pairs(boxes_xyxy: Sequence[Tensor], iou: float = 0.5) -> Tensor:
