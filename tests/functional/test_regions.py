@@ -199,6 +199,12 @@ def test_half_precision_is_pooled_in_float32(dtype):
     assert maps[0].grad.dtype == dtype
 
 
+@pytest.mark.parametrize("levels", [[0, 4], [0, -1], [0]])
+def test_levels_that_do_not_exist_or_are_missing_are_refused(levels):
+    with pytest.raises(DetdistillError, match="2 boxes need one level each, 0 to 3"):
+        pool_boxes(places(1), [squares(30, 40)], 2, torch.tensor(levels))
+
+
 def test_levels_of_other_channels_are_refused():
     features = Features((torch.zeros(1, 3, 4, 4), torch.zeros(1, 5, 2, 2)), (8, 16))
     with pytest.raises(DetdistillError, match=r"levels of \(3, 5\) channels"):

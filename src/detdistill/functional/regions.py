@@ -79,7 +79,7 @@ def pool_boxes(
         [R, C, S, S], image by image in the order of the boxes; [0, C, S, S] with a graph when there are none.
 
     Raises:
-        DetdistillError: the levels differ in their channels.
+        DetdistillError: the levels differ in their channels, or ``levels`` is not one existing level for each box.
 
     Example:
         >>> maps = torch.arange(16.0).reshape(1, 1, 4, 4)
@@ -97,7 +97,10 @@ def pool_boxes(
         mine = torch.nonzero(levels == level).flatten()
         order.append(mine)
         pooled.append(_pool(maps, rois[mine], size, 1 / stride, sampling_ratio, aligned))
-    return torch.cat(pooled)[torch.cat(order).argsort()]
+    index = torch.cat(order)
+    if len(index) != len(rois):
+        raise DetdistillError(f"pool_boxes: {len(rois)} boxes need one level each, 0 to {len(features.maps) - 1}")
+    return torch.cat(pooled)[index.argsort()]
 
 
 def pool_boxes_on_all_levels(
