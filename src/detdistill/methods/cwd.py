@@ -16,6 +16,7 @@ from detdistill.errors import DetdistillError
 from detdistill.functional.precision import full_precision
 from detdistill.functional.query_seeds import class_columns
 from detdistill.functional.similarity import mean_cosine
+from detdistill.functional.soft_targets import kl_divergence, soft_cross_entropy
 from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_levels, resize_like
 from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.needs import Needs, PairError
@@ -66,11 +67,13 @@ def cwd_loss(
                 f"cwd: level {level}: student map {tuple(mine.shape)} and teacher map {tuple(theirs.shape)} differ; "
                 f"resize first (resize_student=true in the method)"
             )
-        log_q = (mine.flatten(2) / temperature).log_softmax(dim=2)  # [B, C, H*W]
-        log_p = (theirs.detach().flatten(2) / temperature).log_softmax(dim=2)
-        gap = -log_q if cross_entropy else log_p - log_q
+        positions = mine.flatten(2), theirs.flatten(2)  # [B, C, H*W]
+        if cross_entropy:
+            distance = temperature**2 * soft_cross_entropy(*positions, temperature)
+        else:
+            distance = kl_divergence(*positions, temperature)
         rows = len(mine) * (mine.shape[1] if divisors is None else divisors[level])
-        losses.append(weight * temperature**2 * (log_p.exp() * gap).sum() / rows)
+        losses.append(weight * distance.sum() / rows)
     return sum(losses[1:], losses[0])
 
 

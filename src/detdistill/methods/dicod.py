@@ -34,6 +34,7 @@ from detdistill.errors import ModelError, name_list, nearest
 from detdistill.functional.crops import clamp_boxes, crop_boxes
 from detdistill.functional.modes import evaluating, frozen
 from detdistill.functional.precision import full_precision
+from detdistill.functional.soft_targets import binary_kl_divergence
 from detdistill.methods.shared.contract import Stage, TeacherFree
 from detdistill.methods.shared.hyper_parameters import MethodError, check_some
 from detdistill.methods.shared.needs import Needs, PairError
@@ -86,9 +87,7 @@ def dicod_classification_loss(
         theirs, mine = (side.sigmoid() / side.sigmoid().sum(dim=-1, keepdim=True) for side in (theirs, mine))
         divergence = _kl(theirs, mine).sum(dim=-1)
     else:
-        yes = theirs.sigmoid() * (F.logsigmoid(theirs) - F.logsigmoid(mine))
-        no = (-theirs).sigmoid() * (F.logsigmoid(-theirs) - F.logsigmoid(-mine))
-        divergence = (yes + no).mean(dim=-1)
+        divergence = binary_kl_divergence(mine, theirs).mean(dim=-1)
     return temperature**2 * divergence.sum() / (max(1, len(logits)) if normalizer is None else normalizer)
 
 
