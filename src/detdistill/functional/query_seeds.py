@@ -10,7 +10,6 @@ Shape letters: B images, N queries, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from detdistill.errors import DetdistillError
 from detdistill.functional.deformable import sine_positions
+from detdistill.functional.modes import evaluating
 from detdistill.structures import Batch, Features, Queries, QuerySeed, Target, View
 
 CANVASES = (128, 256, 512, 1024, 2048)
@@ -94,7 +94,7 @@ def decoder_format(decoder: QueryDecoder, attention: bool = False) -> DecoderFor
         DetdistillError: it decodes nothing of the sizes tried, or shows no attention maps.
     """
     refusal: DetdistillError | None = None
-    with _evaluating(decoder):
+    with evaluating(decoder):
         for canvas in CANVASES:
             features, batch = _noise(decoder, canvas)
             try:
@@ -132,19 +132,6 @@ def _first(seed: QuerySeed, count: int) -> QuerySeed:
     content, position, reference = (None if part is None else part[:, :count] for part in parts)
     assert content is not None
     return QuerySeed(content, position, reference)
-
-
-@contextmanager
-def _evaluating(decoder: QueryDecoder) -> Iterator[None]:
-    """Without dropout and without moving statistics."""
-    training = [module for module in decoder.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def query_gaps(gives: QueryFormat, reads: QueryFormat) -> list[str]:

@@ -12,8 +12,7 @@ Boxes of queries are cxcywh in parts of the valid image.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, cast
 
@@ -25,6 +24,7 @@ from torchvision.ops import box_convert
 from detdistill.detectors.contract import Detector, HasQueries, Teacher
 from detdistill.functional.boxes import giou_loss, paired_iou, pairwise_iou
 from detdistill.functional.matching import giou_cost, hungarian, l1_cost
+from detdistill.functional.modes import evaluating
 from detdistill.methods._settings import check_choice, check_fractions, check_some, check_temperatures, check_weights
 from detdistill.methods.align import ChannelAdapters, float32, pair_levels, resize_like
 from detdistill.methods.contract import Method, Needs, PairError
@@ -546,7 +546,7 @@ class DETRDistill(Method):
         theirs = cast(Queries, self.teacher.observe(_blank(self.teacher.detector), prediction=True).prediction)
         self.teacher.forget()
         self._check_width("teacher", self.teacher.detector, theirs, bool(self.feature_weight or self.contrastive_weight))
-        with _evaluating(student), torch.no_grad():
+        with evaluating(student), torch.no_grad():
             mine = cast(Queries, student(_blank(student)).prediction)
         self._check_width("student", student, mine, bool(self.contrastive_weight))
         if self.assignment_weight:
@@ -695,15 +695,3 @@ def _blank(detector: Detector) -> Batch:
     size = torch.tensor([[BLANK, BLANK]], device=some.device)
     view = View((BLANK, BLANK), (BLANK, BLANK))
     return Batch(some.new_zeros(1, 3, BLANK, BLANK), size, (nothing,), ids=(0,), views=(view,))
-
-
-@contextmanager
-def _evaluating(detector: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each module as it was."""
-    training = {module: module.training for module in detector.modules()}
-    detector.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was

@@ -32,6 +32,7 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError, ModelError, name_list, nearest
 from detdistill.functional.crops import clamp_boxes, crop_boxes
+from detdistill.functional.modes import evaluating, frozen
 from detdistill.methods._settings import check_choice, check_fractions, check_some, check_temperatures, check_weights
 from detdistill.methods.contract import Method, Needs, PairError, Stage
 from detdistill.structures import Batch, Clock, Losses, Observation, Positives, Queries, Taught, map_tensors
@@ -241,28 +242,10 @@ class Classifier(nn.Module):
 
 
 @contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards every part is in its own mode again."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-@contextlib.contextmanager
 def as_teacher(module: nn.Module) -> Iterator[None]:
     """In eval mode and without gradients of its own; gradients flow through it."""
-    open_ = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    module.requires_grad_(False)
-    try:
-        with evaluating(module):
-            yield
-    finally:
-        for parameter in open_:
-            parameter.requires_grad_(True)
+    with evaluating(module), frozen(module):
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------- taught

@@ -14,11 +14,10 @@ Shape letters: B images, N queries of each kind, C channels, L levels of the tea
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -31,6 +30,7 @@ from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
 from detdistill.functional.boxes import giou_loss, paired_iou
 from detdistill.functional.deformable import Cells, DeformableDecoderLayer, DeformableEncoder, num_heads
 from detdistill.functional.matching import focal_class_cost, giou_cost, hungarian, l1_cost
+from detdistill.functional.modes import frozen
 from detdistill.functional.similarity import mean_cosine
 from detdistill.methods._settings import check_choice, check_fractions, check_some, check_weights
 from detdistill.methods.contract import Method, PairError, Stage
@@ -324,19 +324,6 @@ def pyramid_of(maps: Sequence[Tensor], strides: Sequence[int], batch: Batch) -> 
         right = torch.arange(columns, device=level.device)[None, None, :] * stride >= width[:, None, None]
         padding.append(below | right)
     return Cells.of(maps, padding, torch.stack(ratios, dim=1))
-
-
-@contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """No gradient for the module's own parameters; gradients still flow through it."""
-    open_ = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in open_:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in open_:
-            parameter.requires_grad_(True)
 
 
 # ------------------------------------------------------------------------------------------------------------ the method
