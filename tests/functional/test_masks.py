@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from detdistill.functional.masks import box_cells, cell_regions, foreground_mask
+from detdistill.functional.cells import BoxCells
+from detdistill.functional.masks import foreground_mask, union_mask
 from tests.golden import Golden
 
 
@@ -9,17 +10,10 @@ def boxes(*rows):
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
 
 
-def test_floor_of_the_start_and_ceil_of_the_end_both_inclusive():
-    cells = box_cells(boxes((9, 17, 23, 40), (8, 8, 16, 16)), (64, 96), (8, 12))
-    assert cells.tolist() == [[1, 2, 3, 5], [1, 1, 2, 2]]  # a grid-aligned box of one cell covers 2 x 2
-    mask = foreground_mask([boxes((8, 8, 16, 16))], [(64, 96)], (8, 12))
-    assert torch.nonzero(mask[0]).tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]]
-
-
-def test_boxes_beyond_the_edges():
-    cells = box_cells(boxes((-20, -1, 10, 70)), (64, 96), (8, 12))
-    assert cells.tolist() == [[0, 0, 2, 9]]  # the end is not clipped, the region is
-    assert int(cell_regions(cells, (8, 12)).sum()) == 8 * 3
+def test_union_is_by_image():
+    first = BoxCells(torch.tensor([[True, False], [False, True]]), torch.tensor([[True, False, False], [False, True, True]]))
+    none = BoxCells(torch.zeros(0, 2, dtype=torch.bool), torch.zeros(0, 3, dtype=torch.bool))
+    assert union_mask([first, none]).int().tolist() == [[[1, 0, 0], [0, 1, 1]], [[0, 0, 0], [0, 0, 0]]]
 
 
 def test_image_size_and_boxes_scale_together():

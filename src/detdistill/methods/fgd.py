@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.attention import channel_attention, spatial_attention
-from detdistill.functional.masks import box_cells, cell_regions
+from detdistill.functional.cells import floor_ceil_cells, floor_ceil_span
 from detdistill.methods._settings import check_choice, check_some, check_temperatures
 from detdistill.methods.align import ChannelAdapters, float32, pair_levels, resize_like
 from detdistill.methods.contract import Method
@@ -36,7 +36,7 @@ def fgd_masks(
 ) -> tuple[Tensor, Tensor]:
     """Weights of foreground and background cells (Eq. 2 to 4): every box, and all background, adds up to about 1.
 
-    A foreground cell has 1 / (rows * columns) of the smallest box region that covers it (the region as ``box_cells``
+    A foreground cell has 1 / (rows * columns) of the smallest box region that covers it (the region as ``floor_ceil_span``
     counts it, before clipping by the map's edge), a background cell 1 / their number. Every box counts on every level.
 
     Args:
@@ -52,25 +52,20 @@ def fgd_masks(
         >>> foreground[0, :2, :2].tolist(), round(background.sum().item(), 6)
         ([[0.25, 0.25], [0.25, 0.25]], 1.0)
     """
-    foreground = torch.stack(
-        [
-            _smallest_region(box_cells(boxes, size, map_hw), map_hw, boxes)
-            for boxes, size in zip(boxes_xyxy, image_hw, strict=True)
-        ]
-    )
+    foreground = torch.stack([_smallest_region(boxes, size, map_hw) for boxes, size in zip(boxes_xyxy, image_hw, strict=True)])
     background = (foreground == 0).to(foreground.dtype)
     return foreground, background / background.sum(dim=(1, 2), keepdim=True).clamp(min=1)
 
 
-def _smallest_region(cells: Tensor, map_hw: tuple[int, int], like: Tensor) -> Tensor:
-    """[H, W] the largest 1 / area of the regions [G, 4] that cover a cell, else 0."""
-    covered = torch.zeros(map_hw, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    for first in range(0, len(cells), 64):  # many boxes at once, but never [1000, H, W] for a crowded image
-        some = cells[first : first + 64]
-        wmin, hmin, wmax, hmax = some.to(covered.dtype).unbind(-1)
+def _smallest_region(boxes: Tensor, image_hw: tuple[float, float], map_hw: tuple[int, int]) -> Tensor:
+    """[H, W] the largest 1 / area of the regions of boxes [G, 4] that cover a cell, else 0."""
+    covered = torch.zeros(map_hw, dtype=torch.promote_types(boxes.dtype, torch.float32), device=boxes.device)
+    for first in range(0, len(boxes), 64):  # many boxes at once, but never [1000, H, W] for a crowded image
+        some = boxes[first : first + 64]
+        wmin, hmin, wmax, hmax = floor_ceil_span(some, image_hw, map_hw).to(covered.dtype).unbind(-1)
         value = 1 / (hmax + 1 - hmin) / (wmax + 1 - wmin)
-        regions = torch.where(cell_regions(some, map_hw), value[:, None, None], value.new_zeros(()))
-        covered = torch.maximum(covered, regions.amax(dim=0))
+        cells = floor_ceil_cells(some, image_hw, map_hw).regions()
+        covered = torch.maximum(covered, torch.where(cells, value[:, None, None], value.new_zeros(())).amax(dim=0))
     return covered
 
 
