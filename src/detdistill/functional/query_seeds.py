@@ -9,7 +9,7 @@ Shape letters: B images, N queries, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -233,16 +233,6 @@ def random_queries(wanted: QueryFormat, count: int, like: Tensor) -> QuerySeed:
     content = like.new_zeros(len(like), count, wanted.width) if wanted.empty else draw(wanted.width)
     position = draw(wanted.width) if wanted.position else None
     return QuerySeed(content, position, draw(wanted.reference).sigmoid() if wanted.reference else None)
-
-
-def class_columns(student: Sequence[str], teacher: Sequence[str], softmax: bool) -> list[int]:
-    """Where each class output of a student is among the teacher's, by name; softmax outputs have the background last.
-
-    Example:
-        >>> class_columns(["b", "a"], ["a", "c", "b"], softmax=True)
-        [2, 0, 3]
-    """
-    return [teacher.index(name) for name in student] + ([len(teacher)] if softmax else [])
 
 
 def giou_with_eps(first_cxcywh: Tensor, second_cxcywh: Tensor, eps: float = 1e-6) -> Tensor:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError
+from detdistill.functional.classes import class_columns
+from detdistill.functional.dense_maps import to_map
 from detdistill.functional.similarity import mean_cosine
 from detdistill.methods._settings import check_choice, check_temperatures, check_weights
 from detdistill.methods.align import ChannelAdapters, float32, pair_levels, resize_like
@@ -81,18 +82,11 @@ def cwd_logit_map(prediction: Dense, level: int, classes: Sequence[int] | None =
     Returns:
         [B, A * K, H, W], raw logits (before the sigmoid); the channel of anchor a and class k is ``a * K + k``.
     """
-    index = torch.nonzero(prediction.levels == level).flatten()
-    cells, anchors = prediction.cells[index], prediction.anchors[index]
-    height, width = (int(size) + 1 for size in cells.amax(dim=0))
-    count = int(anchors.max()) + 1
-    logits = prediction.logits[:, index]
-    if classes is not None:
-        logits = logits[..., list(classes)]
-    images, _, num_classes = logits.shape
-    # Where each prediction belongs on [A, H, W]; its inverse puts them in that order.
-    order = (anchors * height * width + cells[:, 0] * width + cells[:, 1]).argsort()
-    ordered = logits[:, order].view(images, count, height, width, num_classes)
-    return ordered.permute(0, 1, 4, 2, 3).flatten(1, 2)
+    logits = to_map(prediction.logits, prediction, level)
+    if classes is None:
+        return logits
+    by_anchor = logits.view(len(logits), -1, prediction.logits.shape[-1], *logits.shape[-2:])
+    return by_anchor[:, :, list(classes)].flatten(1, 2)
 
 
 class CWD(Method):
@@ -164,8 +158,7 @@ class CWD(Method):
                 f"{self.slug}: the student {mine.name} has {kinds[0]} and the teacher {theirs.name} {kinds[1]} class logits; "
                 f"use on=features"
             )
-        background = [len(theirs.classes)] if theirs.softmax else []
-        return [theirs.classes.index(name) for name in mine.classes] + background
+        return class_columns(mine.classes, theirs.classes, theirs.softmax)
 
     def teach(self, batch: Batch) -> Taught:
         """The teacher's neck; for ``logits`` its prediction too."""

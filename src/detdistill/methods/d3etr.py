@@ -21,12 +21,12 @@ from torch import Tensor
 
 from detdistill.detectors.contract import Detector, HasQueries, Teacher
 from detdistill.errors import DetdistillError
+from detdistill.functional.classes import class_columns
 from detdistill.functional.matching import hungarian
 from detdistill.functional.query_seeds import (
     DecoderFormat,
     QueryBridge,
     QueryFormat,
-    class_columns,
     decoder_format,
     giou_with_eps,
     query_gaps,

@@ -23,6 +23,7 @@ from torchvision.ops import box_convert
 
 from detdistill.detectors.contract import Detector, HasQueries, Teacher
 from detdistill.functional.boxes import giou_loss, paired_iou, pairwise_iou
+from detdistill.functional.classes import class_columns
 from detdistill.functional.matching import giou_cost, hungarian, l1_cost
 from detdistill.functional.modes import evaluating
 from detdistill.methods._settings import check_choice, check_fractions, check_some, check_temperatures, check_weights
@@ -514,7 +515,7 @@ class DETRDistill(Method):
         self.assignment_weight, self.assignment = assignment_weight, assignment
         self.contrastive_weight, self.temperature = contrastive_weight, temperature
         self._check_classes(student)
-        self.columns = [self.teacher.spec.classes.index(name) for name in student.spec.classes]
+        self.columns = class_columns(student.spec.classes, self.teacher.spec.classes, softmax=False)
         self.pairs = pair_levels(self.slug, student.spec, self.teacher.spec, levels) if self.feature_weight else ()
         self.adapters = ChannelAdapters(self.pairs)
         widths = student.spec.channels[0], self.teacher.spec.channels[0]

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, HasQueries, Teacher
+from detdistill.functional.classes import class_columns
 from detdistill.functional.query_seeds import (
     DecoderFormat,
     QueryBridge,
     QueryFormat,
-    class_columns,
     decoder_format,
     giou_with_eps,
     query_gaps,
