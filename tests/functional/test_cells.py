@@ -188,8 +188,8 @@ def test_truncated_at_and_beyond_the_edges():
     assert listed(truncated_cells(some, STRIDE, MAP)) == [[(1, 8)], [(5, 8)], [(1, 0), (1, 1)], [], [], []]
 
 
-def test_truncated_span_is_towards_zero():
-    assert truncated_span(boxes((-7, -9, 15.9, 16)), STRIDE).tolist() == [[0, -1, 1, 2]]
+def test_truncated_span_is_towards_zero_and_on_the_map():
+    assert truncated_span(boxes((-7, -9, 15.9, 16), (9, 8, 80, 47)), STRIDE, MAP).tolist() == [[0, 0, 1, 2], [1, 1, 9, 5]]
 
 
 def test_truncated_on_its_level_equals_the_released_code_of_defeat():

@@ -92,34 +92,38 @@ def floor_ceil_cells(boxes_xyxy: Tensor, image_hw: tuple[float, float], map_hw: 
     return _cells(span[:, :2], span[:, 2:] + 1, map_hw)
 
 
-def truncated_span(boxes_xyxy: Tensor, stride: float) -> Tensor:
+def truncated_span(boxes_xyxy: Tensor, stride: float, map_hw: tuple[int, int]) -> Tensor:
     """First column and row of each box, and the ones after its last, by the rule of DeFeat's code.
 
-    All four coordinates are divided by the stride and truncated towards zero, so the last cell that a box covers in part is
-    left out. The span of a small box is empty; ``truncated_cells`` then gives it one cell.
+    All four coordinates are divided by the stride, truncated towards zero and clipped by the map's edge, so the last cell that
+    a box covers in part is left out. The span of a small box is empty; ``truncated_cells`` then gives it one cell.
 
     Args:
         boxes_xyxy: [G, 4] float, pixels of the image.
         stride: pixels of one step on the map.
+        map_hw: rows and columns of the map.
 
     Returns:
-        [G, 4] int64 (first column, first row, column after the last, row after the last); neither clamped nor clipped.
+        [G, 4] int64 (first column, first row, column after the last, row after the last). Starts are at least 0, ends at most
+        the size of the map.
 
     Example:
-        >>> truncated_span(torch.tensor([[8.0, 3.0, 31.0, 7.0]]), stride=8).tolist()
+        >>> truncated_span(torch.tensor([[8.0, 3.0, 31.0, 7.0]]), stride=8, map_hw=(2, 4)).tolist()
         [[1, 0, 3, 0]]
     """
-    return (_wide(boxes_xyxy) / stride).trunc().long()
+    span = (_wide(boxes_xyxy) / stride).trunc().long()
+    height, width = map_hw
+    return torch.cat([span[:, :2].clamp(min=0), span[:, 2:3].clamp(max=width), span[:, 3:].clamp(max=height)], dim=1)
 
 
 def truncated_cells(boxes_xyxy: Tensor, stride: float, map_hw: tuple[int, int]) -> BoxCells:
     """The cells of each box by the rule of DeFeat's code: truncated, the end exclusive, one cell for a small box.
 
-    Guo et al., "Distilling Object Detectors via Decoupled Features", CVPR 2021, released code; also TADF's masks. The span of
-    ``truncated_span`` is clipped by the map's edge. If then no row or no column is left, the box has the one cell in which it
-    starts, even if it is long in the other direction. The released code fails where that cell lies just beyond the
-    right or bottom edge; here it is the last one on the map. A box far beyond the map's edge has no cell. Clip boxes to their
-    image first: a box less than a stride left of it or above it is truncated to the first cell.
+    Guo et al., "Distilling Object Detectors via Decoupled Features", CVPR 2021, released code; also TADF's masks. Where
+    ``truncated_span`` leaves no row or no column, the box has the one cell in which it starts, even if it is long in the other
+    direction. The released code fails where that cell lies just beyond the right or bottom edge; here it is the last one on
+    the map. A box far beyond the map's edge has no cell. Clip boxes to their image first: a box less than a stride left of it
+    or above it is truncated to the first cell.
 
     Args:
         boxes_xyxy: [G, 4] float, pixels of the image.
@@ -131,12 +135,10 @@ def truncated_cells(boxes_xyxy: Tensor, stride: float, map_hw: tuple[int, int]) 
         >>> [region.int().tolist() for region in truncated_cells(boxes, 8, (2, 4)).regions()]
         [[[0, 0, 0, 0], [1, 1, 0, 0]], [[0, 0, 0, 1], [0, 0, 0, 0]]]
     """
-    span = truncated_span(boxes_xyxy, stride)
-    limit = torch.tensor([map_hw[1], map_hw[0]], device=span.device)
-    start, end = span[:, :2].clamp(min=0), torch.minimum(span[:, 2:], limit)
+    start, end = truncated_span(boxes_xyxy, stride, map_hw).split_with_sizes([2, 2], dim=1)
     small = (start == end).any(dim=1, keepdim=True) & (start <= end).all(dim=1, keepdim=True)
-    start = torch.where(small, torch.minimum(start, limit - 1), start)
-    return _cells(start, torch.where(small, start + 1, end), map_hw)
+    last = torch.stack([start[:, 0].clamp(max=map_hw[1] - 1), start[:, 1].clamp(max=map_hw[0] - 1)], dim=1)
+    return _cells(torch.where(small, last, start), torch.where(small, last + 1, end), map_hw)
 
 
 def center_cells(
@@ -218,7 +220,7 @@ def anchors_near_boxes(anchors_xyxy: Tensor, boxes_xyxy: Tensor, fraction: float
 
     For each box, the anchors whose IoU with it is larger than ``fraction`` times its largest IoU with any of the given anchors;
     the result is their union. A box that overlaps no anchor selects none. Wang et al., "Distilling Object Detectors with
-    Fine-grained Feature Imitation", CVPR 2019, section 3.2. Also DeFeat's masks of type "roi" and LD's fine-grained regions,
+    Fine-grained Feature Imitation", CVPR 2019, released code. Also DeFeat's masks of type "roi" and LD's fine-grained regions,
     which differ in the anchors: those of the box's level alone (``level_of_box``), or those of all levels.
 
     Args:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.attention import channel_attention, spatial_attention
 from detdistill.functional.cells import floor_ceil_cells, floor_ceil_span
+from detdistill.functional.masks import maximum_over_boxes
 from detdistill.methods._settings import check_choice, check_some, check_temperatures
 from detdistill.methods.align import ChannelAdapters, float32, pair_levels, resize_like
 from detdistill.methods.contract import Method
@@ -59,14 +60,11 @@ def fgd_masks(
 
 def _smallest_region(boxes: Tensor, image_hw: tuple[float, float], map_hw: tuple[int, int]) -> Tensor:
     """[H, W] the largest 1 / area of the regions of boxes [G, 4] that cover a cell, else 0."""
-    covered = torch.zeros(map_hw, dtype=torch.promote_types(boxes.dtype, torch.float32), device=boxes.device)
-    for first in range(0, len(boxes), 64):  # many boxes at once, but never [1000, H, W] for a crowded image
-        some = boxes[first : first + 64]
-        wmin, hmin, wmax, hmax = floor_ceil_span(some, image_hw, map_hw).to(covered.dtype).unbind(-1)
-        value = 1 / (hmax + 1 - hmin) / (wmax + 1 - wmin)
-        cells = floor_ceil_cells(some, image_hw, map_hw).regions()
-        covered = torch.maximum(covered, torch.where(cells, value[:, None, None], value.new_zeros(())).amax(dim=0))
-    return covered
+    span, cells = floor_ceil_span(boxes, image_hw, map_hw), floor_ceil_cells(boxes, image_hw, map_hw)
+    wmin, hmin, wmax, hmax = span[:, :, None].to(torch.promote_types(boxes.dtype, torch.float32)).unbind(1)
+    value = 1 / (hmax + 1 - hmin) / (wmax + 1 - wmin)  # [G, 1]
+    down, across = (torch.where(inside, value, value.new_zeros(())) for inside in cells)
+    return maximum_over_boxes(down, across, torch.minimum)
 
 
 def fgd_terms(
