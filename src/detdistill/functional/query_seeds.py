@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.errors import DetdistillError
-from detdistill.functional.deformable import sine_positions
 from detdistill.functional.modes import evaluating
+from detdistill.functional.positions import sine_positions
 from detdistill.structures import Batch, Features, Queries, QuerySeed, Target, View
 
 CANVASES = (128, 256, 512, 1024, 2048)
