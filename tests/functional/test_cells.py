@@ -181,11 +181,12 @@ def test_truncated_at_and_beyond_the_edges():
         (72, 10, 72, 20),  # on the right edge: the single cell is the last one
         (70, 48, 80, 60),  # starts on the bottom edge
         (-20, 10, 20, 20),  # starts left of the image
+        (-20, 10, -3, 20),  # ends less than a stride left of the image
         (100, 0, 200, 4),  # far beyond, less than a cell high
         (-100, 0, -50, 40),  # far beyond on the left
         (30, 20, 10, 40),  # no box
     )
-    assert listed(truncated_cells(some, STRIDE, MAP)) == [[(1, 8)], [(5, 8)], [(1, 0), (1, 1)], [], [], []]
+    assert listed(truncated_cells(some, STRIDE, MAP)) == [[(1, 8)], [(5, 8)], [(1, 0), (1, 1)], [(1, 0)], [], [], []]
 
 
 def test_truncated_span_is_towards_zero_and_on_the_map():
@@ -348,6 +349,8 @@ def test_level_by_hand():
     assert level_of_box(sides, 1).tolist() == [0] * 10
     assert level_of_box(sides, 5, base=28).tolist() == [0, 1, 1, 1, 2, 2, 3, 4, 4, 4]
     assert level_of_box(boxes(), 5).tolist() == []
+    # 1e-6 of the base is forgiven.
+    assert level_of_box(boxes(square(112 - 5e-5), square(112 - 6e-5)), 5, plus_one=False).tolist() == [1, 0]
 
 
 def test_level_is_of_the_area_and_empty_boxes_are_on_the_finest():

@@ -144,6 +144,9 @@ def test_planes_take_the_largest_and_intensities_belong_to_boxes():
 def test_boxes_below_a_pixel_are_not_drawn():
     some = boxes((3, 3, 3, 9), (3, 3, 9, 3.5), (5, 5, 4, 9))
     assert not label_map([some], [torch.tensor([0, 0, 0])], (12, 12), 1).any()
+    seen = boxes((1, 1, 9, 9))  # of the same class as those that are too small
+    both = label_map([torch.cat([some, seen])], [torch.tensor([0, 0, 0, 0])], (12, 12), 1)
+    assert torch.equal(both, label_map([seen], [torch.tensor([0])], (12, 12), 1))
     assert label_map([torch.tensor([[2.0, 2.0, 3.0, 3.0]]).half()], [torch.tensor([0])], (4, 4), 1).dtype == torch.float32
 
 
