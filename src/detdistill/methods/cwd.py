@@ -51,6 +51,7 @@ def cwd_loss(
         DetdistillError: the shapes of a level differ, or ``temperature`` is not above 0.
 
     Example:
+        >>> import torch
         >>> maps = torch.arange(16.0).reshape(1, 4, 2, 2)
         >>> abs(round(float(cwd_loss([maps], [maps + 7])), 6))
         0.0

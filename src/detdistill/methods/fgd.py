@@ -64,7 +64,7 @@ def _smallest_region(boxes: Tensor, image_hw: tuple[float, float], map_hw: tuple
     wmin, hmin, wmax, hmax = span[:, :, None].to(torch.promote_types(boxes.dtype, torch.float32)).unbind(1)
     value = 1 / (hmax + 1 - hmin) / (wmax + 1 - wmin)  # [G, 1]
     down, across = (torch.where(inside, value, value.new_zeros(())) for inside in cells)
-    return maximum_over_boxes(down, across, torch.minimum)
+    return maximum_over_boxes(down, across, torch.minimum)  # the value where both have it, else 0
 
 
 def fgd_terms(
