@@ -23,6 +23,7 @@ from torchvision.ops import box_convert
 
 from detdistill.detectors.contract import Detector, DetectorSpec, HasQueries, Teacher
 from detdistill.functional.boxes import giou_loss, paired_iou, pairwise_iou
+from detdistill.functional.classes import class_columns
 from detdistill.functional.counting import EPSILON
 from detdistill.functional.matching import giou_cost, hungarian, l1_cost
 from detdistill.functional.precision import full_precision
@@ -499,7 +500,7 @@ class DETRDistill(Method[DETRDistillTaught]):
         self.mask, self.max_per_img, self.mask_floor, self.gamma = mask, max_per_img, mask_floor, gamma
         self.assignment_weight, self.assignment = assignment_weight, assignment
         self.contrastive_weight, self.temperature = contrastive_weight, temperature
-        self.columns = [teacher.spec.classes.index(name) for name in student.spec.classes]
+        self.columns = class_columns(student.spec.classes, teacher.spec.classes, softmax=False)
         self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels) if self.feature_weight else ()
         self.adapters = LevelAdapters(self.pairs)
         self.paired_maps = PairedMaps(self.pairs, self.adapters, resize=True)

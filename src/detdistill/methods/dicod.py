@@ -31,6 +31,7 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import ModelError, name_list, nearest
+from detdistill.functional.classes import class_columns
 from detdistill.functional.crops import clamp_boxes, crop_boxes
 from detdistill.functional.modes import evaluating, frozen
 from detdistill.functional.precision import full_precision
@@ -374,7 +375,7 @@ class DICOD(TeacherFree[DICODTaught]):
         self._check_layers()
         self.own_stage = weights is None and len(classes) > 1 and cls_weight + feature_weight > 0
         known = self.classifier.classes
-        places = [known.index(name) for name in classes] if set(classes) <= set(known) else []
+        places = class_columns(classes, known, softmax=False) if set(classes) <= set(known) else []
         self.register_buffer("places", torch.tensor(places, dtype=torch.int64), persistent=False)
         scale = self.classifier.std / torch.tensor(student.spec.std)[:, None, None]
         self.register_buffer("pixel_scale", scale, persistent=False)

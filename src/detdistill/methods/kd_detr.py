@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, HasQueries, Teacher
+from detdistill.functional.classes import class_columns
 from detdistill.functional.precision import full_precision
 from detdistill.functional.query_seeds import (
     QueryBridge,
     QuerySpec,
-    class_columns,
     giou_with_eps,
     query_gaps,
     query_spec,
