@@ -1,10 +1,9 @@
-"""Adapters, found by looking: every file of a family's folder that says its ``OPTIONS`` is one.
+"""Adapters, found by looking: every file of a family's folder that defines ``build(backbone, classes, options)`` is one.
 
 The families are the folders ``dense``, ``single_shot``, ``two_stage``, ``queries`` and ``torchvision``; the adapter's name is
-the file's. It defines
+the file's. It also defines
 
     OPTIONS = RetinaNetOptions                         what a model string may say after the backbone, a ``ModelOptions``
-    build(backbone, classes, options)                  a fresh detector
 
 and may define
 
@@ -46,9 +45,8 @@ def _files() -> Mapping[str, tuple[Path, str]]:
 @cache
 def adapter_names(function: str = "build") -> tuple[str, ...]:
     """Names of the adapters that define a function, found without importing them."""
-    defines = re.compile(rf"^def {function}\(backbone|^def {function}\(\n|^def {function}\(", flags=re.MULTILINE)
-    adapters = [name for name, (_, text) in _files().items() if re.search(r"^OPTIONS = ", text, flags=re.MULTILINE)]
-    return tuple(name for name in adapters if defines.search(_files()[name][1]))
+    texts = {name: text for name, (_, text) in _files().items() if re.search(r"^def build\(backbone", text, flags=re.MULTILINE)}
+    return tuple(name for name, text in texts.items() if re.search(rf"^def {function}\(", text, flags=re.MULTILINE))
 
 
 @cache
