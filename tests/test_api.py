@@ -45,7 +45,7 @@ def test_what_needs_no_data_is_said_before_they_are_read():
         api.train(MODEL, nowhere, optimizer="adam")
     with pytest.raises(MethodError, match=r"no method 'pdk' \(did you mean 'pkd'\?\)"):
         api.distill(MODEL, MODEL, nowhere, "pdk")
-    with pytest.raises(DetdistillError, match=r"unknown option 'nek' \(did you mean 'neck'\?\)"):
+    with pytest.raises(DetdistillError, match=r"fcos has no option 'nek' \(did you mean 'neck'\?\)"):
         api.distill(MODEL, "fcos:resnet10t,nek=4", nowhere)
     with pytest.raises(DetdistillError, match="there is no such file or folder"):
         api.distill(MODEL, MODEL, nowhere)

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from detdistill.values import Count, Fraction, Index, Limits, Positive, Weight, check, choices, in_words, read
+from detdistill.values import Ascending, Count, Fraction, Index, Limits, Positive, Weight, check, choices, in_words, read
+
+Range = Annotated[tuple[Count, Count], Ascending()]
 
 GOOD: list[tuple[Any, Any, Any]] = [
     (int, 3, 3),
@@ -24,6 +26,9 @@ GOOD: list[tuple[Any, Any, Any]] = [
     (tuple[float, float] | None, [1, 2.5], (1.0, 2.5)),
     (tuple[Literal["a", "b"], ...], ["a", "b", "a"], ("a", "b", "a")),
     (Annotated[int | None, Limits(2)], 2, 2),
+    (Range, [3, 7], (3, 7)),
+    (Range | None, [3, 3], (3, 3)),
+    (Literal[300, 512], 512, 512),
     (Path | None, Path("x"), Path("x")),
     (str, "x", "x"),
 ]
@@ -53,6 +58,10 @@ BAD: list[tuple[Any, Any, str]] = [
     (Sequence[int], "12", "is not a list, each a whole number"),
     (tuple[float, float], [1.0], "is not two numbers"),
     (Annotated[int | None, Limits(2)], 1, "is not a whole number, 2 or more, or none"),
+    (Range, [7, 3], "is not a range, each end a whole number, 1 or more"),
+    (Range, [0, 3], "is not a range, each end a whole number, 1 or more"),
+    (Range, [3], "is not a range, each end a whole number, 1 or more"),
+    (Literal[300, 512], 400, "is not one of 300, 512"),
 ]
 
 
@@ -72,6 +81,9 @@ def test_a_value_of_another_type_is_refused_in_words(kind: Any, value: Any, word
         (Sequence[int] | None, "none", None),
         (Sequence[int], "-1", (-1,)),
         (bool, "false", False),
+        (bool, "True", True),
+        (Literal[300, 512], "512", 512),
+        (Literal["none", "gn"], "none", "none"),
         (Literal["a", "b"] | None, "b", "b"),
         (str | None, "none", None),
         (str | None, "x", "x"),
@@ -83,7 +95,7 @@ def test_text_is_read_as_the_type_says(kind: Any, text: str, wanted: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "text"), [(Weight, "nan"), (Weight, "-1"), (int, "1.5"), (bool, "True"), (Index, "x"), (Literal["a"], "b")]
+    ("kind", "text"), [(Weight, "nan"), (Weight, "-1"), (int, "1.5"), (bool, "yes"), (Index, "x"), (Literal["a"], "b")]
 )
 def test_text_that_says_something_else_is_refused(kind: Any, text: str) -> None:
     with pytest.raises(ValueError, match=r"^is not "):
@@ -95,3 +107,10 @@ def test_choices_are_the_words_of_a_type() -> None:
     assert choices(tuple[Literal["c"], ...]) == ["c"]
     assert choices(int) == []
     assert in_words(Path | None) == "a path or none"
+
+
+def test_a_text_without_the_separator_is_told_it() -> None:
+    with pytest.raises(ValueError, match=r"^is not a range, each end .*, 1 or more; its parts have '-' between them$"):
+        read(Range, "3/7", "-")
+    with pytest.raises(ValueError, match=r"^is not a range, each end a whole number, 1 or more$"):
+        read(Range, "7-3", "-")

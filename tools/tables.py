@@ -16,13 +16,14 @@ import inspect
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
+from detdistill.detectors.adapters import adapter, adapter_names
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.options import ModelOptions, option_types
 from detdistill.detectors.probe import CHECKS, Probed, probe_all, tiny_detector
 from detdistill.methods.shared.compose import build_method, method_class, method_slugs
 from detdistill.methods.shared.needs import PairError
@@ -118,19 +119,42 @@ def detectors_table(probed: Sequence[Probed]) -> str:
 
 
 def model_options_table() -> str:
-    """What a model string may say, described by the docstrings below the fields."""
-    body = ast.parse(inspect.getsource(ModelOptions)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    words: dict[str, str] = {}
-    for statement, after in itertools.pairwise(body.body):
-        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            words[ast.unparse(statement.target)] = " ".join(str(after.value.value).split()).replace("``", "`")
+    """Options of model strings: each with its meaning, its defaults and the detectors that have it."""
+    kinds: dict[str, type[ModelOptions]] = {}
+    for name in adapter_names():
+        module = adapter(name)
+        kinds[name] = module.OPTIONS
+        kinds |= {f"{name}:{backbone}": kind for backbone, kind in getattr(module, "OPTIONS_OF_BACKBONE", {}).items()}
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}  # by option and meaning, then by default
+    for label, kind in kinds.items():
+        words, defaults = field_words(kind), {field.name: field.default for field in dataclasses.fields(kind)}
+        for option in option_types(kind):
+            default = _plain(defaults[option], "-")
+            found.setdefault((option, words[option]), {}).setdefault(default, []).append(label)
     rows = [
-        (f"`{f.name}`", "detector's own" if f.default is None else f"`{_plain(f.default)}`", words[f.name])
-        for f in dataclasses.fields(ModelOptions)
-        if f.name != "name"
+        (f"`{option}`", meaning, "; ".join(f"`{default}`: {_some(labels, kinds)}" for default, labels in by_default.items()))
+        for (option, meaning), by_default in sorted(found.items(), key=lambda item: -sum(map(len, item[1].values())))
     ]
-    return table(("key", "default", "meaning"), *rows)
+    return table(("option", "meaning", "default: detectors that have it"), *rows)
+
+
+def _some(labels: Sequence[str], every: Iterable[str]) -> str:
+    """Names, or those of all others if they are fewer."""
+    others = [name for name in every if name not in labels]
+    few = len(others) < len(labels)
+    return ("all but " if few else "") + ", ".join(others if few else labels)
+
+
+def field_words(kind: type) -> dict[str, str]:
+    """The strings below a dataclass's fields, by the field's name; those of its bases where it has none."""
+    words: dict[str, str] = {}
+    for part in reversed(kind.__mro__[:-1]):
+        body = ast.parse(inspect.getsource(part)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, after in itertools.pairwise(body.body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                words[ast.unparse(statement.target)] = " ".join(str(after.value.value).split()).replace("``", "`")
+    return words
 
 
 def hyperparameters_table() -> str:
@@ -155,11 +179,11 @@ def settings_table(kind: type, beside: type | None = None) -> str:
     return table(("setting", "default", "meaning"), *rows)
 
 
-def _plain(value: object) -> str:
+def _plain(value: object, separator: str = "/") -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, tuple):
-        return "/".join(map(str, value)) or "none"
+        return separator.join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 

@@ -403,12 +403,12 @@ def _settings(kind: type[Any], given: dict[str, Any]) -> Any:
 
 
 def _check_start(model: str, settings: TrainSettings) -> None:
-    """Say what needs no data to be seen wrong: the model's name, and a run folder that is taken."""
-    from detdistill.detectors.options import parse_model
+    """Say what needs no data to be seen wrong: the model's name and options, and a run folder that is taken."""
+    from detdistill.detectors.adapters import read_model
     from detdistill.training.folder import new_folder
     from detdistill.training.machine import is_main_process
 
-    parse_model(model)
+    read_model(model)
     if settings.out is not None and not settings.resume and is_main_process():
         new_folder(settings.out, "")
 

@@ -43,6 +43,11 @@ class Limits:
         return f" above {self.low:g}" if self.above else f", {self.low:g} or more"
 
 
+@dataclass(frozen=True)
+class Ascending:
+    """Mark of a list whose numbers do not fall: ``Annotated[tuple[Count, Count], Ascending()]`` is a range."""
+
+
 Weight = Annotated[float, Limits(0)]
 """Factor of a loss, or another number that is 0 or more."""
 Positive = Annotated[float, Limits(0, above=True)]
@@ -73,7 +78,7 @@ def check(kind: Any, value: Any) -> Any:
 
 
 def read(kind: Any, text: str, separator: str = "/") -> Any:
-    """A value from text: ``0.5``, ``true``, ``none``, ``sum``, lists as ``0/1/2``.
+    """A value from text: ``0.5``, ``true`` (or ``True``), ``none``, ``sum``, lists as ``0/1/2``.
 
     Raises:
         ValueError: as ``check``.
@@ -86,7 +91,9 @@ def read(kind: Any, text: str, separator: str = "/") -> Any:
         found = _fitted(member, _parsed(member, text, separator))
         if found is not _UNFIT:
             return found
-    raise ValueError(f"is not {in_words(kind)}{nearest(text, choices(kind))}")
+    listed = any(_item(_stripped(member)[0]) is not None for member in _members(kind))
+    parts = f"; its parts have {separator!r} between them" if listed and separator not in text else ""
+    raise ValueError(f"is not {in_words(kind)}{nearest(text, choices(kind))}{parts}")
 
 
 _UNFIT = object()
@@ -97,8 +104,10 @@ def _parsed(member: Any, text: str, separator: str) -> Any:
     plain, _ = _stripped(member)
     if (item := _item(plain)) is not None:
         return [_parsed(item, part, separator) for part in text.split(separator)]
+    if typing.get_origin(plain) is Literal:
+        return next((choice for choice in typing.get_args(plain) if str(choice) == text), text)
     if plain is bool:
-        return {"true": True, "false": False}.get(text, text)
+        return {"true": True, "false": False}.get(text.lower(), text)
     if plain is type(None):
         return None if text in ("none", "null") else text
     if plain in (int, float):
@@ -120,7 +129,9 @@ def _fitted(member: Any, value: Any) -> Any:
         if not isinstance(value, list | tuple) or _length(plain) not in (None, len(value)):
             return _UNFIT
         found = tuple(_fitted_any(item, one) for one in value)
-        return _UNFIT if _UNFIT in found else found
+        if _UNFIT in found or (_is_ascending(member) and found != tuple(sorted(found))):
+            return _UNFIT
+        return found
     if plain is Any:
         return value
     if plain in (int, float):
@@ -151,6 +162,10 @@ def _stripped(kind: Any) -> tuple[Any, Limits | None]:
     return plain, next((note for note in notes if isinstance(note, Limits)), None)
 
 
+def _is_ascending(kind: Any) -> bool:
+    return any(isinstance(note, Ascending) for note in getattr(kind, "__metadata__", ()))
+
+
 def _item(kind: Any) -> Any:
     """The type of a list's items; None: it is no list."""
     origin = typing.get_origin(kind)
@@ -173,7 +188,7 @@ def choices(kind: Any) -> list[str]:
         if (item := _item(plain)) is not None:
             found += choices(item)
         elif typing.get_origin(plain) is Literal:
-            found += map(str, typing.get_args(plain))
+            found += [choice for choice in typing.get_args(plain) if isinstance(choice, str)]
     return found
 
 
@@ -195,6 +210,8 @@ def _in_words(member: Any) -> str:
         return f"one of {', '.join(map(str, typing.get_args(plain)))}"
     if (item := _item(plain)) is not None:
         count = _length(plain)
+        if _is_ascending(member):
+            return f"a range, each end {in_words(item)}"
         return f"{'two' if count == 2 else count} numbers" if count else f"a list, each {in_words(item)}"
     names = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path", type(None): "none", str: "a text"}
     return names.get(plain, str(plain)) + ("" if limits is None else str(limits))

@@ -5,25 +5,41 @@ import torch
 import torchvision
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fcos_resnet50_fpn
 
+from detdistill.detectors.adapters import read_model
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.dense.fcos import FCOSDetector
-from detdistill.detectors.dense.retinanet import RetinaNetDetector
+from detdistill.detectors.dense.retinanet import RetinaNetDetector, RetinaNetOptions
+from detdistill.detectors.dense.shared.heads import DenseOptions
 from detdistill.detectors.load import load_detector
-from detdistill.detectors.options import ModelOptions, parse_model
 from detdistill.detectors.save import save_student
 from detdistill.errors import ModelError
 from tests.detectors.dense.shared import library_images, library_targets, unequal_batch
 
 
 def test_every_option_is_read():
-    model = parse_model(
-        "fcos:resnet10t, neck=64,levels=3-5,width=0.5,channels=1-2-3-4,stem=8,convs=0,pretrained=true,norm=frozen,"
-        "score=0.1,topk=9,dets=7,weights=COCO_V1"
+    text = (
+        "retinanet:resnet10t, neck=64,levels=3-5,width=0.5,channels=1-2-3-4,stem=8,convs=0,pretrained=true,norm=frozen,"
+        "score=0.1,topk=9,dets=7,anchors=1.5"
     )
-    assert (model.detector, model.backbone) == ("fcos", "resnet10t")
-    wanted = ModelOptions(64, (3, 5), 0.5, (1, 2, 3, 4), 8, 0, True, "frozen", 0.1, 9, 7, weights="COCO_V1", name=model.text)
-    assert model.options == wanted
-    assert parse_model("fcos:resnet18").options == ModelOptions(name="fcos:resnet18")
+    model, options = read_model(text)
+    assert (model.text, model.detector, model.backbone) == (text, "retinanet", "resnet10t")
+    assert options == RetinaNetOptions(
+        neck=64,
+        levels=(3, 5),
+        width=0.5,
+        channels=(1, 2, 3, 4),
+        stem=8,
+        convs=0,
+        pretrained=True,
+        norm="frozen",
+        score=0.1,
+        topk=9,
+        dets=7,
+        anchors=1.5,
+        name=text,
+    )
+    assert read_model("fcos:resnet18")[1] == DenseOptions(name="fcos:resnet18")
+    assert read_model("torchvision:fcos_resnet50_fpn,weights=COCO_V1")[1].weights == "COCO_V1"
 
 
 @pytest.mark.parametrize(
@@ -31,28 +47,43 @@ def test_every_option_is_read():
     [
         ("resnet18", "expected detector:backbone"),
         ("fcos:", "expected detector:backbone"),
-        ("fcos:resnet18,nek=64", r"unknown option 'nek' \(did you mean 'neck'\?\)"),
+        ("fcos:resnet18,nek=64", r"^fcos has no option 'nek' \(did you mean 'neck'\?\); it has: levels, neck, width, "),
         ("fcos:resnet18,neck", "option neck needs a value"),
         ("fcos:resnet18,neck=64,neck=32", "given twice"),
-        ("fcos:resnet18,neck=wide", "neck=wide is no positive whole number"),
-        ("fcos:resnet18,neck=-1", "neck=-1 is no positive"),
-        ("fcos:resnet18,levels=5-3", "levels=5-3 is no range of levels"),
-        ("fcos:resnet18,levels=3", "levels=3 is no range"),
-        ("fcos:resnet18,width=nan", "width=nan is no positive number"),
-        ("fcos:resnet18,score=2", "score=2 is no number from 0 to 1"),
-        ("fcos:resnet18,pretrained=maybe", r"pretrained=maybe is no truth value"),
-        ("fcos:resnet18,norm=gn", "norm=gn is no known norm"),
-        ("fcos:resnet18,convs=-2", "convs=-2 is no whole number"),
+        ("fcos:resnet18,neck=wide", "^model 'fcos:resnet18,neck=wide': neck='wide' is not a whole number, 1 or more$"),
+        ("fcos:resnet18,neck=-1", "neck='-1' is not a whole number, 1 or more"),
+        ("fcos:resnet18,levels=5-3", "levels='5-3' is not a range, each end a whole number from 1 to 11$"),
+        ("fcos:resnet18,levels=3-12", "levels='3-12' is not a range"),
+        ("fcos:resnet18,levels=0-3", "levels='0-3' is not a range"),
+        ("fcos:resnet18,levels=3", "levels='3' is not a range, .*; its parts have '-' between them$"),
+        ("fcos:resnet18,width=nan", "width='nan' is not a number above 0"),
+        ("fcos:resnet18,width=0", "width='0' is not a number above 0"),
+        ("fcos:resnet18,channels=8-0", "channels='8-0' is not a list, each a whole number, 1 or more, or none"),
+        ("fcos:resnet18,score=2", "score='2' is not a number from 0 to 1"),
+        ("fcos:resnet18,pretrained=maybe", "pretrained='maybe' is not true or false"),
+        ("fcos:resnet18,norm=gn", "norm='gn' is not one of bn, frozen"),
+        ("fcos:resnet18,convs=-2", "convs='-2' is not a whole number, 0 or more"),
         ("fcso:resnet18", r"unknown detector 'fcso' \(did you mean 'fcos'\?\)"),
-        ("fcos:resnet18,weights=COCO_V1", "fcos has no option weights"),
+        ("fcso:resnet18,neck", "option neck needs a value"),
+        ("load_student:resnet18", "unknown detector 'load_student'"),
+        ("fcos:resnet18,weights=COCO_V1", "fcos has no option 'weights'"),
+        ("rf_detr:dinov2,dim=3", "rf_detr has no option 'dim'; it has: none"),
         ("torchvision:fcos_resnet50", r"no detector 'fcos_resnet50' \(did you mean 'fcos_resnet50_fpn'\?\)"),
-        ("torchvision:fcos_resnet50_fpn,neck=64", "has no option neck"),
+        ("torchvision:fcos_resnet50_fpn,neck=64", "^torchvision has no option 'neck'; it has: weights$"),
         ("torchvision:fcos_resnet50_fpn,weights=COCO", r"no weights 'COCO' \(did you mean 'COCO_V1'\?\)"),
     ],
 )
 def test_mistakes_in_model_strings_are_named(text, message):
     with pytest.raises(ModelError, match=message):
         build_detector(text, ["a"])
+
+
+@pytest.mark.parametrize("classes", [None, ["a"]])
+def test_mistakes_in_names_to_load_are_named(classes):
+    with pytest.raises(ModelError, match=r"fcos has no option 'nek' \(did you mean 'neck'\?\)"):
+        load_detector("fcos:resnet18,nek=64", classes)
+    with pytest.raises(ModelError, match="unknown detector 'fcso'"):
+        load_detector("fcso:resnet18", classes)
 
 
 def test_no_classes():

@@ -3,7 +3,6 @@ import torch
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.dense import fcos
 from detdistill.detectors.inherit import inherit_head
-from detdistill.detectors.options import ModelOptions
 from tests.tiny import TinyDense, TinyQueries, tiny_batch
 
 
@@ -127,7 +126,7 @@ def test_unknown_rows_with_other_classes_share_nothing():
 def tiny_fcos(classes, seed, **changes):
     torch.manual_seed(seed)
     options = {"channels": (8, 16, 16, 24), "stem": 8, "neck": 32, "levels": (3, 5), "convs": 1} | changes
-    return fcos.build("resnet10t", classes, ModelOptions(**options))
+    return fcos.build("resnet10t", classes, fcos.OPTIONS(**options))
 
 
 def test_fcos_inherits_the_head_of_a_wider_teacher():

@@ -1,12 +1,12 @@
-"""No option of a model string is silently ignored: each detector either uses it or refuses it."""
+"""No option of a model string is silently ignored: each detector uses its own options and refuses those of others."""
 
 import json
 
 import pytest
 
-from detdistill.detectors.adapters import adapter_names
+from detdistill.detectors.adapters import adapter, adapter_names, read_model
 from detdistill.detectors.build import build_detector
-from detdistill.detectors.options import READERS
+from detdistill.detectors.options import option_types
 from detdistill.detectors.probe import has_tiny, tiny_name
 from detdistill.errors import ModelError
 
@@ -41,7 +41,15 @@ OTHER = {
     "weights": "COCO_V1",
 }
 """A value of each option that is neither its default nor that of the tiny models."""
-DOWNLOADS = {"pretrained"}
+DOWNLOADS = {"pretrained", "weights"}
+"""Options that want the network; ``test_build`` and ``test_hf`` try them."""
+OF_BACKBONE = [(name, backbone) for name in adapter_names() for backbone in getattr(adapter(name), "OPTIONS_OF_BACKBONE", {})]
+
+
+def own_options(name, backbone=None):
+    """The options of an adapter, with a backbone that has options of its own or with any other."""
+    module = adapter(name)
+    return set(option_types(module.OPTIONS_OF_BACKBONE[backbone] if backbone else module.OPTIONS))
 
 
 def description(detector):
@@ -54,23 +62,42 @@ def description(detector):
     return json.dumps([getattr(detector, "description", None), config, repr(model), spec, visible], default=str)
 
 
+def without_use(small, options):
+    """Options that leave a detector as it is, one by one in the place of those that the small one has."""
+    own = description(build_detector(small, ("a", "b")))
+    ignored = []
+    for option in sorted(options - DOWNLOADS):
+        replaced = {"width", "channels", "stem"} if option == "width" else {option}
+        kept = [part for part in small.split(",") if part.partition("=")[0] not in replaced]
+        if description(build_detector(",".join([*kept, f"{option}={OTHER[option]}"]), ("a", "b"))) == own:
+            ignored.append(option)
+    return ignored
+
+
 def test_every_option_is_tried():
-    assert {*OTHER, *DOWNLOADS} == set(READERS)
+    known = {option for name in adapter_names() for option in own_options(name)}
+    known |= {option for name, backbone in OF_BACKBONE for option in own_options(name, backbone)}
+    assert {*OTHER, *DOWNLOADS} == known
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in adapter_names() if has_tiny(name)])
-def test_an_option_changes_the_detector_or_is_refused(name):
-    tiny = tiny_name(name)
-    own = description(build_detector(tiny, ("a", "b")))
-    ignored = []
-    for option, value in OTHER.items():
-        replaced = {"width", "channels", "stem"} if option == "width" else {option}
-        kept = [part for part in tiny.split(",") if part.partition("=")[0] not in replaced]
-        try:
-            changed = build_detector(",".join([*kept, f"{option}={value}"]), ("a", "b"))
-        except ModelError:
+def test_an_option_changes_the_detector(name):
+    assert without_use(tiny_name(name), own_options(name)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "backbone"), OF_BACKBONE)
+def test_an_option_changes_the_detector_with_a_backbone_that_has_its_own(name, backbone):
+    assert without_use(f"{name}:{backbone}", own_options(name, backbone)) == []
+
+
+@pytest.mark.parametrize(("name", "backbone"), [*((name, None) for name in adapter_names() if name != "hf"), *OF_BACKBONE])
+def test_options_of_others_are_refused(name, backbone):
+    text, own = f"{name}:{backbone or 'resnet10t'}", own_options(name, backbone)
+    for option, value in {**OTHER, "pretrained": "true"}.items():
+        if option in own:
+            read_model(f"{text},{option}={value}")
             continue
-        if description(changed) == own:
-            ignored.append(option)
-    assert ignored == []
+        with pytest.raises(ModelError, match=rf"^{name}[\w:]* has no option '{option}'.*; it has: [^\n]+$"):
+            read_model(f"{text},{option}={value}")

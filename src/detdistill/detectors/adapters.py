@@ -1,8 +1,13 @@
 """Adapters, found by looking: every file of a family's folder that defines ``build(backbone, classes, options)`` is one.
 
 The families are the folders ``dense``, ``single_shot``, ``two_stage``, ``queries`` and ``torchvision``; the adapter's name is
-the file's. A file may also define
+the file's. It also defines
 
+    OPTIONS = RetinaNetOptions                         what a model string may say after the backbone, a ``ModelOptions``
+
+and may define
+
+    OPTIONS_OF_BACKBONE = {"vgg16": VGGOptions}        other options in place of these, with these backbones
     MODEL_CLASS, wrap_model(model, classes, name, columns, description)    wraps torchvision's models of that class
     load(backbone, classes, options)                   reads a model string that brings weights and classes (classes: or None)
     load_exported(folder, classes, name)               reads a student's folder without ``model.json``
@@ -24,7 +29,8 @@ from typing import Any
 from torch import nn
 
 from detdistill.detectors.contract import Detector
-from detdistill.errors import ModelError
+from detdistill.detectors.options import ModelName, ModelOptions, parse_model, read_options
+from detdistill.errors import ModelError, nearest
 
 FAMILIES = Path(__file__).parent
 
@@ -68,6 +74,27 @@ def adapter(name: str) -> ModuleType:
         if error.name != "transformers":
             raise
         raise ModelError(f"{name} needs the package transformers: pip install 'detdistill[hf]'") from error
+
+
+def read_model(text: str) -> tuple[ModelName, ModelOptions]:
+    """A model string in parts, and the options that it gives to its adapter.
+
+    Raises:
+        ModelError: it is malformed, there is no such adapter, or the adapter does not have an option, or not that value.
+
+    Example:
+        >>> read_model("fcos:resnet10t,levels=3-5")[1].levels
+        (3, 5)
+    """
+    detector, known = text.partition(":")[0].strip(), adapter_names()
+    if detector not in known:
+        detector = parse_model(text).detector
+        raise ModelError(f"unknown detector {detector!r}{nearest(detector, known)}; known: {', '.join(known)}")
+    module = adapter(detector)
+    model = parse_model(text, module.OPTIONS)
+    others: Mapping[str, type[ModelOptions]] = getattr(module, "OPTIONS_OF_BACKBONE", {})
+    whose = f"{detector}:{model.backbone}" if others else detector
+    return model, read_options(others.get(model.backbone, module.OPTIONS), model, whose)
 
 
 def wrap_torchvision(

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from detdistill.detectors.adapters import adapter, adapter_names
+from detdistill.detectors.adapters import adapter, read_model
 from detdistill.detectors.contract import Detector
-from detdistill.detectors.options import parse_model
-from detdistill.errors import ModelError, nearest
+from detdistill.errors import ModelError
 
 
 def build_detector(name: str, classes: Sequence[str]) -> Detector:
@@ -20,12 +19,8 @@ def build_detector(name: str, classes: Sequence[str]) -> Detector:
     Raises:
         ModelError: the detector, backbone or an option is unknown, or they do not fit each other.
     """
-    model = parse_model(name)
+    model, options = read_model(name)
     if not classes:
         raise ModelError(f"model {name!r}: no classes given")
-    known = adapter_names()
-    if model.detector not in known:
-        raise ModelError(f"unknown detector {model.detector!r}{nearest(model.detector, known)}; known: {', '.join(known)}")
-    model.options.refuse_foreign(model.detector)
-    detector: Detector = adapter(model.detector).build(model.backbone, tuple(classes), model.options)
+    detector: Detector = adapter(model.detector).build(model.backbone, tuple(classes), options)
     return detector

@@ -13,10 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from detdistill.detectors.adapters import adapter, adapter_names, wrap_torchvision
+from detdistill.detectors.adapters import adapter, read_model, wrap_torchvision
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector
-from detdistill.detectors.options import parse_model
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.errors import ClassCountError, ModelError
 
@@ -46,10 +45,10 @@ def load_detector(name: str | Path, classes: Sequence[str] | None = None) -> Det
     text = str(name)
     if ":" not in text:
         raise ModelError(f"{text!r} is no folder, no file and no model string (detector:backbone, e.g. fcos:resnet18)")
-    model = parse_model(text)
-    loader = getattr(adapter(model.detector), "load", None) if model.detector in adapter_names() else None
+    model, options = read_model(text)
+    loader = getattr(adapter(model.detector), "load", None)
     if loader is not None:
-        loaded: Detector = loader(model.backbone, classes, model.options)
+        loaded: Detector = loader(model.backbone, classes, options)
         return loaded
     if classes is None:
         raise ModelError(f"model {text!r} has no weights, so no classes of its own; name a run folder or a checkpoint")

@@ -70,7 +70,7 @@ def test_scales_are_of_their_level():
 
 
 def test_options_that_make_no_sense():
-    with pytest.raises(ModelError, match="atss has no option rois"):
+    with pytest.raises(ModelError, match="atss has no option 'rois'"):
         own_dense.fresh("atss", options="resnet10t,rois=5")
 
 

@@ -175,7 +175,7 @@ def test_parameters_with_and_without_norm():
     layers = block + 32 + 2 * (32 * 18 + 18) + 2 * block + 32 * 3 + 3 + 2
     assert sum(parameter.numel() for parameter in plain.parameters()) == 4 * (block + 32) + layers
     assert sum(parameter.numel() for parameter in normed.parameters()) == 4 * (block + 64) + layers
-    with pytest.raises(ModelError, match="headnorm=bn is no known norm of the head"):
+    with pytest.raises(ModelError, match="headnorm='bn' is not one of gn, none"):
         build_detector(f"{NAME},headnorm=bn", ["a"])
 
 

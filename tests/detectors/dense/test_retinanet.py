@@ -104,7 +104,7 @@ def test_anchors_start_where_asked():
     assert [tuple(sides) for sides in small.model.anchor_generator.sizes[:2]] == [(12, 15, 19), (24, 30, 38)]
     with pytest.raises(ModelError, match="strides of 8 pixels are less than a pixel"):
         build_detector(f"{NAME},anchors=0.1", ["a"])
-    with pytest.raises(ModelError, match="anchors"):
+    with pytest.raises(ModelError, match="fcos has no option 'anchors'"):
         build_detector("fcos:resnet10t,anchors=2", ["a"])
 
 

@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, DetrConfig, DetrForObjectDetection, ResNetConfig
 
+from detdistill.detectors.adapters import adapters_with, read_model
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.load import load_detector
-from detdistill.detectors.options import ModelOptions, parse_model
-from detdistill.detectors.queries import hf
 from detdistill.detectors.queries.shared import transformers_files as files
 from detdistill.detectors.queries.shared import transformers_models as models
+from detdistill.detectors.torchvision.options import BackboneOptions
 from detdistill.errors import ClassCountError, ModelError
 from tests.detectors.dense.shared import unequal_batch
 from tests.detectors.queries.shared import SMALL, library_inputs
@@ -141,7 +141,10 @@ def test_messages(folder, tmp_path, monkeypatch):
     assert "no config.json in it" in message(f"hf:{tmp_path}")
     BertConfig().save_pretrained(tmp_path / "bert")
     assert "model_type 'bert'; detectors that can be loaded: " in message(f"hf:{tmp_path / 'bert'}")
-    assert "hf has no option width" in message(f"hf:{folder},width=0.5")
+    assert message(f"hf:{folder},width=0.5") == "hf has no option 'width'; it has: score, dets"
+    assert message(f"hf:{folder},scor=0.5,dets=3") == "hf has no option 'scor' (did you mean 'score'?); it has: score, dets"
+    assert message(f"hf:{folder},score=3").endswith(",score=3': score='3' is not a number from 0 to 1")
+    assert message(f"hf:{folder},other").endswith(",other: no such folder")
     monkeypatch.setattr(files, "is_offline", lambda source: True)
     assert "nobody/nothing: is no folder, and the hub cannot be reached" in message("hf:nobody/nothing")
 
@@ -171,21 +174,25 @@ def test_a_missing_package_is_named():
 
 
 def test_model_strings():
-    model = parse_model("hf:my folder/run=3,final/student,score=0.3,dets=10")
+    model, options = read_model("hf:my folder/run=3,final/student,score=0.3,dets=10")
     assert (model.detector, model.backbone) == ("hf", "my folder/run=3,final/student")
-    assert (model.options.score, model.options.dets) == (0.3, 10)
-    assert parse_model("hf:facebook/detr-resnet-50").backbone == "facebook/detr-resnet-50"
+    assert (options.score, options.dets, options.name) == (0.3, 10, model.text)
+    model, options = read_model("hf:my folder/score=1,width=2,dets=10")
+    assert (model.backbone, options.score, options.dets) == ("my folder/score=1,width=2", 0, 10)
+    assert read_model("hf:facebook/detr-resnet-50")[0].backbone == "facebook/detr-resnet-50"
 
 
 def test_every_family_is_known():
-    assert {"detr": "detr", "conditional_detr": "conditional_detr", "dab-detr": "dab_detr"}.items() <= hf.model_types().items()
+    assert {"detr": "detr", "conditional_detr": "conditional_detr", "dab-detr": "dab_detr"}.items() <= adapters_with(
+        "MODEL_TYPE"
+    ).items()
 
 
 # ------------------------------------------------------------------------------------------------------------- backbones
 
 
 def config_of(backbone, strides=(32,), **options):
-    return models.backbone_config(backbone, ModelOptions(**options), strides)
+    return models.backbone_config(backbone, BackboneOptions(**options), strides)
 
 
 def test_scaled_resnets_become_the_librarys_own():
@@ -221,7 +228,7 @@ def test_backbones_that_cannot_be(backbone, expected):
 def test_options_that_do_not_fit():
     with pytest.raises(ModelError, match=r"dim=60 must be a multiple of twice heads=4"):
         build_detector(f"detr:{SMALL.replace('dim=64', 'dim=60')}", ["a"])
-    with pytest.raises(ModelError, match="detr has no option levels"):
+    with pytest.raises(ModelError, match="detr has no option 'levels'"):
         build_detector(f"detr:{SMALL},levels=3-5", ["a"])
 
 

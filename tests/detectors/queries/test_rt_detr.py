@@ -26,7 +26,7 @@ def test_options(family):
     assert all(bool((norm.weight == 1).all()) for norm in norms)
     with pytest.raises(ModelError, match="dim=30 must be a multiple of heads=4"):
         build_detector(f"{family}:resnet10t,dim=30,heads=4", ["a"])
-    with pytest.raises(ModelError, match="has no option two_stage"):
+    with pytest.raises(ModelError, match="has no option 'two_stage'"):
         build_detector(f"{family}:resnet10t,two_stage=true", ["a"])
     with pytest.raises(ModelError, match="none of stride 64"):
         build_detector(f"{family}:resnet10t,levels=3-6", ["a"])

@@ -1,10 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import HasBackboneFeatures, HasCopies
 from detdistill.detectors.inherit import inherit_head
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.single_shot import ssd
 from detdistill.errors import ModelError
 from detdistill.structures import IGNORED, Assignment, Features, Target
@@ -17,7 +18,7 @@ from tests.detectors.single_shot.shared import (
     make_batch,
 )
 
-TINY = ModelOptions(channels=(8, 16, 16, 24), stem=8, neck=16, levels=(3, 6), score=0.3, name="ssd:tiny")
+TINY = ssd.SSDOptions(channels=(8, 16, 16, 24), stem=8, neck=16, levels=(3, 6), score=0.3, name="ssd:tiny")
 CLASSES = ("a", "b")
 BOXES = [[[10.0, 12.0, 60.0, 50.0, 1.0], [70.0, 8.0, 110.0, 90.0, 0.0]], [[30.0, 40.0, 44.0, 60.0, 1.0]]]
 
@@ -67,7 +68,7 @@ def test_training_and_detections_equal_the_library(sizes, boxes, size_hw):
 @pytest.mark.slow
 def test_vgg16_equals_the_library():
     torch.manual_seed(0)
-    detector = ssd.build("vgg16", CLASSES, ModelOptions(score=0.2, dets=20))
+    detector = ssd.build("vgg16", CLASSES, ssd.VGGOptions(score=0.2, dets=20))
     with torch.no_grad():
         # Random VGG maps are so large that many scores would be exactly 1, and equal scores have no order.
         for parameter in detector.model.head.parameters():
@@ -88,7 +89,7 @@ def test_vgg16_equals_the_library():
 @pytest.mark.slow
 def test_ssd512_with_vgg16_is_the_papers_and_its_export_loads_alone(tmp_path):
     torch.manual_seed(0)
-    detector = ssd.build("vgg16", CLASSES, ModelOptions(score=0.2, dets=20, size=512, name="ssd:vgg16,size=512"))
+    detector = ssd.build("vgg16", CLASSES, ssd.VGGOptions(score=0.2, dets=20, size=512, name="ssd:vgg16,size=512"))
     with torch.no_grad():
         for parameter in detector.model.head.parameters():
             parameter.mul_(0.1)  # as for SSD300
@@ -123,11 +124,11 @@ def test_ssd512_with_vgg16_is_the_papers_and_its_export_loads_alone(tmp_path):
 
 
 def test_the_size_of_an_ssd_is_300_or_512():
-    with pytest.raises(ModelError, match="size=400: SSD with VGG-16 is made for 300 or 512 pixels"):
+    with pytest.raises(ModelError, match=r"model 'ssd:vgg16,size=400': size='400' is not one of 300, 512$"):
         build_detector("ssd:vgg16,size=400", CLASSES)
-    with pytest.raises(ModelError, match="ssd:resnet10t has no option size"):
+    with pytest.raises(ModelError, match="ssd:resnet10t has no option 'size'"):
         build_detector("ssd:resnet10t,size=512", CLASSES)
-    with pytest.raises(ModelError, match="fcos has no option size; leave it out"):
+    with pytest.raises(ModelError, match="fcos has no option 'size'"):
         build_detector("fcos:resnet10t,size=512", CLASSES)
 
 
@@ -239,7 +240,7 @@ def test_copied_head_gives_the_same_and_a_fresh_one_another():
 
 
 def test_head_is_inherited_by_class_name():
-    student = tiny(seed=1, classes=("b", "z"), options=ModelOptions(**{**vars(TINY), "stem": 16}))
+    student = tiny(seed=1, classes=("b", "z"), options=replace(TINY, stem=16))
     teacher = tiny(seed=2, classes=("a", "b"))
     inherited = inherit_head(student, teacher)
     assert inherited.skipped == ()
@@ -252,10 +253,10 @@ def test_head_is_inherited_by_class_name():
 
 
 def test_options_that_do_not_fit_are_refused():
-    with pytest.raises(ModelError, match="ssd has no option convs"):
-        ssd.build("resnet10t", CLASSES, ModelOptions(convs=2))
-    with pytest.raises(ModelError, match="ssd:vgg16 has no option levels"):
-        ssd.build("vgg16", CLASSES, ModelOptions(levels=(3, 5)))
+    with pytest.raises(ModelError, match="ssd:resnet10t has no option 'convs'"):
+        build_detector("ssd:resnet10t,convs=2", CLASSES)
+    with pytest.raises(ModelError, match=r"ssd:vgg16 has no option 'levels'; it has: score, dets, topk, size, pretrained$"):
+        build_detector("ssd:vgg16,levels=3-5", CLASSES)
     model = tiny().model
     model.backbone = torch.nn.Sequential()
     with pytest.raises(ModelError, match="the backbone is a Sequential"):

@@ -5,7 +5,6 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from detdistill.detectors.adapters import wrap_torchvision
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.load import load_detector
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.save import save_student
 from detdistill.detectors.single_shot import ssdlite
 from detdistill.errors import ModelError
@@ -17,7 +16,7 @@ from tests.detectors.single_shot.shared import (
     make_batch,
 )
 
-TINY = ModelOptions(channels=(8, 16, 16, 24), stem=8, neck=16, levels=(3, 6), score=0.3, name="ssdlite:tiny")
+TINY = ssdlite.SSDLiteOptions(channels=(8, 16, 16, 24), stem=8, neck=16, levels=(3, 6), score=0.3, name="ssdlite:tiny")
 CLASSES = ("a", "b")
 BOXES = [[[10.0, 12.0, 60.0, 50.0, 1.0], [70.0, 8.0, 110.0, 90.0, 0.0]], [[30.0, 40.0, 44.0, 60.0, 1.0]]]
 
@@ -42,7 +41,7 @@ def test_training_and_detections_equal_the_library(sizes, boxes, size_hw):
 
 def test_mobilenet_equals_the_library_and_its_parts_make_the_whole():
     torch.manual_seed(0)
-    detector = ssdlite.build("mobilenet_v3_large", CLASSES, ModelOptions(score=0.3))
+    detector = ssdlite.build("mobilenet_v3_large", CLASSES, ssdlite.SSDLiteSelectionOptions(score=0.3))
     spec = detector.spec
     assert (spec.fixed_size_hw, spec.name) == ((320, 320), "ssdlite:mobilenet_v3_large")
     assert spec.strides == (16, 32, 64, 107, 160, 320)
@@ -65,7 +64,7 @@ def test_a_model_of_the_library_finds_its_adapter():
 
 
 def test_smaller_images_are_worked_at_their_own_size():
-    detector = ssdlite.build("mobilenet_v3_large", CLASSES, ModelOptions()).eval()
+    detector = ssdlite.build("mobilenet_v3_large", CLASSES, ssdlite.SSDLiteSelectionOptions()).eval()
     batch = make_batch([(128, 192)], [[]], (128, 192))
     with torch.no_grad():
         prediction = detector(batch).prediction
@@ -113,10 +112,10 @@ def test_export_alone_gives_the_same_detections(tmp_path):
 
 
 def test_options_that_do_not_fit_are_refused():
-    with pytest.raises(ModelError, match="ssdlite:mobilenet_v3_large has no option pretrained"):
-        ssdlite.build("mobilenet_v3_large", CLASSES, ModelOptions(pretrained=True))
-    with pytest.raises(ModelError, match="ssdlite has no option weights"):
-        ssdlite.build("resnet10t", CLASSES, ModelOptions(weights="COCO_V1"))
+    with pytest.raises(ModelError, match="ssdlite:mobilenet_v3_large has no option 'pretrained'"):
+        build_detector("ssdlite:mobilenet_v3_large,pretrained=true", CLASSES)
+    with pytest.raises(ModelError, match="ssdlite:resnet10t has no option 'weights'"):
+        build_detector("ssdlite:resnet10t,weights=COCO_V1", CLASSES)
 
 
 @pytest.mark.parametrize("name", ["ssdlite:mobilenet_v3_large,score=0.3", "ssdlite:lcnet_050,neck=16,levels=3-6,score=0.3"])

@@ -1,18 +1,28 @@
+from dataclasses import dataclass
+
 import pytest
 import timm
 import torch
 from torch import nn
 from torchvision.models.detection import retinanet_resnet50_fpn
 
-from detdistill.detectors.options import ModelOptions, parse_model
+from detdistill.detectors.options import parse_model, read_options
 from detdistill.detectors.student_files.load_student import TimmPyramid, make
 from detdistill.detectors.torchvision.backbones import pyramid_description, scale_channels
+from detdistill.detectors.torchvision.options import BackboneOptions, PyramidOptions
 from detdistill.errors import ModelError
 
 
+@dataclass(frozen=True, kw_only=True)
+class BothOptions(BackboneOptions, PyramidOptions):
+    pass
+
+
 def pyramid(text, levels=(3, 7), top="conv"):
-    model = parse_model(f"fcos:{text}")
-    return make(pyramid_description(model.backbone, model.options, levels, top))
+    model = parse_model(f"any:{text}")
+    options = read_options(BothOptions, model)
+    chosen = options.levels if "levels" in model.given else levels
+    return make(pyramid_description(model.backbone, options, chosen, options.neck, top))
 
 
 def sizes(module, height=128, width=160):
@@ -158,7 +168,7 @@ def test_asking_a_backbone_draws_no_random_numbers():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    pyramid_description("resnet10t", ModelOptions(), (3, 5))
+    pyramid_description("resnet10t", BackboneOptions(), (3, 5), 256)
     assert torch.equal(torch.rand(3), expected)
 
 

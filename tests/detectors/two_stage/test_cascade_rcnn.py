@@ -418,7 +418,7 @@ def test_capabilities_and_options(detector):
     limited = build_detector(SMALL + ",dets=3", ("a", "b")).eval()
     batch = make_batch(SIZES, BOXES)
     assert [len(found) for found in limited.detect(limited(batch).prediction, batch)] == [3, 3, 3]
-    with pytest.raises(ModelError, match="cascade_rcnn has no option convs"):
+    with pytest.raises(ModelError, match="cascade_rcnn has no option 'convs'"):
         build_detector(SMALL + ",convs=2", ("a", "b"))
     with pytest.raises(ModelError, match="1 outputs of the model are no class"):
         wrap_model(detector.model, ("a",), "one")

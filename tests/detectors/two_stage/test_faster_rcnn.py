@@ -417,7 +417,7 @@ def test_keypoints_are_refused():
 
 
 def test_option_without_use_is_refused():
-    with pytest.raises(ModelError, match="faster_rcnn has no option convs"):
+    with pytest.raises(ModelError, match="faster_rcnn has no option 'convs'"):
         build_detector(SMALL + ",convs=2", ("a", "b"))
 
 

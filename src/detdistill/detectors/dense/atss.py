@@ -14,21 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.detectors.dense.shared.heads import (
+    DenseOptions,
     OwnDenseDetector,
     adaptive_assignment,
     one_stage_model,
 )
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.models.atss import ATSS
 from detdistill.functional.boxes import centerness_target, giou_loss
 from detdistill.functional.counting import EPSILON, mean_over_ranks, number_of_positives
 from detdistill.structures import Assignment, Batch, Dense, Prediction
 
 MODEL_CLASS = ATSS
+OPTIONS = DenseOptions
 BOX_WEIGHT = 2.0
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> ATSSDetector:
+def build(backbone: str, classes: Sequence[str], options: DenseOptions) -> ATSSDetector:
     """A fresh ATSS on a timm backbone: levels 3-7, four head convolutions.
 
     Detections start at a score of 0.05, 1000 candidates of each level, 100 detections.

@@ -16,8 +16,7 @@ from torchvision.models.detection import FCOS
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.ops import generalized_box_iou_loss
 
-from detdistill.detectors.dense.shared.heads import DenseDetector, supervision
-from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.dense.shared.heads import DenseDetector, DenseOptions, supervision
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
 from detdistill.detectors.torchvision.dense_outputs import flat_outputs, own_outputs
@@ -26,9 +25,10 @@ from detdistill.errors import ModelError
 from detdistill.structures import Assignment, Batch, Losses, Prediction
 
 MODEL_CLASS = FCOS
+OPTIONS = DenseOptions
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> FCOSDetector:
+def build(backbone: str, classes: Sequence[str], options: DenseOptions) -> FCOSDetector:
     """A fresh FCOS on a timm backbone; levels 3-7, four head convolutions.
 
     Detections start at a score of 0.05 (torchvision: 0.2, which costs AP); all else is torchvision's default.
@@ -36,11 +36,10 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> FCOSD
     Raises:
         ModelError: the options do not fit the backbone or the head.
     """
-    options.refuse("fcos", "weights", "proposals", "rois", "mlp")
     if options.neck % 32:
         raise ModelError(f"fcos: neck={options.neck} must be a multiple of 32; the head normalises in 32 groups of channels")
-    pyramid = pyramid_description(backbone, options, levels=(3, 7))
-    first, last = options.levels or (3, 7)
+    pyramid = pyramid_description(backbone, options, options.levels, options.neck)
+    first, last = options.levels
     outputs = len(classes) + 1
     mean, std = image_statistics(backbone, options)
     description = {
@@ -57,13 +56,13 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> FCOSD
             "in_channels": options.neck,
             "num_anchors": 1,
             "num_classes": outputs,
-            "num_convs": 4 if options.convs is None else options.convs,
+            "num_convs": options.convs,
         },
         "image_mean": mean,
         "image_std": std,
-        "score_thresh": 0.05 if options.score is None else options.score,
-        "topk_candidates": options.topk or 1000,
-        "detections_per_img": options.dets or 100,
+        "score_thresh": options.score,
+        "topk_candidates": options.topk,
+        "detections_per_img": options.dets,
     }
     model = build_model(description)
     if options.pretrained:

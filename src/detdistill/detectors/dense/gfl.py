@@ -14,11 +14,11 @@ from typing import Any, cast
 from torch import Tensor
 
 from detdistill.detectors.dense.shared.heads import (
+    DenseOptions,
     OwnDenseDetector,
     adaptive_assignment,
     one_stage_model,
 )
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.models.gfl import GFL
 from detdistill.functional.boxes import distances_to_sides, giou_loss, paired_iou
 from detdistill.functional.counting import EPSILON, mean_over_ranks, number_of_positives
@@ -26,11 +26,12 @@ from detdistill.functional.focal import distribution_focal_loss, quality_focal_l
 from detdistill.structures import Assignment, Batch, Dense, Prediction
 
 MODEL_CLASS = GFL
+OPTIONS = DenseOptions
 BOX_WEIGHT = 2.0
 DISTRIBUTION_WEIGHT = 0.25
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> GFLDetector:
+def build(backbone: str, classes: Sequence[str], options: DenseOptions) -> GFLDetector:
     """A fresh GFL on a timm backbone: levels 3-7, four head convolutions, 17 bins for each side.
 
     Detections start at a score of 0.05, 1000 candidates of each level, 100 detections.

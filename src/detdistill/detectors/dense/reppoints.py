@@ -7,14 +7,14 @@ Yang et al., "RepPoints: Point Set Representation for Object Detection", ICCV 20
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detdistill.detectors.dense.shared.heads import OwnDenseDetector, supervision
-from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.dense.shared.heads import DenseOptions, OwnDenseDetector, supervision
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.student_files.models.reppoints import RepPoints
 from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
@@ -23,11 +23,24 @@ from detdistill.detectors.torchvision.targets import trainable, whole_indices
 from detdistill.functional.assign import max_iou_assign, point_assign
 from detdistill.functional.counting import number_of_positives
 from detdistill.structures import IGNORED, Assignment, Batch, Dense, Prediction
+from detdistill.values import Index
 
 MODEL_CLASS = RepPoints
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RepPointsDetector:
+@dataclass(frozen=True, kw_only=True)
+class RepPointsOptions(DenseOptions):
+    """Options of RepPoints."""
+
+    convs: Index = 3
+    headnorm: Literal["gn", "none"] = "gn"
+    """``gn``: GroupNorm in the towers of the head; ``none``: no norm."""
+
+
+OPTIONS = RepPointsOptions
+
+
+def build(backbone: str, classes: Sequence[str], options: RepPointsOptions) -> RepPointsDetector:
     """A fresh RepPoints on a timm backbone; levels 3-7, three head convolutions with GroupNorm.
 
     P6 reads the backbone's deepest map, P7 reads P6, as in the released code. GroupNorm in the towers is the released
@@ -36,9 +49,8 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RepPo
     Raises:
         ModelError: the options do not fit the backbone or the head.
     """
-    options.refuse("reppoints", "weights", "proposals", "rois", "mlp")
-    pyramid = pyramid_description(backbone, options, levels=(3, 7), top="input")
-    first, last = options.levels or (3, 7)
+    pyramid = pyramid_description(backbone, options, options.levels, options.neck, top="input")
+    first, last = options.levels
     mean, std = image_statistics(backbone, options)
     description = {
         "call": "models.reppoints.RepPoints",
@@ -46,13 +58,13 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RepPo
         "num_classes": len(classes),
         "strides": [2**level for level in range(first, last + 1)],
         "channels": options.neck,
-        "convs": 3 if options.convs is None else options.convs,
+        "convs": options.convs,
         "norm": options.headnorm == "gn",
         "image_mean": mean,
         "image_std": std,
-        "score_thresh": 0.05 if options.score is None else options.score,
-        "topk_candidates": options.topk or 1000,
-        "detections_per_img": options.dets or 100,
+        "score_thresh": options.score,
+        "topk_candidates": options.topk,
+        "detections_per_img": options.dets,
     }
     model = build_model(description)
     if options.pretrained:

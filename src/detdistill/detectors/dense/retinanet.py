@@ -6,7 +6,7 @@ Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, as in ``torchvis
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,19 +17,31 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
-from detdistill.detectors.dense.shared.heads import DenseDetector, supervision
-from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.dense.shared.heads import DenseDetector, DenseOptions, supervision
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
 from detdistill.detectors.torchvision.dense_outputs import flat_outputs, own_outputs
 from detdistill.detectors.torchvision.targets import Matches, target_dicts
 from detdistill.errors import ModelError
 from detdistill.structures import Assignment, Batch, Losses, Prediction
+from detdistill.values import Count, Positive
 
 MODEL_CLASS = RetinaNet
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RetinaNetDetector:
+@dataclass(frozen=True, kw_only=True)
+class RetinaNetOptions(DenseOptions):
+    """Options of RetinaNet; the defaults of head and detections are torchvision's."""
+
+    dets: Count = 300
+    anchors: Positive = 4.0
+    """Side of the smallest anchor of a cell, in strides. Less than 4 for objects smaller than 32 pixels."""
+
+
+OPTIONS = RetinaNetOptions
+
+
+def build(backbone: str, classes: Sequence[str], options: RetinaNetOptions) -> RetinaNetDetector:
     """A fresh RetinaNet on a timm backbone: levels 3-7, nine anchors from four strides (``anchors``) up, four head convolutions.
 
     Detections start at a score of 0.05, 1000 candidates of each level, 300 detections: torchvision's defaults.
@@ -37,14 +49,13 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Retin
     Raises:
         ModelError: the options do not fit the backbone or the head.
     """
-    options.refuse("retinanet", "weights", "proposals", "rois", "mlp")
-    convs = 4 if options.convs is None else options.convs
+    convs = options.convs
     if convs > 4:
         raise ModelError(f"retinanet: convs={convs} is too many; torchvision's head has 4 convolutions, fewer can be kept")
-    pyramid = pyramid_description(backbone, options, levels=(3, 7))
-    first, last = options.levels or (3, 7)
+    pyramid = pyramid_description(backbone, options, options.levels, options.neck)
+    first, last = options.levels
     mean, std = image_statistics(backbone, options)
-    bases = [(options.anchors or 4) * 2**level for level in range(first, last + 1)]
+    bases = [options.anchors * 2**level for level in range(first, last + 1)]
     if bases[0] < 1:
         raise ModelError(f"retinanet: anchors={options.anchors} strides of {2**first} pixels are less than a pixel")
     description = {
@@ -65,9 +76,9 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Retin
         },
         "image_mean": mean,
         "image_std": std,
-        "score_thresh": 0.05 if options.score is None else options.score,
-        "topk_candidates": options.topk or 1000,
-        "detections_per_img": options.dets or 300,
+        "score_thresh": options.score,
+        "topk_candidates": options.topk,
+        "detections_per_img": options.dets,
     }
     model = build_model(description)
     if options.pretrained:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from detdistill.detectors.contract import Parts, Pyramid, query_positives
-from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.queries.shared.options import QueryOptions
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.student_files.models.adamixer import AdaMixer, to_corners
 from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
 from detdistill.detectors.torchvision.detector import Neck, TorchvisionDetector
 from detdistill.detectors.torchvision.images import with_padding
+from detdistill.detectors.torchvision.options import BackboneOptions, LevelOptions, Levels, SelectionOptions
 from detdistill.detectors.torchvision.targets import trainable, whole_indices
 from detdistill.errors import ModelError
 from detdistill.functional.boxes import giou_loss
@@ -39,29 +41,44 @@ from detdistill.structures import (
     Queries,
     QuerySeed,
 )
+from detdistill.values import Count, Fraction
 
 MODEL_CLASS = AdaMixer
 TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,decoder=2,groups=2,points=4"
 """The smallest useful model, for ``probe``."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class AdaMixerOptions(SelectionOptions, QueryOptions, BackboneOptions, LevelOptions):
+    """Options of AdaMixer; levels end at the backbone's deepest."""
+
+    levels: Levels = (2, 5)
+    score: Fraction = 0.0
+    queries: Count = 100
+    groups: Count = 4
+    """Groups of channels that are sampled and mixed apart."""
+    points: Count = 32
+    """Points that a query samples for each group."""
+
+
+OPTIONS = AdaMixerOptions
+
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0
 """Of the matching's costs and of the losses alike (section 4.1)."""
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> AdaMixerDetector:
+def build(backbone: str, classes: Sequence[str], options: AdaMixerOptions) -> AdaMixerDetector:
     """A fresh AdaMixer on a timm backbone; maps of strides 4 to 32, 100 queries, 6 stages, 256 channels.
 
     Raises:
         ModelError: the options do not fit the backbone or each other.
     """
-    options.refuse("adamixer", "weights", "neck", "convs", "topk", "proposals", "rois", "mlp")
-    channels, heads, groups = options.dim or 256, options.heads or 8, options.groups or 4
-    if channels % 32:
-        raise ModelError(f"adamixer: dim={channels} must be a multiple of 32; the neck normalises in 32 groups of channels")
-    for name, parts in (("heads", heads), ("groups", groups)):
-        if channels % parts:
-            raise ModelError(f"adamixer: dim={channels} cannot be cut into {name}={parts} equal parts")
-    pyramid = pyramid_description(backbone, options, levels=(2, 5))
+    if options.dim % 32:
+        raise ModelError(f"adamixer: dim={options.dim} must be a multiple of 32; the neck normalises in 32 groups of channels")
+    for name, parts in (("heads", options.heads), ("groups", options.groups)):
+        if options.dim % parts:
+            raise ModelError(f"adamixer: dim={options.dim} cannot be cut into {name}={parts} equal parts")
+    pyramid = pyramid_description(backbone, options, options.levels, neck=256)  # it adds no level that would be so wide
     if pyramid["extra"]:
         raise ModelError(f"adamixer: levels end at {pyramid['extra'][0] - 1}, the highest of {backbone}; it adds none above")
     pyramid = {key: value for key, value in pyramid.items() if key != "top"} | {"call": "TimmLevels"}
@@ -70,17 +87,17 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> AdaMi
         "call": "models.adamixer.AdaMixer",
         "backbone": pyramid,
         "num_classes": len(classes),
-        "channels": channels,
-        "num_queries": options.queries or 100,
-        "num_stages": options.decoder or 6,
-        "heads": heads,
-        "feedforward": options.ffn or 2048,
-        "groups": groups,
-        "points": options.points or 32,
+        "channels": options.dim,
+        "num_queries": options.queries,
+        "num_stages": options.decoder,
+        "heads": options.heads,
+        "feedforward": options.ffn,
+        "groups": options.groups,
+        "points": options.points,
         "image_mean": mean,
         "image_std": std,
-        "score_thresh": options.score or 0.0,
-        "detections_per_img": options.dets or 100,
+        "score_thresh": options.score,
+        "detections_per_img": options.dets,
     }
     model = build_model(description)
     if options.pretrained:

@@ -14,20 +14,21 @@ from torch import Tensor
 from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.queries.shared import single_scale
 from detdistill.detectors.queries.shared import transformers_detector as shared
 from detdistill.detectors.queries.shared import transformers_files as files
 from detdistill.detectors.queries.shared import transformers_models as models
+from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 from detdistill.structures import Batch, Features, Queries, QuerySeed
 
 MODEL_TYPE = "conditional_detr"
+OPTIONS = single_scale.SingleScaleOptions
 
 TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,encoder=1,decoder=2"
 """The smallest useful model, for ``probe``."""
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> ConditionalDetrDetector:
+def build(backbone: str, classes: Sequence[str], options: single_scale.SingleScaleOptions) -> ConditionalDetrDetector:
     """A fresh Conditional DETR on a timm backbone: 300 queries, 6 encoder and 6 decoder layers, losses on every layer.
 
     Raises:
@@ -36,7 +37,7 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Condi
     config = ConditionalDetrConfig(
         backbone_config=models.backbone_config(backbone, options, (32,)),
         auxiliary_loss=True,
-        **single_scale.single_scale_arguments(MODEL_TYPE, options, queries=300),
+        **single_scale.single_scale_arguments(MODEL_TYPE, options),
         **models.label_maps(classes),
     )
     modules = ConditionalDetrDetector.backbone_modules
@@ -45,7 +46,9 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Condi
     return ConditionalDetrDetector(model, name, **models.statistics(backbone, options), **models.selection(options))
 
 
-def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
+def load_pretrained(
+    source: str, classes: Sequence[str] | None, name: str, options: DetrSelectionOptions
+) -> shared.TransformersDetector:
     """A Conditional DETR from a folder or the hub; see ``hf``."""
     return files.load_pretrained(ConditionalDetrDetector, source, classes, name, options)
 

@@ -12,20 +12,21 @@ from pathlib import Path
 from transformers import DFineConfig, DFineForObjectDetection
 from transformers.loss.loss_d_fine import DFineLoss
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.queries.shared import rt_detr as family
 from detdistill.detectors.queries.shared import transformers_detector as shared
 from detdistill.detectors.queries.shared import transformers_files as files
 from detdistill.detectors.queries.shared import transformers_models as models
 from detdistill.detectors.queries.shared.d_fine import FineDetector
+from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 
 MODEL_TYPE = "d_fine"
+OPTIONS = family.HybridOptions
 
 TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,encoder=1,decoder=2"
 """The smallest useful model, for ``probe``."""
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DFineDetector:
+def build(backbone: str, classes: Sequence[str], options: family.HybridOptions) -> DFineDetector:
     """A fresh D-FINE on a timm backbone: levels 3-5, 300 queries, 1 encoder and 6 decoder layers, 100 denoising queries.
 
     Raises:
@@ -37,7 +38,9 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DFine
     return DFineDetector(family.unit_norms(model), name, **models.statistics(backbone, options), **models.selection(options))
 
 
-def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
+def load_pretrained(
+    source: str, classes: Sequence[str] | None, name: str, options: DetrSelectionOptions
+) -> shared.TransformersDetector:
     """A D-FINE from a folder or the hub; see ``hf``."""
     return files.load_pretrained(DFineDetector, source, classes, name, options)
 

@@ -15,26 +15,27 @@ from torch import Tensor
 from transformers import DabDetrConfig, DabDetrForObjectDetection
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.queries.shared import single_scale
 from detdistill.detectors.queries.shared import transformers_detector as shared
 from detdistill.detectors.queries.shared import transformers_files as files
 from detdistill.detectors.queries.shared import transformers_models as models
+from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 from detdistill.structures import Batch, Features, Queries, QuerySeed
 
 MODEL_TYPE = "dab-detr"
+OPTIONS = single_scale.SingleScaleOptions
 
 TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,encoder=1,decoder=2"
 """The smallest useful model, for ``probe``."""
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DabDetrDetector:
+def build(backbone: str, classes: Sequence[str], options: single_scale.SingleScaleOptions) -> DabDetrDetector:
     """A fresh DAB-DETR on a timm backbone: 300 anchors, 6 encoder and 6 decoder layers, losses on every layer.
 
     Raises:
         ModelError: the options do not fit the backbone or each other.
     """
-    arguments = single_scale.single_scale_arguments("dab_detr", options, queries=300)
+    arguments = single_scale.single_scale_arguments("dab_detr", options)
     config = DabDetrConfig(
         backbone_config=models.backbone_config(backbone, options, (32,)),
         auxiliary_loss=True,
@@ -47,7 +48,9 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DabDe
     return DabDetrDetector(model, name, **models.statistics(backbone, options), **models.selection(options))
 
 
-def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
+def load_pretrained(
+    source: str, classes: Sequence[str] | None, name: str, options: DetrSelectionOptions
+) -> shared.TransformersDetector:
     """A DAB-DETR from a folder or the hub; see ``hf``."""
     return files.load_pretrained(DabDetrDetector, source, classes, name, options)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,21 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 
 from detdistill.detectors.contract import Parts
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.queries.shared import deformable
 from detdistill.detectors.queries.shared import transformers_detector as shared
 from detdistill.detectors.queries.shared import transformers_files as files
 from detdistill.detectors.queries.shared import transformers_models as models
 from detdistill.detectors.queries.shared.deformable import Outputs
+from detdistill.detectors.queries.shared.options import (
+    DetrSelectionOptions,
+    EncoderOptions,
+    QueryOptions,
+    SamplingOptions,
+)
+from detdistill.detectors.torchvision.options import BackboneOptions, LevelOptions, Levels
 from detdistill.errors import ModelError
 from detdistill.structures import Assignment, Batch, Features, Losses, Prediction, Queries, QuerySeed
+from detdistill.values import Count
 
 MODEL_TYPE = "deformable_detr"
 PRIOR = 0.01
@@ -36,7 +43,22 @@ TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,en
 """The smallest useful model, for ``probe``."""
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DeformableDetrDetector:
+@dataclass(frozen=True, kw_only=True)
+class DeformableDetrOptions(DetrSelectionOptions, SamplingOptions, QueryOptions, EncoderOptions, BackboneOptions, LevelOptions):
+    """Options of Deformable DETR."""
+
+    levels: Levels = (3, 6)
+    ffn: Count = 1024
+    refine: bool = False
+    """Each decoder layer moves the boxes of the layer before."""
+    two_stage: bool = False
+    """Queries are chosen from the encoder's cells; includes ``refine``."""
+
+
+OPTIONS = DeformableDetrOptions
+
+
+def build(backbone: str, classes: Sequence[str], options: DeformableDetrOptions) -> DeformableDetrDetector:
     """A fresh Deformable DETR on a timm backbone: levels 3-6, 300 queries, 6 encoder and 6 decoder layers.
 
     Levels above 5 are convolutions on top of the backbone.
@@ -44,30 +66,28 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Defor
     Raises:
         ModelError: the options do not fit the backbone or each other.
     """
-    options.refuse(MODEL_TYPE, "neck", "convs", "topk", "proposals", "rois", "mlp", "weights")
-    width, heads = options.dim or 256, options.heads or 8
+    width, heads = options.dim, options.heads
     if width % heads or width % 32:
         raise ModelError(f"{MODEL_TYPE}: dim={width} must be a multiple of heads={heads} and of 32 (its norms have 32 groups)")
-    first, last = options.levels or (3, 6)
+    first, last = options.levels
     strides = tuple(2**level for level in range(first, min(last, 5) + 1))
     if not strides or (len(strides) == 1 and last > first):
         raise ModelError(f"{MODEL_TYPE}: levels={first}-{last} must begin at 5 or below, and with one level end there")
-    queries = options.queries or 300
     config = DeformableDetrConfig(
         backbone_config=models.backbone_config(backbone, options, strides),
         auxiliary_loss=True,
         num_feature_levels=last - first + 1,
         d_model=width,
-        num_queries=queries,
-        two_stage_num_proposals=queries,
-        encoder_layers=options.encoder or 6,
-        decoder_layers=options.decoder or 6,
+        num_queries=options.queries,
+        two_stage_num_proposals=options.queries,
+        encoder_layers=options.encoder,
+        decoder_layers=options.decoder,
         encoder_attention_heads=heads,
         decoder_attention_heads=heads,
-        encoder_ffn_dim=options.ffn or 1024,
-        decoder_ffn_dim=options.ffn or 1024,
-        encoder_n_points=options.points or 4,
-        decoder_n_points=options.points or 4,
+        encoder_ffn_dim=options.ffn,
+        decoder_ffn_dim=options.ffn,
+        encoder_n_points=options.points,
+        decoder_n_points=options.points,
         with_box_refine=options.refine or options.two_stage,
         two_stage=options.two_stage,
         **models.label_maps(classes),
@@ -81,7 +101,9 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Defor
     )
 
 
-def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
+def load_pretrained(
+    source: str, classes: Sequence[str] | None, name: str, options: DetrSelectionOptions
+) -> shared.TransformersDetector:
     """A Deformable DETR from a folder or the hub; see ``hf``."""
     return files.load_pretrained(DeformableDetrDetector, source, classes, name, options)
 

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.queries.shared import deformable
 from detdistill.detectors.queries.shared import rt_detr as family
 from detdistill.detectors.queries.shared import transformers_detector as shared
@@ -22,6 +21,7 @@ from detdistill.detectors.queries.shared import transformers_files as files
 from detdistill.detectors.queries.shared import transformers_models as models
 from detdistill.detectors.queries.shared.d_fine import FineDetector
 from detdistill.detectors.queries.shared.deformable import Outputs
+from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 from detdistill.errors import ModelError
 from detdistill.structures import Features
 
@@ -32,11 +32,12 @@ except ImportError as error:
     raise ModelError("deimv2 needs a transformers that has DEIMv2; upgrade it") from error
 
 MODEL_TYPE = "deimv2"
+OPTIONS = family.HybridOptions
 TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,encoder=1,decoder=2"
 """The smallest useful model, for ``probe``."""
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Deimv2Detector:
+def build(backbone: str, classes: Sequence[str], options: family.HybridOptions) -> Deimv2Detector:
     """A fresh DEIMv2 on a timm backbone: levels 3-5, 300 queries, 1 encoder and 6 decoder layers, 100 denoising queries.
 
     Raises:
@@ -48,7 +49,9 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Deimv
     return Deimv2Detector(family.unit_norms(model), name, **models.statistics(backbone, options), **models.selection(options))
 
 
-def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
+def load_pretrained(
+    source: str, classes: Sequence[str] | None, name: str, options: DetrSelectionOptions
+) -> shared.TransformersDetector:
     """A DEIMv2 from a folder or the hub; see ``hf``."""
     config = files.read_config(source)
     if config.encoder_type == "lite" or config.backbone_config.model_type == "dinov3_vit":

@@ -6,6 +6,7 @@ Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, as in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch import Tensor
 from transformers import DetrConfig, DetrForObjectDetection
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.queries.shared import single_scale
 from detdistill.detectors.queries.shared import transformers_detector as shared
 from detdistill.detectors.queries.shared import transformers_files as files
 from detdistill.detectors.queries.shared import transformers_models as models
+from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 from detdistill.structures import Batch, Features, Queries, QuerySeed
+from detdistill.values import Count
 
 MODEL_TYPE = "detr"
 
@@ -28,7 +30,17 @@ TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,en
 """The smallest useful model, for ``probe``."""
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DetrDetector:
+@dataclass(frozen=True, kw_only=True)
+class DetrOptions(single_scale.SingleScaleOptions):
+    """Options of DETR."""
+
+    queries: Count = 100
+
+
+OPTIONS = DetrOptions
+
+
+def build(backbone: str, classes: Sequence[str], options: DetrOptions) -> DetrDetector:
     """A fresh DETR on a timm backbone: 100 queries, 6 encoder and 6 decoder layers, losses on every decoder layer.
 
     Raises:
@@ -37,7 +49,7 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DetrD
     config = DetrConfig(
         backbone_config=models.backbone_config(backbone, options, (32,)),
         auxiliary_loss=True,
-        **single_scale.single_scale_arguments(MODEL_TYPE, options, queries=100),
+        **single_scale.single_scale_arguments(MODEL_TYPE, options),
         **models.label_maps(classes),
     )
     model = models.fresh_model(DetrForObjectDetection, config, DetrDetector.backbone_modules, backbone, options)
@@ -45,7 +57,9 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> DetrD
     return DetrDetector(model, name, **models.statistics(backbone, options), **models.selection(options))
 
 
-def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
+def load_pretrained(
+    source: str, classes: Sequence[str] | None, name: str, options: DetrSelectionOptions
+) -> shared.TransformersDetector:
     """A DETR from a folder or the hub; see ``hf``."""
     return files.load_pretrained(DetrDetector, source, classes, name, options)
 

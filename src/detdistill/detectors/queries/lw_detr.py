@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.queries.shared import lw_detr as family
 from detdistill.detectors.queries.shared import transformers_detector as shared
 from detdistill.detectors.queries.shared import transformers_files as files
 from detdistill.detectors.queries.shared import transformers_models as models
+from detdistill.detectors.queries.shared.options import DetrSelectionOptions, QueryOptions, SamplingOptions
+from detdistill.detectors.torchvision.options import LevelOptions, Levels
 from detdistill.errors import ModelError
+from detdistill.values import Count
 
 try:
     from transformers import LwDetrConfig, LwDetrForObjectDetection, LwDetrViTConfig
@@ -33,23 +36,30 @@ SCALES = {3: 2.0, 4: 1.0, 5: 0.5}
 """What the projector does for each level; the ViT's own is 4."""
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> LwDetrDetector:
+@dataclass(frozen=True, kw_only=True)
+class LwDetrOptions(DetrSelectionOptions, SamplingOptions, QueryOptions, LevelOptions):
+    """Options of LW-DETR: its backbones have none, and it has no encoder beside them."""
+
+    levels: Levels = (4, 4)
+    decoder: Count = 3
+    points: Count = 2
+
+
+OPTIONS = LwDetrOptions
+
+
+def build(backbone: str, classes: Sequence[str], options: LwDetrOptions) -> LwDetrDetector:
     """A fresh LW-DETR on its own ViT (``VITS``): level 4, 300 queries, 3 decoder layers, 13 groups.
 
     Raises:
         ModelError: another backbone, or options that do not fit.
     """
-    options.refuse(
-        MODEL_TYPE,
-        *("neck", "convs", "topk", "proposals", "rois", "mlp", "weights", "encoder"),
-        *("channels", "width", "stem", "pretrained", "norm"),
-    )
     if backbone not in VITS:
         raise ModelError(f"{MODEL_TYPE} has backbones of its own: {', '.join(VITS)}; {backbone} is none of them")
-    width, heads = options.dim or 256, options.heads or 8
+    width, heads = options.dim, options.heads
     if width % (2 * heads):
         raise ModelError(f"{MODEL_TYPE}: dim={width} must be a multiple of twice heads={heads}")
-    first, last = options.levels or (4, 4)
+    first, last = options.levels
     if not 3 <= first <= last <= 5:
         raise ModelError(f"{MODEL_TYPE}: levels={first}-{last} must lie within 3-5; its ViT has stride 16")
     hidden, depth = VITS[backbone]
@@ -65,12 +75,12 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> LwDet
         backbone_config=LwDetrViTConfig(**vit),
         projector_scale_factors=[SCALES[level] for level in range(first, last + 1)],
         d_model=width,
-        decoder_layers=options.decoder or 3,
+        decoder_layers=options.decoder,
         decoder_self_attention_heads=heads,
         decoder_cross_attention_heads=2 * heads,
-        decoder_ffn_dim=options.ffn or 2048,
-        decoder_n_points=options.points or 2,
-        num_queries=options.queries or 300,
+        decoder_ffn_dim=options.ffn,
+        decoder_n_points=options.points,
+        num_queries=options.queries,
         auxiliary_loss=True,
         **models.label_maps(classes),
     )
@@ -78,7 +88,9 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> LwDet
     return LwDetrDetector(model, options.name or f"{MODEL_TYPE}:{backbone}", **models.selection(options))
 
 
-def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
+def load_pretrained(
+    source: str, classes: Sequence[str] | None, name: str, options: DetrSelectionOptions
+) -> shared.TransformersDetector:
     """An LW-DETR from a folder or the hub; see ``hf``."""
     return files.load_pretrained(LwDetrDetector, source, classes, name, options)
 

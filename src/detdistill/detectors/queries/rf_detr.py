@@ -13,6 +13,7 @@ from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.queries.shared import lw_detr as family
 from detdistill.detectors.queries.shared import transformers_detector as shared
 from detdistill.detectors.queries.shared import transformers_files as files
+from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 from detdistill.errors import ModelError
 
 try:
@@ -21,6 +22,7 @@ except ImportError as error:
     raise ModelError("rf_detr needs a transformers that has RF-DETR (5.0 or later); upgrade it") from error
 
 MODEL_TYPE = "rf_detr"
+OPTIONS = ModelOptions
 TINY = None
 """It is loaded, never built."""
 
@@ -34,7 +36,9 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RfDet
     raise ModelError(f"{MODEL_TYPE}:{backbone}: RF-DETR lives on pretrained weights; load it: hf:<name or folder of an RF-DETR>")
 
 
-def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
+def load_pretrained(
+    source: str, classes: Sequence[str] | None, name: str, options: DetrSelectionOptions
+) -> shared.TransformersDetector:
     """An RF-DETR from a folder or the hub; see ``hf``."""
     return files.load_pretrained(RfDetrDetector, source, classes, name, options)
 

@@ -11,19 +11,20 @@ from pathlib import Path
 
 from transformers import RTDetrV2Config, RTDetrV2ForObjectDetection
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.queries.shared import rt_detr as family
 from detdistill.detectors.queries.shared import transformers_detector as shared
 from detdistill.detectors.queries.shared import transformers_files as files
 from detdistill.detectors.queries.shared import transformers_models as models
+from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 
 MODEL_TYPE = "rt_detr_v2"
+OPTIONS = family.HybridOptions
 
 TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,encoder=1,decoder=2"
 """The smallest useful model, for ``probe``."""
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RTDetrV2Detector:
+def build(backbone: str, classes: Sequence[str], options: family.HybridOptions) -> RTDetrV2Detector:
     """A fresh RT-DETRv2 on a timm backbone: levels 3-5, 300 queries, 1 encoder and 6 decoder layers, 100 denoising queries.
 
     Raises:
@@ -37,7 +38,9 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RTDet
     return RTDetrV2Detector(family.unit_norms(model), name, **models.statistics(backbone, options), **models.selection(options))
 
 
-def load_pretrained(source: str, classes: Sequence[str] | None, name: str, options: ModelOptions) -> shared.TransformersDetector:
+def load_pretrained(
+    source: str, classes: Sequence[str] | None, name: str, options: DetrSelectionOptions
+) -> shared.TransformersDetector:
     """An RT-DETRv2 from a folder or the hub; see ``hf``."""
     return files.load_pretrained(RTDetrV2Detector, source, classes, name, options)
 

@@ -6,40 +6,70 @@ Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, as in ``torchvision
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torchvision.models import VGG16_Weights
 from torchvision.models.detection.ssd import SSD, ssd300_vgg16
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.single_shot.shared.detector import SingleShotDetector, wrap_ssd
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
+from detdistill.detectors.torchvision.options import BackboneOptions, CandidateOptions, Levels, PyramidOptions
 from detdistill.errors import ModelError
+from detdistill.values import Count, Fraction
 
 MODEL_CLASS = SSD
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> SingleShotDetector:
+@dataclass(frozen=True, kw_only=True)
+class SSDSelectionOptions(CandidateOptions):
+    """Options of every SSD; the defaults are torchvision's."""
+
+    score: Fraction = 0.01
+    topk: Count = 400
+    dets: Count = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSDOptions(SSDSelectionOptions, BackboneOptions, PyramidOptions):
+    """Options of an SSD on a timm backbone, which takes images of any size."""
+
+    levels: Levels = (3, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VGGOptions(SSDSelectionOptions):
+    """Options of torchvision's SSD on VGG-16."""
+
+    size: Literal[300, 512] = 300
+    """Side of the images that the detector is made for: 300 or 512."""
+    pretrained: bool = False
+    """Start from torchvision's VGG-16 weights."""
+
+
+OPTIONS = SSDOptions
+OPTIONS_OF_BACKBONE = {"vgg16": VGGOptions}
+
+
+def build(backbone: str, classes: Sequence[str], options: SSDOptions | VGGOptions) -> SingleShotDetector:
     """A fresh SSD.
 
     Args:
         backbone: ``vgg16`` for torchvision's SSD300, with ``size=512`` for SSD512; or a timm model, whose maps are followed by
-            stride-2 blocks of ``options.neck`` channels up to the last level (levels 3-8).
+            stride-2 blocks of ``options.neck`` channels up to the last level.
         classes: names of the labels.
-        options: of the model string.
+        options: of the model string; with ``vgg16`` they are ``VGGOptions``.
 
     Raises:
         ModelError: the options do not fit.
     """
-    options.refuse("ssd", "weights", "convs", "proposals", "rois", "mlp")
     name = options.name or f"ssd:{backbone}"
-    if backbone == "vgg16":
+    if isinstance(options, VGGOptions):
         return _vgg16(classes, options, name)
-    options.refuse(f"ssd:{backbone}", "size")  # it takes images as they come
-    pyramid = pyramid_description(backbone, options, levels=(3, 8))
+    pyramid = pyramid_description(backbone, options, options.levels, options.neck)
     pyramid = {key: value for key, value in pyramid.items() if key != "top"} | {"call": "TimmLevels"}
     mean, std = image_statistics(backbone, options)
     count = len(pyramid["indices"]) + len(pyramid["extra"])
@@ -80,10 +110,7 @@ def wrap_model(
     return wrap_ssd(model, classes, name, columns, description)
 
 
-def _vgg16(classes: Sequence[str], options: ModelOptions, name: str) -> SingleShotDetector:
-    options.refuse("ssd:vgg16", "neck", "levels", "width", "channels", "stem", "norm")
-    if options.size not in (None, 300, 512):
-        raise ModelError(f"{name}: size={options.size}: SSD with VGG-16 is made for 300 or 512 pixels")
+def _vgg16(classes: Sequence[str], options: VGGOptions, name: str) -> SingleShotDetector:
     description: dict[str, Any] = {"num_classes": len(classes) + 1, **_results(options)}
     if options.size == 512:
         description["call"] = "ssd512_vgg16"
@@ -101,9 +128,5 @@ def _vgg16(classes: Sequence[str], options: ModelOptions, name: str) -> SingleSh
     return wrap_ssd(model, classes, name, description=description)
 
 
-def _results(options: ModelOptions) -> dict[str, float]:
-    return {
-        "score_thresh": 0.01 if options.score is None else options.score,
-        "topk_candidates": options.topk or 400,
-        "detections_per_img": options.dets or 200,
-    }
+def _results(options: SSDSelectionOptions) -> dict[str, float]:
+    return {"score_thresh": options.score, "topk_candidates": options.topk, "detections_per_img": options.dets}

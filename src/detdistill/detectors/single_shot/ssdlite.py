@@ -7,36 +7,52 @@ Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.single_shot.shared.detector import SingleShotDetector, wrap_ssd
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
+from detdistill.detectors.torchvision.options import BackboneOptions, CandidateOptions, Levels, PyramidOptions
+from detdistill.values import Count, Fraction
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> SingleShotDetector:
+@dataclass(frozen=True, kw_only=True)
+class SSDLiteSelectionOptions(CandidateOptions):
+    """Options of every SSDLite; the defaults are torchvision's. All that torchvision's own has."""
+
+    score: Fraction = 0.001
+    topk: Count = 300
+    dets: Count = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSDLiteOptions(SSDLiteSelectionOptions, BackboneOptions, PyramidOptions):
+    """Options of an SSDLite on a timm backbone."""
+
+    levels: Levels = (4, 9)
+
+
+OPTIONS = SSDLiteOptions
+# torchvision's pretrained MobileNetV3 is another architecture (without the reduced tail).
+OPTIONS_OF_BACKBONE = {"mobilenet_v3_large": SSDLiteSelectionOptions}
+
+
+def build(backbone: str, classes: Sequence[str], options: SSDLiteSelectionOptions) -> SingleShotDetector:
     """A fresh SSDLite.
 
     Args:
         backbone: ``mobilenet_v3_large`` for torchvision's SSDLite320; or a timm model, whose maps are followed by
-            depthwise stride-2 blocks of ``options.neck`` channels up to the last level (levels 4-9).
+            depthwise stride-2 blocks of ``options.neck`` channels up to the last level.
         classes: names of the labels.
-        options: of the model string.
+        options: of the model string; with a timm backbone ``SSDLiteOptions``.
 
     Raises:
         ModelError: the options do not fit.
     """
-    options.refuse("ssdlite", "weights", "convs", "proposals", "rois", "mlp")
     name = options.name or f"ssdlite:{backbone}"
-    results = {
-        "score_thresh": 0.001 if options.score is None else options.score,
-        "topk_candidates": options.topk or 300,
-        "detections_per_img": options.dets or 300,
-    }
-    if backbone == "mobilenet_v3_large":
-        # torchvision's pretrained MobileNetV3 is another architecture (without the reduced tail).
-        options.refuse("ssdlite:mobilenet_v3_large", "neck", "levels", "width", "channels", "stem", "norm", "pretrained")
+    results = {"score_thresh": options.score, "topk_candidates": options.topk, "detections_per_img": options.dets}
+    if not isinstance(options, SSDLiteOptions):
         named: dict[str, Any] = {
             "call": "torchvision.models.detection.ssdlite320_mobilenet_v3_large",
             "weights": None,
@@ -45,7 +61,7 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Singl
             **results,
         }
         return wrap_ssd(build_model(named), classes, name, description=named)
-    pyramid = pyramid_description(backbone, options, levels=(4, 9))
+    pyramid = pyramid_description(backbone, options, options.levels, options.neck)
     pyramid = {key: value for key, value in pyramid.items() if key != "top"} | {"call": "TimmLiteLevels"}
     mean, std = image_statistics(backbone, options)
     description: dict[str, Any] = {

@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import nn
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.load_student import TimmPyramid, timm_features
+from detdistill.detectors.torchvision.options import BackboneOptions
 from detdistill.errors import ModelError, nearest
 
 RESNETS = ("resnet",)
@@ -22,23 +22,25 @@ NOT_IN_TIMM = {
 
 def pyramid_description(
     backbone: str,
-    options: ModelOptions,
+    options: BackboneOptions,
     levels: tuple[int, int],
+    neck: int,
     top: Literal["conv", "linear", "input", "pool"] = "conv",
 ) -> dict[str, Any]:
     """The ``TimmPyramid`` call that a model's description holds under ``backbone``.
 
     Args:
         backbone: name of a timm model.
-        options: of the model string; ``options.levels`` goes before ``levels``.
-        levels: the detector's default levels.
+        options: of the model string.
+        levels: first and last level.
+        neck: channels of every level.
         top: how levels above the backbone's deepest are made, see ``TimmPyramid``; ``pool`` makes exactly one (torchvision's
             two-stage models).
 
     Raises:
         ModelError: the backbone is unknown, or cannot have these levels, channels or stem.
     """
-    first, last = options.levels or levels
+    first, last = levels
     timm_options = timm_description(backbone, options)
     body = probe(backbone, timm_options)
     deepest = {
@@ -57,7 +59,7 @@ def pyramid_description(
         "call": "TimmPyramid",
         "name": backbone,
         "indices": indices,
-        "out_channels": options.neck,
+        "out_channels": neck,
         "extra": extra,
         "top": top,
         "norm": options.norm,
@@ -65,7 +67,7 @@ def pyramid_description(
     }
 
 
-def timm_description(backbone: str, options: ModelOptions) -> dict[str, Any]:
+def timm_description(backbone: str, options: BackboneOptions) -> dict[str, Any]:
     """Keyword arguments of ``load_student.timm_features`` for these options.
 
     ``plain_stem`` is among them where a stem of one convolution is to have other than timm's 64 channels; all others are
@@ -85,7 +87,7 @@ def timm_description(backbone: str, options: ModelOptions) -> dict[str, Any]:
         wanted["strict_img_size"] = False
     if timm.models.is_model_in_modules(backbone, ["vision_transformer"]):
         wanted["dynamic_img_size"] = True
-    scaled = [name for name in ("width", "channels", "stem") if getattr(options, name) != getattr(ModelOptions, name)]
+    scaled = [name for name in ("width", "channels", "stem") if getattr(options, name) != getattr(BackboneOptions, name)]
     if not scaled:
         return wanted
     if not timm.models.is_model_in_modules(backbone, list(RESNETS)):
@@ -147,7 +149,7 @@ def load_pretrained(pyramid: TimmPyramid, description: dict[str, Any]) -> None:
     pyramid.body.load_state_dict(body.state_dict())
 
 
-def image_statistics(backbone: str, options: ModelOptions) -> tuple[list[float], list[float]]:
+def image_statistics(backbone: str, options: BackboneOptions) -> tuple[list[float], list[float]]:
     """Mean and deviation that images are normalised by: the pretrained weights' own, else ImageNet's."""
     if options.pretrained:
         config = timm.get_pretrained_cfg(backbone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torchvision
 from torch import Tensor, nn
@@ -23,12 +24,23 @@ TINY = None
 """It builds torchvision's models as they are; there is no tiny one to try."""
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Detector:
+@dataclass(frozen=True, kw_only=True)
+class TorchvisionOptions(ModelOptions):
+    """Options of torchvision's own models, which are what their name says."""
+
+    weights: str | None = None
+    """Name of torchvision's weights, e.g. ``COCO_V1``."""
+
+
+OPTIONS = TorchvisionOptions
+
+
+def build(backbone: str, classes: Sequence[str], options: TorchvisionOptions) -> Detector:
     """As ``load``; without weights, everything is random."""
     return load(backbone, classes, options)
 
 
-def load(backbone: str, classes: Sequence[str] | None, options: ModelOptions) -> Detector:
+def load(backbone: str, classes: Sequence[str] | None, options: TorchvisionOptions) -> Detector:
     """Build torchvision's model and wrap it with the adapter of its class.
 
     Without weights everything is random and trains. With weights and classes that they know (or None: all of them), the
@@ -38,8 +50,6 @@ def load(backbone: str, classes: Sequence[str] | None, options: ModelOptions) ->
     Raises:
         ModelError: unknown name or weights, no classes, or weights that cannot be fetched.
     """
-    taken = ("neck", "levels", "width", "channels", "stem", "convs", "pretrained", "norm", "score", "topk", "dets")
-    options.refuse(f"torchvision:{backbone}", *taken, "proposals", "rois", "mlp")
     text = options.name or f"torchvision:{backbone}"
     known = torchvision.models.list_models(module=torchvision.models.detection)
     if backbone not in known:
@@ -48,7 +58,7 @@ def load(backbone: str, classes: Sequence[str] | None, options: ModelOptions) ->
         if classes is None:
             raise ModelError(f"model {text!r} has no classes of its own; name them, or add weights=COCO_V1")
         return _wrap(text, _describe(backbone, len(classes) + 1, None), classes, None)
-    weights = _find_weights(text, backbone, str(options.weights))
+    weights = _find_weights(text, backbone, options.weights)
     categories = list(weights.meta["categories"])
     own = [name for name in categories if name not in UNNAMED]
     if classes is None or set(classes) <= set(own):

@@ -13,19 +13,20 @@ from typing import Any, cast
 
 from torch import nn
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.load_student import TimmPyramid
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.student_files.models.cascade import CascadeRCNN
 from detdistill.detectors.torchvision.backbones import load_pretrained
 from detdistill.detectors.two_stage.shared.cascade import CascadeDetector, cascade_description
+from detdistill.detectors.two_stage.shared.detector import TwoStageOptions
 
 MODEL_CLASS = CascadeRCNN
+OPTIONS = TwoStageOptions
 TINY = "resnet10t,channels=8-16-32-64,stem=8,neck=32,mlp=32,proposals=20,rois=16"
 """The smallest useful model, for ``probe``."""
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> CascadeRCNNDetector:
+def build(backbone: str, classes: Sequence[str], options: TwoStageOptions) -> CascadeRCNNDetector:
     """A fresh Cascade R-CNN of three stages on a timm backbone: levels P2-P5 and torchvision's ``pool``.
 
     See ``two_stage_description`` for options and anchors; ``rois`` and ``mlp`` hold for each stage.
@@ -33,7 +34,7 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Casca
     Raises:
         ModelError: the options do not fit the backbone or the detector.
     """
-    description = cascade_description("cascade_rcnn", "models.cascade.CascadeRCNN", backbone, classes, options)
+    description = cascade_description("models.cascade.CascadeRCNN", backbone, classes, options)
     model = build_model(description)
     if options.pretrained:
         load_pretrained(cast(TimmPyramid, model.backbone), description["backbone"])

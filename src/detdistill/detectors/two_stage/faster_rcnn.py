@@ -12,18 +12,18 @@ from typing import Any, cast
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.load_student import TimmPyramid
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.torchvision.backbones import load_pretrained
-from detdistill.detectors.two_stage.shared.detector import TwoStageDetector, two_stage_description
+from detdistill.detectors.two_stage.shared.detector import TwoStageDetector, TwoStageOptions, two_stage_description
 
 MODEL_CLASS = FasterRCNN
+OPTIONS = TwoStageOptions
 TINY = "resnet10t,channels=8-16-32-64,stem=8,neck=32,mlp=32,proposals=20,rois=16"
 """The smallest useful model, for ``probe``."""
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> FasterRCNNDetector:
+def build(backbone: str, classes: Sequence[str], options: TwoStageOptions) -> FasterRCNNDetector:
     """A fresh Faster R-CNN on a timm backbone: levels P2-P5 and torchvision's ``pool``, all else torchvision's default.
 
     See ``two_stage_description`` for options and anchors.
@@ -31,7 +31,7 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> Faste
     Raises:
         ModelError: the options do not fit the backbone or the detector.
     """
-    description = two_stage_description("faster_rcnn", "torchvision.models.detection.FasterRCNN", backbone, classes, options)
+    description = two_stage_description("torchvision.models.detection.FasterRCNN", backbone, classes, options)
     model = build_model(description)
     if options.pretrained:
         load_pretrained(cast(TimmPyramid, model.backbone), description["backbone"])

@@ -12,18 +12,18 @@ from typing import Any, cast
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.load_student import TimmPyramid
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.torchvision.backbones import load_pretrained
-from detdistill.detectors.two_stage.shared.detector import TwoStageDetector, two_stage_description
+from detdistill.detectors.two_stage.shared.detector import TwoStageDetector, TwoStageOptions, two_stage_description
 
 MODEL_CLASS = MaskRCNN
+OPTIONS = TwoStageOptions
 TINY = "resnet10t,channels=8-16-32-64,stem=8,neck=32,mlp=32,proposals=20,rois=16"
 """The smallest useful model, for ``probe``."""
 
 
-def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> MaskRCNNDetector:
+def build(backbone: str, classes: Sequence[str], options: TwoStageOptions) -> MaskRCNNDetector:
     """A fresh Mask R-CNN on a timm backbone: levels P2-P5 and torchvision's ``pool``; the mask branch is as wide as the neck.
 
     See ``two_stage_description`` for options and anchors.
@@ -32,7 +32,7 @@ def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> MaskR
         ModelError: the options do not fit the backbone or the detector.
     """
     package = "torchvision.models.detection.mask_rcnn"
-    description = two_stage_description("mask_rcnn", f"{package}.MaskRCNN", backbone, classes, options)
+    description = two_stage_description(f"{package}.MaskRCNN", backbone, classes, options)
     description |= {
         "mask_roi_pool": {**description["box_roi_pool"], "output_size": 14},
         "mask_head": {

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from detdistill.detectors.contract import dense_positives
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.student_files.models.dense import OneStage, valid_cells
 from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
@@ -32,6 +31,7 @@ from detdistill.detectors.torchvision.dense_outputs import (
 )
 from detdistill.detectors.torchvision.detector import TorchvisionDetector
 from detdistill.detectors.torchvision.images import image_sizes
+from detdistill.detectors.torchvision.options import BackboneOptions, CandidateOptions, PyramidOptions
 from detdistill.detectors.torchvision.targets import matched_targets, target_dicts, trainable, whole_indices
 from detdistill.functional.atss import atss_assign
 from detdistill.functional.counting import label_weights
@@ -48,6 +48,7 @@ from detdistill.structures import (
     Prediction,
     Tower,
 )
+from detdistill.values import Index
 
 Top = Literal["conv", "linear", "input", "pool"]
 Built = tuple[OneStage, dict[str, Any]]
@@ -265,16 +266,22 @@ class OwnDenseDetector(DenseDetector):
         return self.columns - 1
 
 
-def one_stage_model(call: str, backbone: str, classes: Sequence[str], options: ModelOptions, top: Top = "linear") -> Built:
-    """A model of the folder ``models`` on a timm backbone, with random weights (or the backbone's pretrained ones).
+@dataclass(frozen=True, kw_only=True)
+class DenseOptions(CandidateOptions, BackboneOptions, PyramidOptions):
+    """Options that all detectors with towers have."""
 
-    Levels 3-7 and four head convolutions unless the options say otherwise.
+    convs: Index = 4
+    """Convolutions in the head before the output layers."""
+
+
+def one_stage_model(call: str, backbone: str, classes: Sequence[str], options: DenseOptions, top: Top = "linear") -> Built:
+    """A model of the folder ``models`` on a timm backbone, with random weights (or the backbone's pretrained ones).
 
     Args:
         call: its name in a description, e.g. ``models.atss.ATSS``.
         backbone: name of a timm model.
         classes: names of the classes.
-        options: of the model string; what they do not say is the model's own default.
+        options: of the model string.
         top: how levels above the backbone's deepest are made, see ``TimmPyramid``.
 
     Returns:
@@ -283,9 +290,8 @@ def one_stage_model(call: str, backbone: str, classes: Sequence[str], options: M
     Raises:
         ModelError: the options do not fit the backbone or the head.
     """
-    options.refuse(call.split(".")[1], "weights", "proposals", "rois", "mlp")
-    pyramid = pyramid_description(backbone, options, levels=(3, 7), top=top)
-    first, last = options.levels or (3, 7)
+    pyramid = pyramid_description(backbone, options, options.levels, options.neck, top)
+    first, last = options.levels
     mean, std = image_statistics(backbone, options)
     description: dict[str, Any] = {
         "call": call,
@@ -293,12 +299,12 @@ def one_stage_model(call: str, backbone: str, classes: Sequence[str], options: M
         "channels": options.neck,
         "num_classes": len(classes),
         "strides": [2**level for level in range(first, last + 1)],
-        "convs": 4 if options.convs is None else options.convs,
+        "convs": options.convs,
         "image_mean": mean,
         "image_std": std,
-        "score_thresh": 0.05 if options.score is None else options.score,
-        "topk_candidates": options.topk or 1000,
-        "detections_per_img": options.dets or 100,
+        "score_thresh": options.score,
+        "topk_candidates": options.topk,
+        "detections_per_img": options.dets,
     }
     model = build_model(description)
     if options.pretrained:

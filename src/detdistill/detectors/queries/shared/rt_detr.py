@@ -20,15 +20,22 @@ from torchvision.ops import box_convert
 from transformers.loss.loss_rt_detr import RTDetrLoss
 from transformers.models.rt_detr.modeling_rt_detr import get_contrastive_denoising_training_group
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.queries.shared import deformable as shared
 from detdistill.detectors.queries.shared import transformers_detector as transformers_base
 from detdistill.detectors.queries.shared import transformers_models as models
 from detdistill.detectors.queries.shared.deformable import Memory, Outputs
+from detdistill.detectors.queries.shared.options import (
+    DetrSelectionOptions,
+    EncoderOptions,
+    QueryOptions,
+    SamplingOptions,
+)
 from detdistill.detectors.torchvision.backbones import probe, timm_description
+from detdistill.detectors.torchvision.options import BackboneOptions, LevelOptions, Levels
 from detdistill.detectors.torchvision.targets import trainable
 from detdistill.errors import DataError, ModelError
 from detdistill.structures import Assignment, Batch, Features, Losses, Movable, Prediction, Queries, QuerySeed
+from detdistill.values import Count, Index
 
 
 @dataclass(frozen=True)
@@ -406,17 +413,27 @@ class RefiningDetector(HybridEncoderDetector):
 # ----------------------------------------------------------------------------------------------------- models from options
 
 
-def family_arguments(detector: str, backbone: str, options: ModelOptions) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class HybridOptions(DetrSelectionOptions, SamplingOptions, QueryOptions, EncoderOptions, BackboneOptions, LevelOptions):
+    """Options of RT-DETR and its relatives; levels end at the backbone's deepest."""
+
+    levels: Levels = (3, 5)
+    encoder: Count = 1
+    ffn: Count = 1024
+    denoising: Index = 100
+    """Denoising queries in training, about; 0: none."""
+
+
+def family_arguments(detector: str, backbone: str, options: HybridOptions) -> dict[str, Any]:
     """A config's arguments from the options of a model string.
 
     Raises:
-        ModelError: an option has no meaning here, the backbone lacks a level, or the width does not fit the heads.
+        ModelError: the backbone lacks a level, or the width does not fit the heads.
     """
-    options.refuse(detector, "neck", "convs", "topk", "proposals", "rois", "mlp", "weights")
-    width, heads = options.dim or 256, options.heads or 8
+    width, heads = options.dim, options.heads
     if width % heads or width % 4:
         raise ModelError(f"{detector}: dim={width} must be a multiple of heads={heads} and of 4")
-    first, last = options.levels or (3, 5)
+    first, last = options.levels
     strides = tuple(2**level for level in range(first, last + 1))
     count = len(strides)
     body = probe(backbone, timm_description(backbone, options))
@@ -431,15 +448,15 @@ def family_arguments(detector: str, backbone: str, options: ModelOptions) -> dic
         "encode_proj_layers": [count - 1],
         "decoder_in_channels": [width] * count,
         "num_feature_levels": count,
-        "encoder_layers": options.encoder or 1,
-        "decoder_layers": options.decoder or 6,
+        "encoder_layers": options.encoder,
+        "decoder_layers": options.decoder,
         "encoder_attention_heads": heads,
         "decoder_attention_heads": heads,
-        "encoder_ffn_dim": options.ffn or 1024,
-        "decoder_ffn_dim": options.ffn or 1024,
-        "decoder_n_points": options.points or 4,
-        "num_queries": options.queries or 300,
-        "num_denoising": 100 if options.denoising is None else options.denoising,
+        "encoder_ffn_dim": options.ffn,
+        "decoder_ffn_dim": options.ffn,
+        "decoder_n_points": options.points,
+        "num_queries": options.queries,
+        "num_denoising": options.denoising,
         "anchor_image_size": None,
     }
 

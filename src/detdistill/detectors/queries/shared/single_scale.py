@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.queries.shared.options import DetrSelectionOptions, EncoderOptions, QueryOptions
 from detdistill.detectors.queries.shared.transformers_detector import (
     TransformersDetector,
     as_map,
@@ -16,36 +16,39 @@ from detdistill.detectors.queries.shared.transformers_detector import (
     full_precision,
     valid_masks,
 )
+from detdistill.detectors.torchvision.options import BackboneOptions
 from detdistill.errors import ModelError
 from detdistill.structures import (
     Features,
 )
 
 
-def single_scale_arguments(detector: str, options: ModelOptions, queries: int) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class SingleScaleOptions(DetrSelectionOptions, QueryOptions, EncoderOptions, BackboneOptions):
+    """Options of DETR, Conditional DETR and DAB-DETR."""
+
+
+def single_scale_arguments(detector: str, options: SingleScaleOptions) -> dict[str, Any]:
     """A config's arguments from the options of a family with one map.
 
     Args:
         detector: as messages name it.
         options: of the model string.
-        queries: the family's default number.
 
     Raises:
-        ModelError: an option has no meaning here, or the width is no multiple of the heads.
+        ModelError: the width is no multiple of twice the heads.
     """
-    options.refuse(detector, "neck", "levels", "convs", "topk", "proposals", "rois", "mlp", "weights")
-    width, heads = options.dim or 256, options.heads or 8
-    if width % (2 * heads):
-        raise ModelError(f"{detector}: dim={width} must be a multiple of twice heads={heads}")
+    if options.dim % (2 * options.heads):
+        raise ModelError(f"{detector}: dim={options.dim} must be a multiple of twice heads={options.heads}")
     return {
-        "d_model": width,
-        "num_queries": options.queries or queries,
-        "encoder_layers": options.encoder or 6,
-        "decoder_layers": options.decoder or 6,
-        "encoder_attention_heads": heads,
-        "decoder_attention_heads": heads,
-        "encoder_ffn_dim": options.ffn or 2048,
-        "decoder_ffn_dim": options.ffn or 2048,
+        "d_model": options.dim,
+        "num_queries": options.queries,
+        "encoder_layers": options.encoder,
+        "decoder_layers": options.decoder,
+        "encoder_attention_heads": options.heads,
+        "decoder_attention_heads": options.heads,
+        "encoder_ffn_dim": options.ffn,
+        "decoder_ffn_dim": options.ffn,
     }
 
 

@@ -13,7 +13,9 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from detdistill.detectors.options import ModelOptions, parse_model
+from detdistill.detectors.adapters import read_model
+from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 from detdistill.detectors.queries.shared.transformers_detector import TransformersDetector, class_names
 from detdistill.detectors.queries.shared.transformers_models import label_maps, quiet, ready_model, selection
 from detdistill.errors import ClassCountError, ModelError
@@ -27,7 +29,7 @@ def load_pretrained(
     source: str | Path,
     classes: Sequence[str] | None,
     name: str,
-    options: ModelOptions | None = None,
+    options: DetrSelectionOptions,
 ) -> TransformersDetector:
     """A detector from a ``save_pretrained`` folder or a name of the hub, with its weights (safetensors only).
 
@@ -36,7 +38,7 @@ def load_pretrained(
         source: folder or name. Outputs of classes called ``N/A`` (COCO's unused numbers) are taken out of the model.
         classes: as many as the detector must have; None: any. The detector keeps its own names.
         name: that the detector gets.
-        options: ``score`` and ``dets`` are read.
+        options: of the model string.
 
     Raises:
         ModelError: files are missing or broken, hold something else, or want a package that is not installed.
@@ -63,7 +65,6 @@ def load_pretrained(
         raise ModelError(f"{source}: {len(lost)} tensors of a {kind} are missing or of another shape, e.g. {sorted(lost)[0]}")
     drop_unused_classes(model, detector_class.class_outputs)
     model = ready_model(model, detector_class.backbone_modules)
-    options = options or ModelOptions()
     return detector_class(model, name, **read_statistics(source), **selection(options))
 
 
@@ -94,9 +95,11 @@ def load_exported(
 ) -> TransformersDetector:
     """A student that ``export`` wrote; its options are those of its name, its classes those of ``student.json``."""
     try:
-        options = parse_model(name).options
-    except ModelError:  # somebody gave the student another name
+        _, options = read_model(name)
+    except ModelError:
         options = ModelOptions()
+    if not isinstance(options, DetrSelectionOptions):  # somebody gave the student another name
+        options = DetrSelectionOptions()
     return load_pretrained(detector_class, folder, classes, name, options)
 
 

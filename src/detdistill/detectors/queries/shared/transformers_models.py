@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, ResNetConfig, RTDetrResNetConfig, TimmBackboneConfig
 from transformers.utils import logging as library_logging
 
-from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 from detdistill.detectors.torchvision.backbones import image_statistics, probe, timm_description
+from detdistill.detectors.torchvision.options import BackboneOptions
 from detdistill.errors import ModelError
 
 
-def backbone_config(backbone: str, options: ModelOptions, strides: Sequence[int]) -> PreTrainedConfig:
+def backbone_config(backbone: str, options: BackboneOptions, strides: Sequence[int]) -> PreTrainedConfig:
     """The library's config of a timm backbone that yields the maps of some strides.
 
     A resnet that is scaled (``width``, ``channels``, ``stem``) becomes transformers' own ResNet of the same depths, widths
@@ -59,7 +60,7 @@ def backbone_config(backbone: str, options: ModelOptions, strides: Sequence[int]
 
 
 def fresh_model(
-    model_class: Callable[[Any], Any], config: Any, backbone_modules: Sequence[str], backbone: str, options: ModelOptions
+    model_class: Callable[[Any], Any], config: Any, backbone_modules: Sequence[str], backbone: str, options: BackboneOptions
 ) -> Any:
     """A library model with random weights (the backbone's from timm, if pretrained), all of it trainable.
 
@@ -169,12 +170,12 @@ def label_maps(classes: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
 
 
-def selection(options: ModelOptions) -> dict[str, Any]:
+def selection(options: DetrSelectionOptions) -> dict[str, Any]:
     """The constructor's arguments that come from a model string."""
     return {"score": options.score, "dets": options.dets}
 
 
-def statistics(backbone: str, options: ModelOptions) -> dict[str, Any]:
+def statistics(backbone: str, options: BackboneOptions) -> dict[str, Any]:
     """The constructor's arguments that say how images are normalised."""
     mean, std = image_statistics(backbone, options)
     return {"mean": mean, "std": std}

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.models.cascade import IOUS, STDS, mean_logits
 from detdistill.detectors.torchvision.images import image_sizes
-from detdistill.detectors.two_stage.shared.detector import TwoStageDetector, two_stage_description
+from detdistill.detectors.two_stage.shared.detector import TwoStageDetector, TwoStageOptions, two_stage_description
 from detdistill.errors import ModelError
 from detdistill.structures import Assignment, Batch, Dense, Features, Losses, Origin, Prediction, Regions
 
@@ -113,13 +112,13 @@ class CascadeDetector(TwoStageDetector):
         return total / count
 
 
-def cascade_description(detector: str, call: str, backbone: str, classes: Sequence[str], options: ModelOptions) -> dict[str, Any]:
+def cascade_description(call: str, backbone: str, classes: Sequence[str], options: TwoStageOptions) -> dict[str, Any]:
     """The call of a model of ``models.cascade``: as ``two_stage_description``, with the box heads of three stages.
 
     Raises:
         ModelError: the options do not fit the backbone or the detector.
     """
-    description = two_stage_description(detector, call, backbone, classes, options)
+    description = two_stage_description(call, backbone, classes, options)
     representation = description.pop("box_head")["representation_size"]
     del description["box_predictor"]
     stages = {"ious": list(IOUS), "stds": [list(stds) for stds in STDS]}

@@ -24,12 +24,12 @@ from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes
 from torchvision.ops.poolers import initLevelMapper
 
 from detdistill.detectors.contract import Parts, dense_positives, region_positives
-from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.models.cascade import ClassAgnosticPredictor
 from detdistill.detectors.torchvision.backbones import image_statistics, pyramid_description
 from detdistill.detectors.torchvision.dense_outputs import layout
 from detdistill.detectors.torchvision.detector import TorchvisionDetector
 from detdistill.detectors.torchvision.images import image_sizes
+from detdistill.detectors.torchvision.options import BackboneOptions, Levels, PyramidOptions, SelectionOptions
 from detdistill.detectors.torchvision.targets import trainable
 from detdistill.errors import DataError, ModelError
 from detdistill.structures import (
@@ -48,6 +48,7 @@ from detdistill.structures import (
     Regions,
     Target,
 )
+from detdistill.values import Count
 
 SMOOTH_L1_BETA = 1 / 9
 """Of both stages, as in torchvision (written into its losses)."""
@@ -481,9 +482,20 @@ def hidden_layers(head: nn.Module, pooled: Tensor) -> tuple[Tensor, ...]:
     return tuple(found) or (pooled,)
 
 
-def two_stage_description(
-    detector: str, call: str, backbone: str, classes: Sequence[str], options: ModelOptions
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class TwoStageOptions(SelectionOptions, BackboneOptions, PyramidOptions):
+    """Options of all two-stage detectors. At most one level is added, by subsampling (torchvision's ``pool``)."""
+
+    levels: Levels = (2, 6)
+    proposals: Count | None = None
+    """Proposals of an image after non-maximum suppression; where not given, 2000 in training and 1000 otherwise."""
+    rois: Count = 512
+    """Regions of an image that the second stage is trained on."""
+    mlp: Count = 1024
+    """Width of the box head's two layers."""
+
+
+def two_stage_description(call: str, backbone: str, classes: Sequence[str], options: TwoStageOptions) -> dict[str, Any]:
     """The call of a torchvision two-stage model on a timm backbone.
 
     Anchors have aspect ratios 1/2, 1 and 2, and one size on each level. A pyramid that begins at P2 has torchvision's sizes,
@@ -491,22 +503,18 @@ def two_stage_description(
     P3): of the embedded digits at 128 pixels, 83 % then overlap an anchor by IoU 0.5 or more; with 8 x stride none would.
 
     Args:
-        detector: for messages.
         call: the model's class.
         backbone: name of a timm model.
         classes: names of our labels.
-        options: ``levels`` beyond the backbone's deepest: one, by subsampling (torchvision's ``pool``). ``proposals`` holds
-            in training and test; torchvision keeps 2000 and 1000.
+        options: of the model string.
 
     Raises:
         ModelError: the options do not fit the backbone or the detector.
     """
-    options.refuse(detector, "convs", "topk", "weights")
-    pyramid = pyramid_description(backbone, options, levels=(2, 6), top="pool")
-    first, last = options.levels or (2, 6)
+    pyramid = pyramid_description(backbone, options, options.levels, options.neck, top="pool")
+    first, last = options.levels
     strides_wide = 8 if first <= 2 else 3
     numbers = len(pyramid["indices"])
-    representation = options.mlp or 1024
     mean, std = image_statistics(backbone, options)
     package = "torchvision.models.detection"
     return {
@@ -526,18 +534,18 @@ def two_stage_description(
         "box_head": {
             "call": f"{package}.faster_rcnn.TwoMLPHead",
             "in_channels": options.neck * 7**2,
-            "representation_size": representation,
+            "representation_size": options.mlp,
         },
         "box_predictor": {
             "call": f"{package}.faster_rcnn.FastRCNNPredictor",
-            "in_channels": representation,
+            "in_channels": options.mlp,
             "num_classes": len(classes) + 1,
         },
         "image_mean": mean,
         "image_std": std,
-        "box_score_thresh": 0.05 if options.score is None else options.score,
-        "box_detections_per_img": options.dets or 100,
-        "box_batch_size_per_image": options.rois or 512,
+        "box_score_thresh": options.score,
+        "box_detections_per_img": options.dets,
+        "box_batch_size_per_image": options.rois,
         "rpn_post_nms_top_n_train": options.proposals or 2000,
         "rpn_post_nms_top_n_test": options.proposals or 1000,
     }
