@@ -1,12 +1,13 @@
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import yaml
 
 from detdistill.compare import Pair as P
-from detdistill.compare import compare_runs, expand, gains_json, gains_table, summarize
+from detdistill.compare import compare_runs, expand, gains_json, show_gains, summarize
 from detdistill.errors import RunError
 from detdistill.settings import TrainSettings, as_plain
 
@@ -218,27 +219,43 @@ def test_a_broken_run_is_named(tmp_path, name, content, expected):
     assert "baseline-seed0" in str(error.value)
 
 
-def test_table_and_json_say_the_same(tmp_path):
-    from rich.console import Console
-
+def test_table_and_json_say_the_same(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     (gain,) = gains = compare_runs([make_pairs(tmp_path, (0.02, 0.03, 0.04))])
-    plain = Console(width=120)
-    with plain.capture() as captured:
-        plain.print(gains_table(gains))
-    row = next(line for line in captured.get().splitlines() if "pkd" in line)
-    cells = [cell.strip() for cell in row.strip("│").split("│")]
-    assert cells == ["pkd", "3", "20.0", "23.0", "+3.0", "+0.5 .. +5.5", "gain"]
+    show_gains(gains)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == ["AP on the validation images (x 100)", "", "teacher runs/teacher", "student fcos:resnet10t"]
+    head, row = (re.split(" {2,}", line.strip()) for line in lines[4:])
+    assert head == ["method", "seeds", "baseline", "distilled", "gain", "95 % interval", "verdict"]
+    assert row == ["pkd", "3", "20.0", "23.0", "+3.0", "+0.5 .. +5.5", "gain"]
     written = json.loads(json.dumps(gains_json(gains)))["gains"][0]
     assert written["mean"] == pytest.approx(gain.mean)
     assert written["verdict"] == "gain"
     assert written["pairs"][2] == {"seed": 2, "baseline": 0.2, "distilled": pytest.approx(0.24)}
 
 
-def test_rows_of_different_teachers_can_be_told_apart(tmp_path):
-    from rich.console import Console
-
+def test_each_teacher_and_student_has_a_table_of_its_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     (gain,) = compare_runs([make_pairs(tmp_path, (0.02, 0.03, 0.04))])
-    plain = Console(width=120)
-    with plain.capture() as captured:
-        plain.print(gains_table([replace(gain, teacher="runs/a"), replace(gain, teacher="runs/b")]))
-    assert [name in captured.get() for name in ("teacher", "runs/a", "runs/b", "student")] == [True, True, True, False]
+    other = replace(gain, method="fgd", teacher="runs/b", notes=("seed 5: no baseline of the same student and data",))
+    show_gains([replace(gain, teacher="runs/a"), other, replace(gain, method="cwd", teacher="runs/a")])
+    blocks = capsys.readouterr().out.split("\n\n")[1:]
+    shown = [[line.split()[:2] for line in block.splitlines() if not line.startswith("  method")] for block in blocks]
+    assert shown == [
+        [["teacher", "runs/a"], ["student", "fcos:resnet10t"], ["pkd", "3"], ["cwd", "3"]],
+        [["teacher", "runs/b"], ["student", "fcos:resnet10t"], ["fgd", "3"], ["fgd:", "seed"]],
+    ]
+
+
+def test_a_name_that_leaves_no_room_for_its_numbers_stands_above_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    (gain,) = compare_runs([make_pairs(tmp_path, (0.02, 0.03, 0.04))])
+    long = "fgd,profile=anchor_free,foreground_weight=0.0005,temperature=0.8+pkd,weight=2 + inherited head"
+    teacher = "runs/" + 20 * "folder/"
+    show_gains([replace(gain, method=long, teacher=teacher), replace(gain, teacher=teacher)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("teacher") + 1] == teacher
+    place = lines.index(f"  {long}")
+    numbers = "3      20.0       23.0  +3.0   +0.5 .. +5.5  gain"
+    assert [line.strip() for line in lines[place + 1 :]] == [numbers, f"pkd         {numbers}"]
+    assert lines[place + 1].index("3") == lines[place + 2].index("3")

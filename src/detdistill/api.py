@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detdistill.errors import RunError, nearest
-from detdistill.settings import CacheSettings, DistillSettings, TrainSettings
+from detdistill.settings import CacheSettings, DistillSettings, TrainSettings, renamed
 
 if TYPE_CHECKING:
     from detdistill.cache.forecast import Forecast
@@ -58,11 +58,14 @@ def train(
     wanted = _settings(TrainSettings, settings)
     from detdistill.progress import Progress
     from detdistill.training.machine import is_main_process
-    from detdistill.training.run import Plan, run
+    from detdistill.training.plan import Plan
+    from detdistill.training.run import run
+    from detdistill.training.session import open_session
 
+    _check_start(model, wanted)
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
-        result = run(Plan(model, data, wanted, role=role, title=role), splits, progress=shown)
+        result = run(open_session(Plan(model, data, wanted, role=role, title=role), splits), shown)
         if wanted.report:
             _report([result.folder], result.folder / "report.html", shown)
     return result
@@ -96,24 +99,23 @@ def distill(
         print(result.gains[0].verdict, result.report)
     """
     wanted = _settings(DistillSettings, {"method": method, **settings})
-    from detdistill.methods.shared.compose import build_method, parse_methods
+    from detdistill.methods.shared.compose import parse_methods
     from detdistill.progress import Progress
 
-    needing = [
-        kind.slug for kind, given in parse_methods(wanted.method) if kind.needs(**given).teacher is not None
-    ]  # misspelt methods are said first
+    methods = parse_methods(wanted.method)  # misspelt ones are said first
+    needing = [kind.slug for kind, given in methods if kind.needs(**given).teacher is not None]
     if teacher is None and wanted.cache is None and needing:
         raise RunError(f"teacher: {', '.join(needing)} needs one (--teacher), or what it said (--cache)")
     if teacher is None and wanted.inherit:
         raise RunError("inherit: copies weights of the teacher; give --teacher")
     _check_start(student, wanted)
-    from detdistill.detectors.build import build_detector
     from detdistill.detectors.contract import Teacher
-    from detdistill.evaluation.instability import check_queries
     from detdistill.training.experiment import run_experiment
     from detdistill.training.from_cache import open_cache, why_live_teacher
     from detdistill.training.machine import is_main_process
-    from detdistill.training.run import Plan, run, view_settings
+    from detdistill.training.plan import Plan, view_settings
+    from detdistill.training.run import run
+    from detdistill.training.session import open_session
     from detdistill.training.teacher_scores import note_teacher, score_teacher
 
     reason = why_live_teacher(wanted.method)
@@ -123,29 +125,26 @@ def distill(
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
         live = None if teacher is None else Teacher(_load_teacher(teacher, splits, wanted.other_classes))
-        frozen = live
+        knowledge = None
         if wanted.cache is not None:
-            cache = open_cache(wanted.cache, wanted.method, splits, view_settings(wanted), live)
+            knowledge = open_cache(wanted.cache, wanted.method, splits, view_settings(wanted), live)
             how = "the teacher is loaded too, for its modules" if live_too else "no teacher is run"
-            shown.say(f"learning from {cache.folder.url}; {how}")
-            frozen = live if live_too else cache.teacher()
-        probed = build_detector(student, splits.train.classes)  # what cannot work is said at once
-        build_method(wanted.method, frozen, probed)
-        if wanted.instability:
-            check_queries(probed)
+            shown.say(f"learning from {knowledge.folder.url}; {how}")
+        plan = Plan(student, data, wanted, role="distilled", teacher=teacher, title=f"distil ({wanted.method})")
+        # A pair that cannot work is refused here, before the first baseline has cost an hour.
+        session = open_session(plan, splits, live if knowledge is None or live_too else None, knowledge, shown)
         finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
         score = wanted.score_teacher and is_main_process() and not finished
         scores = score_teacher(live, splits, wanted, shown) if score and live is not None else None
-        plan = Plan(student, data, wanted, role="distilled", teacher=teacher, title=f"distil ({wanted.method})")
         if not wanted.baseline and not wanted.seeds:
-            result = run(plan, splits, frozen, shown)
+            result = run(session, shown)
             if scores is not None and is_main_process():
                 note_teacher(result.folder, scores)
             page = result.folder / "report.html"
             if wanted.report:
                 _report([result.folder], page, shown)
             return Distilled(result.folder, (result.folder,), page, teacher_scores=scores)
-        experiment = run_experiment(plan, splits, frozen, scores, shown)
+        experiment = run_experiment(session, scores, shown)
         gains: tuple[Gain, ...] = ()
         if wanted.baseline:
             gains = tuple(compare(experiment.runs, out=experiment.folder / "compare.json"))
@@ -266,7 +265,7 @@ def evaluate(
     from detdistill.detectors.load import load_detector
     from detdistill.evaluation import evaluate as evaluate_detector
     from detdistill.progress import Progress
-    from detdistill.training.run import view_settings
+    from detdistill.training.plan import view_settings
 
     wanted = _settings(TrainSettings, {**_image_settings_of(model), **settings})
     with progress or Progress() as shown:
@@ -319,7 +318,7 @@ def predict(
     from detdistill.detectors.load import load_detector
     from detdistill.evaluation.predict import predict_folder
     from detdistill.progress import Progress
-    from detdistill.training.run import view_settings
+    from detdistill.training.plan import view_settings
 
     chosen = _image_settings_of(model)
     if size is not None:
@@ -393,6 +392,7 @@ def inspect_data(data: str, *, strict: bool = False, deep: bool = False) -> Data
 
 def _settings(kind: type[Any], given: dict[str, Any]) -> Any:
     names = [field.name for field in dataclasses.fields(kind)]
+    given = renamed(given)
     for name in given:
         if name not in names:
             raise RunError(f"no setting {name!r}{nearest(name, names)}; settings: {', '.join(names)}")

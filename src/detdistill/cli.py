@@ -5,21 +5,30 @@ Nothing heavy is imported before a verb runs, so ``--help`` is quick.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
 from detdistill.errors import DetdistillError, nearest
-from detdistill.settings import CacheSettings, DistillSettings, TrainSettings, choices, in_words
+from detdistill.settings import RENAMED, CacheSettings, DistillSettings, TrainSettings, names_where, renamed
+from detdistill.values import choices, in_words
 
-ALIASES = {"distill_model": "teacher", "distill-model": "teacher"}
-"""Names other tools use for our flags."""
+if TYPE_CHECKING:
+    from detdistill.data.inspect import DataReport
+    from detdistill.methods.shared.contract import Method
+
+T = TypeVar("T")
+
+ALIASES = {"distill_model": "teacher", "distill-model": "teacher", **RENAMED}
+"""Names that other tools, or earlier versions, use for our flags."""
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """What the disk says when it cannot take more: the user's to mend, wherever it happens."""
@@ -103,7 +112,8 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "`detdistill COMMAND --help` lists a command's flags. Start with `detdistill demo`.",
+            "`detdistill COMMAND --help` lists a command's flags.",
+            "Start with `detdistill demo`.",
         ]
     )
 
@@ -143,8 +153,7 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
         if name == "recipe" and name in types:
             files.append(f"--config={recipe_path(value or '')}")
         elif name == "config" and value:
-            _check_config(parser, Path(value))
-            files.append(f"--config={value}")
+            files.append(f"--config={_checked_config(parser, Path(value))}")
         elif value is None:
             normal.append(f"--{name}=true" if flag else f"--{name}")
         elif value in ("none", "null") and type(None) in get_args(wanted):
@@ -156,8 +165,8 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
     return files + normal
 
 
-def _check_config(parser: Parser, path: Path) -> None:
-    """Say what is wrong with a settings file, by its name.
+def _checked_config(parser: Parser, path: Path) -> str:
+    """A settings file as jsonargparse wants it: its path, or its text under today's names.
 
     Raises:
         DetdistillError: missing, no YAML, no settings in it, or a key that the command does not have.
@@ -173,12 +182,42 @@ def _check_config(parser: Parser, path: Path) -> None:
     if not isinstance(content, dict) or not content:
         raise DetdistillError(f"config: {path} holds no settings; write lines such as `epochs: 12`")
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config", "recipe")]
-    for key in content:
+    today = renamed(content)
+    for key in today:
         if key not in known:
             raise DetdistillError(f"config: {path}: no key {key!r}{nearest(str(key), known)}")
+    return str(path) if today == content else yaml.safe_dump(today)
 
 
 # ------------------------------------------------------------------------------------------------------- the verbs
+
+
+FRACTIONS = "; AP and the other scores are fractions 0..1 there, -1 where undefined"
+
+
+def _json_flag(parser: Parser, more: str = "") -> None:
+    parser.add_argument("--json", type=bool, default=False, help=f"print one JSON document and nothing else on stdout{more}")
+
+
+def _show(
+    chosen: Namespace,
+    make: Callable[[], T],
+    show: Callable[[T], None],
+    document: Callable[[T], dict[str, Any]],
+    out: Path | None = None,
+) -> None:
+    """Make a result and print it: for people, or with ``--json`` as one document, which is also written to ``out``."""
+    if chosen.json:
+        with contextlib.redirect_stdout(sys.stderr):  # libraries print there too, e.g. when they download weights
+            made = make()
+        _say(json.dumps(document(made), indent=2))
+    else:
+        made = make()
+        show(made)
+    if out is not None:
+        from detdistill import api
+
+        api.write(out, json.dumps(document(made), indent=2) + "\n")
 
 
 def _train_flags(parser: Parser) -> None:
@@ -214,14 +253,10 @@ def _distill(chosen: Namespace) -> None:
 
     result = api.distill(**_plain(chosen))
     if result.gains:
-        _show_gains(result.gains)
+        from detdistill.compare import show_gains
+
+        show_gains(result.gains)
     _say(f"runs in {result.folder}" + (f"; report {result.report}" if chosen.report else ""))
-
-
-NOT_FOR_CACHES = {
-    *("out", "resume", "report", "track", "ema", "evaluate_every", "checkpoint_every", "log_every", "monitor_every"),
-    *("instability", "in_memory", "deterministic"),
-}
 
 
 def _cache_flags(parser: Parser) -> None:
@@ -229,7 +264,7 @@ def _cache_flags(parser: Parser) -> None:
     parser.add_argument("--out", type=str, required=True, help="folder or URL (s3://...) of the cache; an unfinished one goes on")
     parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
     parser.add_argument("--student", type=str | None, default=None, help="that of the run; needed where a method asks for one")
-    parser.add_class_arguments(CacheSettings, None, skip=NOT_FOR_CACHES)
+    parser.add_class_arguments(CacheSettings, None, skip=set(names_where(CacheSettings, "cache", False)))
 
 
 def _cache(chosen: Namespace) -> None:
@@ -269,34 +304,18 @@ def _eval_flags(parser: Parser) -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--strict", type=bool, default=False)
     parser.add_argument("--out", type=Path | None, default=None, help="also write the numbers to this JSON file")
+    _json_flag(parser, FRACTIONS)
 
 
 def _eval(chosen: Namespace) -> None:
-    import json
     from dataclasses import asdict
 
-    from rich.console import Console
-    from rich.table import Table
-
     from detdistill import api
+    from detdistill.listing import show_scores
 
     values = {key: value for key, value in _plain(chosen).items() if value is not None}
     out = values.pop("out", None)
-    scores = api.evaluate(**values)
-    table = Table(title=f"{scores.images} images, {scores.seconds:.1f} s (x 100)")
-    for name in scores.metrics:
-        table.add_column(name, justify="right")
-    table.add_row(*("-" if value < 0 else f"{100 * value:.1f}" for value in scores.metrics.values()))
-    classes = Table("class", "AP")
-    for name, value in scores.per_class.items():
-        classes.add_row(name, "-" if value < 0 else f"{100 * value:.1f}")
-    Console().print(table)
-    Console().print(classes)
-    if scores.errors:
-        lost = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.errors.items())
-        Console().print(f"AP50 lost to (x 100): {lost}", soft_wrap=True)
-    if out is not None:
-        api.write(out, json.dumps(asdict(scores), indent=2) + "\n")
+    _show(chosen, lambda: api.evaluate(**values), show_scores, asdict, out)
 
 
 def _predict_flags(parser: Parser) -> None:
@@ -319,24 +338,14 @@ def _compare_flags(parser: Parser) -> None:
     parser.add_argument("--metric", type=str, default="AP", help="one of the 12 COCO numbers")
     parser.add_argument("--allow_unequal", type=bool, default=False, help="compare although budgets differ")
     parser.add_argument("--out", type=Path | None, default=None, help="also write the result to this JSON file")
+    _json_flag(parser, FRACTIONS)
 
 
 def _compare(chosen: Namespace) -> None:
     from detdistill import api
+    from detdistill.compare import gains_json, show_gains
 
-    _show_gains(api.compare(**_plain(chosen)))
-
-
-def _show_gains(gains: Sequence[Any]) -> None:
-    from rich.console import Console
-
-    from detdistill.compare import gains_table
-
-    console = Console()
-    console.print(gains_table(gains))
-    for gain in gains:
-        for note in gain.notes:
-            console.print(f"[dim]{gain.method}: {note}[/dim]")
+    _show(chosen, lambda: api.compare(**_plain(chosen)), show_gains, gains_json)
 
 
 def _report_flags(parser: Parser) -> None:
@@ -367,41 +376,52 @@ def _demo(chosen: Namespace) -> None:
 
 
 def _methods_flags(parser: Parser) -> None:
-    parser.add_argument("--teacher", type=str | None, default=None, help="say which methods serve this teacher")
-    parser.add_argument("--student", type=str | None, default=None, help="say which methods serve this student")
+    build = "without --{}: for one of the same build"
+    parser.add_argument(
+        "--teacher", type=str | None, default=None, help=f"say which methods serve this teacher; {build.format('student')}"
+    )
+    parser.add_argument(
+        "--student", type=str | None, default=None, help=f"say which methods serve this student; {build.format('teacher')}"
+    )
+    _json_flag(parser)
 
 
 def _methods(chosen: Namespace) -> None:
-    from detdistill.listing import show_methods
+    from dataclasses import asdict
 
-    show_methods(**_plain(chosen))
+    from detdistill.listing import list_methods, show_methods
 
-
-def _no_flags(parser: Parser) -> None:
-    pass
+    _show(chosen, lambda: list_methods(**_plain(chosen)), show_methods, asdict)
 
 
 def _detectors(chosen: Namespace) -> None:
-    from detdistill.listing import show_detectors
+    from detdistill.listing import detectors_json, list_detectors, show_detectors
 
-    show_detectors()
+    _show(chosen, list_detectors, show_detectors, detectors_json)
 
 
 def _recipes(chosen: Namespace) -> None:
-    from detdistill.listing import show_recipes
+    from dataclasses import asdict
 
-    show_recipes()
+    from detdistill.listing import list_recipes, show_recipes
+
+    _show(chosen, list_recipes, show_recipes, lambda found: {"recipes": [asdict(recipe) for recipe in found]})
 
 
 def _cite_flags(parser: Parser) -> None:
     parser.add_argument("method", type=str, help="a method, or several joined by +")
+    _json_flag(parser)
 
 
 def _cite(chosen: Namespace) -> None:
+    from detdistill.listing import citations_json
     from detdistill.methods.shared.compose import parse_methods
 
-    for method, _ in parse_methods(chosen.method):
-        print(method.bibtex)
+    def show(methods: Sequence[type[Method]]) -> None:
+        for method in methods:
+            print(method.bibtex)
+
+    _show(chosen, lambda: [method for method, _ in parse_methods(chosen.method)], show, citations_json)
 
 
 def _inspect_flags(parser: Parser) -> None:
@@ -409,25 +429,26 @@ def _inspect_flags(parser: Parser) -> None:
     parser.add_argument("--strict", type=bool, default=False, help="fail at the first defect")
     parser.add_argument("--deep", type=bool, default=False, help="decode every image")
     parser.add_argument("--out", type=Path | None, default=None, help="also write the report to this JSON file")
+    _json_flag(parser)
 
 
 def _inspect(chosen: Namespace) -> None:
-    from rich.console import Console
-
-    from detdistill import api
+    from detdistill import api, printing
 
     values = _plain(chosen)
     out = values.pop("out")
-    found = api.inspect_data(**values)
-    found.render(Console())
-    if out is not None:
-        api.write(out, found.to_json() + "\n")
+
+    def document(found: DataReport) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(found.to_json())
+        return content
+
+    _show(chosen, lambda: api.inspect_data(**values), lambda found: found.render(printing.stdout()), document, out)
 
 
 Describe = Callable[[Parser], None]
 Act = Callable[[Namespace], None]
 VERBS: dict[str, tuple[Describe, Act, str]] = {
-    "demo": (_demo_flags, _demo, "the embedded example, from data to report, in a few minutes on a CPU"),
+    "demo": (_demo_flags, _demo, "the embedded example, from data to report, in minutes on a CPU"),
     "train": (_train_flags, _train, "train a detector alone: a teacher or a baseline"),
     "distill": (_distill_flags, _distill, "distil a teacher into a student, and prove what it gave"),
     "cache": (_cache_flags, _cache, "write down what a teacher says, so that runs need not run it"),
@@ -437,8 +458,8 @@ VERBS: dict[str, tuple[Describe, Act, str]] = {
     "compare": (_compare_flags, _compare, "pair runs by seed: gain, 95 % interval, verdict"),
     "report": (_report_flags, _report, "one self-contained HTML page about runs"),
     "methods": (_methods_flags, _methods, "the distillation methods, and which serve a pair"),
-    "detectors": (_no_flags, _detectors, "the detectors and what they can do"),
-    "recipes": (_no_flags, _recipes, "ready-made settings for --recipe"),
+    "detectors": (_json_flag, _detectors, "the detectors and what they can do"),
+    "recipes": (_json_flag, _recipes, "ready-made settings for --recipe"),
     "cite": (_cite_flags, _cite, "BibTeX of a method"),
     "data-inspect": (_inspect_flags, _inspect, "counts, sizes, class balance and every defect of a data set"),
 }
@@ -462,7 +483,7 @@ def recipe_path(name: str) -> Path:
 
 def _plain(chosen: Namespace) -> dict[str, Any]:
     """The values as keyword arguments."""
-    return {key: value for key, value in vars(chosen).items() if key not in ("config", "recipe", "__path__")}
+    return {key: value for key, value in vars(chosen).items() if key not in ("config", "json", "recipe", "__path__")}
 
 
 def _say(text: str) -> None:

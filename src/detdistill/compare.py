@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from detdistill.errors import RunError, nearest
-from detdistill.settings import TrainSettings, as_plain
+from detdistill.settings import TrainSettings, as_plain, renamed
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.text import Text
 
 BUDGET = (
     "epochs", "steps", "batch", "accumulate", "optimizer", "lr", "backbone_lr_factor", "weight_decay", "schedule", "warmup_steps",
@@ -154,8 +154,8 @@ def unequal(baseline: dict[str, Any], distilled: dict[str, Any]) -> list[str]:
 
 def _label(run: dict[str, Any]) -> str:
     """What was done to the student, in all that may differ between the runs of one comparison."""
-    strength = run["config"].get("dis", 1.0)
-    label: str = run["method"] + ("" if strength == 1 else f", dis {strength:g}")
+    weight = run["config"].get("distill_weight", 1.0)
+    label: str = run["method"] + ("" if weight == 1 else f", distill_weight {weight:g}")
     return label + (" + inherited head" if run.get("inherit") else "")
 
 
@@ -181,6 +181,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = renamed(config) if isinstance(config, dict) else config
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"{folder} is no whole run: {error}") from error
     if not isinstance(summary, dict) or not isinstance(config, dict):
@@ -191,30 +192,40 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {**summary, "folder": folder, "config": config}
 
 
-def gains_table(gains: Sequence[Gain]) -> Table:
-    """The comparison as a rich table; AP times 100, as papers print it."""
-    from rich.table import Table
+def show_gains(gains: Sequence[Gain]) -> None:
+    """Print the comparison, a table for each teacher and student; AP times 100, as papers print it."""
+    from rich.text import Text
 
-    # What is the same in all rows needs no column.
-    several = [side for side in ("teacher", "student") if len({getattr(gain, side) for gain in gains}) > 1]
-    table = Table(title=f"{gains[0].metric} on the validation images (x 100)")
-    for title in ("method", *several, "seeds", "baseline", "distilled", "gain", "95 % interval", "verdict"):
-        left = title in ("method", "verdict", *several)
-        table.add_column(title, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
+    from detdistill import printing
+
+    console = printing.stdout()
+    printing.line(console, f"{gains[0].metric} on the validation images (x 100)")
+    groups: dict[tuple[str, str], list[Gain]] = {}
     for gain in gains:
-        colour = {"gain": "green", "worse": "red"}.get(gain.verdict, "yellow")
-        interval = "-" if gain.low is None or gain.high is None else f"{100 * gain.low:+.1f} .. {100 * gain.high:+.1f}"
-        table.add_row(
-            gain.method,
-            *(getattr(gain, side) for side in several),
-            str(len(gain.pairs)),
-            f"{100 * statistics.fmean(pair.baseline for pair in gain.pairs):.1f}",
-            f"{100 * statistics.fmean(pair.distilled for pair in gain.pairs):.1f}",
-            f"{100 * gain.mean:+.1f}",
-            interval,
-            f"[{colour}]{gain.verdict}[/{colour}]",
-        )
-    return table
+        groups.setdefault((gain.teacher, gain.student), []).append(gain)
+    for (teacher, student), group in groups.items():
+        printing.line(console)
+        printing.labelled(console, "teacher", teacher)
+        printing.labelled(console, "student", student)
+        head = ("method", "seeds", "baseline", "distilled", "gain", "95 % interval", "verdict")
+        printing.table(console, head, [_row(gain) for gain in group], left=("verdict",), indent=2)
+        for gain in group:
+            for note in gain.notes:
+                printing.paragraph(console, Text(f"{gain.method}: {note}", "dim"), first="  ", indent=4)
+
+
+def _row(gain: Gain) -> tuple[str | Text, ...]:
+    from rich.text import Text
+
+    return (
+        gain.method,
+        str(len(gain.pairs)),
+        f"{100 * statistics.fmean(pair.baseline for pair in gain.pairs):.1f}",
+        f"{100 * statistics.fmean(pair.distilled for pair in gain.pairs):.1f}",
+        f"{100 * gain.mean:+.1f}",
+        "-" if gain.low is None or gain.high is None else f"{100 * gain.low:+.1f} .. {100 * gain.high:+.1f}",
+        Text(gain.verdict, {"gain": "green", "worse": "red"}.get(gain.verdict, "yellow")),
+    )
 
 
 def gains_json(gains: Sequence[Gain]) -> dict[str, Any]:

@@ -54,8 +54,7 @@ def demo(
     Raises:
         DetdistillError: one line that says what is wrong and what to do.
     """
-    from rich.console import Console
-
+    from detdistill import printing
     from detdistill.progress import Progress
     from detdistill.training.folder import new_folder
 
@@ -65,14 +64,14 @@ def demo(
     for name, count in (("train_images", train_images), ("val_images", val_images)):
         if count < 1:
             raise RunError(f"{name}: {count} is too small; it must be 1 or more")
-    console = Console()
+    console = printing.stdout()
     folder = new_folder(out, "demo")
     data = f"digits:train={train_images},val={val_images},size=128,seed=0"
-    console.print("[bold]detdistill demo[/bold]: real handwritten digits on real photographs, 128 pixels, made on this machine")
+    printing.paragraph(console, "detdistill demo: real handwritten digits on real photographs, 128 pixels, made on this machine")
     with Progress() as progress:
         progress.say("loading torch, torchvision and lightning (some seconds) ...")
         from detdistill import api
-        from detdistill.compare import gains_table
+        from detdistill.compare import show_gains
         from detdistill.data.digits import digits_folder
         from detdistill.methods.shared.compose import parse_methods
 
@@ -99,14 +98,15 @@ def demo(
         bar = progress.bar("write the report", 1)
         page = api.report([teacher, *result.runs], out=folder / "report.html")
         bar.update(1)
-    console.print(gains_table(result.gains))
-    for gain in result.gains:
-        for note in gain.notes:
-            console.print(f"[dim]{note}[/dim]")
-    console.print(
+    show_gains(result.gains)
+    printing.line(console)
+    printing.paragraph(
+        console,
         f"Much of what so short a training shows is faster convergence: both students had {epochs} epochs from random weights, "
         "and the teacher's maps show the way. With longer training the baseline catches up in part (the report draws both "
-        "curves); what remains then is what the teacher knows and the student could not find alone."
+        "curves); what remains then is what the teacher knows and the student could not find alone.",
     )
-    console.print(f"report: [bold]{page}[/bold]\nthe student, which loads without detdistill: {result.runs[-1] / 'student'}")
+    printing.line(console)
+    printing.labelled(console, "report:", str(page))
+    printing.labelled(console, "student, which loads without detdistill:", str(result.runs[-1] / "student"))
     return result

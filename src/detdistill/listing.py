@@ -1,76 +1,204 @@
-"""Tables of what there is: methods, detectors, recipes. Read from the files themselves, never from a list."""
+"""What the listing commands show, for people and as JSON. Read from the files themselves, never from a list."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
+
+from detdistill import printing
 
 if TYPE_CHECKING:
     from detdistill.detectors.contract import Detector
+    from detdistill.detectors.probe import Probed
+    from detdistill.evaluation.scores import Scores
+    from detdistill.methods.shared.contract import Method
 
 
-def show_methods(teacher: str | None = None, student: str | None = None) -> None:
-    """All methods; with a student (and a teacher), whether each can serve the pair, found by building it."""
+# ---------------------------------------------------------------------------------------------------------- methods
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A method, and its answer about a pair."""
+
+    name: str
+    title: str
+    """Of the paper, with venue and year."""
+    serves: bool | None = None
+    """None: no pair was named."""
+    reason: str | None = None
+    """Why the pair is not served."""
+
+
+@dataclass(frozen=True)
+class MethodList:
+    """All methods, and the pair they were asked about."""
+
+    teacher: str | None
+    student: str | None
+    methods: tuple[Listed, ...]
+
+
+def list_methods(teacher: str | None = None, student: str | None = None) -> MethodList:
+    """All methods, and whether each can serve a pair, found by building it.
+
+    Args:
+        teacher: model string or run; None: one of the student's build.
+        student: model string or run; None: one of the teacher's build. With neither, no pair is tried.
+
+    Raises:
+        DetdistillError: teacher or student cannot be built or loaded.
+    """
     from detdistill.detectors.contract import Teacher
     from detdistill.methods.shared.compose import build_method, method_class, method_slugs
     from detdistill.methods.shared.needs import PairError
 
-    table = Table("method", "paper", *(["serves this pair"] if student else []))
-    learner = frozen = None
-    if student:
-        frozen = Teacher(_detector(teacher or student, ("one", "two")))
-        learner = _detector(student, frozen.spec.classes)
+    teacher, student = teacher or student, student or teacher
+    if teacher is None or student is None:
+        return MethodList(None, None, tuple(Listed(slug, method_class(slug).title) for slug in method_slugs()))
+    frozen = Teacher(_detector(teacher, ("one", "two")))
+    learner = _detector(student, frozen.spec.classes)
+    found = []
     for slug in method_slugs():
-        row = [slug, escape(method_class(slug).title)]
-        if learner is not None:
-            try:
-                build_method(slug, frozen, learner)
-                row.append("yes")
-            except PairError as error:
-                row.append(escape(f"no: {error}"))
-        table.add_row(*row)
-    Console().print(table)
+        reason = None
+        try:
+            build_method(slug, frozen, learner)
+        except PairError as error:
+            reason = error.reason.removeprefix(f"{slug}: ")
+        found.append(Listed(slug, method_class(slug).title, reason is None, reason))
+    return MethodList(teacher, student, tuple(found))
 
 
 def _detector(name: str, classes: Sequence[str]) -> Detector:
     """With its own classes where it has some, else with these."""
     from detdistill.detectors.load import load_detector
+    from detdistill.errors import ClassCountError
 
-    return load_detector(name) if Path(name).exists() else load_detector(name, classes)
+    if Path(name).exists():
+        return load_detector(name)
+    try:
+        return load_detector(name, classes)
+    except ClassCountError:
+        return load_detector(name)
 
 
-def show_detectors() -> None:
-    """All detectors and what each can do, found by running it on a tiny backbone."""
+def show_methods(found: MethodList) -> None:
+    """Each method with its paper, and below it whether it serves the pair."""
+    console = printing.stdout()
+    if found.teacher is not None and found.student is not None:
+        printing.labelled(console, "teacher", found.teacher)
+        printing.labelled(console, "student", found.student)
+        printing.line(console)
+    items: list[tuple[str, list[str | Text]]] = []
+    for method in found.methods:
+        answer: list[str | Text] = []
+        if method.serves is not None:
+            answer = [Text("yes", "green") if method.serves else Text(f"no: {method.reason}", "yellow")]
+        items.append((method.name, [method.title, *answer]))
+    printing.entries(console, items)
+
+
+# -------------------------------------------------------------------------------------------------------- detectors
+
+
+def list_detectors() -> list[Probed]:
+    """All detectors and what each can do, found by running it on a tiny backbone (about half a minute)."""
     from detdistill.progress import Progress
 
     with Progress() as progress:
         bar = progress.bar("trying every detector on a tiny backbone", 1)
-        from detdistill.detectors.probe import CHECKS, probe_all
+        from detdistill.detectors.probe import probe_all
 
-        found = probe_all(bar.follow)
-    table = Table("detector", "what it is", "predicts", *(check.removeprefix("all ").split()[0] for check in CHECKS))
-    coloured = {"yes": "[green]yes[/]", "no": "[dim]no[/]", "FAILS": "[bold red]FAILS[/]", "": ""}
-    for probed in found:
-        cells = [coloured[cell] for cell in map(probed.cell, CHECKS)]
-        table.add_row(probed.name, escape(probed.about), probed.family, *cells)
-    about = "any of torchvision's own detectors by name, e.g. torchvision:fcos_resnet50_fpn,weights=COCO_V1"
-    table.add_row("torchvision:NAME", about, "as its kind", *[""] * len(CHECKS))
-    console = Console()
-    console.print(table)
-    for probed in found:
-        for failure in probed.failures:
-            console.print(f"[red]{escape(failure)}[/red]", soft_wrap=True)
-    console.print("Write detector:backbone[,key=value ...], e.g. fcos:resnet18,width=0.5,neck=64,levels=3-5")
+        return probe_all(bar.follow)
 
 
-def show_recipes() -> None:
-    """All recipes with their first comment."""
-    table = Table("recipe", "what it is")
+def show_detectors(found: Sequence[Probed]) -> None:
+    """Each detector with its description, its kind of prediction, its capabilities, and the failures with their reasons."""
+    from detdistill.detectors.contract import CAPABILITIES
+
+    console = printing.stdout()
+    printing.entries(console, [(probed.name, [probed.about, *_abilities(probed)]) for probed in found])
+    printing.line(console)
+    printing.paragraph(console, f"Tried on a tiny model of each: {', '.join(CAPABILITIES.values())}.")
+    printing.paragraph(console, "Write `detector:backbone[,key=value ...]`, e.g. `fcos:resnet18,width=0.5,neck=64,levels=3-5`.")
+
+
+def _abilities(probed: Probed) -> list[Text]:
+    lines = []
+    if probed.results:
+        able = ", ".join(check.split()[0] for check in probed.able)
+        lines.append(Text(f"predicts {probed.family}{'; has ' * bool(able)}{able}"))
+    lines += [Text(f"FAILS {check}: {reason}", "bold red") for check, reason in probed.reasons.items()]
+    return lines
+
+
+def detectors_json(found: Sequence[Probed]) -> dict[str, Any]:
+    """Fields of ``Probed``; ``results`` has every check, null where nothing was tried."""
+    from detdistill.detectors.probe import CHECKS
+
+    return {
+        "detectors": [{**asdict(probed), "results": {check: probed.results.get(check) for check in CHECKS}} for probed in found]
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ready-made settings for ``--recipe``."""
+
+    name: str
+    about: str
+    """First sentences of its file."""
+    settings: dict[str, Any]
+
+
+def list_recipes() -> list[Recipe]:
+    """All recipes, from their files."""
+    import yaml
+
+    recipes = []
     for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
-        table.add_row(path.stem, escape(path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")))
-    Console().print(table)
+        text = path.read_text(encoding="utf-8")
+        about = text.splitlines()[0].lstrip("# ").partition(" Stands alone:")[0]
+        recipes.append(Recipe(path.stem, about, yaml.safe_load(text)))
+    return recipes
+
+
+def show_recipes(found: Sequence[Recipe]) -> None:
+    """Each recipe with its description and its method."""
+    console = printing.stdout()
+    printing.entries(console, [(recipe.name, [recipe.about]) for recipe in found])
+    printing.line(console)
+    printing.paragraph(console, "`detdistill distill --recipe NAME` takes method, weights and schedule from a recipe.")
+
+
+# --------------------------------------------------------------------------------------------- scores and citations
+
+
+def show_scores(scores: Scores) -> None:
+    """The 12 COCO numbers, the AP of each class and the kinds of error, times 100; ``-`` where undefined."""
+    console = printing.stdout()
+    printing.line(console, f"{scores.images} images, {scores.seconds:.1f} s; all numbers x 100")
+    printing.line(console)
+    printing.grid(console, {name: _percent(value) for name, value in scores.metrics.items()})
+    printing.line(console)
+    printing.table(console, ("class", "AP"), [(name, _percent(value)) for name, value in scores.per_class.items()])
+    if scores.errors:
+        printing.line(console)
+        printing.line(console, "AP50 lost to")
+        printing.grid(console, {name: f"{100 * value:.1f}" for name, value in scores.errors.items()})
+
+
+def _percent(value: float) -> str:
+    return "-" if value < 0 else f"{100 * value:.1f}"
+
+
+def citations_json(methods: Sequence[type[Method]]) -> dict[str, Any]:
+    """BibTeX of each method."""
+    return {"methods": [{"name": method.slug, "title": method.title, "bibtex": method.bibtex} for method in methods]}

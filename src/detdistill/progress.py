@@ -56,8 +56,16 @@ class Progress:
         return Bar(self, title, total)
 
     def say(self, text: str) -> None:
-        """A line above the bars."""
-        self.rich.console.print(text, highlight=False, soft_wrap=not self.live)
+        """A line above the bars; on a terminal it wraps between words, so that paths stay whole."""
+        from rich.text import Text
+
+        from detdistill import printing
+
+        words = Text.from_markup(text, emoji=False)
+        if self.live:
+            printing.paragraph(self.rich.console, words)
+        else:
+            printing.line(self.rich.console, words)
 
 
 class Bar:

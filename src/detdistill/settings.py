@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from detdistill.errors import RunError, nearest
+from detdistill.errors import RunError
+from detdistill.values import Count, Fraction, Index, Limits, Positive, Weight, check
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a setting decides; it stands in the setting's annotation."""
+
+    run: bool = True
+    """What the run does: a run can be resumed with no other value."""
+    stage: bool = True
+    """What an earlier stage of a method learns: its result serves runs with other values if this is False."""
+    views: bool = False
+    """How images are made."""
+    cache: bool = True
+    """Something that `detdistill cache` does."""
+
+
+LEARNING = Effect()
+VIEWS = Effect(views=True)
+CHANCE = Effect(stage=False)
+"""The run is another one, but not in kind: its random numbers, the machine it uses."""
+RUN_ONLY = Effect(stage=False, cache=False)
+"""Watching, saving, averaging: of the run alone."""
+NOTHING = Effect(run=False, stage=False)
+"""Neither weights nor numbers."""
+NOTHING_FOR_CACHES = Effect(run=False, stage=False, cache=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,82 +85,62 @@ class TrainSettings:
         report: write ``report.html`` at the end.
     """
 
-    epochs: int = 12
-    steps: int | None = None
-    seed: int = 0
-    batch: int = 16
-    accumulate: int = 1
+    epochs: Annotated[Count, CHANCE] = 12
+    steps: Count | None = None
+    seed: Annotated[Index, CHANCE] = 0
+    batch: Count = 16
+    accumulate: Count = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3
-    backbone_lr_factor: float = 1.0
-    weight_decay: float = 0.01
+    lr: Positive = 1e-3
+    backbone_lr_factor: Weight = 1.0
+    weight_decay: Weight = 0.01
     schedule: Literal["one_cycle", "cosine", "step", "constant"] = "one_cycle"
-    warmup_steps: int = 0
-    clip: float = 5.0
-    ema: float = 0.0
+    warmup_steps: Index = 0
+    clip: Weight = 5.0
+    ema: Annotated[float, Limits(0, 1, below=True), RUN_ONLY] = 0.0
     precision: Literal["32", "bf16", "16"] = "32"
     channels_last: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int = 1
-    nodes: int = 1
-    threads: int = 0
-    workers: int = 0
-    in_memory: bool = False
-    deterministic: bool = False
-    size: int = 640
-    resize: Literal["letterbox", "stretch", "short_side"] = "letterbox"
-    max_size: int | None = None
-    flip: float = 0.5
-    colour: float = 0.0
-    scale_jitter: tuple[float, float] | None = None
-    scales: tuple[float, ...] = ()
-    mosaic: float = 0.0
-    evaluate_every: int = 1
-    instability: int = 0
-    checkpoint_every: int = 0
-    log_every: int = 10
-    monitor_every: int = 200
-    track: tuple[Literal["wandb", "mlflow"], ...] = ()
-    strict: bool = False
-    out: Path | None = None
-    resume: bool = False
-    report: bool = True
+    device: Annotated[Literal["auto", "cpu", "cuda"], CHANCE] = "auto"
+    devices: Annotated[Count, CHANCE] = 1
+    nodes: Annotated[Count, CHANCE] = 1
+    threads: Annotated[Index, CHANCE] = 0
+    workers: Annotated[Index, CHANCE] = 0
+    in_memory: Annotated[bool, RUN_ONLY] = False
+    deterministic: Annotated[bool, RUN_ONLY] = False
+    size: Annotated[int, Limits(32), VIEWS] = 640
+    resize: Annotated[Literal["letterbox", "stretch", "short_side"], VIEWS] = "letterbox"
+    max_size: Annotated[Index | None, VIEWS] = None
+    flip: Annotated[Fraction, VIEWS] = 0.5
+    colour: Annotated[Fraction, VIEWS] = 0.0
+    scale_jitter: Annotated[tuple[Positive, Positive] | None, VIEWS] = None
+    scales: Annotated[tuple[Weight, ...], VIEWS] = ()
+    mosaic: Annotated[Fraction, VIEWS] = 0.0
+    evaluate_every: Annotated[Count, RUN_ONLY] = 1
+    instability: Annotated[Index, NOTHING_FOR_CACHES] = 0
+    checkpoint_every: Annotated[Index, RUN_ONLY] = 0
+    log_every: Annotated[Count, RUN_ONLY] = 10
+    monitor_every: Annotated[Index, RUN_ONLY] = 200
+    track: Annotated[tuple[Literal["wandb", "mlflow"], ...], RUN_ONLY] = ()
+    strict: Annotated[bool, CHANCE] = False
+    out: Annotated[Path | None, NOTHING_FOR_CACHES] = None
+    resume: Annotated[bool, NOTHING_FOR_CACHES] = False
+    report: Annotated[bool, NOTHING_FOR_CACHES] = True
 
     def __post_init__(self) -> None:
-        """Check every value.
+        """Check every value by its type.
 
         Raises:
             RunError: one line naming the setting, its value and what it may be.
         """
-        kinds = typing.get_type_hints(type(self))
+        kinds = typing.get_type_hints(type(self), include_extras=True)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, list):
-                value = tuple(value)
-                object.__setattr__(self, field.name, value)
-            _check_kind(field.name, value, kinds[field.name])
-            if isinstance(value, float) and not math.isfinite(value):
-                raise RunError(f"{field.name}: {value} is not a number that training can use")
-            if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
-                raise RunError(f"{field.name}: {value} is negative; it must be {_LOWEST.get(field.name, 0)} or more")
-            if field.name in _LOWEST and value is not None and value < _LOWEST[field.name]:
-                raise RunError(f"{field.name}: {value} is too small; it must be {_LOWEST[field.name]} or more")
-        if self.lr == 0:
-            raise RunError("lr: 0 would train nothing; give a positive learning rate")
-        for name in ("flip", "colour", "mosaic", "ema"):
-            if getattr(self, name) > 1:
-                raise RunError(f"{name}: {getattr(self, name)} must lie between 0 and 1")
-        if self.ema == 1:
-            raise RunError("ema: 1 would never change the average; use e.g. 0.999")
-        if self.scale_jitter is not None:
-            low, high = self.scale_jitter
-            if not (0 < low <= high < math.inf):
-                raise RunError(f"scale_jitter: {low},{high} must be two positive numbers, smaller first")
-
-
-_LOWEST = {"size": 32} | dict.fromkeys(
-    ("epochs", "steps", "batch", "accumulate", "devices", "nodes", "evaluate_every", "log_every", "jobs", "probe", "shard"), 1
-)
+            try:
+                object.__setattr__(self, field.name, check(kinds[field.name], value))
+            except ValueError as error:
+                raise RunError(f"{field.name}: {value!r} {error}") from error
+        if self.scale_jitter is not None and self.scale_jitter[0] > self.scale_jitter[1]:
+            raise RunError(f"scale_jitter: {self.scale_jitter[0]},{self.scale_jitter[1]} must be two numbers, smaller first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +149,7 @@ class DistillSettings(TrainSettings):
 
     Args:
         method: one method or several joined by ``+``, each with its own settings after commas: ``fgd,temperature=0.8+pkd``.
-        dis: factor on all distillation losses together.
+        distill_weight: factor on all distillation losses together.
         inherit: copy the teacher's neck and head into the student where names and shapes agree, before training.
         baseline: also train the student alone, same seeds and schedule, and compare.
         seeds: run once for each of these seeds instead of ``seed`` alone.
@@ -156,15 +161,15 @@ class DistillSettings(TrainSettings):
     """
 
     method: str = "pkd"
-    dis: float = 1.0
+    distill_weight: Weight = 1.0
     inherit: bool = False
     baseline: bool = False
-    seeds: tuple[int, ...] = ()
-    jobs: int = 1
-    score_teacher: bool = True
+    seeds: tuple[Index, ...] = ()
+    jobs: Annotated[Count, NOTHING] = 1
+    score_teacher: Annotated[bool, NOTHING] = True
     other_classes: bool = False
     cache: str | None = None
-    stages: str = "runs/stages"
+    stages: Annotated[str, NOTHING] = "runs/stages"
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -173,13 +178,13 @@ class DistillSettings(TrainSettings):
             RunError: one line naming the setting, its value and what it may be.
         """
         super().__post_init__()
-        if len(set(self.seeds)) < len(self.seeds) or any(seed < 0 for seed in self.seeds):
+        if len(set(self.seeds)) < len(self.seeds):
             raise RunError(f"seeds: {','.join(map(str, self.seeds))} must be different whole numbers, 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings(TrainSettings):
-    """What a run would ask of its teacher, to be written to disk: the run's own settings of views, and how to keep it.
+    """How the teacher's answers are cached: a run's image settings, and the store.
 
     Args:
         method: one method or several joined by ``+``, as for ``distill``.
@@ -193,74 +198,37 @@ class CacheSettings(TrainSettings):
 
     method: str = "pkd"
     store: Literal["auto", "float32", "float16", "bfloat16", "int8", "int6"] = "auto"
-    probe: int = 8
+    probe: Count = 8
     dry_run: bool = False
-    shard: int = 256
+    shard: Count = 256
     other_classes: bool = False
-    stages: str = "runs/stages"
+    stages: Annotated[str, NOTHING] = "runs/stages"
 
 
-def _check_kind(name: str, value: Any, kind: Any) -> None:
-    """Whether a value is of its field's type; the command line has seen to it, a call from Python has not.
+def effects(kind: type[TrainSettings]) -> Mapping[str, Effect]:
+    """What each setting of one of the classes above decides, by its annotation."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    notes = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in dataclasses.fields(kind)}
+    return {name: next((note for note in given if isinstance(note, Effect)), LEARNING) for name, given in notes.items()}
 
-    Raises:
-        RunError: it is not.
+
+def names_where(kind: type[TrainSettings], decides: str, yes: bool = True) -> tuple[str, ...]:
+    """Settings of a class that decide something (a field of ``Effect``), or that do not.
+
+    Example:
+        >>> names_where(TrainSettings, "views")[:3]
+        ('size', 'resize', 'max_size')
     """
-    if not any(_fits(value, member) for member in _members(kind)):
-        raise RunError(f"{name}: {value!r} is not {in_words(kind)}{nearest(str(value), choices(kind))}")
+    return tuple(name for name, effect in effects(kind).items() if getattr(effect, decides) == yes)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return value in inner
-    if origin is tuple:
-        items = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is Ellipsis else inner
-        return isinstance(value, tuple) and len(value) == len(items) and all(map(_fits, value, items))
-    if kind in (int, float):
-        return isinstance(value, kind | int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+RENAMED = {"dis": "distill_weight"}
+"""Settings that had another name in earlier versions: the old name, and the new one."""
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-
-
-def choices(kind: Any) -> list[str]:
-    """The words that a type allows, if it is made of words."""
-    return [
-        word
-        for member in _members(kind)
-        for part in (typing.get_args(member)[:1] if typing.get_origin(member) is tuple else (member,))
-        if typing.get_origin(part) is Literal
-        for word in typing.get_args(part)
-    ]
-
-
-def in_words(kind: Any) -> str:
-    """How an error names a type, after ``is not``."""
-
-    def name(member: Any) -> str:
-        if typing.get_origin(member) is Literal:
-            return f"one of {', '.join(typing.get_args(member))}"
-        if typing.get_origin(member) is tuple:
-            first, last = typing.get_args(member)
-            return f"a list, each {name(first)}" if last is Ellipsis else "two numbers"
-        words = {
-            int: "a whole number",
-            float: "a number",
-            bool: "true or false",
-            Path: "a path",
-            type(None): "none",
-            str: "a text",
-        }
-        return words.get(member, str(member))
-
-    return " or ".join(map(name, _members(kind)))
-
-
-NOT_THE_RUN = ("out", "resume", "report", "jobs", "score_teacher", "stages", "instability")
-"""Settings that decide nothing about what is trained: a run may be resumed with others."""
+def renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's ``config.yaml`` with today's names."""
+    return {RENAMED.get(key, key): value for key, value in config.items()}
 
 
 def as_plain(settings: Any) -> dict[str, Any]:

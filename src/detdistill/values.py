@@ -19,17 +19,23 @@ from detdistill.errors import nearest
 
 @dataclass(frozen=True)
 class Limits:
-    """Ends of the numbers that a type allows, both included unless ``above`` excludes the lower one."""
+    """Ends of the numbers that a type allows, both included unless ``above`` or ``below`` excludes one."""
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
+    """The lower end itself is too small."""
+    below: bool = False
+    """The upper end itself is too large."""
 
     def __contains__(self, number: float) -> bool:
-        return (self.low < number if self.above else self.low <= number) and number <= self.high
+        large_enough = self.low < number if self.above else self.low <= number
+        return large_enough and (number < self.high if self.below else number <= self.high)
 
     def __str__(self) -> str:
         """As a sentence continues after "a number"."""
+        if self.below:
+            return f", {self.low:g} or more and below {self.high:g}"
         if self.high < math.inf:
             return f" from {self.low:g} to {self.high:g}"
         if self.low == -math.inf:

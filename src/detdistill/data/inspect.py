@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
+from detdistill import printing
 from detdistill.data.discover import load_data
 from detdistill.data.records import DataSplits, Defect, DetectionSet, Record, relative
 from detdistill.errors import DataError
@@ -85,60 +87,76 @@ class DataReport:
         return dict(sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])))
 
     def render(self, console: Console) -> None:
-        """Print tables: the splits, the classes, the first defects of each kind."""
-        console.print(f"{escape(self.path)}: {self.form.upper()}, {len(self.classes)} classes")
-        console.print(self._split_table())
-        console.print(self._class_table())
+        """Print the splits, the classes, and the first defects of each kind."""
+        printing.line(console, self.path)
+        printing.line(console, f"{self.form.upper()}, {len(self.classes)} classes")
+        printing.line(console)
+        splits = [split.name for split in self.splits]
+        printing.table(console, ("", *splits), self._counts())
+        printing.line(console, "ranges are smallest / middle / largest")
+        printing.line(console)
+        printing.table(console, ("class", "label", *splits), self._class_counts())
+        printing.line(console)
         for note in self.notes:
-            console.print(f"note: {escape(note)}")
+            printing.paragraph(console, f"note: {note}", indent=2)
+        self._show_defects(console)
+
+    def _counts(self) -> list[tuple[str, ...]]:
+        def row(title: str, value: Callable[[SplitReport], Any]) -> tuple[str, ...]:
+            return title, *(str(value(split)) for split in self.splits)
+
+        def size(name: str) -> tuple[str, ...]:
+            return row(f"{name} boxes", lambda split: _share(split.box_sizes[name], split.boxes))
+
+        return [
+            row("images", lambda split: split.images),
+            row("images without boxes", lambda split: split.without_boxes),
+            row("images skipped", lambda split: split.skipped_images),
+            row("boxes", lambda split: split.boxes),
+            row("crowd boxes", lambda split: split.crowd),
+            row("boxes skipped", lambda split: split.skipped_boxes),
+            *map(size, ("small", "medium", "large")),
+            row("boxes per image", lambda split: "{} / {:.1f} / {}".format(*split.boxes_per_image)),
+            row("shorter side", lambda split: "{} / {} / {}".format(*split.shorter_side)),
+            row("longer side", lambda split: "{} / {} / {}".format(*split.longer_side)),
+            *self._image_sizes(),
+        ]
+
+    def _image_sizes(self) -> list[tuple[str, ...]]:
+        """The most frequent sizes, one below the other."""
+        columns = [_most(split.image_sizes) for split in self.splits]
+        rows = list(itertools.zip_longest(*columns, fillvalue=""))
+        return [("" if index else "image sizes", *row) for index, row in enumerate(rows)]
+
+    def _class_counts(self) -> list[tuple[str, ...]]:
+        return [
+            (name, str(label), *(_share(split.per_class[name], split.boxes) for split in self.splits))
+            for label, name in enumerate(self.classes)
+        ]
+
+    def _show_defects(self, console: Console) -> None:
         checked = "every image decoded" if self.deep else "headers checked, images not decoded"
-        if not self.defects:
-            console.print(f"no defects ({checked})")
         for kind, found in self.by_kind().items():
-            console.print(f"[bold]{escape(kind)}: {len(found)}[/bold]")
-            for split, defect in found[:SHOWN_DEFECTS]:  # whole lines: a file's name must never be cut short
-                line = f"  {split}  {defect.file}  {defect.record}: {defect.message} (skipped: {defect.skipped})"
-                console.print(escape(line), soft_wrap=True, highlight=False)
+            printing.line(console, Text(f"{kind}: {len(found)}", "bold"))
+            for split, defect in found[:SHOWN_DEFECTS]:
+                what = f"{defect.record}: {defect.message} (skipped: {defect.skipped})"
+                if cell_len(whole := f"  {split}  {defect.file}  {what}") <= console.width:
+                    printing.line(console, whole)
+                else:
+                    printing.labelled(console, f"  {split} ", defect.file)
+                    printing.paragraph(console, what, first=" " * 6)
             if len(found) > SHOWN_DEFECTS:
-                console.print(f"... and {len(found) - SHOWN_DEFECTS} more")
-        if self.defects:
-            console.print(f"{len(self.defects)} defects ({checked})")
-
-    def _split_table(self) -> Table:
-        table = Table("", *(split.name for split in self.splits))
-
-        def row(title: str, values: Sequence[Any]) -> None:
-            table.add_row(title, *map(str, values))
-
-        row("images", [split.images for split in self.splits])
-        row("images without boxes", [split.without_boxes for split in self.splits])
-        row("images skipped", [split.skipped_images for split in self.splits])
-        row("boxes", [split.boxes for split in self.splits])
-        row("crowd boxes", [split.crowd for split in self.splits])
-        row("boxes skipped", [split.skipped_boxes for split in self.splits])
-        for size in ("small", "medium", "large"):
-            row(f"{size} boxes", [_share(split.box_sizes[size], split.boxes) for split in self.splits])
-        row("boxes per image", ["{} / {:.1f} / {}".format(*split.boxes_per_image) for split in self.splits])
-        row("shorter side", ["{} / {} / {}".format(*split.shorter_side) for split in self.splits])
-        row("longer side", ["{} / {} / {}".format(*split.longer_side) for split in self.splits])
-        row("image sizes", [_most(split.image_sizes) for split in self.splits])
-        table.caption = "ranges are smallest / middle / largest"
-        return table
-
-    def _class_table(self) -> Table:
-        table = Table("label", "class", *(split.name for split in self.splits))
-        for label, name in enumerate(self.classes):
-            table.add_row(str(label), escape(name), *(_share(split.per_class[name], split.boxes) for split in self.splits))
-        return table
+                printing.line(console, f"  ... and {len(found) - SHOWN_DEFECTS} more")
+        printing.line(console, f"{len(self.defects) or 'no'} defects ({checked})")
 
 
 def _share(count: int, total: int) -> str:
     return f"{count} ({100 * count / total:.1f} %)" if total else str(count)
 
 
-def _most(sizes: dict[str, int]) -> str:
+def _most(sizes: dict[str, int]) -> list[str]:
     lines = [f"{size}: {count}" for size, count in list(sizes.items())[:SHOWN_SIZES]]
-    return "\n".join(lines + ([f"... and {len(sizes) - SHOWN_SIZES} more"] if len(sizes) > SHOWN_SIZES else []))
+    return lines + ([f"... and {len(sizes) - SHOWN_SIZES} more"] if len(sizes) > SHOWN_SIZES else [])
 
 
 def inspect_data(path: str | Path, *, strict: bool = False, deep: bool = False) -> DataReport:

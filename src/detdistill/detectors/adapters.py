@@ -39,9 +39,8 @@ def _files() -> Mapping[str, tuple[Path, str]]:
 @cache
 def adapter_names(function: str = "build") -> tuple[str, ...]:
     """Names of the adapters that define a function, found without importing them."""
-    defines = re.compile(rf"^def {function}\(backbone|^def {function}\(\n|^def {function}\(", flags=re.MULTILINE)
-    adapters = [name for name, (_, text) in _files().items() if re.search(r"^def build\(", text, flags=re.MULTILINE)]
-    return tuple(name for name in adapters if defines.search(_files()[name][1]))
+    texts = {name: text for name, (_, text) in _files().items() if re.search(r"^def build\(backbone", text, flags=re.MULTILINE)}
+    return tuple(name for name, text in texts.items() if re.search(rf"^def {function}\(", text, flags=re.MULTILINE))
 
 
 @cache

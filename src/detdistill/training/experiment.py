@@ -15,17 +15,15 @@ from pathlib import Path
 
 import yaml
 
-from detdistill.data.records import DataSplits
-from detdistill.detectors.build import build_detector
-from detdistill.detectors.contract import Teacher
 from detdistill.errors import RunError
 from detdistill.evaluation import Scores
-from detdistill.methods.shared.compose import build_method
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings
 from detdistill.training.folder import new_folder, resume_folder
 from detdistill.training.metrics_table import read_rows
-from detdistill.training.run import Plan, run
+from detdistill.training.plan import Plan
+from detdistill.training.run import run
+from detdistill.training.session import Session, open_session
 from detdistill.training.teacher_scores import note_teacher
 
 
@@ -56,21 +54,21 @@ def plans_of(plan: Plan, parent: Path) -> list[Plan]:
     return plans
 
 
-def run_experiment(
-    plan: Plan, splits: DataSplits, teacher: Teacher | None, teacher_scores: Scores | None, progress: Progress
-) -> Experiment:
+def run_experiment(session: Session, teacher_scores: Scores | None, progress: Progress) -> Experiment:
     """Run a plan once for each seed, and a baseline for each when asked.
+
+    Args:
+        session: of the plan; its student and method are those of one of the runs, if their seed is the plan's.
+        teacher_scores: noted beside the numbers of every run.
+        progress: where to show it.
 
     Raises:
         RunError: a run failed; the finished ones are kept, and ``resume`` goes on from there.
-        PairError: teacher, student and method cannot work together (before anything is trained).
     """
-    settings = plan.settings
+    plan, settings = session.plan, session.plan.settings
     assert isinstance(settings, DistillSettings)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RunError("several runs cannot be started by a launcher of processes; give --devices alone, or start each seed")
-    # Say what cannot work before the first baseline has cost an hour.
-    build_method(settings.method, teacher, build_detector(plan.student, splits.train.classes))
     if settings.resume:
         if settings.out is None:
             raise RunError("--resume true needs --out with the folder to go on with")
@@ -88,7 +86,10 @@ def run_experiment(
         _run_side_by_side(waiting, settings.jobs, progress)
     else:
         for single in waiting:
-            run(single, splits, teacher if single.distilling else None, progress)
+            if single.distilling is not None and single.settings.seed == settings.seed:
+                run(replace(session, plan=single), progress)
+            else:
+                run(open_session(single, session.splits, session.teacher, session.cache, progress), progress)
     folders = tuple(p.settings.out for p in plans if p.settings.out is not None)
     if teacher_scores is not None:
         for folder in folders:

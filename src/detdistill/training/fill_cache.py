@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from safetensors.torch import save
@@ -28,13 +29,15 @@ from detdistill.data.views import sights
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector, DetectorSpec, HasQueries, Teacher
 from detdistill.methods.shared.compose import build_method
-from detdistill.methods.shared.contract import Method, Stage
+from detdistill.methods.shared.contract import Method, teach_by_canvas
 from detdistill.methods.shared.needs import PairError
 from detdistill.progress import Progress
-from detdistill.settings import CacheSettings, DistillSettings, as_plain
+from detdistill.settings import CacheSettings, DistillSettings, as_plain, names_where
 from detdistill.training.from_cache import stage_from_cache
 from detdistill.training.machine import seed_everything
-from detdistill.training.run import Plan, prepare, view_settings
+from detdistill.training.plan import Plan, view_settings
+from detdistill.training.run import prepare
+from detdistill.training.session import Session
 from detdistill.training.stage_results import cached_stage_file, state_of
 
 TOLERANCES: dict[Store, float] = {"float32": 1e-3, "float16": 2e-3, "bfloat16": 1e-2, "int8": 1e-2, "int6": 4e-2}
@@ -76,7 +79,8 @@ def make_cache(
     frozen = Teacher(teacher[1])
     seed_everything(settings.seed)
     learner, method = _learner(frozen, student, data[1], settings.method)
-    stages = _prepared(teacher[0], data, student, settings, learner, method, progress)
+    session = _session(teacher[0], frozen, data, student, settings, learner, method)
+    stages = prepare(session, progress)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     lecture = Lecture(settings.method, method, device, settings.precision)
@@ -159,8 +163,7 @@ def _others(settings: CacheSettings, store: Store, names: dict[str, str | None])
         yield
         return
     plain = {**as_plain(settings), "store": store, **names}
-    skipped = ("resume", "report", "track", "ema", "evaluate_every", "checkpoint_every", "log_every", "monitor_every")
-    for name in (*skipped, "instability", "in_memory", "deterministic", "dry_run"):
+    for name in ("dry_run", *(name for name in names_where(CacheSettings, "cache", False) if name not in names)):
         del plain[name]
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "config.yaml"
@@ -189,7 +192,7 @@ def _others(settings: CacheSettings, store: Store, names: dict[str, str | None])
                     child.kill()
 
 
-def _learner(frozen: Teacher, student: str | None, splits: DataSplits, method: str) -> tuple[Detector, Method]:
+def _learner(frozen: Teacher, student: str | None, splits: DataSplits, method: str) -> tuple[Detector, Method[Any]]:
     if student is not None:
         learner = build_detector(student, splits.train.classes)
         return learner, build_method(method, frozen, learner)
@@ -202,23 +205,23 @@ def _learner(frozen: Teacher, student: str | None, splits: DataSplits, method: s
         raise PairError(f"{error} (no student was named, so one of the teacher's build was tried; give --student)") from error
 
 
-def _prepared(
-    teacher: str,
+def _session(
+    name: str,
+    teacher: Teacher,
     data: tuple[str, DataSplits],
     student: str | None,
     settings: CacheSettings,
     learner: Detector,
-    method: Method,
-    progress: Progress,
-) -> tuple[Stage, ...]:
-    """The earlier stages that the knowledge depends on, trained or found."""
+    method: Method[Any],
+) -> Session:
+    """A run that trains what the knowledge depends on: the earlier stages of the method."""
     common = {
         field.name: getattr(settings, field.name) for field in fields(CacheSettings) if hasattr(DistillSettings, field.name)
     }
     alone = {"out": None, "resume": False, "report": False, "track": (), "devices": 1, "nodes": 1}
     run_settings = DistillSettings(**{**common, **alone})
-    plan = Plan(student or teacher, data[0], run_settings, role="stage", teacher=teacher, title="earlier stage")
-    return prepare(plan, data[1], learner, method, progress)
+    plan = Plan(student or name, data[0], run_settings, role="stage", teacher=name, title="earlier stage")
+    return Session(plan, data[1], learner, method, teacher, None, teach_by_canvas, None)
 
 
 def check_cache(

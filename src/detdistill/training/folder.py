@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from detdistill.errors import RunError
-from detdistill.settings import NOT_THE_RUN
+from detdistill.settings import DistillSettings, names_where, renamed
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,9 @@ def resume_folder(path: Path | None, config: dict[str, Any]) -> RunFolder:
         raise RunError("--resume true needs --out with the run folder to go on with")
     if not (path / "config.yaml").exists():
         raise RunError(f"{path} holds no run to resume (no config.yaml); leave out --resume to start one")
-    before = yaml.safe_load((path / "config.yaml").read_text())
-    differing = [key for key in config if key not in NOT_THE_RUN and before.get(key) != config[key]]
+    before = renamed(yaml.safe_load((path / "config.yaml").read_text()))
+    free = names_where(DistillSettings, "run", False)
+    differing = [key for key in config if key not in free and before.get(key) != config[key]]
     if differing:
         key = differing[0]
         raise RunError(

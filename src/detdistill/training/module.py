@@ -58,7 +58,7 @@ class StageModule(L.LightningModule):
         super().__init__()
         self.student, self.method = student, method
         self.stage, self.settings, self.total, self.source = stage, settings, total, source
-        self.distill_weight = settings.dis if isinstance(settings, DistillSettings) else 1.0
+        self.distill_weight = settings.distill_weight if isinstance(settings, DistillSettings) else 1.0
         self.average: AveragedModel | None = None
         if settings.ema:
             self.average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)

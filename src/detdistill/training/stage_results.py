@@ -12,14 +12,8 @@ from detdistill.cache.identity import digest
 from detdistill.cache.storage import Storage
 from detdistill.errors import RunError
 from detdistill.methods.shared.contract import Method, Stage
-from detdistill.settings import TrainSettings, as_plain
+from detdistill.settings import TrainSettings, as_plain, names_where
 from detdistill.structures import Clock
-
-NOT_THE_STAGE = (
-    *("seed", "epochs", "ema", "evaluate_every", "instability", "monitor_every", "log_every", "checkpoint_every", "track"),
-    *("strict", "out", "resume", "report", "device", "devices", "nodes", "threads", "workers", "in_memory", "deterministic"),
-)
-"""Settings that do not change what an earlier stage is: its result serves the runs of all seeds."""
 
 
 def stage_length(stage: Stage, settings: TrainSettings) -> tuple[int, int | None]:
@@ -30,8 +24,8 @@ def stage_length(stage: Stage, settings: TrainSettings) -> tuple[int, int | None
 
 def stage_file(stage: Stage, settings: TrainSettings, data_fingerprint: str) -> str:
     """Name of the result in the folder ``stages``: of all it depends on, except chance."""
-    names = as_plain(TrainSettings())
-    plain = {name: value for name, value in as_plain(settings).items() if name in names and name not in NOT_THE_STAGE}
+    decisive = names_where(TrainSettings, "stage")
+    plain = {name: value for name, value in as_plain(settings).items() if name in decisive}
     epochs, steps = stage_length(stage, settings)
     length = {"epochs": epochs, "steps": steps}
     everything = {"stage": stage.name, "depends_on": stage.depends_on, "data": data_fingerprint, **plain, **length}

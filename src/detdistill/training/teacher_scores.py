@@ -13,7 +13,7 @@ from detdistill.evaluation import Scores, evaluate
 from detdistill.progress import Progress
 from detdistill.settings import TrainSettings
 from detdistill.training.folder import RunFolder
-from detdistill.training.run import view_settings
+from detdistill.training.plan import view_settings
 
 NEAR_ZERO_AP = 0.02
 

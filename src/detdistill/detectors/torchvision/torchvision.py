@@ -1,4 +1,4 @@
-"""``torchvision:<name>[,weights=...]``: torchvision's own detectors by their names there."""
+"""Any of torchvision's own detectors by name, e.g. torchvision:fcos_resnet50_fpn,weights=COCO_V1."""
 
 from __future__ import annotations
 

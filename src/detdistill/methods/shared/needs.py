@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,16 @@ from detdistill.structures import Look
 
 class PairError(DetdistillError):
     """This teacher, this student and this method cannot work together; the message says why and what would."""
+
+    def __init__(self, reason: str, others: Sequence[str] = ()) -> None:
+        """Say why.
+
+        Args:
+            reason: in one line.
+            others: slugs of methods that could serve the pair.
+        """
+        super().__init__(reason + (f"; methods that could serve this pair: {', '.join(others)}" if others else ""))
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -69,9 +79,7 @@ def check_pair(slug: str, needs: Needs, teacher: Teacher | None, student: Detect
         return
     from detdistill.methods.shared.compose import serving_methods  # late: it looks into all files of methods
 
-    others = [other for other in serving_methods(teacher, student) if other != slug]
-    hint = f"; methods that could serve this pair: {', '.join(others)}" if others else ""
-    raise PairError(f"{slug}: {reason}{hint}")
+    raise PairError(f"{slug}: {reason}", [other for other in serving_methods(teacher, student) if other != slug])
 
 
 def why_not(needs: Needs, teacher: Teacher | None, student: Detector) -> str:

@@ -1,0 +1,151 @@
+"""Layouts for the terminal and for pipes: prose wraps between words; names, paths and numbers are never cut or broken.
+
+Functions print to a rich console and use its width: that of the terminal, the environment variable ``COLUMNS``, or 80. Rich
+leaves colours out where the output is no terminal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+
+def stdout() -> Console:
+    """The console on which commands print their results; progress and notes go to stderr (``progress.Progress``)."""
+    return Console(highlight=False)
+
+
+def wrap(text: str | Text, width: int) -> list[Text]:
+    """Break text between words into lines of at most ``width`` columns, each in the text's styles.
+
+    A wider word (a path, a model string) stays whole on a line of its own. A command in backquotes is broken only where no
+    line can hold it, so that it can be copied.
+
+    >>> [str(line) for line in wrap("for runs/fcos/with/a/teacher run `detdistill recipes`", 21)]
+    ['for', 'runs/fcos/with/a/teacher', 'run', '`detdistill recipes`']
+    """
+    text = Text(text.replace("\n", " ")) if isinstance(text, str) else text
+    begin, breaks = 0, []
+    for first, last in _words(text.plain, width):
+        if first > begin and cell_len(text.plain[begin:last]) > width:
+            breaks.append(first)
+            begin = first
+    lines = list(text.divide(breaks))
+    for found in lines:
+        found.rstrip()
+    return lines
+
+
+def _words(text: str, width: int) -> Iterator[tuple[int, int]]:
+    """First and last index of everything that stays in one piece."""
+    for found in re.finditer(r"(?:`[^`]*`|\S)+", text):
+        if cell_len(found[0]) <= width:
+            yield found.span()
+        else:
+            yield from ((found.start() + word.start(), found.start() + word.end()) for word in re.finditer(r"\S+", found[0]))
+
+
+def line(console: Console, *parts: str | Text) -> None:
+    """Print one line whole, however long it is."""
+    whole = Text.assemble(*parts)
+    whole.rstrip()
+    console.print(whole, soft_wrap=True, highlight=False)
+
+
+def labelled(console: Console, label: str, name: str) -> None:
+    """Print a name (a path, a model string) whole: beside its label, or below it where the line is too short."""
+    if cell_len(f"{label} {name}") <= console.width:
+        line(console, f"{label} {name}")
+    else:
+        line(console, label)
+        line(console, name)
+
+
+def paragraph(console: Console, text: str | Text, first: str | Text = "", indent: int | None = None) -> None:
+    """Print wrapped prose. A word too wide for it is moved to the left as far as the line needs, to stay in one piece.
+
+    Args:
+        console: where to.
+        text: the prose.
+        first: what stands before its first line.
+        indent: columns before each further line; None: as many as ``first`` takes.
+    """
+    taken = cell_len(str(first))
+    further = " " * (taken if indent is None else indent)
+    begin = first
+    for words in wrap(text, console.width - max(taken, len(further))):
+        space = max(0, console.width - words.cell_len)
+        if cell_len(str(begin)) > space:
+            if str(begin).strip():
+                line(console, begin)
+            begin = " " * min(space, len(further))
+        line(console, begin, words)
+        begin = further
+
+
+def entries(console: Console, items: Iterable[tuple[str, Sequence[str | Text]]]) -> None:
+    """Print names and, in a column beside them, paragraphs about each.
+
+    A name that takes more than a third of the line stands above its paragraphs.
+    """
+    items = list(items)
+    column = 2 + max((cell_len(name) for name, _ in items if cell_len(name) <= console.width // 3), default=0)
+    for name, paragraphs in items:
+        begin = Text(name, "bold")
+        if begin.cell_len + 2 > column or not paragraphs:
+            line(console, begin)
+            begin = Text()
+        for text in paragraphs:
+            begin.pad_right(column - begin.cell_len)
+            paragraph(console, text, begin)
+            begin = Text()
+
+
+def table(
+    console: Console,
+    head: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    left: Collection[str] = (),
+    indent: int = 0,
+) -> None:
+    """Print aligned columns, the first one of names.
+
+    A name that leaves no room for the rest of its row stands above it.
+
+    Args:
+        console: where to.
+        head: titles of the columns.
+        rows: cells of each row.
+        left: titles of further columns that are aligned to the left; the others are numbers.
+        indent: columns before each line.
+    """
+    cells = [[Text(title, "bold") for title in head]]
+    cells += [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    widths = [max(row[place].cell_len for row in cells) for place in range(1, len(head))]
+    room = console.width - indent - sum(2 + width for width in widths)
+    column = max((name.cell_len for name, *_ in cells if name.cell_len <= room), default=0)
+    for name, *others in cells:
+        if name.cell_len > column:
+            line(console, " " * indent, name)
+            name = Text()
+        parts = [Text(" " * indent), name, Text(" " * (column - name.cell_len))]
+        for title, width, cell in zip(head[1:], widths, others, strict=True):
+            space = Text(" " * (width - cell.cell_len))
+            parts += [Text("  "), *((cell, space) if title in left else (space, cell))]
+        line(console, *parts)
+
+
+def grid(console: Console, values: Mapping[str, str], per_line: int = 6) -> None:
+    """Print short values below their names, ``per_line`` of them side by side or as many as fit."""
+    width = 2 + max(cell_len(text) for pair in values.items() for text in pair)
+    per_line = max(1, min(per_line, console.width // width))
+    items = list(values.items())
+    for start in range(0, len(items), per_line):
+        chosen = items[start : start + per_line]
+        line(console, *(Text(f"{name:>{width}}", "bold") for name, _ in chosen))
+        line(console, *(f"{value:>{width}}" for _, value in chosen))

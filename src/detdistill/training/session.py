@@ -1,0 +1,82 @@
+"""Everything a run works with, built once and checked before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from detdistill.cache.knowledge import KnowledgeCache
+from detdistill.data.records import DataSplits
+from detdistill.detectors.build import build_detector
+from detdistill.detectors.contract import Detector, Teacher
+from detdistill.detectors.inherit import Inherited, inherit_head
+from detdistill.errors import RunError
+from detdistill.evaluation.instability import check_queries
+from detdistill.methods.shared.compose import build_method
+from detdistill.methods.shared.contract import Method, Source, teach_by_canvas
+from detdistill.progress import Progress
+from detdistill.training.machine import check_machine, seed_everything
+from detdistill.training.plan import Plan
+
+
+@dataclass(frozen=True)
+class Session:
+    """A plan with its data, its student and its method, for one run."""
+
+    plan: Plan
+    splits: DataSplits
+    student: Detector
+    method: Method[Any] | None
+    """None: the student trains alone."""
+    teacher: Teacher | None
+    """The living one, or a cache's description of it; None: the run has none."""
+    cache: KnowledgeCache | None
+    source: Source
+    """Where steps get what the method is taught."""
+    inherited: Inherited | None
+    """What the student took over from the teacher's neck and head; None: nothing was asked for."""
+
+
+def open_session(
+    plan: Plan,
+    splits: DataSplits,
+    teacher: Teacher | None = None,
+    cache: KnowledgeCache | None = None,
+    progress: Progress | None = None,
+) -> Session:
+    """Build student and method as the plan's seed has it.
+
+    Args:
+        plan: of one run.
+        splits: the data of ``plan.data``, loaded.
+        teacher: the loaded teacher of a distilled run; with a cache, only where the method needs it; none for methods without.
+        cache: the opened cache of ``plan.settings.cache``, whose teacher's description stands in for the teacher.
+        progress: where to show what was inherited.
+
+    Raises:
+        RunError: this machine cannot do what the settings say, or nothing of the teacher can be inherited.
+        PairError: teacher, student and method cannot work together.
+        ModelError: a model cannot be built.
+    """
+    settings, distilling = plan.settings, plan.distilling
+    check_machine(settings)
+    seed_everything(settings.seed)
+    student = build_detector(plan.student, splits.train.classes)
+    if settings.instability:
+        check_queries(student)
+    if distilling is None:
+        return Session(plan, splits, student, None, None, None, teach_by_canvas, None)
+    if teacher is None and cache is not None:
+        teacher = cache.teacher()
+    inherited = None
+    if distilling.inherit:
+        assert teacher is not None
+        inherited = inherit_head(student, teacher.detector)
+        if not inherited.copied:
+            raise RunError(f"inherit: nothing of {teacher.spec.name} fits {student.spec.name}; leave out --inherit")
+        if progress is not None:
+            counts = f"{len(inherited.copied)} tensors of the teacher's neck and head, skipped {len(inherited.skipped)}"
+            progress.say(f"inherited {counts}")
+    method = build_method(distilling.method, teacher, student)
+    source = teach_by_canvas if cache is None else cache.source(distilling.method, method)
+    return Session(plan, splits, student, method, teacher, cache, source, inherited)

@@ -1,0 +1,302 @@
+"""The stages of a run, trained one after the other by Lightning."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from detdistill.cache.knowledge import KnowledgeCache
+from detdistill.cache.storage import storage
+from detdistill.data.loader import DetectionLoader
+from detdistill.data.records import DataSplits, DetectionSet
+from detdistill.detectors.contract import Detector
+from detdistill.errors import RunError
+from detdistill.evaluation import Scores, evaluate
+from detdistill.evaluation.instability import first_images, index_vectors
+from detdistill.methods.shared.contract import Method, Stage
+from detdistill.progress import Progress
+from detdistill.settings import DistillSettings, TrainSettings
+from detdistill.structures import Batch, Clock, Losses
+from detdistill.training.bar import TrainingBar
+from detdistill.training.callbacks import Checkpoints, Evaluation, Records
+from detdistill.training.folder import RunFolder
+from detdistill.training.from_cache import stage_from_cache
+from detdistill.training.machine import is_main_process, seed_everything
+from detdistill.training.matching_instability import MatchingInstability
+from detdistill.training.metrics_table import MetricsTable, idle_terms, read_rows
+from detdistill.training.module import StageModule
+from detdistill.training.plan import Plan, view_settings
+from detdistill.training.session import Session
+from detdistill.training.stage_results import load_result, reusable, save_result, stage_file, stage_length
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+class StageLoop:
+    """The stages of one run, one after the other, in one folder."""
+
+    def __init__(self, session: Session, folder: RunFolder, progress: Progress) -> None:
+        """Find out where a resumed run goes on.
+
+        Raises:
+            RunError: its checkpoint cannot be read.
+        """
+        self.session, self.folder, self.progress = session, folder, progress
+        self.plan, self.splits, self.settings = session.plan, session.splits, session.plan.settings
+        self.student, self.method, self.cache = session.student, session.method, session.cache
+        self.validation: DetectionLoader | None = None
+        self.matched: DetectionLoader | None = None
+        self.trained_steps = self.images_seen = 0
+        self.seconds = 0.0
+        self.module: StageModule | None = None
+        self.evaluation: Evaluation | None = None
+        self.resume_stage, self.resume_step = self._checkpoint()
+        self.table: MetricsTable | None = None
+
+    def _checkpoint(self) -> tuple[str | None, int]:
+        """Stage and step of ``last.ckpt``, if this run goes on from there."""
+        path = self.folder.checkpoints / "last.ckpt"
+        if not self.settings.resume or not path.exists():
+            return None, 0
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return content["detdistill"]["stage"], int(content["global_step"])
+        except Exception as error:  # torch raises pickle's, zip's and its own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(f"cannot resume from {path}: {reason}; put best.ckpt in its place, or start anew") from error
+
+    def loader(self, data: DetectionSet, train: bool, rank: int, world: int) -> DetectionLoader:
+        """Batches of a set as the run's settings have them; ``rank`` of ``world`` processes."""
+        settings = self.settings
+        return DetectionLoader(
+            data,
+            view_settings(settings, masks=train and self.student.spec.needs_masks),
+            settings.batch,
+            train=train,
+            seed=settings.seed,
+            rank=rank,
+            world=world,
+            workers=settings.workers,
+            in_memory=settings.in_memory,
+        )
+
+    def evaluate(self, detector: Detector) -> Scores:
+        """Score a detector on the validation images."""
+        if self.validation is None:
+            assert self.module is not None
+            trainer = self.module.trainer
+            self.validation = self.loader(self.splits.val, False, trainer.global_rank, trainer.world_size)
+        # Errors by kind take about a tenth of the scoring again, and only the last are read.
+        last = self.module is not None and self.module.trainer.global_step >= self.module.total
+        return evaluate(detector, self.splits.val, view_settings(self.settings), loader=self.validation, errors=last)
+
+    def index_vectors(self, detector: Detector) -> Tensor:
+        """[L, I, N] which box each query is matched to, on the first validation images (``--instability``)."""
+        if self.matched is None:
+            self.matched = self.loader(first_images(self.splits.val, self.settings.instability), False, 0, 1)
+        return index_vectors(detector, self.matched.data, self.matched.settings, loader=self.matched)
+
+    def fit(self, stage: Stage, done_before: list[str]) -> None:
+        """Train one stage, or skip it when the checkpoint shows it finished, or an earlier run has its result."""
+        settings = dataclasses.replace(self.settings, **stage.overrides)
+        if isinstance(settings, DistillSettings) and self.method is not None and reusable(stage, self.method):
+            waiting = self.resume_stage is None or self.resume_stage in done_before
+            if waiting and found_result(stage, settings, self.splits, self.method, self.progress, self.cache):
+                seed_everything(settings.seed)
+                return
+            if self.cache is not None and waiting:
+                raise RunError(
+                    f"stage {stage.name} has no result in {self.cache.folder.url} nor in {settings.stages}, and what was cached "
+                    f"depends on it; run the same `detdistill cache` again, or train online (without --cache)"
+                )
+        world = settings.devices * settings.nodes
+        batches = -(-len(self.splits.train.records) // (settings.batch * world))
+        per_epoch = -(-batches // settings.accumulate)
+        epochs, steps = stage_length(stage, settings)
+        total = per_epoch * epochs if steps is None else steps
+        epochs = -(-total // per_epoch)
+        # The budget is the student's: what a method trains of its own before (UniKD's extractors) is no part of it.
+        own = {id(parameter) for parameter in self.student.parameters()}
+        students = any(id(p) in own for module in stage.trains(Clock(0, total)) for p in module.parameters())
+        if self.resume_stage is not None and self.resume_stage not in (*done_before, stage.name):
+            self.trained_steps += total if students else 0
+            return
+        resuming = self.resume_stage == stage.name
+        if self.table is None and is_main_process():
+            self.table = self._table(done_before if resuming else None)
+        if stage.before is not None and not resuming:
+            stage.before()
+        self.module = StageModule(
+            self.student,
+            self.method,
+            stage,
+            settings,
+            total,
+            source=self.session.source,
+            images=self.images_seen // world,
+            seconds=self.seconds,
+        )
+        train_set = self.splits.train
+
+        def train_dataloader() -> DetectionLoader:
+            assert self.module is not None
+            return self.loader(train_set, True, self.module.trainer.global_rank, self.module.trainer.world_size)
+
+        self.module.train_dataloader = train_dataloader  # type: ignore[method-assign]
+        self.evaluation = Evaluation(self.evaluate, settings.evaluate_every)
+        callbacks: list[L.Callback] = [TrainingBar(self.progress, self.plan.title or self.plan.role, total)]
+        if self.table is not None:
+            records = Records(self.table, settings.log_every)
+            callbacks.append(records)
+            if settings.instability:
+                callbacks.append(MatchingInstability(self.index_vectors, records))
+        callbacks += [self.evaluation, Checkpoints(self.folder.checkpoints, settings.checkpoint_every)]
+        trainer = self._trainer(settings, callbacks, epochs)
+        with warnings.catch_warnings():
+            # Lightning's advice on loaders and intervals is about its own defaults, which are not used here.
+            warnings.filterwarnings("ignore", module="lightning")
+            last = self.folder.checkpoints / "last.ckpt"
+            _fit(trainer, self.module, last if resuming else None)
+        self.module.restore_random_state()  # where the checkpoint was the stage's last, Lightning trained nothing
+        if students:
+            self.trained_steps += trainer.global_step
+            self.images_seen = self.module.images * world
+        self.seconds = self.module.seconds
+        if self.table is not None:
+            for term in idle_terms(row for row in read_rows(self.table.path) if row["stage"] == stage.name):
+                self.progress.say(
+                    f"[yellow]{term}: no gradient in any measurement, so it taught nothing; is its weight 0, or is there nothing "
+                    "that it can tell apart (one class, no boxes, levels that nobody shares)?[/yellow]"
+                )
+        if isinstance(settings, DistillSettings) and self.method is not None and reusable(stage, self.method):
+            self._keep(stage, settings)
+
+    def _keep(self, stage: Stage, settings: DistillSettings) -> None:
+        """Write a stage's result for later runs, and go on as they will."""
+        if is_main_process():
+            name = stage_file(stage, settings, self.splits.train.fingerprint)
+            try:
+                save_result(storage(settings.stages), name, stage)
+            except OSError as error:
+                why = error.strerror or error
+                self.progress.say(f"[yellow]stage {stage.name}: its result is not kept in {settings.stages}: {why}[/yellow]")
+        seed_everything(settings.seed)
+
+    def _table(self, done_before: list[str] | None) -> MetricsTable:
+        """metrics.csv with what the checkpoint knows of: the stages before, and this one up to its step."""
+        if done_before is None:
+            return MetricsTable(self.folder.metrics)
+
+        def keep(stage: str, step: int) -> bool:
+            return stage in done_before or (stage == self.resume_stage and step <= self.resume_step)
+
+        return MetricsTable(self.folder.metrics, keep)
+
+    def _trainer(self, settings: TrainSettings, callbacks: list[L.Callback], epochs: int) -> L.Trainer:
+        accelerator = {"auto": "gpu" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "cuda": "gpu"}[settings.device]
+        several = settings.devices * settings.nodes > 1
+        # Some methods and stages leave parameters without a gradient; DDP must look for them.
+        strategy = DDPStrategy(find_unused_parameters=True) if several else "auto"
+        return L.Trainer(
+            accelerator=accelerator,
+            devices=settings.devices,
+            num_nodes=settings.nodes,
+            strategy=strategy,
+            precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[settings.precision],  # type: ignore[arg-type]
+            max_epochs=epochs,  # never max_steps, with which Lightning goes on wrongly from the end of an epoch
+            accumulate_grad_batches=settings.accumulate,
+            gradient_clip_val=settings.clip or None,
+            deterministic=settings.deterministic or None,
+            callbacks=callbacks,
+            logger=self._loggers(),
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=str(self.folder.path),
+        )
+
+    def _loggers(self) -> list[Logger]:
+        loggers: list[Logger] = [TensorBoardLogger(self.folder.path, name="", version="tensorboard")]
+        for service in self.settings.track:
+            loggers.append(_service(service, self.folder, self.plan))
+        return loggers
+
+
+def found_result(
+    stage: Stage,
+    settings: DistillSettings,
+    splits: DataSplits,
+    method: Method,
+    progress: Progress,
+    cache: KnowledgeCache | None = None,
+) -> bool:
+    """Whether an earlier run (or the cache) had the result of a stage; then it is in the method now."""
+    if cache is not None and stage_from_cache(cache, stage, method):
+        progress.say(f"stage {stage.name}: taken from the cache")
+        return True
+    folder, name = storage(settings.stages), stage_file(stage, settings, splits.train.fingerprint)
+    if not load_result(folder, name, stage):
+        return False
+    progress.say(f"stage {stage.name}: trained before, taken from {folder.url}/{name}")
+    return True
+
+
+def plain_stage(student: Detector) -> Stage:
+    """Training without a teacher."""
+
+    def step(batch: Batch, taught: None, clock: Clock) -> Losses:
+        seen = student(batch)
+        with torch.autocast(batch.images.device.type, enabled=False):
+            seen = seen.float()
+            assert seen.prediction is not None
+            return student.loss(seen.prediction, batch)
+
+    return Stage("train", step, lambda clock: (student,), student)
+
+
+def _fit(trainer: L.Trainer, module: StageModule, checkpoint: Path | None) -> None:
+    """Train; being stopped from outside looks as it does elsewhere in Python."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    path = None if checkpoint is None else str(checkpoint)
+    try:
+        trainer.fit(module, ckpt_path=path, weights_only=None if checkpoint is None else True)
+    except SIGTERMException as error:
+        raise RunError("stopped by SIGTERM; --resume true goes on from the last checkpoint") from error
+    except SystemExit as error:  # Lightning's answer to Ctrl-C, which it turns off for good
+        if trainer.state.status != TrainerStatus.INTERRUPTED:
+            raise
+        signal.signal(signal.SIGINT, interrupt)
+        raise KeyboardInterrupt from error
+
+
+def _service(service: str, folder: RunFolder, plan: Plan) -> Logger:
+    """A logger of somebody's service.
+
+    Raises:
+        RunError: it is not installed.
+    """
+    try:
+        if service == "wandb":
+            from lightning.pytorch.loggers import WandbLogger
+
+            return WandbLogger(project="detdistill", name=folder.path.name, save_dir=folder.path, config=plan.config())
+        from lightning.pytorch.loggers import MLFlowLogger
+
+        return MLFlowLogger(
+            experiment_name="detdistill", run_name=folder.path.name, tracking_uri=f"file:{folder.path / 'mlruns'}"
+        )
+    except ModuleNotFoundError as error:
+        raise RunError(f"--track {service}: {service} is not installed; pip install detdistill[track]") from error
