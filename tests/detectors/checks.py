@@ -19,9 +19,12 @@ from detdistill.detectors.contract import (
     Parts,
     Teacher,
 )
-from detdistill.structures import WHOLE_TOWER, Batch, Dense, Features, Look, Queries, Regions
-from tests.detectors.dense.shared import unequal_batch
+from detdistill.structures import WHOLE_TOWER, Batch, Dense, Features, Look, Queries, Regions, View
+from tests.detectors.dense.shared import target
 from tests.methods.contract_checks import assert_same
+
+SIZES = ((128, 128), (96, 80), (64, 64))
+"""Height and width of three images; the first fills every map of every detector."""
 
 
 def check_detector(detector: Detector) -> list[str]:
@@ -47,17 +50,22 @@ def check_detector(detector: Detector) -> list[str]:
 
 
 def batch_for(detector: Detector) -> Batch:
-    """Three images of unequal size, of classes that the detector knows, with masks where it wants them."""
-    batch = unequal_batch()
+    """Three images of unequal size, one without boxes, with masks where the detector wants them."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(3, 3, *SIZES[0])
+    for image, (height, width) in zip(images, SIZES, strict=True):
+        image[:, :height, :width] = torch.rand(3, height, width, generator=generator)
+    rows = ([[10, 10, 50, 60], [20, 20, 90, 80], [5, 5, 20, 20]], [[1, 1, 60, 60], [0, 0, 50, 88]], [])
     targets = []
-    for target in batch.targets:
-        masks = None
+    for boxes in rows:
+        one = target(boxes, [index % len(detector.spec.classes) for index in range(len(boxes))])
         if detector.spec.needs_masks:
-            masks = torch.zeros(len(target), *batch.padding_hw, dtype=torch.bool)
-            for mask, (x1, y1, x2, y2) in zip(masks, target.boxes_xyxy.long().tolist(), strict=True):
+            masks = torch.zeros(len(one), *SIZES[0], dtype=torch.bool)
+            for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
                 mask[y1:y2, x1:x2] = True
-        targets.append(dataclasses.replace(target, labels=target.labels % len(detector.spec.classes), masks=masks))
-    return batch.with_targets(targets)
+            one = dataclasses.replace(one, masks=masks)
+        targets.append(one)
+    return Batch(images, torch.tensor(SIZES), tuple(targets), (0, 1, 2), tuple(View(size, size) for size in SIZES))
 
 
 def unpadded(batch: Batch) -> Batch:
@@ -179,7 +187,7 @@ def check_teacher_runs_once(detector: Detector, batch: Batch) -> bool:
     assert len(calls) == 1, f"the backbone ran {len(calls)} times"
     again = teacher.observe(batch, Look(prediction=True))
     assert len(calls) == 1, "a second question about the same batch ran the backbone again"
-    assert again.prediction is seen.prediction
+    assert again.prediction.logits is seen.prediction.logits, "a second question ran the head again"
     assert again.backbone_features is None
     with torch.no_grad():
         features = detector.features(batch)

@@ -18,14 +18,18 @@ from detdistill.detectors.contract import Detector, Teacher
 from detdistill.detectors.load import load_detector
 from detdistill.methods.mgd import MGD
 from detdistill.methods.pkd import PKD
-from detdistill.methods.shared.contract import Stage, TeacherFree
+from detdistill.methods.shared.contract import Stage, TeacherFree, teach_by_canvas
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, TrainSettings
 from detdistill.structures import Batch, Clock, Losses
-from detdistill.training import run as run_module
+from detdistill.training import session as session_module
 from detdistill.training.callbacks import Checkpoints
+from detdistill.training.folder import start_folder
 from detdistill.training.module import StageModule
-from detdistill.training.run import Plan, run
+from detdistill.training.plan import Plan
+from detdistill.training.run import run
+from detdistill.training.session import Session, open_session
+from detdistill.training.stage_loop import StageLoop
 from tests.tiny import TinyDense
 from tests.training import small
 from tests.training.test_resume import kill_when
@@ -233,7 +237,8 @@ def test_two_halves_make_the_step_of_one_batch(optimizer: Any, tmp_path: Path, m
         )
         plan = Plan(small.MODEL, small.DATA, settings)
         splits = load_data(small.DATA)
-        loop = run_module._Loop(plan, splits, run_module._open(plan, settings.out), student, None, Progress(quiet=True))
+        session = Session(plan, splits, student, None, None, None, teach_by_canvas, None)
+        loop = StageLoop(session, start_folder(settings.out, plan.config()), Progress(quiet=True))
         loop.fit(pixel_stage(student), [])
         assert loop.trained_steps == small.STEPS
         assert loop.images_seen == 48
@@ -253,7 +258,7 @@ def test_frozen_parts_stay_frozen(teacher: Path, tmp_path: Path, modules, monkey
             parameter.requires_grad_(False)
         return detector
 
-    monkeypatch.setattr(run_module, "build_detector", frozen)
+    monkeypatch.setattr(session_module, "build_detector", frozen)
     small.distill(teacher, tmp_path / "run")
     (module,) = modules
     last = dict(module.student.named_parameters())
@@ -299,11 +304,12 @@ STAGES = {"own": 6, "neck": 12, "distill": 12}
 def run_toy(out: Path, teacher: Path, resume: bool = False) -> Any:
     settings = DistillSettings(**{**small.SETTINGS, "checkpoint_every": 1}, out=out, resume=resume)
     plan = Plan(small.MODEL, small.DATA, settings, role="distilled", teacher=str(teacher))
-    return run(plan, load_data(small.DATA), Teacher(load_detector(teacher)), Progress(quiet=True))
+    session = open_session(plan, load_data(small.DATA), Teacher(load_detector(teacher)))
+    return run(session, Progress(quiet=True))
 
 
 def test_three_stages(teacher: Path, tmp_path: Path, modules, monkeypatch):
-    monkeypatch.setattr(run_module, "build_method", lambda text, teacher, student: Toy(teacher, student))
+    monkeypatch.setattr(session_module, "build_method", lambda text, teacher, student: Toy(teacher, student))
     result = run_toy(tmp_path / "run", teacher)
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -326,7 +332,7 @@ def test_three_stages(teacher: Path, tmp_path: Path, modules, monkeypatch):
 
 @pytest.mark.parametrize(("stage", "step"), [("own", 4), ("neck", 6), ("neck", 12), ("distill", 1), ("distill", 7)])
 def test_three_stages_resume_bit_equal(stage: str, step: int, teacher: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(run_module, "build_method", lambda text, teacher, student: Toy(teacher, student))
+    monkeypatch.setattr(session_module, "build_method", lambda text, teacher, student: Toy(teacher, student))
     whole = run_toy(tmp_path / "whole", teacher)
     with monkeypatch.context() as patched:
         where = "on_train_epoch_end" if step == STAGES[stage] else "on_train_batch_end"

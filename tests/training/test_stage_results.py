@@ -11,7 +11,8 @@ from detdistill.errors import RunError
 from detdistill.methods.shared.contract import Composition, Method, Stage
 from detdistill.progress import Progress
 from detdistill.structures import Losses
-from detdistill.training import run as running
+from detdistill.training import session
+from detdistill.training.module import StageModule
 from tests.training import small
 
 
@@ -62,7 +63,7 @@ def toy(monkeypatch):
         one = Lecturer(teacher, student, version=state["version"])
         return Composition([one], student) if state["together"] else one
 
-    monkeypatch.setattr(running, "build_method", build)
+    monkeypatch.setattr(session, "build_method", build)
     return state
 
 
@@ -127,14 +128,14 @@ def test_a_resumed_run_trains_no_stage_twice(teacher, tmp_path, toy):
         wanted = {**small.SETTINGS, "score_teacher": False, "stages": tmp_path / "others", "out": tmp_path / "cut"}
 
         def dies():
-            before = running.StageModule.training_step
+            before = StageModule.training_step
 
             def step(self, batch, index):
                 if self.stage.name == "distill" and self.global_step == 8:
                     small.die()
                 return before(self, batch, index)
 
-            running.StageModule.training_step = step
+            StageModule.training_step = step
             api.distill(str(teacher), small.MODEL, small.DATA, "pkd", progress=progress, **wanted)
 
         assert small.killed(dies) == -9
