@@ -90,7 +90,10 @@ def kd_detr_terms(
     fixed_logits, fixed_boxes, w = teacher_logits.detach(), teacher_boxes_cxcywh01.detach(), weights.detach()
     wanted = (fixed_logits / temperature).log_softmax(dim=-1)
     found = (student_logits / temperature).log_softmax(dim=-1)
-    divergence = (wanted.exp() * (wanted - found)).sum(dim=-1) * temperature**2  # [L, B, N]
+    ratio, p, s = found - wanted, wanted.exp(), found.exp()
+    # The sum of p (log p - log s) in terms that are not negative, for p and s sum to 1: nearly equal rows keep their digits.
+    # s - p = (s + p) tanh(ratio / 2)
+    divergence = ((s + p) * torch.tanh(ratio / 2) - p * ratio).sum(dim=-1) * temperature**2  # [L, B, N]
     total = w.sum().clamp(min=torch.finfo(w.dtype).tiny)
     divisor = student_logits.shape[-1] if cls_reduction == "sum" else total
     distance = (student_boxes_cxcywh01 - fixed_boxes).abs().mean(dim=-1)
