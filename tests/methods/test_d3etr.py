@@ -423,8 +423,10 @@ def test_heads():
 
 def test_a_detector_without_attention_maps_is_refused():
     adamixer = build_detector("adamixer:resnet10t,channels=8-16-32-64,stem=8,queries=4,decoder=2", ["a", "b"])
-    with pytest.raises(PairError, match=r"shows no attention maps: .*; or set self_attention_weight=0,cross_attention_weight=0"):
-        D3ETR(Teacher(adamixer), adamixer)
+    for kind, given in (("self_attention", {}), ("cross_attention", {"self_attention_weight": 0.0})):
+        expected = rf"shows no {kind} maps of its features: .* AdaMixer samples points and has no attention maps; .*; set {kind}_weight=0$"
+        with pytest.raises(PairError, match=expected):
+            D3ETR(Teacher(adamixer), adamixer, **given)
     D3ETR(Teacher(adamixer), adamixer, self_attention_weight=0.0, cross_attention_weight=0.0)
 
 

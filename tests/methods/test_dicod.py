@@ -456,7 +456,7 @@ def test_boxes_of_no_area_and_crowds_take_no_part():
     losses = learn(method, student, batch)
     losses.total().backward()
     assert all(bool(torch.isfinite(value).all()) for _, value in tensors(losses))
-    assert bool(torch.isfinite(method.train_classifier(batch, CLOCK).total()))
+    assert bool(torch.isfinite(method.train_classifier(batch, None, CLOCK).total()))
 
 
 def test_predicted_boxes_outside_or_without_area_are_left_out():
@@ -507,9 +507,9 @@ def test_stages_train_what_they_should():
 def test_a_classifier_for_ssds_learns_by_cross_entropy_alone():
     student = TinyDense(seed=2)
     student.spec = dataclasses.replace(student.spec, softmax=True)
-    losses = build(student).train_classifier(tiny_batch(3), CLOCK)
+    losses = build(student).train_classifier(tiny_batch(3), None, CLOCK)
     assert set(losses.terms) == {"categorical"}
-    assert set(build(TinyRegions(seed=2)).train_classifier(tiny_batch(3), CLOCK).terms) == {"categorical", "focal"}
+    assert set(build(TinyRegions(seed=2)).train_classifier(tiny_batch(3), None, CLOCK).terms) == {"categorical", "focal"}
 
 
 def test_losses_of_the_first_stage_by_value():
@@ -518,7 +518,7 @@ def test_losses_of_the_first_stage_by_value():
     labels = torch.cat([target.labels for target in batch.targets])
     method.eval()
     logits = method.classifier(method.classifier.crops(batch, boxes, image, 32))
-    losses = method.train_classifier(batch, CLOCK)
+    losses = method.train_classifier(batch, None, CLOCK)
     torch.testing.assert_close(losses.terms["categorical"], F.cross_entropy(logits, labels))
     wanted = F.one_hot(labels, 2).float()
     p = torch.where(wanted > 0, logits.sigmoid(), 1 - logits.sigmoid())
@@ -535,7 +535,7 @@ def test_first_stage_with_no_or_one_object(images):
             [Target(*(t[:1] for t in vars(tiny_batch(1).targets[0]).values() if t is not None)), *batch.targets[1:]]
         )
     method = build()
-    method.train_classifier(batch, CLOCK).total().backward()
+    method.train_classifier(batch, None, CLOCK).total().backward()
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in method.classifier.parameters())
     assert method.classifier.training
 

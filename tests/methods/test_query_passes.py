@@ -27,7 +27,7 @@ def counted(detector, side, calls):
         ("detrdistill", 2, 1),  # own and the teacher's queries
         ("detrdistill,assignment_weight=0", 1, 1),
         ("kd_detr", 3, 2),  # own, specific and general points
-        ("d3etr", 3, 1),  # own; own again with attention maps; the teacher's queries
+        ("d3etr", 2, 1),  # own, which shows its attention maps, and the teacher's queries
     ],
 )
 def test_passes_of_one_step(method, student_passes, teacher_passes):

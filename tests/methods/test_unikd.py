@@ -434,7 +434,7 @@ def test_class_loss_over_queries():
         ),
         ({"content_weight": float("nan")}, "content_weight=nan is not a number, 0 or more"),
         ({"alpha": 1.5}, "alpha=1.5 is not a number from 0 to 1"),
-        ({"cls_norm": "num_boxes"}, "cls_norm=num_boxes is not one of num_gt, queries"),
+        ({"cls_norm": "num_boxes"}, "cls_norm=num_boxes is not one of num_gt, num_queries (did you mean 'num_queries'?)"),
     ],
 )
 def test_bad_hyper_parameters(options, message):
