@@ -37,7 +37,8 @@ def test_passes_of_one_step(method, student_passes, teacher_passes):
     calls: Counter[str] = Counter()
     counted(teacher, "teacher", calls)
     counted(student, "student", calls)
-    built.step(student, tiny_batch(2), built.teach(tiny_batch(2)), Clock(0, 1)).total().backward()
+    batch = tiny_batch(2)
+    built.step(student, batch, built.teach(batch), Clock(0, 1)).total().backward()
     assert calls == {
         "student encoder": 1,
         "student decoder": student_passes,
