@@ -138,7 +138,9 @@ def test_logits_are_compared_between_dense_detectors_of_one_kind_only(teacher, s
     role, detector = ("student", learner) if student not in DENSE else ("teacher", frozen)
     if student not in DENSE or teacher not in DENSE:
         name = detector.spec.name
-        sentence = rf"^cwd: the {role} {re.escape(name)} predicts (regions|queries); it needs a {role} that predicts dense; methods"
+        sentence = (
+            rf"^cwd: the {role} {re.escape(name)} predicts (regions|queries); it needs a {role} that predicts dense; methods"
+        )
     elif (teacher in SOFTMAX) != (student in SOFTMAX):
         kinds = ("softmax", "sigmoid") if teacher in SOFTMAX else ("sigmoid", "softmax")
         sentence = (
