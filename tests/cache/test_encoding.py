@@ -1,13 +1,28 @@
+import hashlib
+import json
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
 from detdistill.cache.encoding import STORES, decode, encode, slots_of
 from detdistill.methods.unikd import UniKDTaught
-from detdistill.structures import Dense, Features, Observation, PerImage, Regions, Taught, TaughtTogether
+from detdistill.structures import (
+    ADDED,
+    SHARED,
+    Dense,
+    Features,
+    Observation,
+    PerImage,
+    Queries,
+    QuerySeed,
+    Regions,
+    Taught,
+    TaughtTogether,
+    Tower,
+)
 from tests.methods.contract_checks import assert_same, tensors
 from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
 
@@ -129,6 +144,128 @@ def test_a_layout_of_an_unknown_class_imports_nothing():
         decode(record.layout, bytearray(record.data)[:-10])
 
 
+# What a cache of the first version holds for these two images' worth of knowledge, to the letter.
+FEATURES_V1 = (
+    '{"is":"detdistill.structures:Features","fields":{"maps":[{"t":%d},{"t":%d}],"strides":[{"v":8},{"v":16}],'
+    '"padding":[{"t":%d},{"t":%d}]}}'
+)
+OBSERVATION_V1 = (
+    '[[{"is":"detdistill.structures:Observation","fields":{"features":'
+    + FEATURES_V1 % (0, 1, 2, 3)
+    + ',"backbone_features":{"v":null},"prediction":{"v":null}}}],[["[0].features.maps[0]","F32",[1,2,2,2],"F32",-1],'
+    '["[0].features.maps[1]","F32",[1,2,1,1],"F32",-1],["[0].features.padding[0]","BOOL",[1,2,2],"BOOL",-1],'
+    '["[0].features.padding[1]","BOOL",[1,1,1],"BOOL",-1]],false]'
+)
+DENSE_V1 = (
+    '[[{"is":"detdistill.structures:Observation","fields":{"features":'
+    + FEATURES_V1 % (6, 7, 8, 9)
+    + ',"backbone_features":'
+    + FEATURES_V1 % (6, 7, 8, 9)
+    + ',"prediction":{"is":"detdistill.structures:Dense","fields":{"logits":{"t":10},"deltas":{"t":11},"boxes_xyxy":{"t":4},'
+    '"priors_xyxy":{"t":5},"levels":{"t":12},"cells":{"t":13},"anchors":{"t":14},"quality":{"v":null},"softmax":{"v":false},'
+    '"own":{"v":null},"padding":{"v":null}}}}}],[["[0].features.maps[0].scale","F32",[1,2,2,1],"F32",-1],'
+    '["[0].features.maps[1].scale","F32",[1,2,1,1],"F32",-1],["[0].prediction.logits.scale","F32",[1,2,1],"F32",-1],'
+    '["[0].prediction.deltas.scale","F32",[1,2,1],"F32",-1],["[0].prediction.boxes_xyxy","F32",[1,2,4],"F32",-1],'
+    '["[0].prediction.priors_xyxy","F32",[1,2,4],"F32",-1],["[0].features.maps[0]","I8",[1,2,2,2],"F32",0],'
+    '["[0].features.maps[1]","I8",[1,2,1,1],"F32",1],["[0].features.padding[0]","BOOL",[1,2,2],"BOOL",-1],'
+    '["[0].features.padding[1]","BOOL",[1,1,1],"BOOL",-1],["[0].prediction.logits","I8",[1,2,3],"F32",2],'
+    '["[0].prediction.deltas","I8",[1,2,4],"F32",3],["[0].prediction.levels","I8",[2],"I64",-1],'
+    '["[0].prediction.cells","I8",[2,2],"I64",-1],["[0].prediction.anchors","I8",[2],"I64",-1]],false]'
+)
+QUERIES_V1 = (
+    '[[{"is":"detdistill.structures:TaughtTogether","fields":{"parts":[{"is":"detdistill.structures:Observation","fields":'
+    '{"features":'
+    + FEATURES_V1 % (1, 2, 6, 7)
+    + ',"backbone_features":{"v":null},"prediction":{"v":null}}},{"is":"detdistill.structures:Observation","fields":{"features":'
+    + FEATURES_V1 % (1, 2, 6, 7)
+    + ',"backbone_features":{"v":null},"prediction":{"is":"detdistill.structures:Queries","fields":{"logits":{"t":3},'
+    '"boxes_cxcywh01":{"t":0},"embedding":{"t":4},"seed":{"is":"detdistill.structures:QuerySeed","fields":{"content":{"t":5},'
+    '"position":{"v":null},"reference":{"v":null}}},"attention":{"v":null},"softmax":{"v":false},"own":{"v":null},'
+    '"self_attention":{"v":null}}}}},{"v":null}]}}],[["[0].parts[1].prediction.boxes_cxcywh01","F32",[1,1,2,4],"F32",-1],'
+    '["[0].parts[0].features.maps[0]","F16",[1,2,2,2],"F32",-1],["[0].parts[0].features.maps[1]","F16",[1,2,1,1],"F32",-1],'
+    '["[0].parts[1].prediction.logits","F16",[1,1,2,3],"F32",-1],'
+    '["[0].parts[1].prediction.embedding","F16",[1,1,2,6],"F32",-1],'
+    '["[0].parts[1].prediction.seed.content","F16",[1,2,6],"F32",-1],'
+    '["[0].parts[0].features.padding[0]","BOOL",[1,2,2],"BOOL",-1],'
+    '["[0].parts[0].features.padding[1]","BOOL",[1,1,1],"BOOL",-1]],false]'
+)
+
+
+def first_version():
+    """Knowledge of the kinds that caches of the first version hold, with layout, start and digest of their bytes."""
+    masks = (torch.zeros(1, 2, 2, dtype=torch.bool), torch.ones(1, 1, 1, dtype=torch.bool))
+    features = Features((torch.arange(8.0).view(1, 2, 2, 2), torch.tensor([[[[-0.5]], [[0.5]]]])), (8, 16), masks)
+    ones, cells = torch.ones(1, 2, 4), torch.tensor([[0, 0], [0, 0]])
+    dense = Dense(torch.ones(1, 2, 3), ones, ones + 1, ones + 2, torch.tensor([0, 1]), cells, torch.tensor([0, 0]))
+    decoded = torch.ones(1, 1, 2, 3), torch.ones(1, 1, 2, 4) / 2, torch.ones(1, 1, 2, 6)
+    queries = Queries(*decoded, QuerySeed(torch.zeros(1, 2, 6)))
+    together = TaughtTogether((Observation(features), Observation(features, prediction=queries), None))
+    return [
+        (Observation(features), "float32", OBSERVATION_V1, "f18ddc5ee66ae319e061a54e67ba544458be29559d65de78c7ac3b9582141a51"),
+        (
+            Observation(features, features, dense),
+            "int8",
+            DENSE_V1,
+            "d6f4a14e8d95da2b8e4072f609acaf452bf9c6af29133e659c2b29d9ab37d29a",
+        ),
+        (together, "float16", QUERIES_V1, "5bd1f01afde9cfe8a94188437f539bda9e0625d86b521067e7ad3d4ef23b2c0a"),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_records_are_to_the_letter_what_the_first_version_wrote(kind):
+    knowledge, store, layout, digest = first_version()[kind]
+    record = encode((knowledge,), store)
+    assert record.layout == layout
+    assert hashlib.sha256(record.data).hexdigest() == digest
+    (back,) = decode(layout, bytearray(record.data))
+    if store == "float32":
+        assert_same(back, knowledge, "")
+        assert back.towers == ()
+    else:
+        assert type(back) is type(knowledge)
+
+
+def test_a_field_that_came_later_is_written_where_it_is_used():
+    @dataclass(frozen=True)
+    class Grown(Taught):
+        first: torch.Tensor
+        later: torch.Tensor | None = field(default=None, metadata=ADDED)
+        kind: str = field(default="plain", metadata={**ADDED, **SHARED})
+
+    ones = torch.ones(1, 2)
+    fields = json.loads(encode(Grown(ones), "float32").layout)[0]["fields"]
+    assert fields == {"first": {"t": 0}}
+    back = again(Grown(ones))
+    assert (back.first.tolist(), back.later, back.kind) == ([[1.0, 1.0]], None, "plain")
+    used = again(Grown(ones, torch.zeros(1, 3), "other"))
+    assert used.later.tolist() == [[0.0] * 3]
+    assert used.kind == "other"
+
+
+def test_classes_are_named_by_their_package():
+    def named(value):
+        return json.loads(encode(value, "float32").layout)[0]["is"]
+
+    assert named(Tower((torch.ones(1, 1, 1, 1),), (torch.ones(1, 1, 1, 1),), 0, (8,))) == "detdistill.structures:Tower"
+    assert named(QuerySeed(torch.ones(1, 1, 1))) == "detdistill.structures:QuerySeed"
+    zeros = torch.zeros(1, 1, 1)
+    assert named(UniKDTaught(zeros, zeros, zeros, zeros, zeros, zeros, zeros)) == "detdistill.methods.unikd:UniKDTaught"
+
+
+def test_a_method_may_become_a_folder_and_reads_its_old_records():
+    @dataclass(frozen=True)
+    class Said(Taught):
+        ones: torch.Tensor
+
+    Said.__module__, Said.__qualname__ = "detdistill.methods.foldered", "Said"
+    record = encode(Said(torch.ones(1, 2)), "float32")
+    for room in ("parts", "method", "loss"):
+        Said.__module__ = f"detdistill.methods.foldered.{room}"
+        assert encode(Said(torch.ones(1, 2)), "float32").layout == record.layout
+        assert type(decode(record.layout, bytearray(record.data))) is Said
+
+
 def test_slots_lie_aligned():
     record = encode(taught(TinyRegions)[1], "int8")
     position = 0
@@ -181,10 +318,10 @@ def test_dense_predictions_of_different_sizes_are_laid_on_common_cells(softmax):
 
 def test_regions_of_images_are_stacked_with_their_first_stage_on_different_sizes():
     pieces = taught(TinyRegions, 2)
-    small = replace(pieces[1].prediction, rpn=dense_of(2, 1))
-    large = replace(pieces[0].prediction, rpn=dense_of(2, 2))
+    small = replace(pieces[1].prediction, first=dense_of(2, 1))
+    large = replace(pieces[0].prediction, first=dense_of(2, 2))
     both = Regions.stack([large, small])
-    assert both.rpn.padding.sum(dim=1).tolist() == [0, 4]
+    assert both.first.padding.sum(dim=1).tolist() == [0, 4]
     assert both.origin.image.unique().tolist() == [0, 1]
 
 

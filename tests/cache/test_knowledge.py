@@ -12,9 +12,10 @@ from detdistill.cache.shards import ShardWriter
 from detdistill.cache.storage import CacheError
 from detdistill.data.transforms import ViewSettings
 from detdistill.detectors.contract import Teacher
-from detdistill.methods.shared.compose import build_method, method_slugs, parse_methods
-from detdistill.methods.shared.needs import PairError
-from detdistill.structures import Observation, TaughtTogether
+from detdistill.methods.shared.compose import build_method, method_class, method_slugs, serving_methods
+from detdistill.methods.shared.contract import teach_by_canvas
+from detdistill.methods.shared.needs import Needs, PairError
+from detdistill.structures import WHOLE_TOWER, Dense, Look, Observation, TaughtTogether
 from tests.methods.contract_checks import MIDDLE, assert_same, one_by_one
 from tests.tiny import TinyDense, tiny_batch
 
@@ -45,10 +46,23 @@ def test_methods_that_only_observe_share_one_kind_of_knowledge():
     (pkd,) = knowledge_of("pkd,weight=3")
     assert knowledge_of("fgd+mgd,dropped=0.2+fitnet") == [pkd] * 3
     assert in_words(pkd) == "features"
-    assert knowledge_of("cwd,weight=2") == knowledge_of("cwd")
-    assert knowledge_of("cwd,on=logits") != knowledge_of("cwd")
-    assert in_words(knowledge_of("cwd,on=logits")[0]) == "cwd,on=logits"
+    assert knowledge_of("cwd,weight=2") == [pkd]
+    assert pkd == {"teach": "observation", "backbone": False, "prediction": False}
+    (logits,) = knowledge_of("cwd,on=logits")
+    assert logits == {"teach": "observation", "backbone": False, "prediction": True}
+    assert in_words(logits) == "features and prediction"
     assert knowledge_of("unikd") != knowledge_of("unikd,queries=7")
+
+
+def test_knowledge_says_which_towers_and_maps_were_looked_at(monkeypatch):
+    looks = {"fgd": Look(towers=(2, WHOLE_TOWER)), "mgd": Look(backbone=True, prediction=True, attention=True)}
+    for slug, look in looks.items():
+        monkeypatch.setattr(method_class(slug), "needs", classmethod(lambda cls, look=look, **settings: Needs(teacher=look)))
+    towers, maps = knowledge_of("fgd+mgd")
+    assert towers == {"teach": "observation", "backbone": False, "prediction": False, "towers": [2, WHOLE_TOWER]}
+    assert maps == {"teach": "observation", "backbone": True, "prediction": True, "attention": True}
+    assert in_words(towers) == "features and towers"
+    assert in_words(maps) == "features and backbone and prediction and attention"
 
 
 def test_views_that_no_cache_can_hold_are_all_named():
@@ -86,36 +100,58 @@ def filled(tmp_path):
     return teacher, batch, KnowledgeCache.open(str(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("text", ["pkd", "fgd+mgd"])
+@pytest.mark.parametrize("text", ["pkd", "fgd+mgd", "cwd", "cwd,temperature=2+fitnet,hint_share=1"])
 def test_a_source_serves_every_method_whose_knowledge_is_there(filled, text):
     teacher, batch, cache = filled
+    cache.check(text, "d", VIEWS, None)
     torch.manual_seed(3)
     student = TinyDense(seed=2)
     method = build_method(text, cache.teacher(), student)
-    torch.manual_seed(4)
-    method.source = cache.source(text)
-    taught = method.taught(batch)
+    source = cache.source(text, method)
+    taught = source(method, batch)
     assert type(taught) is (TaughtTogether if "+" in text else Observation)
-    actual = method.step(student, batch, method.teach(batch), MIDDLE).terms
-    online = build_method(text, teacher, TinyDense(seed=2))
+    online = build_method(text, teacher, student)
     online.load_state_dict(method.state_dict())
-    torch.manual_seed(4)
-    assert_same(online.step(student, batch, online.teach(batch), MIDDLE).terms, actual, "", rtol=1e-6, atol=1e-6)
+    for offline_stage, online_stage in zip(method.stages(student), online.stages(student), strict=True):
+        torch.manual_seed(4)
+        actual = offline_stage.step(batch, source(offline_stage.learns_from, batch), MIDDLE)
+        torch.manual_seed(4)
+        expected = online_stage.step(batch, teach_by_canvas(online_stage.learns_from, batch), MIDDLE)
+        assert_same(actual.terms, expected.terms, "", rtol=1e-6, atol=1e-6)
+
+
+def test_a_member_of_a_composition_is_given_its_own_part(tmp_path):
+    """Records of two kinds of knowledge, in the order of the cache; the run names its methods in another."""
+    teacher, batch = Teacher(TinyDense(seed=1)), tiny_batch(2)
+    cache = KnowledgeCache.create(str(tmp_path / "c"), about(teacher, "cwd,on=logits+pkd"))
+    writer = ShardWriter(cache.folder, cache.about.fingerprint)
+    for image, said in enumerate(teacher.observe(batch, Look(prediction=True)).split(2)):
+        writer.add(f"{batch.ids[image]}/{batch.views[image].key}", encode((said, said.only(Look())), "float32"))
+    writer.flush()
+    text = "pkd+cwd,on=logits"
+    root = build_method(text, teacher, TinyDense(seed=2))
+    source = KnowledgeCache.open(str(tmp_path / "c")).source(text, root)
+    pkd, cwd = (source(member, batch) for member in root.methods)
+    assert pkd.prediction is None
+    pieces = teacher.observe(batch, Look(prediction=True)).split(2)
+    assert_same(cwd.prediction, Dense.stack([piece.prediction for piece in pieces]), "")
+    together = source(root, batch)
+    assert [part.prediction is None for part in together.parts] == [True, False]
 
 
 def test_every_method_can_be_built_from_a_description_of_the_teacher_or_says_why(filled):
     _, _, cache = filled
-    built, refused = [], []
+    student = TinyDense(seed=2)
+    serving = serving_methods(cache.teacher(), student)
     for slug in method_slugs():
-        kind = parse_methods(slug)[0][0]
         try:
-            build_method(slug, cache.teacher(), TinyDense(seed=2))
-        except PairError:
-            refused.append((slug, bool(kind.needs.teacher_capabilities or kind.needs.teacher_families)))
+            build_method(slug, cache.teacher(), student)
+        except PairError as error:
+            assert slug not in serving
+            assert str(error).startswith(f"{slug}: ")
         else:
-            built.append(slug)
-    assert all(has_needs for _, has_needs in refused), refused
-    assert {"pkd", "fitnet", "cwd", "fkd", "fgd", "mgd", "unikd"} <= set(built)
+            assert slug in serving
+    assert {"pkd", "fitnet", "cwd", "fkd", "fgd", "mgd", "unikd", "dicod"} <= set(serving)
 
 
 def test_the_stand_in_has_no_weights_and_says_so(filled):
@@ -138,7 +174,7 @@ def test_what_does_not_fit_is_said_in_one_line(filled):
         cache.check("cwd,on=logits", "e", views_of(ViewSettings(size=96)), other)
     assert str(caught.value) == (
         f"cache {cache.folder.url} does not fit: it was made by another teacher (weights of runs/teacher at that time); "
-        "cwd,on=logits learns from cwd,on=logits, it holds features; "
+        "cwd,on=logits learns from features and prediction, it holds features; "
         "it was made of other training images or boxes (coco at that time); the run would draw size=96 (the cache has 64)"
     )
 
@@ -163,7 +199,7 @@ def test_a_folder_is_made_once_and_refused_for_anything_else(tmp_path):
         ({"store": "int8"}, r"store \(float32\)"),
         ({"data_fingerprint": "x"}, "training data"),
         ({"views": views_of(ViewSettings(size=96))}, r"views \(it has letterbox 64, unflipped and flipped"),
-        ({"knowledge": tuple(knowledge_of("cwd"))}, r"methods \(it holds features\)"),
+        ({"knowledge": tuple(knowledge_of("cwd,on=logits"))}, r"methods \(it holds features\)"),
     ):
         with pytest.raises(CacheError, match=f"is a cache of other {words}"):
             KnowledgeCache.create(str(tmp_path / "c"), about(teacher, **changes))

@@ -1,4 +1,5 @@
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from detdistill.detectors.contract import (
+    DetectorSpec,
     HasBackboneFeatures,
     HasCopies,
     HasQueries,
@@ -13,6 +15,8 @@ from detdistill.detectors.contract import (
     HasTowers,
     Teacher,
 )
+from detdistill.errors import ModelError
+from detdistill.functional.query_seeds import query_spec
 from detdistill.structures import Assignment, Batch, Look, Origin, QuerySeed, Target, View
 from tests.methods.contract_checks import assert_same, without_boxes
 from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
@@ -232,7 +236,7 @@ def test_gradients_of_positives_reach_the_right_parameters_and_equal_differences
         detector.zero_grad()
         value(of).backward()
         assert parameters[foreign].grad is None or not parameters[foreign].grad.any()
-        assert parameters["neck.convs.0.weight"].grad.abs().sum() > 0
+        assert parameters["levels.convs.0.weight"].grad.abs().sum() > 0
         gradient = parameters[own].grad
         assert gradient.abs().sum() > 0
         differences = torch.zeros_like(gradient)
@@ -255,7 +259,7 @@ def test_proposals_know_the_cell_that_made_them():
     features = detector.features(batch)
     boxes, origins = detector.proposals(features, batch)
     prediction = detector.predict(features, batch)
-    first = prediction.rpn
+    first = prediction.first
     for image, (proposed, origin) in enumerate(zip(boxes, origins, strict=True)):
         assert len(proposed) == detector.num_proposals
         for box, level, cell in zip(proposed, origin.level, origin.cell, strict=True):
@@ -294,7 +298,7 @@ def test_regions_answer_about_anybodys_boxes_in_their_order():
     given = [prediction.boxes_xyxy[prediction.origin.image == image] for image in range(2)]
     again = detector.regions(features, given, batch)
     assert_same(again.logits, prediction.logits, "")
-    assert again.rpn is None
+    assert again.first is None
     assert (again.origin.level == -1).all()
     turned = detector.regions(features, [given[0].flip(0), given[1]], batch)
     torch.testing.assert_close(turned.logits[: len(given[0])], prediction.logits[: len(given[0])].flip(0))
@@ -427,9 +431,13 @@ class CountingDense(TinyDense):
         super().__init__(**kwargs)
         self.calls = []
 
-    def features(self, batch):
-        self.calls.append("features")
-        return super().features(batch)
+    def backbone_features(self, batch):
+        self.calls.append("backbone")
+        return super().backbone_features(batch)
+
+    def neck(self, features, batch):
+        self.calls.append("neck")
+        return super().neck(features, batch)
 
     def predict(self, features, batch):
         self.calls.append("predict")
@@ -456,18 +464,44 @@ def test_teacher_runs_once_for_a_batch_and_answers_only_what_was_asked():
     detector, batch = CountingDense(), tiny_batch(2)
     teacher = Teacher(detector)
     first = teacher.observe(batch)
-    assert (first.backbone_features, first.prediction) == (None, None)
+    assert (first.backbone_features, first.prediction, first.towers) == (None, None, ())
     second = teacher.observe(batch, Look(prediction=True))
     assert second.features is first.features
-    third = teacher.observe(batch, Look(backbone=True, prediction=True))
-    assert third.prediction is second.prediction
-    assert detector.calls == ["features", "predict"]
+    assert detector.calls == ["backbone", "neck", "predict"]
+    third = teacher.observe(batch, Look(towers=(1,)))
+    assert (third.backbone_features, third.prediction) == (None, None)
+    assert_same(third.towers, (detector.tower(first.features, 1),), "")
+    fourth = teacher.observe(batch, Look(prediction=True))
+    assert fourth.prediction is second.prediction
+    assert fourth.towers == ()
     again = teacher.observe(batch)
     assert (again.backbone_features, again.prediction) == (None, None)
+    assert detector.calls == ["backbone", "neck", "predict"]
     teacher.forget()
     teacher.observe(batch)
     teacher.observe(batch.with_targets(batch.targets))
-    assert detector.calls == ["features", "predict", "features", "features"]
+    assert detector.calls == ["backbone", "neck", "predict", *["backbone", "neck"] * 2]
+
+
+def test_teacher_runs_once_for_all_who_ask_when_the_first_looks_at_everything():
+    detector, batch = CountingDense(), tiny_batch(2)
+    teacher = Teacher(detector)
+    teacher.observe(batch, Look(backbone=True, towers=(2,), prediction=True))
+    assert detector.calls == ["backbone", "neck"], "the prediction is finished from the tower"
+    shown = [teacher.observe(batch, look) for look in (Look(backbone=True), Look(prediction=True), Look(towers=(2,)))]
+    assert detector.calls == ["backbone", "neck"]
+    parts = [[one.backbone_features is not None, one.prediction is not None, bool(one.towers)] for one in shown]
+    assert parts == [[True, False, False], [False, True, False], [False, False, True]]
+
+
+def test_a_part_that_is_asked_for_late_runs_the_features_again_and_shows_the_same():
+    detector, batch = CountingDense(), tiny_batch(2)
+    teacher = Teacher(detector)
+    early = teacher.observe(batch, Look(prediction=True))
+    late = teacher.observe(batch, Look(backbone=True, prediction=True))
+    assert detector.calls == ["backbone", "neck", "predict"] * 2
+    assert_same(late.prediction, early.prediction, "")
+    assert_same(late.backbone_features, detector.backbone_features(batch), "")
 
 
 def test_teacher_without_backbone_features_says_so():
@@ -477,8 +511,53 @@ def test_teacher_without_backbone_features_says_so():
         def features(self, batch):
             return TinyDense().features(batch)
 
-    with pytest.raises(TypeError, match="tinydense:patches shows no backbone features"):
+    with pytest.raises(ModelError, match=r"^tinydense:patches shows no backbone features$"):
         Teacher(Bare()).observe(tiny_batch(1), Look(backbone=True))
+
+
+def test_parts_that_a_detector_does_not_show_are_named():
+    batch = tiny_batch(1)
+    with pytest.raises(ModelError, match=r"^tinyregions:patches shows no towers$"):
+        TinyRegions().observe(batch, Look(towers=(1,)))
+    with pytest.raises(ModelError, match=r"^tinydense:patches shows no attention maps$"):
+        TinyDense().observe(batch, Look(attention=True))
+    with pytest.raises(ModelError, match=r"^tinydense:patches has no decoder of queries that can be entered again$"):
+        _ = Teacher(TinyDense()).queries
+
+
+def test_what_was_seen_is_kept_when_the_head_is_looked_at():
+    detector, batch = TinyDense(), tiny_batch(2)
+    seen = detector.observe_features(batch, Look(backbone=True))
+    assert (seen.prediction, seen.towers) == (None, ())
+    whole = detector.observe_head(seen, batch, Look(towers=(1,), prediction=True))
+    assert whole.features is seen.features
+    assert whole.backbone_features is seen.backbone_features
+    assert detector.observe_head(whole, batch, Look(towers=(1, 2), prediction=True)).prediction is whole.prediction
+    assert detector.observe_head(whole, batch, Look(towers=(1, 2))).towers[0] is whole.towers[0]
+    # Another detector's head on these features, as a method that swaps heads would look.
+    other = TinyDense(seed=5)
+    assert_same(other.observe_head(seen, batch, Look(prediction=True)).prediction, other.predict(seen.features, batch), "")
+
+
+@pytest.mark.parametrize("detector_class", FAMILIES)
+def test_a_spec_comes_back_from_json(detector_class):
+    detector = detector_class()
+    spec = replace(detector.spec, queries=query_spec(detector) if detector_class is TinyQueries else None)
+    plain = json.loads(json.dumps(asdict(spec)))
+    assert DetectorSpec.from_plain(plain) == spec
+    # A cache of the first version does not know the fields that came later.
+    old = {name: value for name, value in plain.items() if name not in ("backbone", "anchors", "box_bins", "queries")}
+    assert DetectorSpec.from_plain(old) == replace(spec, backbone=None, anchors=(), box_bins=0, queries=None)
+
+
+def test_the_fingerprint_is_of_what_the_first_version_knew():
+    """Fields that follow from the weights do not change it, so caches made before they existed still fit."""
+    plain, told = TinyDense(seed=1), TinyDense(seed=1)
+    told.spec = replace(told.spec, backbone=None, anchors=(), box_bins=3, queries=None)
+    assert Teacher(told).fingerprint == Teacher(plain).fingerprint
+    told = TinyDense(seed=1)
+    told.spec = replace(told.spec, mean=(0.0, 0.0, 0.0))
+    assert Teacher(told).fingerprint != Teacher(plain).fingerprint
 
 
 def test_padding_is_judged_by_views():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from detdistill.detectors.build import build_detector
-from detdistill.detectors.contract import Teacher
+from detdistill.detectors.contract import Parts, Teacher
 from detdistill.detectors.probe import probe_batch, tiny_name
 from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.needs import PairError
@@ -110,12 +110,12 @@ def test_each_pair_trains_or_is_refused_by_a_right_sentence(teacher, student):
     before = {name: parameter.detach().clone() for name, parameter in learner.named_parameters()}
     fixed = {name: tensor.clone() for name, tensor in frozen.detector.state_dict().items()}
     optimizer = torch.optim.AdamW([*learner.parameters(), *method.parameters()], lr=1e-4)
-    losses = method.step(learner, batch(), Clock(0, 10))
+    losses = method.step(learner, batch(), method.teach(batch()), Clock(0, 10))
     assert all(bool(torch.isfinite(term)) for term in losses.terms.values())
     assert float(losses.terms["fitnet/fitnet"].detach()) > 0
     assert float(losses.terms["pkd/pkd"].detach()) > 0
     # Distillation must reach the student's backbone by itself, not only beside the detection loss.
-    backbone = [p for name, p in learner.named_parameters() if not name.startswith(learner.head_prefixes)]
+    backbone = Parts.parameters(learner.parts().backbone)
     distilled = losses.terms["fitnet/fitnet"] + losses.terms["pkd/pkd"]
     reached = torch.autograd.grad(distilled, backbone, retain_graph=True, allow_unused=True)
     assert sum(gradient is not None and bool(gradient.any()) for gradient in reached) >= 0.5 * len(backbone) > 0
@@ -138,9 +138,20 @@ def test_logits_are_compared_between_dense_detectors_of_one_kind_only(teacher, s
     role, detector = ("student", learner) if student not in DENSE else ("teacher", frozen)
     if student not in DENSE or teacher not in DENSE:
         name = detector.spec.name
-        sentence = rf"cwd: the {role} {re.escape(name)} predicts (regions|queries); cwd needs a {role} that predicts dense"
+        sentence = (
+            rf"^cwd: the {role} {re.escape(name)} predicts (regions|queries); it needs a {role} that predicts dense; methods"
+        )
     elif (teacher in SOFTMAX) != (student in SOFTMAX):
-        sentence = r"cwd: the student .* has (sigmoid|softmax) and the teacher .* (softmax|sigmoid) class logits; use on=features"
+        kinds = ("softmax", "sigmoid") if teacher in SOFTMAX else ("sigmoid", "softmax")
+        sentence = (
+            rf"^cwd: it compares class scores, but the teacher {re.escape(frozen.spec.name)} has {kinds[0]} and the student "
+            rf"{re.escape(learner.spec.name)} {kinds[1]} classes; methods that could serve this pair: "
+        )
+    elif (teacher, student) == ("retinanet", "fcos"):
+        sentence = (
+            rf"^cwd: the student {re.escape(learner.spec.name)} has 1 anchors in a cell of stride 8, the teacher "
+            rf"{re.escape(frozen.spec.name)} 9; use on=features$"
+        )
     else:
         assert build_method("cwd,on=logits", frozen, learner).slug == "cwd"
         return

@@ -328,7 +328,7 @@ def check_split_and_stack(pair: _Pair) -> None:
 def check_offline(pair: _Pair, composed: bool = False) -> None:
     """Learning from records of single images gives the online losses, without the teacher, with images of unequal size.
 
-    In every stage that learns from what was taught; once with all images on one canvas, once with a canvas for each size.
+    In every stage that such a run trains; once with all images on one canvas, once with a canvas for each size.
     The teacher stays only where the method uses its modules.
     """
     whole = tiny_batch(3)
@@ -373,13 +373,14 @@ def one_by_one(batch: Batch) -> Iterator[tuple[int, Batch]]:
 
 
 def _all_steps(method: Method, student: Detector, batch: Batch, source: Source) -> dict[str, Tensor]:
-    """Losses of all stages that learn from what was taught."""
+    """Losses of all stages that a run from a cache trains; the results of others come with the cache."""
     found: dict[str, Tensor] = {}
     for stage in method.stages(student):
-        if stage.learns_from is None:
+        if stage.depends_on:
             continue
         torch.manual_seed(7)
         with torch.no_grad():
-            terms = stage.step(batch, source(stage.learns_from, batch), MIDDLE).terms
+            taught = None if stage.learns_from is None else source(stage.learns_from, batch)
+            terms = stage.step(batch, taught, MIDDLE).terms
             found |= {f"{stage.name}/{name}": term for name, term in terms.items()}
     return found

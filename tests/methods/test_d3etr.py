@@ -15,10 +15,12 @@ from tests.detectors.dense.shared import unequal_batch
 from tests.golden import Golden, assert_golden
 from tests.methods.contract_checks import (
     _Pair,
+    assert_same,
     check_gradients,
     check_half_precision,
     check_method,
     check_state_dict,
+    observe,
     without_boxes,
 )
 from tests.tiny import TinyQueries, tiny_batch
@@ -227,7 +229,7 @@ def build_pair(**settings):
 
 
 def learn(method, student, batch):
-    return method.learn(student, student(batch), method.teach(batch), batch, CLOCK).terms
+    return method.learn(student, observe(method, student, batch), method.teach(batch), batch, CLOCK).terms
 
 
 def test_terms_are_those_of_the_pure_functions():
@@ -278,7 +280,7 @@ def test_detections_are_the_same_with_and_without_the_group():
     batch = tiny_batch(2)
     with torch.no_grad():
         before = student.detect(student(batch).prediction, batch)
-        seen = student(batch)
+        seen = observe(method, student, batch)
         method.learn(student, seen, method.teach(batch), batch, CLOCK)
         after = student.detect(student(batch).prediction, batch)
     for one, two, three in zip(before, student.detect(seen.prediction, batch), after, strict=True):
@@ -310,17 +312,21 @@ def test_classes_are_compared_by_name():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"matching": "hungarian"}, "matching='hungarian' is not one of both, adaptive, fixed"),
-        ({"cross_maps": "all"}, "cross_maps='all' is not one of each, sum"),
-        ({"giou_weight": -1.0}, "giou_weight=-1.0 must be a finite number, 0 or more"),
-        ({"l1_cost": float("nan")}, "l1_cost=nan must be a finite number, 0 or more"),
-        (dict.fromkeys([f"{name}_weight" for name in ALL], 0.0), "are all 0; nothing would be distilled"),
+        ({"matching": "hungarian"}, "matching=hungarian is not one of both, adaptive, fixed"),
+        ({"cross_maps": "all"}, "cross_maps=all is not one of each, sum, or none"),
+        ({"giou_weight": -1.0}, "giou_weight=-1.0 is not a number, 0 or more"),
+        ({"l1_cost": float("nan")}, "l1_cost=nan is not a number, 0 or more"),
+        (
+            dict.fromkeys([f"{name}_weight" for name in ALL], 0.0),
+            "cls_weight, l1_weight, giou_weight, self_attention_weight, cross_attention_weight are all 0; nothing would be "
+            "distilled",
+        ),
     ],
 )
 def test_settings_out_of_range(settings, expected):
     with pytest.raises(DetdistillError) as error:
         build_pair(**settings)
-    assert expected in str(error.value)
+    assert str(error.value) == f"d3etr: {expected}"
 
 
 class Deep(TinyQueries):
@@ -333,8 +339,8 @@ def test_pairs_that_cannot_be_compared_are_refused_with_a_way_out():
     coarse = TinyQueries(strides=(16, 32))
     cases = [
         (TinyQueries(), TinyQueries(classes=("a", "z")), "the teacher does not know z"),
-        (softmax, TinyQueries(), "has softmax classes and student tinyqueries:patches has sigmoid classes; take equal ones"),
-        (Deep(), TinyQueries(), "has 3 layers and the student 2; add decoder=3 to the student's name, or take kd_detr"),
+        (softmax, TinyQueries(), "tinyqueries:patches has softmax and the student tinyqueries:patches sigmoid classes; methods"),
+        (Deep(), TinyQueries(), "has 3 layers and the student 2; add decoder=3 to the student's name, or take a method that"),
         (coarse, TinyQueries(), "(16, 32) in teacher tinyqueries:patches and (8, 16) in student tinyqueries:patches; set cross_"),
         (TinyQueries(channels=(16, 16)), TinyQueries(), "contents of 8 channels (these have 16) and position embeddings of 8 ch"),
     ]
@@ -347,13 +353,18 @@ def test_pairs_that_cannot_be_compared_are_refused_with_a_way_out():
 
 def test_without_the_live_teacher():
     live, student, batch = Teacher(TinyQueries(seed=1)), TinyQueries(seed=2), tiny_batch(2)
-    absent = AbsentTeacher(live.spec, live.fingerprint)
-    taught = D3ETR(live, student).teach(batch)
-    deep = Deep(seed=2)
+    absent = AbsentTeacher(dataclasses.replace(live.spec, queries=live.queries), live.fingerprint)
     with pytest.raises(PairError, match="has 2 layers and the student 3"):
-        D3ETR(absent, deep).learn(deep, deep(batch), taught, batch, CLOCK)
-    with pytest.raises(PairError, match="project=true builds its layers for the live teacher"):
-        D3ETR(absent, student, project=True)
+        D3ETR(absent, Deep(seed=2))
+    # Learned maps are built from the cache's description of the queries.
+    other = TinyQueries(channels=(4, 4), seed=2)
+    online, offline = (D3ETR(teacher, other, project=True, average_heads=True) for teacher in (live, absent))
+    offline.load_state_dict(online.state_dict())
+    taught = online.teach(batch)
+    found = [m.learn(other, observe(m, other, batch), taught, batch, CLOCK).terms for m in (online, offline)]
+    assert_same(*found, "")
+    assert any(True for _ in offline.parameters())
+    assert not list(D3ETR(absent, student).parameters())
 
 
 # -------------------------------------------------------------------------------------------------------- real adapters
@@ -412,8 +423,10 @@ def test_heads():
 
 def test_a_detector_without_attention_maps_is_refused():
     adamixer = build_detector("adamixer:resnet10t,channels=8-16-32-64,stem=8,queries=4,decoder=2", ["a", "b"])
-    with pytest.raises(PairError, match=r"shows no attention maps: .*; or set self_attention_weight=0,cross_attention_weight=0"):
-        D3ETR(Teacher(adamixer), adamixer)
+    for kind, given in (("self_attention", {}), ("cross_attention", {"self_attention_weight": 0.0})):
+        expected = rf"shows no {kind} maps of its features: .* AdaMixer samples points and has no attention maps; .*; set {kind}_weight=0$"
+        with pytest.raises(PairError, match=expected):
+            D3ETR(Teacher(adamixer), adamixer, **given)
     D3ETR(Teacher(adamixer), adamixer, self_attention_weight=0.0, cross_attention_weight=0.0)
 
 

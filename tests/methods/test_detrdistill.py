@@ -495,10 +495,10 @@ def test_gradients_reach_what_they_should():
 
     off = {"logits_weight": 0.0, "feature_weight": 0.0, "assignment_weight": 0.0}
     assignment = reached(**{**off, "assignment_weight": 1.0})
-    assert {"layers.0.weight", "logits.weight", "deltas.weight", "neck.convs.0.weight", "backbone.0.weight"} <= assignment
+    assert {"layers.0.weight", "logits.weight", "deltas.weight", "levels.convs.0.weight", "backbone.0.weight"} <= assignment
     assert not any(parameter.grad is not None and float(parameter.grad.abs().max()) > 0 for parameter in own)
     feature = reached(**{**off, "feature_weight": 1.0})
-    assert all(name.startswith(("backbone.", "neck.")) for name in feature)
+    assert all(name.startswith(("backbone.", "levels.")) for name in feature)
     assert {"content", "position", "reference", "logits.weight", "backbone.0.weight"} <= reached(**{**off, "logits_weight": 1.0})
 
 
@@ -547,7 +547,7 @@ def test_a_student_of_half_the_layers_follows_every_second():
 def test_unequal_numbers_of_queries(teacher, student):
     mine, batch = student(seed=2), tiny_batch(3)
     method = build(mine, teacher(seed=1), contrastive_weight=0.2, split=True)
-    losses = method.step(mine, batch, NOW)
+    losses = method.step(mine, batch, method.teach(batch), NOW)
     losses.total().backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in mine.parameters() if p.grad is not None)
 
@@ -616,8 +616,16 @@ class Wide(TinyQueries):
         (Softmax(), TinyQueries(), "the teacher detr:tiny has softmax classes"),
         (TinyQueries(), Softmax(), "the student detr:tiny has softmax classes"),
         (TinyQueries(classes=("a", "c")), TinyQueries(), "the teacher does not know b"),
-        (TinyDense(), TinyQueries(), "needs a teacher that predicts queries"),
-        (TinyQueries(), TinyDense(), "lacks queries"),
+        (
+            TinyDense(),
+            TinyQueries(),
+            "the teacher tinydense:patches predicts dense; it needs a teacher that predicts queries; methods",
+        ),
+        (
+            TinyQueries(),
+            TinyDense(),
+            "the student tinydense:patches predicts dense; it needs a student that predicts queries; methods",
+        ),
         (
             TinyQueries(channels=(16, 16)),
             TinyQueries(),
@@ -653,30 +661,34 @@ def test_the_students_points_are_its_own():
 
 def test_the_check_leaves_the_student_as_it_was():
     student = TinyQueries(seed=2).train()
-    student.neck.eval()
+    student.levels.eval()
     state = copy.deepcopy(student.state_dict())
     build(student)
     assert student.training
-    assert not student.neck.training
+    assert not student.levels.training
     assert all(torch.equal(state[name], value) for name, value in student.state_dict().items())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"logits_weight": 0.0, "feature_weight": 0.0, "assignment_weight": 0.0}, "nothing would be distilled"),
-        ({"logits_weight": -1.0}, "logits_weight=-1.0"),
-        ({"l1_cost": float("nan")}, "l1_cost=nan"),
-        ({"mask": "paperr"}, "did you mean 'paper'"),
-        ({"assignment": "students"}, "assignment='students' is not one of teacher, self"),
-        ({"gamma": 2.0}, "gamma=2.0 must lie between 0 and 1"),
-        ({"mask_floor": 0.0}, "mask_floor=0.0"),
-        ({"max_per_img": 0}, "must be 1 or more"),
+        (
+            {"logits_weight": 0.0, "feature_weight": 0.0, "assignment_weight": 0.0},
+            "logits_weight, feature_weight, assignment_weight, contrastive_weight are all 0; nothing would be distilled",
+        ),
+        ({"logits_weight": -1.0}, "logits_weight=-1.0 is not a number, 0 or more"),
+        ({"l1_cost": float("nan")}, "l1_cost=nan is not a number, 0 or more"),
+        ({"mask": "paperr"}, "mask=paperr is not one of released, paper (did you mean 'paper'?)"),
+        ({"assignment": "students"}, "assignment=students is not one of teacher, self"),
+        ({"gamma": 2.0}, "gamma=2.0 is not a number from 0 to 1"),
+        ({"mask_floor": 0.0}, "mask_floor=0.0 is not a number above 0"),
+        ({"max_per_img": 0}, "max_per_img=0 is not a whole number, 1 or more"),
     ],
 )
 def test_bad_hyper_parameters(options, message):
-    with pytest.raises(DetdistillError, match=message):
+    with pytest.raises(DetdistillError) as error:
         build(**options)
+    assert str(error.value) == f"detrdistill: {message}"
 
 
 def test_distillation_follows_the_teacher():

@@ -456,7 +456,7 @@ def test_boxes_of_no_area_and_crowds_take_no_part():
     losses = learn(method, student, batch)
     losses.total().backward()
     assert all(bool(torch.isfinite(value).all()) for _, value in tensors(losses))
-    assert bool(torch.isfinite(method.train_classifier(batch, CLOCK).total()))
+    assert bool(torch.isfinite(method.train_classifier(batch, None, CLOCK).total()))
 
 
 def test_predicted_boxes_outside_or_without_area_are_left_out():
@@ -507,9 +507,9 @@ def test_stages_train_what_they_should():
 def test_a_classifier_for_ssds_learns_by_cross_entropy_alone():
     student = TinyDense(seed=2)
     student.spec = dataclasses.replace(student.spec, softmax=True)
-    losses = build(student).train_classifier(tiny_batch(3), CLOCK)
+    losses = build(student).train_classifier(tiny_batch(3), None, CLOCK)
     assert set(losses.terms) == {"categorical"}
-    assert set(build(TinyRegions(seed=2)).train_classifier(tiny_batch(3), CLOCK).terms) == {"categorical", "focal"}
+    assert set(build(TinyRegions(seed=2)).train_classifier(tiny_batch(3), None, CLOCK).terms) == {"categorical", "focal"}
 
 
 def test_losses_of_the_first_stage_by_value():
@@ -518,7 +518,7 @@ def test_losses_of_the_first_stage_by_value():
     labels = torch.cat([target.labels for target in batch.targets])
     method.eval()
     logits = method.classifier(method.classifier.crops(batch, boxes, image, 32))
-    losses = method.train_classifier(batch, CLOCK)
+    losses = method.train_classifier(batch, None, CLOCK)
     torch.testing.assert_close(losses.terms["categorical"], F.cross_entropy(logits, labels))
     wanted = F.one_hot(labels, 2).float()
     p = torch.where(wanted > 0, logits.sigmoid(), 1 - logits.sigmoid())
@@ -535,7 +535,7 @@ def test_first_stage_with_no_or_one_object(images):
             [Target(*(t[:1] for t in vars(tiny_batch(1).targets[0]).values() if t is not None)), *batch.targets[1:]]
         )
     method = build()
-    method.train_classifier(batch, CLOCK).total().backward()
+    method.train_classifier(batch, None, CLOCK).total().backward()
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in method.classifier.parameters())
     assert method.classifier.training
 
@@ -552,7 +552,7 @@ def test_the_classifier_learns_its_objects():
     first = method.stages(student)[0]
     optimizer = torch.optim.SGD(method.classifier.parameters(), lr=first.overrides["lr"], momentum=0.9)
     for step in range(25):
-        losses = first.step(batch, Clock(step, 25))
+        losses = first.step(batch, None, Clock(step, 25))
         optimizer.zero_grad()
         losses.total().backward()
         optimizer.step()
@@ -633,16 +633,20 @@ def test_bad_weights(tmp_path):
     ("options", "message"),
     [
         ({"classifier": "resnet17"}, "unknown classifier 'resnet17'.*did you mean 'resnet"),
-        ({"cls_weight": 0.0, "pixel_weight": 0.0, "feature_weight": 0.0}, "nothing would be distilled"),
-        ({"cls_weight": float("nan")}, "cls_weight=nan"),
-        ({"temperature": 0.0}, "temperature=0"),
-        ({"jitter": 2.0}, "jitter=2"),
-        ({"layers": (1, 0)}, "layers=1/0 must rise"),
-        ({"layers": ()}, "feature_weight=0 leaves them out"),
-        ({"layers": (0, 7)}, "has the layers 0 to 4; layers=7 is none"),
-        ({"size": 0}, "must be 1 or more"),
+        (
+            {"cls_weight": 0.0, "pixel_weight": 0.0, "feature_weight": 0.0},
+            "^dicod: cls_weight, pixel_weight, feature_weight are all 0; nothing would be distilled$",
+        ),
+        ({"cls_weight": float("nan")}, "^dicod: cls_weight=nan is not a number, 0 or more$"),
+        ({"temperature": 0.0}, "^dicod: temperature=0.0 is not a number above 0$"),
+        ({"jitter": 2.0}, "^dicod: jitter=2.0 is not a number from 0 to 1$"),
+        ({"layers": (1, 0)}, "^dicod: layers=1/0 must rise; feature_weight=0 leaves them out$"),
+        ({"layers": ()}, "^dicod: layers= must rise; feature_weight=0 leaves them out$"),
+        ({"layers": (0, 7)}, "has the layers 0 to 4; layers=7 is none$"),
+        ({"layers": (-1,)}, r"^dicod: layers=\(-1,\) is not a list, each a whole number, 0 or more$"),
+        ({"size": 0}, "^dicod: size=0 is not a whole number, 1 or more$"),
         ({"classifier": "test_vit", "size": 50}, "classifier test_vit does not take crops of size=50"),
-        ({"decoder_layers": "first"}, "decoder_layers='first' is not one of last, all"),
+        ({"decoder_layers": "first"}, r"^dicod: decoder_layers=first is not one of last, all"),
     ],
 )
 def test_bad_hyper_parameters(options, message):
@@ -713,7 +717,7 @@ def test_real_students(name):
     if student.spec.fixed_size_hw:
         batch = tiny_batch(2, size=student.spec.fixed_size_hw[0])
     first = method.stages(student)[0]
-    assert bool(torch.isfinite(first.step(batch, CLOCK).total().detach()))
+    assert bool(torch.isfinite(first.step(batch, None, CLOCK).total().detach()))
     student.train()
     with torch.no_grad():
         taught = method.teach(batch)

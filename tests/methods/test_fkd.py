@@ -222,17 +222,18 @@ def test_profiles_are_the_released_settings_and_an_argument_overrides_its_own_on
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"feature_weight": -1.0}, "fkd: feature_weight=-1.0"),
-        ({"channel_weight": float("nan")}, "fkd: channel_weight=nan"),
-        ({"spatial_temperature": 0.0}, "fkd: spatial_temperature=0.0"),
-        ({"profile": "anchor_free"}, "fkd: profile='anchor_free' is not one of two_stage, one_stage"),
-        ({"pools": (8, 0)}, r"fkd: pools=\[8, 0\]"),
-        ({"reductions": ()}, r"fkd: reductions=\[\]"),
+        ({"feature_weight": -1.0}, "feature_weight=-1.0 is not a number, 0 or more, or none"),
+        ({"channel_weight": float("nan")}, "channel_weight=nan is not a number, 0 or more, or none"),
+        ({"spatial_temperature": 0.0}, "spatial_temperature=0.0 is not a number above 0 or none"),
+        ({"profile": "anchor_free"}, "profile=anchor_free is not one of two_stage, one_stage"),
+        ({"pools": (8, 0)}, "pools=(8, 0) is not a list, each a whole number, 1 or more"),
+        ({"reductions": ()}, "reductions is empty; give at least one number, which then serves all levels"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
-    with pytest.raises(DetdistillError, match=message):
+    with pytest.raises(DetdistillError) as error:
         FKD(Teacher(TinyDense()), TinyDense(), **settings)
+    assert str(error.value) == f"fkd: {message}"
 
 
 def learned(batch, autocast=False, **settings):

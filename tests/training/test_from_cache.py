@@ -221,7 +221,7 @@ def test_a_run_that_draws_other_views_is_refused(filled, tmp_path):
         offline(filled, tmp_path / "run", colour=0.3, mosaic=0.5)
     with pytest.raises(CacheError, match=r"would draw size=96 \(the cache has 64\); scale 0\.8 \(the cache has 1\)"):
         offline(filled, tmp_path / "run", size=96, scales=(0.8,))
-    with pytest.raises(CacheError, match=r"cwd,on=logits learns from cwd,on=logits, it holds features"):
+    with pytest.raises(CacheError, match=r"cwd,on=logits learns from features and prediction, it holds features"):
         offline(filled, tmp_path / "run", "cwd,on=logits")
     with pytest.raises(CacheError, match="other training images or boxes"):
         offline(filled, tmp_path / "run", data="digits:train=24,val=8,size=64,seed=1")

@@ -18,15 +18,18 @@ from detdistill.detectors.contract import Detector, Teacher
 from detdistill.detectors.load import load_detector
 from detdistill.methods.mgd import MGD
 from detdistill.methods.pkd import PKD
-from detdistill.methods.shared.contract import Method, Stage
-from detdistill.methods.shared.needs import Needs
+from detdistill.methods.shared.contract import Stage, TeacherFree, teach_by_canvas
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, TrainSettings
 from detdistill.structures import Batch, Clock, Losses
-from detdistill.training import run as run_module
+from detdistill.training import session as session_module
 from detdistill.training.callbacks import Checkpoints
+from detdistill.training.folder import start_folder
 from detdistill.training.module import StageModule
-from detdistill.training.run import Plan, run
+from detdistill.training.plan import Plan
+from detdistill.training.run import run
+from detdistill.training.session import Session, open_session
+from detdistill.training.stage_loop import StageLoop
 from tests.tiny import TinyDense
 from tests.training import small
 from tests.training.test_resume import kill_when
@@ -135,8 +138,10 @@ def test_dis_scales_what_is_learned(teacher: Path, tmp_path: Path):
 def test_inherit_copies_the_head(teacher: Path, tmp_path: Path, modules):
     result = small.distill(teacher, tmp_path / "run", inherit=True)
     theirs = student_of(teacher)
-    prefixes = modules[0].student.head_prefixes
-    head = {name: value for name, value in modules[0].first.items() if name.startswith(prefixes)}
+    parts = modules[0].student.parts()
+    names = parts.names(modules[0].student, (*parts.neck, *parts.head))
+    assert {name.split(".")[1] for name in names} == {"backbone", "head"}
+    head = {name: value for name, value in modules[0].first.items() if name in names}
     assert len(head) > 10
     assert all(torch.equal(value, theirs[name]) for name, value in head.items())
     assert not all(torch.equal(value, theirs[name]) for name, value in modules[0].first.items())
@@ -165,14 +170,14 @@ def test_measuring_shares_changes_nothing(teacher: Path, tmp_path: Path):
     assert small.differences(*states) == []
 
 
-def test_half_precision_computes_losses_in_float32(teacher: Path, tmp_path: Path, monkeypatch, modules):
+def test_half_precision_runs_networks_in_it_and_computes_losses_in_float32(teacher: Path, tmp_path: Path, monkeypatch, modules):
     kinds: list[Any] = []
     learn = PKD.learn
 
     def watched(self, student, seen, taught, batch, clock):
         losses = learn(self, student, seen, taught, batch, clock)
         kinds.append((seen.features.maps[0].dtype, taught.features.maps[0].dtype, losses.terms["pkd"].dtype))
-        kinds.append(torch.is_autocast_enabled("cpu"))
+        kinds.append(torch.is_autocast_enabled("cpu"))  # networks may run again inside
         return losses
 
     convolved = []
@@ -180,7 +185,7 @@ def test_half_precision_computes_losses_in_float32(teacher: Path, tmp_path: Path
     forward = nn.Conv2d.forward
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: convolved.append(forward(self, x)) or convolved[-1])
     small.distill(teacher, tmp_path / "run", method="pkd", precision="bf16", steps=1, evaluate_every=5, monitor_every=0)
-    assert kinds == [(torch.float32, torch.float32, torch.float32), False]
+    assert kinds == [(torch.float32, torch.float32, torch.float32), True]
     assert torch.bfloat16 in {tensor.dtype for tensor in convolved}
     assert {p.dtype for p in modules[0].parameters()} == {torch.float32}
 
@@ -212,7 +217,7 @@ def pixel_stage(student: TinyDense) -> Stage:
     """A layer without batch statistics, and a loss that is a mean over images."""
     layer = student.backbone[0]
 
-    def step(batch: Batch, clock: Clock) -> Losses:
+    def step(batch: Batch, taught: None, clock: Clock) -> Losses:
         return Losses({"mse": (layer(batch.images) - 1).square().mean()})
 
     return Stage("train", step, lambda clock: (layer,), None)
@@ -232,7 +237,8 @@ def test_two_halves_make_the_step_of_one_batch(optimizer: Any, tmp_path: Path, m
         )
         plan = Plan(small.MODEL, small.DATA, settings)
         splits = load_data(small.DATA)
-        loop = run_module._Loop(plan, splits, run_module._open(plan, settings.out), student, None, Progress(quiet=True))
+        session = Session(plan, splits, student, None, None, None, teach_by_canvas, None)
+        loop = StageLoop(session, start_folder(settings.out, plan.config()), Progress(quiet=True))
         loop.fit(pixel_stage(student), [])
         assert loop.trained_steps == small.STEPS
         assert loop.images_seen == 48
@@ -252,7 +258,7 @@ def test_frozen_parts_stay_frozen(teacher: Path, tmp_path: Path, modules, monkey
             parameter.requires_grad_(False)
         return detector
 
-    monkeypatch.setattr(run_module, "build_detector", frozen)
+    monkeypatch.setattr(session_module, "build_detector", frozen)
     small.distill(teacher, tmp_path / "run")
     (module,) = modules
     last = dict(module.student.named_parameters())
@@ -262,19 +268,19 @@ def test_frozen_parts_stay_frozen(teacher: Path, tmp_path: Path, modules, monkey
     assert [name for name in set(last) - body if torch.equal(last[name], module.first[name])] == []
 
 
-class Toy(Method):
+class Toy(TeacherFree):
     """Three stages: its own layer, then the student's pyramid for two epochs, then both on the task."""
 
     slug = "toy"
     title = "toy"
     bibtex = ""
-    needs = Needs(teacher=False)
 
     def __init__(self, teacher: Teacher | None, student: Detector) -> None:
         super().__init__(teacher, student)
         self.own = nn.Conv2d(32, 32, 1)
 
-    def match(self, student: Detector, batch: Batch) -> Losses:
+    def match(self, student: Detector, batch: Batch, taught: None) -> Losses:
+        assert taught is None, "these stages learn from nobody"
         return Losses(
             {f"match{level}": (self.own(maps) - 1).square().mean() for level, maps in enumerate(student.features(batch).maps)}
         )
@@ -286,8 +292,8 @@ class Toy(Method):
     def stages(self, student: Detector) -> tuple[Stage, ...]:
         neck = student.model.backbone.fpn
         return (
-            Stage("own", lambda batch, clock: self.match(student, batch), lambda clock: (self,), None, share=0.5),
-            Stage("neck", lambda batch, clock: self.match(student, batch), lambda clock: (neck,), None),
+            Stage("own", lambda batch, taught, clock: self.match(student, batch, taught), lambda clock: (self,), None, share=0.5),
+            Stage("neck", lambda batch, taught, clock: self.match(student, batch, taught), lambda clock: (neck,), None),
             *super().stages(student),
         )
 
@@ -298,11 +304,12 @@ STAGES = {"own": 6, "neck": 12, "distill": 12}
 def run_toy(out: Path, teacher: Path, resume: bool = False) -> Any:
     settings = DistillSettings(**{**small.SETTINGS, "checkpoint_every": 1}, out=out, resume=resume)
     plan = Plan(small.MODEL, small.DATA, settings, role="distilled", teacher=str(teacher))
-    return run(plan, load_data(small.DATA), Teacher(load_detector(teacher)), Progress(quiet=True))
+    session = open_session(plan, load_data(small.DATA), Teacher(load_detector(teacher)))
+    return run(session, Progress(quiet=True))
 
 
 def test_three_stages(teacher: Path, tmp_path: Path, modules, monkeypatch):
-    monkeypatch.setattr(run_module, "build_method", lambda text, teacher, student: Toy(teacher, student))
+    monkeypatch.setattr(session_module, "build_method", lambda text, teacher, student: Toy(teacher, student))
     result = run_toy(tmp_path / "run", teacher)
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -325,7 +332,7 @@ def test_three_stages(teacher: Path, tmp_path: Path, modules, monkeypatch):
 
 @pytest.mark.parametrize(("stage", "step"), [("own", 4), ("neck", 6), ("neck", 12), ("distill", 1), ("distill", 7)])
 def test_three_stages_resume_bit_equal(stage: str, step: int, teacher: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(run_module, "build_method", lambda text, teacher, student: Toy(teacher, student))
+    monkeypatch.setattr(session_module, "build_method", lambda text, teacher, student: Toy(teacher, student))
     whole = run_toy(tmp_path / "whole", teacher)
     with monkeypatch.context() as patched:
         where = "on_train_epoch_end" if step == STAGES[stage] else "on_train_batch_end"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from detdistill.detectors.build import build_detector
+from detdistill.detectors.contract import Detector
 from detdistill.errors import RunError
 from detdistill.settings import TrainSettings
 from detdistill.training.optimizers import build_optimizer, build_schedule
@@ -109,7 +110,11 @@ def test_backbones_at_a_rate_of_their_own(schedule: Any):
 
 def test_a_detector_without_a_known_backbone_is_refused(monkeypatch):
     student = build_detector("fcos:resnet10t,channels=16-16-16-16,stem=8,neck=32,levels=3-4,convs=1", ("a",))
-    monkeypatch.setattr(type(student), "head_prefixes", ())
-    with pytest.raises(RunError, match=r"backbone_lr_factor: .* does not say which of its weights are neck and head"):
+    monkeypatch.setattr(type(student), "parts", Detector.parts)
+    with pytest.raises(RunError) as error:
         build_optimizer([student], TrainSettings(backbone_lr_factor=0.1))
+    assert str(error.value) == (
+        f"backbone_lr_factor: {student.spec.name} does not say which of its modules are backbone, neck and head; define parts(), "
+        f"or leave the factor at 1"
+    )
     build_optimizer([student], TrainSettings())

@@ -1,5 +1,7 @@
 """Results of earlier stages: trained once, then used again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,8 @@ from detdistill.errors import RunError
 from detdistill.methods.shared.contract import Composition, Method, Stage
 from detdistill.progress import Progress
 from detdistill.structures import Losses
-from detdistill.training import run as running
+from detdistill.training import session
+from detdistill.training.module import StageModule
 from tests.training import small
 
 
@@ -19,13 +22,14 @@ class Lecturer(Method):
     slug, title, bibtex = "lecturer_toy", "a toy", ""
     trained = 0
 
-    def __init__(self, teacher, student, *, version="1"):
+    def __init__(self, teacher, student, *, version: str = "1"):
         super().__init__(teacher, student)
         self.version = version
         self.shift = nn.BatchNorm2d(teacher.spec.channels[0])
         self.adapter = nn.Conv2d(student.spec.channels[0], teacher.spec.channels[0], 1)
 
-    def _lesson(self, batch, clock):
+    def _lesson(self, batch, taught, clock):
+        assert taught is None
         type(self).trained += 1
         return Losses({"lesson": self.shift(self.teacher.observe(batch).features.maps[0]).square().mean()})
 
@@ -36,7 +40,7 @@ class Lecturer(Method):
         return Losses({"maps": 0.01 * (self.adapter(seen.features.maps[0]) - wanted.detach()).square().mean()})
 
     def stages(self, student):
-        last = Stage("distill", lambda b, c: self.step(student, b, c), lambda c: (student, self.adapter), student)
+        last = replace(self.distill_stage(student, ()), trains=lambda clock: (student, self.adapter))
         first = Stage(
             "lesson",
             self._lesson,
@@ -59,7 +63,7 @@ def toy(monkeypatch):
         one = Lecturer(teacher, student, version=state["version"])
         return Composition([one], student) if state["together"] else one
 
-    monkeypatch.setattr(running, "build_method", build)
+    monkeypatch.setattr(session, "build_method", build)
     return state
 
 
@@ -124,14 +128,14 @@ def test_a_resumed_run_trains_no_stage_twice(teacher, tmp_path, toy):
         wanted = {**small.SETTINGS, "score_teacher": False, "stages": tmp_path / "others", "out": tmp_path / "cut"}
 
         def dies():
-            before = running.StageModule.training_step
+            before = StageModule.training_step
 
             def step(self, batch, index):
                 if self.stage.name == "distill" and self.global_step == 8:
                     small.die()
                 return before(self, batch, index)
 
-            running.StageModule.training_step = step
+            StageModule.training_step = step
             api.distill(str(teacher), small.MODEL, small.DATA, "pkd", progress=progress, **wanted)
 
         assert small.killed(dies) == -9

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 EXACT = ("xyxy", "cxcywh", "boxes", "reference")
 """Floating-point fields with one of these in their name hold coordinates, whose errors would be pixels: kept as they are."""
 LARGEST_HALF = torch.finfo(torch.float16).max
+_PACKAGE = re.compile(r"detdistill\.structures(?=\.)|detdistill\.methods\.(?!shared\.)\w+(?=\.)")
+"""Packages by which classes are named in records, whatever file of the package they stand in."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +155,9 @@ class _Packer:
         if isinstance(value, tuple):
             return [self.pack(item, f"{path}[{index}]") for index, item in enumerate(value)]
         if isinstance(value, Movable) and dataclasses.is_dataclass(value):
-            kind = type(value)
-            fields = {f.name: self.pack(getattr(value, f.name), f"{path}.{f.name}") for f in dataclasses.fields(value) if f.init}
-            return {"is": f"{kind.__module__}:{kind.__qualname__}", "fields": fields}
+            found = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init and not _left_out(f, value)}
+            fields = {name: self.pack(item, f"{path}.{name}") for name, item in found.items()}
+            return {"is": _name(type(value)), "fields": fields}
         if value is None or isinstance(value, bool | int | float | str):
             return {"v": value}
         raise TypeError(
@@ -252,19 +255,37 @@ def _unpack(node: Any, tensors: list[Tensor]) -> Any:
     return tuple(node["v"]) if isinstance(node["v"], list) else node["v"]
 
 
+def _left_out(field: dataclasses.Field[Any], owner: Any) -> bool:
+    """The field came after caches were written, and has its default: records look as they did before."""
+    value = getattr(owner, field.name)
+    return bool(field.metadata.get("omit_default")) and not isinstance(value, Tensor) and value == field.default
+
+
+def _name(kind: type) -> str:
+    """A structure's name in records, which does not say in which file of its package it stands.
+
+    ``detdistill.structures:Features``, ``detdistill.methods.unikd:UniKDTaught`` (a method may be a file or a folder).
+    """
+    package = _PACKAGE.match(kind.__module__)
+    return f"{package[0] if package else kind.__module__}:{kind.__qualname__}"
+
+
 def _kind(name: str) -> type:
-    """A structure by name, of this package or among those that are loaded: a cache imports nothing else.
+    """A structure by its name in records, of this package or among those that are loaded: a cache imports nothing else.
 
     Raises:
         ValueError: there is none.
     """
     module = name.partition(":")[0]
-    if module.startswith("detdistill.methods."):  # what another method of the cache was taught, which this run does not use
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
-    for kind in _descendants(Movable):
-        if f"{kind.__module__}:{kind.__qualname__}" == name:
-            return kind
+    # What another method of the cache was taught, which this run does not use, is in its file, or in its folder.
+    rooms = (module, f"{module}.method") if module.startswith("detdistill.methods.") else ()
+    for room in (None, *rooms):
+        if room is not None:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(room)
+        for kind in _descendants(Movable):
+            if _name(kind) == name:
+                return kind
     raise ValueError(f"the cache holds a {name}, which is not loaded here; import what defines it first")
 
 

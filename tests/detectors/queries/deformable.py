@@ -391,7 +391,9 @@ class DeformableTests:
         backbone = {name for name in names if any(f"model.{part}." in name for part in detector.backbone_modules)}
         assert inside[0].isdisjoint(inside[1])
         assert inside[0] | inside[1] | backbone == names
-        assert all(name.startswith(detector.head_prefixes) for name in names - backbone)
+        told = detector.parts()
+        assert {*told.names(detector, told.neck)} & names == inside[0]
+        assert {*told.names(detector, told.head)} & names == inside[1]
         torch.manual_seed(5)
         fresh = detector.copy_head(fresh=True).eval().predict(features, batch)
         assert not torch.allclose(fresh.logits, prediction.logits)

@@ -81,7 +81,12 @@ def test_vgg16_equals_the_library():
     assert_same_training(detector, batch)
     assert_same_detections(detector, batch)
     assert_backbone_and_neck_make_the_features(detector, batch)
-    assert detector.head_prefixes[0] == "model.backbone.extra.1."
+    parts = detector.parts()
+    below, above = (
+        {".".join(name.split(".")[:4]) for name in parts.names(detector, side)} for side in (parts.backbone, parts.neck)
+    )
+    assert above == {f"model.backbone.extra.{number}" for number in range(1, 5)}
+    assert {name for name in below if "features" not in name} == {"model.backbone.extra.0", "model.backbone.scale_weight"}
     with pytest.raises(ModelError, match="ssd:vgg16 is made for images of 300x300, but got 128x128; set --size 300"):
         detector.features(mixed_batch())
 

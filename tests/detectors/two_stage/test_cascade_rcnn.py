@@ -130,7 +130,7 @@ def test_each_stage_continues_where_the_one_before_ended(detector, batch):
     """A region of a later stage is the refined, clipped region of the same origin; ground truth is inserted anew."""
     stages = chain(own_losses(detector, batch)[2])
     for before, after in pairwise(stages):
-        assert after.rpn is None or after is stages[-1]
+        assert after.first is None or after is stages[-1]
         inserted = after.origin.ground_truth >= 0
         for row in range(len(after.logits)):
             image, origin = int(after.origin.image[row]), after.origin
@@ -344,7 +344,7 @@ def test_regions_on_given_boxes(detector, batch):
             assert stage.origin.image.tolist() == [0, 0, 2]
             assert stage.origin.level.tolist() == [-1, -1, -1]
             boxes = [clip_boxes_to_image(b, size) for b, size in zip(refined[:, 0].split([2, 0, 1]), sizes, strict=True)]
-    assert stages[-1].rpn is None
+    assert stages[-1].first is None
 
 
 def test_regions_sample_nothing_in_training_mode_and_need_no_boxes(detector, batch):

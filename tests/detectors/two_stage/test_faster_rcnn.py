@@ -115,7 +115,7 @@ def test_regions_on_given_boxes_are_the_librarys_parts(detector, batch):
     assert torch.equal(regions.logits, logits.roll(-1, dims=1))
     assert torch.equal(regions.deltas.flatten(1), deltas[:, 4:])
     assert torch.equal(regions.refined_xyxy, boxes[:, 1:])
-    assert regions.rpn is None
+    assert regions.first is None
 
 
 def test_whole_model_of_torchvision_by_name(batch):
@@ -200,7 +200,7 @@ def test_inserted_ground_truth_is_marked(detector, batch):
 
 
 def test_first_stage_as_dense(detector, batch):
-    rpn = own_losses(detector, batch)[2].rpn
+    rpn = own_losses(detector, batch)[2].first
     cells = 16 * 16 + 8 * 8 + 4 * 4
     assert rpn.logits.shape == (3, 3 * cells, 1)
     assert torch.bincount(rpn.levels).tolist() == [768, 192, 48]
@@ -331,7 +331,7 @@ def test_half_precision_maps_are_decoded_in_full(detector, batch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         prediction = detector(batch).prediction
         total = detector.loss(prediction, batch).total()
-    assert prediction.boxes_xyxy.dtype == prediction.rpn.boxes_xyxy.dtype == prediction.logits.dtype == torch.float32
+    assert prediction.boxes_xyxy.dtype == prediction.first.boxes_xyxy.dtype == prediction.logits.dtype == torch.float32
     total.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in detector.parameters())
 
@@ -391,9 +391,9 @@ def test_fresh_head_differs_and_runs_on_another_pyramid(detector, batch):
     )
     prediction = head.predict(finer, batch)
     assert head.model.roi_heads.box_roi_pool.scales == [0.25, 0.125, 0.0625]
-    stride = torch.tensor(finer.strides)[prediction.rpn.levels]
-    centers = (prediction.rpn.priors_xyxy[0, :, :2] + prediction.rpn.priors_xyxy[0, :, 2:]) / 2
-    torch.testing.assert_close(centers, (prediction.rpn.cells.flip(1) * stride[:, None]).float())
+    stride = torch.tensor(finer.strides)[prediction.first.levels]
+    centers = (prediction.first.priors_xyxy[0, :, :2] + prediction.first.priors_xyxy[0, :, 2:]) / 2
+    torch.testing.assert_close(centers, (prediction.first.cells.flip(1) * stride[:, None]).float())
     head.loss(prediction, batch).total().backward()
     assert all(parameter.grad is not None for parameter in head.parameters())
 

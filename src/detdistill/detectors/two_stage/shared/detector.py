@@ -373,7 +373,7 @@ class TwoStageDetector(TorchvisionDetector):
         wanted[: len(positives)] = 1
         boxes = positives.targets_xyxy.to(batch.images.dtype)
         regression = self.model.rpn.box_coder.encode_single(boxes, first.priors_xyxy[positive])
-        if assignment.weights is None and assignment.normalizer is None:
+        if assignment.weights is None and assignment.normalizer is None and len(wanted):
             box = F.smooth_l1_loss(first.deltas[positive], regression, beta=SMOOTH_L1_BETA, reduction="sum")
             entropy = F.binary_cross_entropy_with_logits(objectness, wanted)
             return {"loss_objectness": entropy, "loss_rpn_box_reg": box / len(wanted)}

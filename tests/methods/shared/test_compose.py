@@ -6,14 +6,17 @@ import detdistill
 from detdistill.detectors.contract import Teacher
 from detdistill.methods.shared.compose import build_method, method_class, method_slugs, parse_methods
 from detdistill.methods.shared.contract import Composition
-from detdistill.methods.shared.hyper_parameters import MethodError
+from detdistill.methods.shared.hyper_parameters import MethodError, hyper_parameters
 from detdistill.methods.shared.needs import PairError
 from tests.tiny import TinyDense, TinyRegions
 
 
 def values(text):
-    ((_, found),) = parse_methods(text)
-    return found
+    """Of the hyper-parameters that are not as by default."""
+    ((method, found),) = parse_methods(text)
+    usual = {name: parameter.default for name, parameter in hyper_parameters(method).items()}
+    assert found.keys() == usual.keys()
+    return {name: value for name, value in found.items() if value != usual[name]}
 
 
 def test_methods_are_the_files_of_the_folder_and_name_themselves():
@@ -32,19 +35,20 @@ def test_each_kind_of_value():
     assert values("pkd, weight=1e+1 , resize_student=false") == {"weight": 10.0, "resize_student": False}
     assert values("pkd,levels=0/1/2") == {"levels": (0, 1, 2)}
     assert values("pkd,levels=0") == {"levels": (0,)}
-    assert values("pkd,levels=none") == {"levels": None}
+    assert values("pkd,levels=-2/-1") == {"levels": (-2, -1)}
+    assert parse_methods("pkd,levels=none") == parse_methods("pkd")
     assert values("cwd,on=logits") == {"on": "logits"}
     assert values("fitnet,half=true,warm_iters=500") == {"half": True, "warm_iters": 500}
-    assert values("fkd,channel_mask=none,feature_weight=none") == {"channel_mask": None, "feature_weight": None}
     assert values("fkd,channel_mask=true,feature_weight=0.5") == {"channel_mask": True, "feature_weight": 0.5}
+    assert values("pkd,weight=3") == {"weight": 3.0}
+    assert isinstance(values("pkd,weight=3")["weight"], float)
 
 
 def test_several_methods_each_with_their_own_values():
     parsed = parse_methods("fgd,temperature=8e-1+pkd,weight=1e+2,levels=1")
-    assert [(found.slug, given) for found, given in parsed] == [
-        ("fgd", {"temperature": 0.8}),
-        ("pkd", {"weight": 100.0, "levels": (1,)}),
-    ]
+    assert [found.slug for found, _ in parsed] == ["fgd", "pkd"]
+    assert parsed[0][1]["temperature"] == 0.8
+    assert parsed[1][1] == {"weight": 100.0, "levels": (1,), "resize_student": True}
 
 
 @pytest.mark.parametrize(
@@ -59,14 +63,16 @@ def test_several_methods_each_with_their_own_values():
         ("pkd,weight=", "pkd: write weight=VALUE"),
         ("pkd,weight=1,weight=2", "pkd: weight is given twice"),
         ("pkd,weight=heavy", "pkd: weight=heavy is not a number"),
-        ("pkd,weight=nan", "pkd: weight=nan must be a finite number, 0 or more"),
-        ("pkd,weight=inf", "pkd: weight=inf must be a finite number, 0 or more"),
-        ("pkd,weight=-1", "pkd: weight=-1 must be a finite number, 0 or more"),
-        ("pkd,levels=0/x", "pkd: levels=x is not a whole number"),
-        ("pkd,levels=0/1.5", "pkd: levels=1.5 is not a whole number"),
-        ("pkd,levels=-1", "pkd: levels=-1 must be a finite number, 0 or more"),
+        ("pkd,weight=nan", "pkd: weight=nan is not a number, 0 or more"),
+        ("pkd,weight=inf", "pkd: weight=inf is not a number, 0 or more"),
+        ("pkd,weight=-1", "pkd: weight=-1 is not a number, 0 or more"),
+        ("cwd,temperature=0", "cwd: temperature=0 is not a number above 0"),
+        ("detrdistill,gamma=1.5", "detrdistill: gamma=1.5 is not a number from 0 to 1"),
+        ("pkd,levels=0/x", "pkd: levels=0/x is not a list, each a whole number, or none"),
+        ("pkd,levels=0/1.5", "pkd: levels=0/1.5 is not a list, each a whole number, or none"),
+        ("fitnet,warm_iters=-1", "fitnet: warm_iters=-1 is not a whole number, 0 or more"),
         ("pkd,resize_student=1", "pkd: resize_student=1 is not true or false"),
-        ("fitnet,warm_iters=2.5", "fitnet: warm_iters=2.5 is not a whole number"),
+        ("fitnet,warm_iters=2.5", "fitnet: warm_iters=2.5 is not a whole number, 0 or more"),
         ("cwd,on=logit", "cwd: on=logit is not one of features, logits (did you mean 'logits'?)"),
         ("fitnet,reduction=sum", "fitnet: reduction=sum is not one of mean, batch, dist"),
         ("fkd,channel_mask=maybe", "fkd: channel_mask=maybe is not true or false or none"),
@@ -93,7 +99,7 @@ def test_one_method_is_itself_and_several_are_a_composition():
 def test_a_pair_that_cannot_work_is_refused():
     with pytest.raises(PairError, match="cwd: the teacher tinyregions:patches predicts regions"):
         build_method("cwd,on=logits", Teacher(TinyRegions()), TinyDense())
-    with pytest.raises(PairError, match="pkd: needs a teacher"):
+    with pytest.raises(PairError, match="pkd: it needs a teacher; give one with --teacher"):
         build_method("pkd", None, TinyDense())
     with pytest.raises(PairError, match="each method may be named once"):
         build_method("pkd+pkd,weight=1", Teacher(TinyDense()), TinyDense())

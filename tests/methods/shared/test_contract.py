@@ -1,21 +1,18 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import nn
 
-from detdistill.detectors.contract import (
-    HasBackboneFeatures,
-    HasCopies,
-    HasQueries,
-    HasRegions,
-    HasTowers,
-    Teacher,
-)
+from detdistill.cache.storage import CacheError
+from detdistill.detectors.contract import Teacher
+from detdistill.functional.precision import full_precision
 from detdistill.methods.pkd import PKD
-from detdistill.methods.shared.contract import Composition, Method, Stage
-from detdistill.methods.shared.needs import Needs, PairError, check_pair
-from detdistill.structures import Assignment, Clock, Losses, Observation, Taught, TaughtTogether
+from detdistill.methods.shared.contract import Composition, Method, Stage, TeacherFree
+from detdistill.methods.shared.hyper_parameters import MethodError
+from detdistill.methods.shared.needs import Needs, PairError
+from detdistill.structures import WHOLE_TOWER, Assignment, Clock, Look, Losses, Observation, Taught, TaughtTogether, map_tensors
+from detdistill.values import Weight
 from tests.methods.contract_checks import MIDDLE, assert_same, check_method, run_stage
 from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
 
@@ -37,35 +34,39 @@ class Mimic(Method):
 
     slug, title, bibtex = "mimic_toy", "a toy", ""
 
-    def __init__(self, teacher, student, *, weight=1.0):
+    def __init__(self, teacher, student, *, weight: Weight = 1.0):
         super().__init__(teacher, student)
         self.weight = weight
         self.adapter = nn.Conv2d(student.spec.channels[0], self.teacher.spec.channels[0], 1)
 
     def learn(self, student, seen, taught, batch, clock):
-        mine = self.adapter(seen.features.maps[0]).float()
-        return Losses({"maps": self.weight * (mine - taught.features.maps[0].float()).square().mean()})
+        with full_precision("cpu"):
+            mine = self.adapter(seen.features.maps[0])
+            return Losses({"maps": self.weight * (mine - taught.features.maps[0]).square().mean()})
 
 
 class Soft(Method):
     """Sigmoid scores of a dense teacher."""
 
     slug, title, bibtex = "soft_toy", "a toy", ""
-    needs = Needs(teacher_prediction=True, teacher_families=("dense",), student_families=("dense",), same_classes=True)
+
+    @classmethod
+    def needs(cls, **settings):
+        dense = ("dense",)
+        return Needs(teacher=Look(prediction=True), teacher_families=dense, student_families=dense, same_classes=True)
 
     def learn(self, student, seen, taught, batch, clock):
-        difference = seen.prediction.logits.float().sigmoid() - taught.prediction.logits.float().sigmoid()
+        difference = seen.prediction.logits.sigmoid() - taught.prediction.logits.sigmoid()
         return Losses({"scores": difference.square().mean()}, {"gap": difference.abs().mean().detach()})
 
 
-class Doubled(Method):
+class Doubled(TeacherFree):
     """Replaces the student's own loss by twice its value; teacher-free."""
 
     slug, title, bibtex = "doubled_toy", "a toy", ""
-    needs = Needs(teacher=False)
 
     def learn(self, student, seen, taught, batch, clock):
-        return Losses({"size": 0.01 * seen.features.maps[0].float().square().mean()})
+        return Losses({"size": 0.01 * seen.features.maps[0].square().mean()})
 
     def supervise(self, student, seen, taught, batch):
         own = student.loss(seen.prediction, batch)
@@ -74,60 +75,6 @@ class Doubled(Method):
 
 class Tripled(Doubled):
     slug = "tripled_toy"
-
-
-# ---------------------------------------------------------------------------------------------------------- check_pair
-
-
-def test_a_missing_teacher_is_refused():
-    with pytest.raises(PairError, match=r"^pkd: needs a teacher; give one with --teacher$"):
-        PKD(None, TinyDense())
-
-
-@pytest.mark.parametrize(("teacher", "student", "side"), [
-    (TinyDense, TinyRegions, "student tinyregions:patches predicts regions; m needs a student"),
-    (TinyQueries, TinyDense, "teacher tinyqueries:patches predicts queries; m needs a teacher"),
-])  # fmt: skip
-def test_a_family_that_cannot_serve_is_refused(teacher, student, side):
-    needs = Needs(teacher_families=("dense",), student_families=("dense", "queries"))
-    families = "dense or queries" if "student" in side else "dense"
-    with pytest.raises(PairError) as refusal:
-        check_pair("m", needs, Teacher(teacher()), student())
-    assert str(refusal.value) == f"m: the {side} that predicts {families}"
-
-
-def test_all_missing_capabilities_of_a_side_are_named_at_once():
-    needs = Needs(student_capabilities=(HasTowers, HasCopies, HasBackboneFeatures), teacher_capabilities=(HasRegions,))
-    with pytest.raises(PairError) as refusal:
-        check_pair("m", needs, Teacher(TinyRegions()), TinyQueries())
-    assert str(refusal.value) == (
-        "m: the student tinyqueries:patches lacks towers (a dense head that can be resumed), copies of neck and head; "
-        "run `detdistill methods --student tinyqueries:patches` for the methods that serve it"
-    )
-    with pytest.raises(PairError, match=r"the teacher tinydense:patches lacks regions \(a region head on given boxes\);"):
-        check_pair("m", needs, Teacher(TinyDense()), TinyDense())
-    with pytest.raises(PairError, match="lacks queries"):
-        check_pair("m", Needs(student_capabilities=(HasQueries,)), Teacher(TinyDense()), TinyDense())
-    check_pair("m", needs, Teacher(TinyRegions()), TinyDense())
-
-
-def test_classes_the_teacher_does_not_know_are_named():
-    teacher = Teacher(TinyDense(classes=("a", "b", "c")))
-    check_pair("m", Needs(same_classes=True), teacher, TinyDense(classes=("c", "a")))
-    with pytest.raises(PairError, match=r"the teacher does not know dog, cat; teacher classes: a, b, c;"):
-        check_pair("m", Needs(same_classes=True), teacher, TinyDense(classes=("a", "dog", "cat")))
-    many = tuple(f"x{index}" for index in range(7))
-    with pytest.raises(PairError, match=r"does not know x0, x1, x2, x3, x4 \.\.\.;"):
-        check_pair("m", Needs(same_classes=True), teacher, TinyDense(classes=many))
-    check_pair("m", Needs(), teacher, TinyDense(classes=many))
-
-
-def test_a_teacher_free_method_needs_none_and_says_so_when_asked():
-    method = Doubled(None, TinyDense())
-    assert method.teach(tiny_batch(1)) is None
-    assert method.teachers() == ()
-    with pytest.raises(AssertionError, match="doubled_toy has no teacher"):
-        _ = method.teacher
 
 
 # --------------------------------------------------------------------------------------------------------- one method
@@ -147,7 +94,23 @@ def test_a_step_is_the_own_loss_and_what_was_learned():
     assert (stage.name, stage.share, stage.depends_on) == ("distill", 1.0, "")
     assert stage.trains(CLOCK) == (student, method)
     assert stage.evaluates is student
-    assert_same(stage.step(batch, CLOCK).terms, losses.terms, "")
+    assert stage.learns_from is method
+    assert stage.before is None
+    assert_same(stage.step(batch, method.teach(batch), CLOCK).terms, losses.terms, "")
+    assert losses.distilled == {"maps"}
+
+
+def test_a_step_learns_from_what_it_is_handed_and_asks_nobody():
+    teacher, student, batch = Teacher(Counting(seed=1)), TinyDense(seed=2), tiny_batch(2)
+    method = Mimic(teacher, student)
+    taught = method.teach(batch)
+    teacher.forget()
+    Counting.runs = 0
+    doubled = map_tensors(taught, lambda tensor: 2 * tensor if tensor.is_floating_point() else tensor)
+    maps = method.step(student, batch, doubled, CLOCK).terms["maps"]
+    mine = method.adapter(student.features(batch).maps[0])
+    torch.testing.assert_close(maps, (mine - 2 * taught.features.maps[0]).square().mean())
+    assert Counting.runs == 0
 
 
 def test_teach_observes_what_needs_declares():
@@ -158,11 +121,68 @@ def test_teach_observes_what_needs_declares():
     assert taught.backbone_features is None
 
     class Deep(Mimic):
-        needs = Needs(teacher_backbone=True)
+        @classmethod
+        def needs(cls, *, weight):
+            return Needs(teacher=Look(backbone=True, towers=(1,)) if weight > 1 else Look(towers=(WHOLE_TOWER,)))
 
-    deep = Deep(teacher, student).teach(batch)
+    deep = Deep(teacher, student, weight=2).teach(batch)
     assert_same(deep.backbone_features, teacher.detector.backbone_features(batch), "")
+    assert_same(deep.towers, (teacher.detector.tower(deep.features, 1),), "")
     assert deep.prediction is None
+    whole = Deep(teacher, student).teach(batch)
+    assert whole.backbone_features is None
+    assert_same(whole.towers, (teacher.detector.tower(whole.features),), "")
+
+
+def test_the_student_shows_what_needs_declares():
+    class Towered(Mimic):
+        @classmethod
+        def needs(cls, **settings):
+            return Needs(student=Look(backbone=True, towers=(0, 2)))
+
+        def learn(self, student, seen, taught, batch, clock):
+            assert_same(seen.backbone_features, student.backbone_features(batch), "")
+            assert [tower.depth for tower in seen.towers] == [0, 2]
+            assert_same(seen.towers[1], student.tower(seen.features), "")
+            assert_same(seen.prediction, student.predict(seen.features, batch), "")
+            return super().learn(student, seen, taught, batch, clock)
+
+    teacher, student, batch = Teacher(TinyDense(seed=1)), TinyDense(seed=2), tiny_batch(2)
+    method = Towered(teacher, student)
+    expected = Mimic(teacher, student)
+    expected.load_state_dict(method.state_dict())
+    terms = method.step(student, batch, method.teach(batch), CLOCK).terms
+    assert_same(terms, expected.step(student, batch, method.teach(batch), CLOCK).terms, "")
+    # In a composition, its members see the union.
+    together = Composition([Soft(teacher, student), method], student)
+    assert together.requirements.student == Look(backbone=True, towers=(0, 2))
+    shared = together.step(student, batch, together.teach(batch), CLOCK).terms
+    assert torch.equal(shared["mimic_toy/maps"], terms["maps"])
+
+
+def test_hyper_parameters_are_checked_before_the_constructor_runs():
+    teacher, student = Teacher(TinyDense(seed=1)), TinyDense(seed=2)
+    with pytest.raises(MethodError) as refusal:
+        Mimic(teacher, student, weight=-1.0)
+    assert str(refusal.value) == "mimic_toy: weight=-1.0 is not a number, 0 or more"
+    with pytest.raises(MethodError) as refusal:
+        Mimic(teacher, student, wieght=1.0)
+    assert str(refusal.value) == "mimic_toy has no hyper-parameter 'wieght' (did you mean 'weight'?); it has: weight"
+    assert Mimic(teacher, student).settings == {"weight": 1.0}
+    assert Mimic(teacher, student, weight=2).settings == {"weight": 2.0}
+    assert Doubled(None, student).settings == {}
+
+
+def test_a_teacher_free_method_looks_at_no_teacher():
+    teacher, batch = Teacher(Counting(seed=1)), tiny_batch(1)
+    Counting.runs = 0
+    for method in (Doubled(None, TinyDense()), Doubled(teacher, TinyDense())):
+        assert method.requirements.teacher is None
+        assert method.teach(batch) is None
+        assert method.teachers() == ()
+        with pytest.raises(AssertionError, match="doubled_toy has no teacher"):
+            _ = method.teacher
+    assert Counting.runs == 0
 
 
 def test_the_state_dict_holds_the_adapters_and_no_teacher():
@@ -179,7 +199,7 @@ def test_learn_must_be_defined():
 
     student, batch = TinyDense(), tiny_batch(1)
     with pytest.raises(TypeError, match=r"Empty must define learn"):
-        Empty(Teacher(TinyDense()), student).step(student, batch, CLOCK)
+        Empty(Teacher(TinyDense()), student).step(student, batch, None, CLOCK)
 
 
 # -------------------------------------------------------------------------------------------------------- composition
@@ -253,9 +273,8 @@ def test_the_override_gets_its_own_methods_knowledge():
     class Note(Taught):
         weight: torch.Tensor
 
-    class Noted(Method):
+    class Noted(TeacherFree):
         slug, title, bibtex = "noted_toy", "", ""
-        needs = Needs(teacher=False)
 
         def teach(self, batch):
             return Note(torch.full((len(batch),), 4.0))
@@ -267,7 +286,8 @@ def test_the_override_gets_its_own_methods_knowledge():
             return Losses({"own": student.loss(seen.prediction, batch).total() * taught.weight.mean()})
 
     teacher, student, batch = Teacher(TinyDense(seed=1)), TinyDense(seed=2), tiny_batch(2)
-    terms = Composition([PKD(teacher, student), Noted(None, student)], student).step(student, batch, CLOCK).terms
+    together = Composition([PKD(teacher, student), Noted(None, student)], student)
+    terms = together.step(student, batch, together.teach(batch), CLOCK).terms
     torch.testing.assert_close(terms["own"], 4 * student.loss(student(batch).prediction, batch).total())
 
 
@@ -289,15 +309,18 @@ class Staged(Mimic):
         super().__init__(teacher, student)
         self.encoder, self.decoder = nn.Linear(2, 3), nn.Linear(3, 2)
 
-    def _warm(self, batch, clock):
-        return Losses({"encode": self.encoder(batch.images.new_ones(1, 2)).square().mean()})
+    def _warm(self, batch, taught, clock):
+        with full_precision("cpu"):
+            return Losses({"encode": self.encoder(batch.images.new_ones(1, 2)).square().mean()})
 
-    def _rebuild(self, batch, clock):
+    def _rebuild(self, batch, taught, clock):
         one = batch.images.new_ones(1, 2)
-        return Losses({"rebuild": (self.decoder(self.encoder(one)) - one).square().mean()})
+        with full_precision("cpu"):
+            return Losses({"rebuild": (self.decoder(self.encoder(one)) - one).square().mean()})
 
     def learn(self, student, seen, taught, batch, clock):
-        encoded = self.encoder(batch.images.new_ones(1, 2)).float().square().mean()
+        with full_precision("cpu"):
+            encoded = self.encoder(batch.images.new_ones(1, 2)).square().mean()
         return Losses({**super().learn(student, seen, taught, batch, clock).terms, "encoded": encoded})
 
     def stages(self, student):
@@ -305,9 +328,9 @@ class Staged(Mimic):
             return (student, self.adapter, self.encoder) if clock.progress < 0.5 else (student, self.adapter)
 
         return (
-            Stage("warm", self._warm, lambda clock: (self.encoder,), None, 0.25, "fingerprint"),
-            Stage("rebuild", self._rebuild, lambda clock: (self.encoder, self.decoder), None, 0.5),
-            Stage("distill", lambda batch, clock: self.step(student, batch, self.teach(batch), clock), trains, student),
+            Stage("warm", self._warm, lambda clock: (self.encoder,), None, share=0.25, depends_on="fingerprint"),
+            Stage("rebuild", self._rebuild, lambda clock: (self.encoder, self.decoder), None, share=0.5),
+            replace(self.distill_stage(student, ()), trains=trains),
         )
 
 
@@ -345,7 +368,8 @@ def test_a_composition_puts_earlier_stages_in_a_row_and_the_last_together():
     assert id(first.encoder.weight) not in trained
     assert id(first.encoder.weight) in {id(p) for module in last.trains(CLOCK) for p in module.parameters()}
     assert id(student.head.logits.weight) in trained
-    losses = last.step(batch, CLOCK)
+    assert last.learns_from is together
+    losses = last.step(batch, together.teach(batch), CLOCK)
     assert list(losses.terms) == ["cls", "box", *(f"{m}/{t}" for m, t in [
         ("staged_toy", "maps"), ("staged_toy", "encoded"), ("pkd", "pkd"), ("other_toy", "maps"), ("other_toy", "encoded"),
     ])]  # fmt: skip
@@ -364,6 +388,7 @@ def test_toy_methods_keep_the_contract():
     assert check_method(Soft) == ["dense 8 -> dense 8", "dense 16 -> dense 8"]
     assert check_method(Doubled) == ["dense 8", "regions 8", "queries 8"]
     assert "regions 16 -> queries 8" in check_method(Staged)
+    assert "queries 8 -> dense 8" in check_method(Hinting)
 
 
 class Leaky(Mimic):
@@ -414,7 +439,7 @@ class Holding(Mimic):
 
     def __init__(self, teacher, student):
         super().__init__(teacher, student)
-        self.neck = self.teacher.detector.neck
+        self.levels = self.teacher.detector.levels
 
 
 class PerBox(Mimic):
@@ -427,11 +452,66 @@ class PerBox(Mimic):
 
 
 class HalfPrecision(Mimic):
-    """Forgets to cast."""
+    """A loss in the networks' precision."""
+
+    def learn(self, student, seen, taught, batch, clock):
+        return Losses({"maps": self.adapter(seen.features.maps[0] - taught.features.maps[0]).square().mean(dtype=torch.bfloat16)})
+
+
+class HalfArithmetic(Mimic):
+    """A float32 loss of half precision numbers."""
 
     def learn(self, student, seen, taught, batch, clock):
         mine = self.adapter(seen.features.maps[0])
-        return Losses({"maps": (mine - taught.features.maps[0]).mean()})
+        return Losses({"maps": (mine.float() - taught.features.maps[0]).square().mean()})
+
+
+class Hinting(Mimic):
+    """Begins with a stage of hints."""
+
+    def hint(self, student, batch, taught, clock):
+        return super().learn(student, student(batch).float(), taught, batch, clock).as_distilled()
+
+    def stages(self, student):
+        def step(batch, taught, clock):
+            return self.hint(student, batch, taught, clock)
+
+        return Stage("hint", step, lambda clock: (student, self), None, self), *super().stages(student)
+
+
+class Unmarked(Hinting):
+    """Does not say that hints are distilled."""
+
+    def hint(self, student, batch, taught, clock):
+        return replace(super().hint(student, batch, taught, clock), distilled=frozenset())
+
+
+class Impatient(Hinting):
+    """Asks the teacher itself for hints."""
+
+    def hint(self, student, batch, taught, clock):
+        return super().hint(student, batch, self.teach(batch), clock)
+
+
+class ImpatientAlone(Hinting):
+    """Asks the teacher itself in a stage that is said to learn from nobody."""
+
+    def stages(self, student):
+        def step(batch, taught, clock):
+            seen, taught = student(batch).float(), self.teach(batch).float()
+            with full_precision("cpu"):
+                return Losses({"maps": (self.adapter(seen.features.maps[0]) - taught.features.maps[0]).square().mean()})
+
+        return Stage("own", step, lambda clock: (student,), None), *Method.stages(self, student)
+
+
+class Aloof(Mimic):
+    """Looks at the teacher itself while it learns."""
+
+    def learn(self, student, seen, taught, batch, clock):
+        live = self.teacher.observe(batch, Look(backbone=True)).backbone_features.float()
+        losses = super().learn(student, seen, taught, batch, clock)
+        return Losses({"maps": losses.terms["maps"] * live.maps[0].mean()})
 
 
 @dataclass(frozen=True)
@@ -447,8 +527,9 @@ class Unsplittable(Mimic):
         return WholeBatch(super().teach(batch).features.maps[0].flatten(0, 1))
 
     def learn(self, student, seen, taught, batch, clock):
-        mine = self.adapter(seen.features.maps[0]).float().flatten(0, 1)
-        return Losses({"maps": (mine - taught.features[: len(mine)]).square().mean()})
+        with full_precision("cpu"):
+            mine = self.adapter(seen.features.maps[0]).flatten(0, 1)
+            return Losses({"maps": (mine - taught.features[: len(mine)]).square().mean()})
 
 
 @pytest.mark.parametrize(("broken", "message"), [
@@ -459,9 +540,14 @@ class Unsplittable(Mimic):
     (Idle, r"no gradient reaches the method's own \['idle.bias', 'idle.weight'\]"),
     (Holding, "keep a copy"),
     (PerBox, "without boxes"),
-    (HalfPrecision, "cast before the loss"),
+    (HalfPrecision, "compute it in full_precision"),
+    (HalfArithmetic, "in half precision in a bf16 run"),
+    (Unmarked, r"stage hint: \{'maps'\}"),
+    (Impatient, "only its description is in the cache"),
+    (ImpatientAlone, "only its description is in the cache"),
+    (Aloof, "only its description is in the cache"),
     (Unsplittable, None),
 ])  # fmt: skip
 def test_the_checks_find_what_they_are_for(broken, message):
-    with pytest.raises((AssertionError, RuntimeError), match=message):
+    with pytest.raises((AssertionError, RuntimeError, CacheError), match=message):
         check_method(broken)

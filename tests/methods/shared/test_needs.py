@@ -1,0 +1,224 @@
+import dataclasses
+
+import pytest
+
+from detdistill.cache.absent_teacher import AbsentTeacher
+from detdistill.detectors.contract import HasBackboneFeatures, HasCopies, HasQueries, HasRegions, HasTowers, Teacher
+from detdistill.methods.pkd import PKD
+from detdistill.methods.shared.compose import build_method, method_slugs, serving_methods
+from detdistill.methods.shared.needs import Needs, PairError, check_pair, why_not
+from detdistill.structures import Look
+from tests.tiny import TinyDense, TinyQueries, TinyRegions
+
+TOWERS = "towers (a dense head that can be resumed)"
+QUERIES = "queries (a decoder that can be entered again)"
+
+
+def softmax(student):
+    student.spec = dataclasses.replace(student.spec, softmax=True)
+    return student
+
+
+def absent(detector):
+    teacher = Teacher(detector)
+    return AbsentTeacher(detector.spec, teacher.fingerprint)
+
+
+def refusal(needs, teacher, student):
+    """The sentence, without its hint at other methods."""
+    with pytest.raises(PairError) as error:
+        check_pair("m", needs, teacher, student)
+    text = str(error.value)
+    assert text.startswith("m: ")
+    assert "\n" not in text
+    return text.removeprefix("m: ").partition("; methods that could serve this pair: ")[0]
+
+
+@pytest.mark.parametrize(
+    ("needs", "teacher", "student", "reason"),
+    [
+        (Needs(), None, TinyDense(), "it needs a teacher; give one with --teacher"),
+        (
+            Needs(teacher_families=("dense",), student_families=("dense", "queries")),
+            Teacher(TinyDense()),
+            TinyRegions(),
+            "the student tinyregions:patches predicts regions; it needs a student that predicts dense or queries",
+        ),
+        (
+            Needs(teacher_families=("dense",), student_families=("dense", "queries")),
+            Teacher(TinyQueries()),
+            TinyDense(),
+            "the teacher tinyqueries:patches predicts queries; it needs a teacher that predicts dense",
+        ),
+        # All that a side lacks is named at once.
+        (
+            Needs(student_capabilities=(HasTowers, HasCopies, HasBackboneFeatures), teacher_capabilities=(HasRegions,)),
+            Teacher(TinyRegions()),
+            TinyQueries(),
+            f"the student tinyqueries:patches lacks {TOWERS}, copies of neck and head",
+        ),
+        (
+            Needs(teacher_capabilities=(HasRegions, HasQueries)),
+            Teacher(TinyDense()),
+            TinyDense(),
+            f"the teacher tinydense:patches lacks regions (a region head on given boxes), {QUERIES}",
+        ),
+        # What is looked at must be shown.
+        (
+            Needs(student=Look(towers=(1,), attention=True), student_capabilities=(HasTowers,)),
+            Teacher(TinyDense()),
+            TinyRegions(),
+            f"the student tinyregions:patches lacks {TOWERS}, {QUERIES}",
+        ),
+        (
+            Needs(teacher=Look(attention=True)),
+            Teacher(TinyDense()),
+            TinyDense(),
+            f"the teacher tinydense:patches lacks {QUERIES}",
+        ),
+        (
+            Needs(same_classes=True),
+            Teacher(TinyDense(classes=("a", "b", "c"))),
+            TinyDense(classes=("a", "dog", "cat")),
+            "it compares class scores, but the teacher does not know dog, cat; its classes: a, b, c",
+        ),
+        (
+            Needs(outputs="same"),
+            Teacher(TinyDense()),
+            softmax(TinyDense()),
+            "it compares class scores, but the teacher tinydense:patches has sigmoid and the student tinydense:patches softmax "
+            "classes",
+        ),
+        (
+            Needs(outputs="sigmoid"),
+            Teacher(TinyRegions()),
+            TinyDense(),
+            "the teacher tinyregions:patches has softmax classes with a background, but the method compares sigmoid scores of "
+            "single classes",
+        ),
+        (
+            Needs(outputs="sigmoid"),
+            Teacher(TinyDense()),
+            TinyRegions(),
+            "the student tinyregions:patches has softmax classes with a background, but the method compares sigmoid scores of "
+            "single classes",
+        ),
+        (
+            Needs(same_cells=True),
+            Teacher(TinyDense(strides=(8, 32))),
+            TinyDense(strides=(8, 16)),
+            "it compares predictions cell by cell, but the student tinydense:patches has strides (8, 16) with (1, 1) anchors of "
+            "a cell, the teacher tinydense:patches (8, 32) with (1, 1); take two detectors of one kind and equal levels=",
+        ),
+        (
+            Needs(same_cells=True),
+            Teacher(TinyQueries()),
+            TinyDense(),
+            "it compares predictions cell by cell, but the student tinydense:patches has strides (8, 16) with (1, 1) anchors of "
+            "a cell, the teacher tinyqueries:patches (8, 16) with (); take two detectors of one kind and equal levels=",
+        ),
+        (
+            Needs(same_cells=True),
+            Teacher(TinyQueries()),
+            TinyQueries(),
+            "it compares predictions cell by cell, but the student tinyqueries:patches has strides (8, 16) with () anchors of a "
+            "cell, the teacher tinyqueries:patches (8, 16) with (); take two detectors of one kind and equal levels=",
+        ),
+        (
+            Needs(live_teacher="it asks the teacher about random boxes"),
+            absent(TinyDense()),
+            TinyDense(),
+            "it asks the teacher about random boxes; give the teacher too (--teacher tinydense:patches)",
+        ),
+        (
+            Needs(teacher_capabilities=(HasTowers,)),
+            absent(TinyDense()),
+            TinyDense(),
+            f"it runs the teacher's own {TOWERS} when it learns, which no cache holds; give the teacher too (--teacher "
+            "tinydense:patches)",
+        ),
+    ],
+)
+def test_what_a_pair_lacks_is_said_in_one_sentence(needs, teacher, student, reason):
+    assert refusal(needs, teacher, student) == reason
+    assert why_not(needs, teacher, student) == reason
+
+
+def test_of_many_unknown_classes_the_first_are_named():
+    many = tuple(f"x{index}" for index in range(14))
+    text = refusal(Needs(same_classes=True), Teacher(TinyDense()), TinyDense(classes=many))
+    assert text == "it compares class scores, but the teacher does not know x0, x1, x2, x3, x4, x5, ...; its classes: a, b"
+
+
+def test_pairs_that_have_what_is_needed_pass():
+    capabilities = Needs(student_capabilities=(HasTowers, HasCopies, HasBackboneFeatures), teacher_capabilities=(HasRegions,))
+    check_pair("m", capabilities, Teacher(TinyRegions()), TinyDense())
+    check_pair("m", Needs(same_classes=True), Teacher(TinyDense(classes=("a", "b", "c"))), TinyDense(classes=("c", "a")))
+    check_pair("m", Needs(), Teacher(TinyDense()), TinyDense(classes=("x",)))
+    check_pair("m", Needs(outputs="same"), Teacher(TinyRegions()), TinyRegions())
+    check_pair("m", Needs(teacher=Look(attention=True), student=Look(towers=(0,))), Teacher(TinyQueries()), TinyDense())
+    # A teacher may have more levels, in another order of strides.
+    check_pair("m", Needs(same_cells=True), Teacher(TinyDense(channels=(8,) * 3, strides=(4, 8, 16))), TinyDense())
+    check_pair("m", Needs(teacher=None, student_families=("dense",)), None, TinyDense())
+    # What a cache's teacher would have to show was looked at when the cache was filled.
+    check_pair("m", Needs(teacher=Look(backbone=True, towers=(1,))), absent(TinyDense()), TinyDense())
+
+
+def test_equal_strides_with_other_anchors_are_not_the_same_cells():
+    three = TinyDense()
+    three.spec = dataclasses.replace(three.spec, anchors=(1, 3))
+    assert "with (1, 3) anchors" in refusal(Needs(same_cells=True), Teacher(TinyDense()), three)
+    assert "(8, 16) with (1, 3);" in refusal(Needs(same_cells=True), Teacher(three), TinyDense())
+    check_pair("m", Needs(same_cells=True), Teacher(three), three)
+
+
+def test_a_cache_is_enough_unless_something_of_the_teachers_runs_while_learning():
+    assert Needs(teacher=Look(prediction=True)).why_live() == ""
+    assert Needs(live_teacher="it draws").why_live() == "it draws"
+    assert Needs(live_teacher="it draws", teacher_capabilities=(HasTowers,)).why_live() == "it draws"
+    assert Needs(teacher_capabilities=(HasTowers, HasQueries)).why_live() == (
+        f"it runs the teacher's own {TOWERS}, {QUERIES} when it learns, which no cache holds"
+    )
+
+
+PAIRS = {
+    "alone": (None, TinyDense),
+    "dense": (TinyDense, TinyDense),
+    "regions": (TinyRegions, TinyRegions),
+    "queries": (TinyQueries, TinyQueries),
+    "dense to regions": (TinyDense, TinyRegions),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_methods_that_are_recommended_can_be_built_and_no_other(pair):
+    teacher, student = PAIRS[pair]
+    sides = None if teacher is None else Teacher(teacher(seed=1)), student(seed=2)
+    serving = serving_methods(*sides)
+    built = []
+    for slug in method_slugs():
+        try:
+            build_method(slug, *sides)
+        except PairError as error:
+            assert str(error).startswith(f"{slug}: ")
+            assert str(error).endswith(f"; methods that could serve this pair: {', '.join(serving)}")
+        else:
+            built.append(slug)
+    assert built == serving
+
+
+def test_recommended_methods_are_others():
+    others = [slug for slug in serving_methods(None, TinyDense()) if slug != "pkd"]
+    with pytest.raises(PairError) as error:
+        PKD(None, TinyDense())
+    assert str(error.value) == (
+        f"pkd: it needs a teacher; give one with --teacher; methods that could serve this pair: {', '.join(others)}"
+    )
+    assert "dicod" in others
+
+
+def test_without_another_method_there_is_no_hint(monkeypatch):
+    monkeypatch.setattr("detdistill.methods.shared.compose.serving_methods", lambda teacher, student: ["m"])
+    with pytest.raises(PairError) as error:
+        check_pair("m", Needs(), None, TinyDense())
+    assert str(error.value) == "m: it needs a teacher; give one with --teacher"
