@@ -49,7 +49,6 @@ from detdistill.methods.fkd import (
     fkd_feature_loss,
     fkd_loss,
     fkd_relation_loss,
-    fkd_relations,
     fkd_spatial_loss,
 )
 from detdistill.methods.kd_detr import (
@@ -101,7 +100,6 @@ __all__ = [
     "fkd_feature_loss",
     "fkd_loss",
     "fkd_relation_loss",
-    "fkd_relations",
     "fkd_spatial_loss",
     "kd_detr_loss",
     "kd_detr_terms",

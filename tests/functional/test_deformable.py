@@ -6,11 +6,9 @@ from detdistill.functional.deformable import (
     DeformableAttention,
     DeformableEncoder,
     DeformableEncoderLayer,
-    cell_centers,
     deformable_attention,
     num_heads,
     places_of_cells,
-    sine_positions,
     valid_ratios,
 )
 
@@ -117,20 +115,6 @@ def test_initial_offsets_equal_transformers(library):
     ours = DeformableAttention(16, levels=3, heads=4, points=2)
     torch.testing.assert_close(ours.sampling_offsets.bias, theirs.sampling_offsets.bias, rtol=0, atol=1e-6)
     assert not ours.sampling_offsets.weight.any()
-
-
-def test_positions_equal_transformers(library):
-    sine = library.DeformableDetrSinePositionEmbedding(num_position_features=6, normalize=True)
-    expected = sine(torch.Size((1, 12, 5, 7)), "cpu", torch.float64)[0].flatten(1).T
-    # Theirs adds 1e-6 to the size of the map.
-    ours = sine_positions(cell_centers([(5, 7)], like=expected), 12)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-
-
-def test_positions_serve_any_number_of_channels():
-    places = cell_centers([(3, 4)], like=torch.zeros((), dtype=torch.float64))
-    assert sine_positions(places, 10).shape == (12, 10)
-    assert torch.equal(sine_positions(places, 10), sine_positions(places, 12)[:, :10])
 
 
 def test_valid_ratios_and_places():

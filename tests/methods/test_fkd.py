@@ -3,14 +3,12 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
 from detdistill.functional.attention import channel_attention, spatial_attention
-from detdistill.losses import fkd_attention, fkd_loss, fkd_relations
-from detdistill.methods.fkd import FKD, FKDLevel, FKDTerms, NonLocalBlock
+from detdistill.losses import fkd_attention, fkd_loss
+from detdistill.methods.fkd import FKD, FKDLevel, FKDTerms
 from detdistill.structures import Clock
 from tests.golden import Golden, assert_golden
 from tests.methods.contract_checks import check_method
@@ -177,55 +175,6 @@ def test_attention_sums_to_its_size_and_depends_on_scale():
     assert float(channels.min()) > 0
     larger, _ = fkd_attention(3 * student, 3 * teacher, 0.1, 0.2)
     assert float((larger - cells).abs().max()) > 0.1
-
-
-def test_relations_equal_the_matrix_form():
-    theta, phi, values = maps(5, 2, 3, 80), maps(6, 2, 3, 20), maps(7, 2, 3, 20)
-    pairwise = theta.transpose(1, 2) @ phi / 20
-    expected = (pairwise @ values.transpose(1, 2)).transpose(1, 2)
-    torch.testing.assert_close(fkd_relations(theta, phi, values), expected, rtol=1e-12, atol=1e-12)
-
-
-def plain_block(block, level):
-    """The block with ``nn.BatchNorm2d`` and the matrix of all pairs of cells."""
-    pool = min(block.pool, *level.shape[-2:])
-    phi, values = (F.max_pool2d(conv(level), pool).flatten(2) for conv in (block.phi, block.values))
-    pairwise = block.theta(level).flatten(2).transpose(1, 2) @ phi / phi.shape[2]
-    related = (pairwise @ values.transpose(1, 2)).transpose(1, 2).unflatten(2, level.shape[-2:])
-    norm = nn.BatchNorm2d(level.shape[1]).double()
-    norm.weight, norm.bias = block.norm_weight, block.norm_bias
-    return level + norm(block.out(related))
-
-
-@pytest.mark.parametrize("pool", [1, 2, 3, 50])
-def test_block_equals_its_plain_form_with_gradients(pool):
-    block = randomized(NonLocalBlock(6, 2, pool), 8)
-    upstream = maps(9, 2, 6, 7, 9)
-    found = []
-    for form in (block, lambda level: plain_block(block, level)):
-        level = maps(10, 2, 6, 7, 9).requires_grad_()
-        block.zero_grad()
-        output = form(level)
-        (output * upstream).sum().backward()
-        found.append([output.detach(), level.grad, *(parameter.grad.clone() for parameter in block.parameters())])
-    for mine, plain in zip(*found, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-9 * float(found[1][1].abs().max()))
-
-
-def test_block_is_the_identity_at_first_in_training_and_evaluation_mode():
-    level = maps(11, 2, 8, 5, 6)
-    assert torch.equal(NonLocalBlock(8, 4, 2).double()(level), level)
-    block = randomized(NonLocalBlock(8, 4, 2), 12)
-    assert torch.equal(block.eval()(level), block.train()(level))
-
-
-def test_a_single_value_does_not_fail():
-    block = randomized(NonLocalBlock(4, 2, 8), 13)
-    level = maps(14, 1, 4, 1, 1).requires_grad_()
-    output = block(level)
-    torch.testing.assert_close(output, level + block.norm_bias[:, None, None])
-    output.square().sum().backward()
-    assert bool(torch.isfinite(level.grad).all())
 
 
 def test_image_order_does_not_matter_and_a_doubled_batch_gives_sqrt_2():

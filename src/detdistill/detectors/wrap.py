@@ -25,6 +25,7 @@ from detdistill.detectors.contract import Detector, DetectorSpec
 from detdistill.detectors.torchvision.images import with_padding
 from detdistill.errors import ModelError, nearest
 from detdistill.files import write_atomically
+from detdistill.functional.modes import evaluating
 from detdistill.structures import (
     SHARED,
     Assignment,
@@ -171,13 +172,8 @@ class WrappedModel(Detector):
             ModelError: there are no maps, or they are not as given.
         """
         like = next(self.model.parameters(), torch.empty(0))
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             maps, _ = self._run(torch.zeros(1, 3, *probe_hw, device=like.device, dtype=like.dtype))
-        finally:
-            for module, training in modes.items():
-                module.training = training
         where = f"wrap({self.spec.name})"
         if not maps:
             raise ModelError(f"{where}: the taps gave no maps; are these submodules used in forward()?")

@@ -28,6 +28,7 @@ from detdistill.data.transforms import ViewSettings
 from detdistill.detectors.contract import Detector
 from detdistill.errors import ModelError
 from detdistill.evaluation.run import check_classes
+from detdistill.functional.modes import evaluating
 from detdistill.structures import NEGATIVE
 
 
@@ -121,13 +122,10 @@ def index_vectors(
         loader = DetectionLoader(images, settings, batch_size, train=False)
     where = next(detector.parameters()).device
     number = torch.tensor([detector.spec.classes.index(name) for name in images.classes], dtype=torch.int64)
-    modes = {part: part.training for part in detector.modules()}  # what its owner put into eval mode stays so
-    detector.eval()
     found = []
-    for batch in loader:
-        batch = batch.with_targets([replace(target, labels=number[target.labels]) for target in batch.targets]).to(where)
-        prediction = detector.predict(detector.features(batch), batch)
-        found.append(detector.assign(prediction, batch).matched.clamp(min=NEGATIVE).cpu())
-    for part, training in modes.items():
-        part.training = training
+    with evaluating(detector):
+        for batch in loader:
+            batch = batch.with_targets([replace(target, labels=number[target.labels]) for target in batch.targets]).to(where)
+            prediction = detector.predict(detector.features(batch), batch)
+            found.append(detector.assign(prediction, batch).matched.clamp(min=NEGATIVE).cpu())
     return torch.cat(found, dim=1)

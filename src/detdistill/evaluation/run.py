@@ -17,6 +17,7 @@ from detdistill.detectors.contract import Detector
 from detdistill.errors import ModelError
 from detdistill.evaluation.errors import detection_errors
 from detdistill.evaluation.scores import Scores, coco_scores
+from detdistill.functional.modes import evaluating
 from detdistill.structures import Batch, Detections
 
 
@@ -57,22 +58,21 @@ def evaluate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     if loader is None:
         loader = DetectionLoader(data, settings, batch_size, train=False, rank=rank, world=world, workers=workers)
-    was_training = detector.training
-    detector.eval().to(where)
+    detector.to(where)
     column = [data.classes.index(name) if name in data.classes else -1 for name in detector.spec.classes]
     results: list[dict[str, Any]] = []
     done, everything = 0, (len(data.records) + world - 1 - rank) // world
-    for batch in loader:
-        moved = batch.to(where)
-        with torch.autocast(where.type, dtype=precision, enabled=precision != torch.float32):
-            features = detector.features(moved)
-            prediction = detector.predict(features, moved)
-        for index, found in enumerate(detector.detect(prediction, moved)):
-            results += coco_results(found, batch, index, column)
-        done += len(batch)
-        if progress is not None:
-            progress(done, everything)
-    detector.train(was_training)
+    with evaluating(detector):
+        for batch in loader:
+            moved = batch.to(where)
+            with torch.autocast(where.type, dtype=precision, enabled=precision != torch.float32):
+                features = detector.features(moved)
+                prediction = detector.predict(features, moved)
+            for index, found in enumerate(detector.detect(prediction, moved)):
+                results += coco_results(found, batch, index, column)
+            done += len(batch)
+            if progress is not None:
+                progress(done, everything)
     if world > 1:
         gathered: list[list[dict[str, Any]]] = [[] for _ in range(world)]
         dist.all_gather_object(gathered, results)

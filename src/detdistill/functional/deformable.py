@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detdistill.functional.positions import sine_positions
 from detdistill.functional.weighted_rows import weighted_rows
 
 LEAST_ROW = 16
@@ -112,23 +113,6 @@ def valid_ratios(padding: Sequence[Tensor]) -> Tensor:
     """
     ratios = [torch.stack([(~m).any(1).float().mean(1), (~m).any(2).float().mean(1)], dim=-1) for m in padding]
     return torch.stack(ratios, dim=1)
-
-
-def sine_positions(places: Tensor, channels: int) -> Tensor:
-    """Sine and cosine of places, y in the first half of the channels, x in the second; temperature 10000 (as in DETR).
-
-    Args:
-        places: [..., 2] x and y, 0..1; scaled to 0..2 pi, so the levels of one pyramid agree.
-        channels: D, any number.
-
-    Returns:
-        [..., D].
-    """
-    count = math.ceil(channels / 4)  # sine and cosine of each frequency, for each of two axes
-    exponents = torch.arange(count, device=places.device, dtype=places.dtype) / count
-    angles = places[..., None] * (2 * math.pi / 10000**exponents)  # [..., 2, count]
-    codes = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)  # [..., 2, 2 * count]
-    return codes.flip(-2).flatten(-2)[..., :channels]
 
 
 def cell_centers(spatial_shapes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:

@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detdistill.functional.soft_targets import soft_binary_cross_entropy
+
 
 def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
     """|y - sigmoid(x)|^beta * BCE(x, y) of every class, not reduced (equation 5; gradients flow through both factors).
 
     Args:
         logits: [..., K].
-        quality: same shape: the IoU of a positive's box at its class, 0 elsewhere.
+        quality: same shape: the IoU of a positive's box at its class, 0 elsewhere; treated as constant.
         beta: how fast the weight of good predictions falls.
 
     Returns:
@@ -28,8 +30,7 @@ def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Te
         >>> quality_focal_loss(torch.zeros(1, 2), torch.tensor([[0.5, 0.0]]))
         tensor([[0.0000, 0.1733]])
     """
-    gap = (quality - logits.sigmoid()).abs() ** beta
-    return gap * F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+    return soft_binary_cross_entropy(logits, quality, beta)
 
 
 def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -1,64 +1,241 @@
-"""Which cells of a feature map belong to ground-truth boxes, by FGD's rule.
+"""Maps of weights: which cells are foreground, by boxes or by a teacher's predictions, and boxes drawn as maps.
 
-Every box counts on every level. A box covers the cells from the floor of its start to the ceil of its end, BOTH ENDS
-INCLUSIVE, so a box whose edges lie on the grid covers one row and one column more than it fills (FGD, CVPR 2022, released
-code; the paper only says "inside the box").
+Which cells a box covers is a rule of ``functional.cells``. All masks are constants: no gradient flows into boxes or
+predictions.
+
+Shape letters: B images, G boxes of an image, H x W cells of a map, K classes, P predictions of an image, A anchors of a cell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from detdistill.functional.assign import pairwise_iou
+from detdistill.functional.cells import CHUNK, BoxCells, floor_ceil_cells, truncated_cells, truncated_span
+from detdistill.functional.dense_maps import prediction_grid
+from detdistill.structures import Dense
 
-def box_cells(boxes_xyxy: Tensor, image_hw: tuple[float, float], map_hw: tuple[int, int]) -> Tensor:
-    """First and last column and row of each box on a map.
+# ---------------------------------------------------------------------------------------------------------- from boxes
+
+
+def union_mask(cells: Sequence[BoxCells]) -> Tensor:
+    """Cells that any box of their image covers, by any rule of ``functional.cells``.
 
     Args:
-        boxes_xyxy: [G, 4] float, pixels of the image.
-        image_hw: height and width in pixels of what the map shows. The padded tensor's size is geometrically right; the
-            released code of FGD divides by the size before padding.
-        map_hw: rows and columns of the map.
+        cells: one for each of B images, on maps of one size; an image without boxes has no foreground.
 
     Returns:
-        [G, 4] int64 ``(wmin, hmin, wmax, hmax)``; ends are inclusive and may lie beyond the map's edge (FGD needs the area
-        before clipping); negative ones become 0, where the released code would count from the map's other side.
+        [B, H, W] bool.
 
     Example:
-        >>> box_cells(torch.tensor([[8.0, -3.0, 17.0, 16.0]]), (32, 32), (4, 4)).tolist()
-        [[1, 0, 3, 2]]
+        >>> from detdistill.functional.cells import center_cells
+        >>> boxes = [torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.zeros(0, 4)]
+        >>> union_mask([center_cells(some, stride=8, map_hw=(1, 2)) for some in boxes]).tolist()
+        [[[True, False]], [[False, False]]]
     """
-    (image_height, image_width), (height, width) = image_hw, map_hw
-    x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
-    # Divide before multiplying, as the released code does: floor and ceil see the same rounding.
-    starts = [(x1 / image_width * width).floor(), (y1 / image_height * height).floor()]
-    ends = [(x2 / image_width * width).ceil(), (y2 / image_height * height).ceil()]
-    return torch.stack([*starts, *ends], dim=-1).long().clamp(min=0)
-
-
-def cell_regions(cells: Tensor, map_hw: tuple[int, int]) -> Tensor:
-    """[G, H, W] bool: the region of each of ``box_cells``' [G, 4] on a map of H x W, clipped by the map's edge."""
-    height, width = map_hw
-    wmin, hmin, wmax, hmax = cells[:, :, None].unbind(1)  # [G, 1] each
-    rows = torch.arange(height, device=cells.device)
-    columns = torch.arange(width, device=cells.device)
-    in_rows = (rows >= hmin) & (rows <= hmax)  # [G, H]
-    in_columns = (columns >= wmin) & (columns <= wmax)  # [G, W]
-    return in_rows[:, :, None] & in_columns[:, None, :]
+    return torch.stack([image.union() for image in cells])
 
 
 def foreground_mask(boxes_xyxy: Sequence[Tensor], image_hw: Sequence[tuple[float, float]], map_hw: tuple[int, int]) -> Tensor:
-    """Cells that any box of their image covers.
+    """Cells that any box of their image covers, by FGD's rule (``cells.floor_ceil_cells``); every box counts on every level.
 
     Args:
         boxes_xyxy: B tensors [G_b, 4]; an image without boxes has no foreground.
-        image_hw: B pairs, see ``box_cells``.
+        image_hw: B pairs, see ``floor_ceil_cells``.
         map_hw: rows and columns of the map.
 
     Returns:
         [B, H, W] bool.
     """
     pairs = zip(boxes_xyxy, image_hw, strict=True)
-    return torch.stack([cell_regions(box_cells(boxes, size, map_hw), map_hw).any(dim=0) for boxes, size in pairs])
+    return union_mask([floor_ceil_cells(boxes, size, map_hw) for boxes, size in pairs])
+
+
+def gaussian_mask(boxes_xyxy: Sequence[Tensor], stride: float, map_hw: tuple[int, int], variance: float = 2.0) -> Tensor:
+    """A bell over each box, highest in its middle, and the largest value where boxes overlap: TADF's mask.
+
+    ``exp(-((x - x0) / (w / 2))^2 / variance) * exp(-((y - y0) / (h / 2))^2 / variance)`` on the cells of the box, 0 elsewhere.
+    Sun et al., "Distilling Object Detectors with Task Adaptive Regularization", 2020, discretised as in DeFeat's code: the
+    cells are those of ``cells.truncated_cells``; w columns counted from 0 have their middle at w / 2, so the first column is
+    further from it than the last; a box smaller than a cell has 1 in its one cell.
+
+    Args:
+        boxes_xyxy: B tensors [G_b, 4], pixels of the image; those of this level alone (``cells.level_of_box``), or all.
+        stride: pixels of one step on the map.
+        map_hw: rows and columns of the map.
+        variance: the paper's sigma squared, in units of the half sides.
+
+    Returns:
+        [B, H, W] in the boxes' dtype, at least float32; 0..1, all 0 for an image without boxes.
+
+    Example:
+        >>> gaussian_mask([torch.tensor([[0.0, 0.0, 16.0, 16.0]])], stride=8, map_hw=(2, 3))[0].log().tolist()
+        [[-1.0, -0.5, -inf], [-0.5, 0.0, -inf]]
+    """
+    return torch.stack([_largest_bell(boxes.detach(), stride, map_hw, variance) for boxes in boxes_xyxy])
+
+
+def _largest_bell(boxes: Tensor, stride: float, map_hw: tuple[int, int], variance: float) -> Tensor:
+    cells, span = truncated_cells(boxes, stride, map_hw), truncated_span(boxes, stride, map_hw)
+    small = (span[:, :2] == span[:, 2:]).any(dim=1, keepdim=True)
+    bells = []
+    for axis, inside in ((1, cells.rows), (0, cells.columns)):
+        start, count = span[:, axis, None], (span[:, axis + 2, None] - span[:, axis, None])
+        half = (count.to(torch.promote_types(boxes.dtype, torch.float32)) / 2).masked_fill(count == 0, 1)
+        index = torch.arange(inside.shape[1], device=boxes.device)
+        bell = torch.exp(-(((index - start) - half) / half).square() / variance)
+        bells.append(bell.masked_fill(small, 1).masked_fill(~inside, 0))
+    return maximum_over_boxes(bells[0], bells[1], torch.mul)
+
+
+def label_map(
+    boxes_xyxy: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    image_hw: tuple[int, int],
+    num_classes: int,
+    intensity: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Ground truth drawn as one plane for each class: LabelEnc's input.
+
+    At pixel (x, y), whole numbers from 0, a box with centre (cx, cy) has the value ``1 - max(|x - cx| / w, |y - cy| / h)``: 1 in
+    its middle, falling to 0.5 on its border; 0 outside. Where boxes of a class overlap, the largest value counts. Hao et al.,
+    "LabelEnc: A New Intermediate Supervision Method for Object Detection", ECCV 2020, released code.
+
+    Args:
+        boxes_xyxy: B tensors [G_b, 4], pixels. Boxes below one pixel of width or height are left out; in the released code one
+            of no width or height makes the whole map not a number.
+        labels: B tensors [G_b] int64, 0 .. K-1.
+        image_hw: height and width of the padded batch.
+        num_classes: K.
+        intensity: B tensors [G_b], a factor for each box (the paper's augmentation: ``min(1, 2 u)`` with u uniform in 0..1);
+            None: 1.
+
+    Returns:
+        [B, K, H, W] in the boxes' dtype, at least float32; 0 or 0.5..1 without ``intensity``, all 0 without boxes.
+
+    Example:
+        >>> label_map([torch.tensor([[1.0, 0.0, 3.0, 2.0]])], [torch.tensor([0])], (3, 5), num_classes=1)[0, 0].tolist()
+        [[0.0, 0.5, 0.5, 0.5, 0.0], [0.0, 0.5, 1.0, 0.5, 0.0], [0.0, 0.5, 0.5, 0.5, 0.0]]
+    """
+    factors = [None] * len(boxes_xyxy) if intensity is None else intensity
+    images = []
+    for boxes, own, factor in zip(boxes_xyxy, labels, factors, strict=True):
+        wide = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
+        planes = wide.new_zeros(num_classes, *image_hw)
+        visible = (wide[:, 2:] - wide[:, :2] >= 1).all(dim=1)
+        for label in sorted(set(own[visible].tolist())):
+            mine = visible & (own == label)
+            planes[label] = _largest_tent(wide[mine], image_hw, None if factor is None else factor[mine])
+        images.append(planes)
+    return torch.stack(images)
+
+
+def _largest_tent(boxes: Tensor, image_hw: tuple[int, int], factor: Tensor | None) -> Tensor:
+    slopes = []
+    for axis in (1, 0):
+        start, end = boxes[:, axis, None], boxes[:, axis + 2, None]
+        place = torch.arange(image_hw[1 - axis], device=boxes.device, dtype=boxes.dtype)
+        slope = 1 - (place - (start + end) / 2).abs() / (end - start)
+        slope = slope.masked_fill(slope < 0.5, 0)
+        slopes.append(slope if factor is None else slope * factor[:, None])
+    return maximum_over_boxes(slopes[0], slopes[1], torch.minimum)
+
+
+def maximum_over_boxes(down: Tensor, across: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The largest value of G boxes on each cell, where a box's value is made of one number for its row and one for its column.
+
+    Boxes are taken in turns, so that a crowd on a fine map needs no [G, H, W].
+
+    Args:
+        down: [G, H] at least 0, and 0 in rows without the box.
+        across: [G, W] likewise for columns.
+        combine: ``torch.mul`` or ``torch.minimum``.
+
+    Returns:
+        [H, W]; 0 where no box is.
+
+    Example:
+        >>> down, across = torch.tensor([[0.0, 2.0], [1.0, 1.0]]), torch.tensor([[3.0, 0.0], [1.0, 1.0]])
+        >>> maximum_over_boxes(down, across, torch.mul).tolist()
+        [[1.0, 1.0], [6.0, 1.0]]
+    """
+    largest = down.new_zeros(down.shape[1], across.shape[1])
+    count = max(1, CHUNK // max(1, largest.numel()))
+    for rows, columns in zip(torch.split(down, count), torch.split(across, count), strict=True):
+        if len(rows):
+            largest = torch.maximum(largest, combine(rows[:, :, None], columns[:, None, :]).amax(dim=0))
+    return largest
+
+
+# ---------------------------------------------------------------------------------------------------- from predictions
+
+
+def best_scores(logits: Tensor, softmax: bool = False) -> Tensor:
+    """The largest probability of any object class.
+
+    Args:
+        logits: [..., K] sigmoid logits, or [..., K+1] softmax logits with the background last; treated as constant.
+        softmax: which of the two.
+
+    Returns:
+        [...] 0..1, at least float32.
+
+    Example:
+        >>> best_scores(torch.tensor([0.0, -1.0])).item(), best_scores(torch.tensor([0.0, 0.0, 9.0]).log(), softmax=True).item()
+        (0.5, 0.0)
+    """
+    fixed = logits.detach()
+    fixed = fixed.float() if fixed.dtype.itemsize < 4 else fixed
+    return fixed.softmax(dim=-1)[..., :-1].amax(dim=-1) if softmax else fixed.amax(dim=-1).sigmoid()
+
+
+def score_mask(prediction: Dense, level: int) -> Tensor:
+    """How sure a detector is of any object in each cell: the largest probability over classes and anchors.
+
+    The feature richness of FRS (Du et al., "Distilling Object Detectors with Feature Richness", NeurIPS 2021) and TBD's mask
+    for classes. Soft: never thresholded, and above 0 also without objects. Of a first stage (RPN) it is the
+    objectness. For softmax outputs, which FRS does not treat, the background column is left out.
+
+    Args:
+        prediction: treated as constant.
+        level: as ``prediction.levels`` counts.
+
+    Returns:
+        [B, H, W] 0..1, at least float32.
+
+    Raises:
+        DetdistillError: as ``dense_maps.prediction_grid``.
+    """
+    logits = prediction.logits[:, prediction_grid(prediction, level)]  # [B, A, H, W, K or K+1]
+    return best_scores(logits, prediction.softmax).amax(dim=1)
+
+
+def overlap_mask(prediction: Dense, level: int, boxes_xyxy: Sequence[Tensor]) -> Tensor:
+    """How well a detector locates any object from each cell: the largest IoU of its boxes there with a ground-truth box.
+
+    TBD's mask for boxes (a reconstruction: Tang et al., "Task-balanced distillation for object detection", 2023, has no code).
+
+    Args:
+        prediction: decoded boxes, treated as constant.
+        level: as ``prediction.levels`` counts.
+        boxes_xyxy: B tensors [G_b, 4] of ground truth; an image without boxes has 0 everywhere.
+
+    Returns:
+        [B, H, W] 0..1, at least float32.
+
+    Raises:
+        DetdistillError: as ``dense_maps.prediction_grid``.
+    """
+    found = prediction.boxes_xyxy.detach()[:, prediction_grid(prediction, level)]  # [B, A, H, W, 4]
+    found = found.float() if found.dtype.itemsize < 4 else found
+    masks = []
+    for mine, wanted in zip(found, boxes_xyxy, strict=True):
+        best = mine.new_zeros(mine.shape[:3].numel())
+        for some in torch.split(wanted.to(mine.dtype), max(1, CHUNK // len(best))):
+            if len(some):
+                best = torch.maximum(best, pairwise_iou(some, mine.flatten(0, 2)).amax(dim=0))
+        masks.append(best.view(mine.shape[:3]).amax(dim=0))
+    return torch.stack(masks)

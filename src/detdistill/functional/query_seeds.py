@@ -9,8 +9,7 @@ Shape letters: B images, N queries, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.errors import DetdistillError
-from detdistill.functional.deformable import sine_positions
+from detdistill.functional.modes import evaluating
+from detdistill.functional.positions import sine_positions
 from detdistill.structures import Batch, Features, Queries, QuerySeed, Target, View
 
 CANVASES = (128, 256, 512, 1024, 2048)
@@ -107,7 +107,7 @@ def query_spec(decoder: QueryDecoder) -> QuerySpec:
         DetdistillError: it decodes nothing of the sizes tried.
     """
     refusal: DetdistillError | None = None
-    with _evaluating(decoder):
+    with evaluating(decoder):
         for canvas in CANVASES:
             features, batch = _noise(decoder, canvas)
             try:
@@ -161,19 +161,6 @@ def _first(seed: QuerySeed, count: int) -> QuerySeed:
     content, position, reference = (None if part is None else part[:, :count] for part in parts)
     assert content is not None
     return QuerySeed(content, position, reference)
-
-
-@contextmanager
-def _evaluating(decoder: QueryDecoder) -> Iterator[None]:
-    """Without dropout and without moving statistics."""
-    training = [module for module in decoder.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def query_gaps(gives: QueryFormat, reads: QueryFormat) -> list[str]:
@@ -275,16 +262,6 @@ def random_queries(wanted: QueryFormat, count: int, like: Tensor) -> QuerySeed:
     content = like.new_zeros(len(like), count, wanted.width) if wanted.empty else draw(wanted.width)
     position = draw(wanted.width) if wanted.position else None
     return QuerySeed(content, position, draw(wanted.reference).sigmoid() if wanted.reference else None)
-
-
-def class_columns(student: Sequence[str], teacher: Sequence[str], softmax: bool) -> list[int]:
-    """Where each class output of a student is among the teacher's, by name; softmax outputs have the background last.
-
-    Example:
-        >>> class_columns(["b", "a"], ["a", "c", "b"], softmax=True)
-        [2, 0, 3]
-    """
-    return [teacher.index(name) for name in student] + ([len(teacher)] if softmax else [])
 
 
 def giou_with_eps(first_cxcywh: Tensor, second_cxcywh: Tensor, eps: float = 1e-6) -> Tensor:

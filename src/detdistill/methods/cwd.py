@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
 from detdistill.errors import DetdistillError
+from detdistill.functional.classes import class_columns
+from detdistill.functional.dense_maps import to_map
 from detdistill.functional.precision import full_precision
-from detdistill.functional.query_seeds import class_columns
 from detdistill.functional.similarity import mean_cosine
+from detdistill.functional.soft_targets import kl_divergence, soft_cross_entropy
 from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_levels, resize_like
 from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.needs import Needs, PairError
@@ -53,6 +54,7 @@ def cwd_loss(
         DetdistillError: the shapes of a level differ, or ``temperature`` is not above 0.
 
     Example:
+        >>> import torch
         >>> maps = torch.arange(16.0).reshape(1, 4, 2, 2)
         >>> abs(round(float(cwd_loss([maps], [maps + 7])), 6))
         0.0
@@ -66,11 +68,13 @@ def cwd_loss(
                 f"cwd: level {level}: student map {tuple(mine.shape)} and teacher map {tuple(theirs.shape)} differ; "
                 f"resize first (resize_student=true in the method)"
             )
-        log_q = (mine.flatten(2) / temperature).log_softmax(dim=2)  # [B, C, H*W]
-        log_p = (theirs.detach().flatten(2) / temperature).log_softmax(dim=2)
-        gap = -log_q if cross_entropy else log_p - log_q
+        positions = mine.flatten(2), theirs.flatten(2)  # [B, C, H*W]
+        if cross_entropy:
+            distance = temperature**2 * soft_cross_entropy(*positions, temperature)
+        else:
+            distance = kl_divergence(*positions, temperature)
         rows = len(mine) * (mine.shape[1] if divisors is None else divisors[level])
-        losses.append(weight * temperature**2 * (log_p.exp() * gap).sum() / rows)
+        losses.append(weight * distance.sum() / rows)
     return sum(losses[1:], losses[0])
 
 
@@ -85,18 +89,11 @@ def cwd_logit_map(prediction: Dense, level: int, classes: Sequence[int] | None =
     Returns:
         [B, A * K, H, W], raw logits (before the sigmoid); the channel of anchor a and class k is ``a * K + k``.
     """
-    index = torch.nonzero(prediction.levels == level).flatten()
-    cells, anchors = prediction.cells[index], prediction.anchors[index]
-    height, width = (int(size) + 1 for size in cells.amax(dim=0))
-    count = int(anchors.max()) + 1
-    logits = prediction.logits[:, index]
-    if classes is not None:
-        logits = logits[..., list(classes)]
-    images, _, num_classes = logits.shape
-    # Where each prediction belongs on [A, H, W]; its inverse puts them in that order.
-    order = (anchors * height * width + cells[:, 0] * width + cells[:, 1]).argsort()
-    ordered = logits[:, order].view(images, count, height, width, num_classes)
-    return ordered.permute(0, 1, 4, 2, 3).flatten(1, 2)
+    logits = to_map(prediction.logits, prediction, level)
+    if classes is None:
+        return logits
+    by_anchor = logits.view(len(logits), -1, prediction.logits.shape[-1], *logits.shape[-2:])
+    return by_anchor[:, :, list(classes)].flatten(1, 2)
 
 
 class CWD(Method[Observation]):

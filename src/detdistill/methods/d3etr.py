@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, HasQueries, Teacher
+from detdistill.functional.classes import class_columns
 from detdistill.functional.matching import hungarian
 from detdistill.functional.precision import full_precision
 from detdistill.functional.query_seeds import (
     QueryBridge,
     QueryFormat,
     QuerySpec,
-    class_columns,
     giou_with_eps,
     query_gaps,
     query_spec,

@@ -23,6 +23,8 @@ from torchvision.ops import box_convert
 
 from detdistill.detectors.contract import Detector, DetectorSpec, HasQueries, Teacher
 from detdistill.functional.boxes import giou_loss, paired_iou, pairwise_iou
+from detdistill.functional.classes import class_columns
+from detdistill.functional.counting import EPSILON
 from detdistill.functional.matching import giou_cost, hungarian, l1_cost
 from detdistill.functional.precision import full_precision
 from detdistill.functional.query_seeds import QueryFormat, QuerySpec, query_spec
@@ -46,8 +48,6 @@ from detdistill.structures import (
 )
 from detdistill.values import Count, Fraction, Positive, Weight
 
-ROUNDING = torch.finfo(torch.float32).eps
-"""Added to the number of pairs that the logits losses are divided by, as mmdet adds it."""
 FORBIDDEN = 1e6
 """Cost of pairs that must not be matched."""
 
@@ -179,7 +179,7 @@ def detrdistill_logits_loss(
         weights: of the three.
     """
     good = (matched >= 0).to(student_logits.dtype)
-    number = good.sum(dim=(1, 2)) + ROUNDING
+    number = good.sum(dim=(1, 2)) + EPSILON
     index = matched.clamp(min=0)[..., None]
     scores = teacher_logits.detach().sigmoid()
     scores = scores.gather(2, index.expand(*index.shape[:3], scores.shape[-1]))
@@ -500,7 +500,7 @@ class DETRDistill(Method[DETRDistillTaught]):
         self.mask, self.max_per_img, self.mask_floor, self.gamma = mask, max_per_img, mask_floor, gamma
         self.assignment_weight, self.assignment = assignment_weight, assignment
         self.contrastive_weight, self.temperature = contrastive_weight, temperature
-        self.columns = [teacher.spec.classes.index(name) for name in student.spec.classes]
+        self.columns = class_columns(student.spec.classes, teacher.spec.classes, softmax=False)
         self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels) if self.feature_weight else ()
         self.adapters = LevelAdapters(self.pairs)
         self.paired_maps = PairedMaps(self.pairs, self.adapters, resize=True)

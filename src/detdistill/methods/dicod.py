@@ -31,9 +31,11 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import ModelError, name_list, nearest
+from detdistill.functional.classes import class_columns
 from detdistill.functional.crops import clamp_boxes, crop_boxes
 from detdistill.functional.modes import evaluating, frozen
 from detdistill.functional.precision import full_precision
+from detdistill.functional.soft_targets import binary_kl_divergence
 from detdistill.methods.shared.contract import Stage, TeacherFree
 from detdistill.methods.shared.hyper_parameters import MethodError, check_some
 from detdistill.methods.shared.needs import Needs, PairError
@@ -86,9 +88,7 @@ def dicod_classification_loss(
         theirs, mine = (side.sigmoid() / side.sigmoid().sum(dim=-1, keepdim=True) for side in (theirs, mine))
         divergence = _kl(theirs, mine).sum(dim=-1)
     else:
-        yes = theirs.sigmoid() * (F.logsigmoid(theirs) - F.logsigmoid(mine))
-        no = (-theirs).sigmoid() * (F.logsigmoid(-theirs) - F.logsigmoid(-mine))
-        divergence = (yes + no).mean(dim=-1)
+        divergence = binary_kl_divergence(mine, theirs).mean(dim=-1)
     return temperature**2 * divergence.sum() / (max(1, len(logits)) if normalizer is None else normalizer)
 
 
@@ -376,7 +376,7 @@ class DICOD(TeacherFree[DICODTaught]):
         self._check_layers()
         self.own_stage = weights is None and len(classes) > 1 and cls_weight + feature_weight > 0
         known = self.classifier.classes
-        places = [known.index(name) for name in classes] if set(classes) <= set(known) else []
+        places = class_columns(classes, known, softmax=False) if set(classes) <= set(known) else []
         self.register_buffer("places", torch.tensor(places, dtype=torch.int64), persistent=False)
         scale = self.classifier.std / torch.tensor(student.spec.std)[:, None, None]
         self.register_buffer("pixel_scale", scale, persistent=False)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.attention import channel_attention, spatial_attention
-from detdistill.functional.masks import box_cells, cell_regions
+from detdistill.functional.cells import floor_ceil_cells, floor_ceil_span
+from detdistill.functional.masks import maximum_over_boxes
 from detdistill.functional.precision import full_precision
 from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_levels
 from detdistill.methods.shared.contract import Method
@@ -38,7 +39,7 @@ def fgd_masks(
 ) -> tuple[Tensor, Tensor]:
     """Weights of foreground and background cells (Eq. 2 to 4): every box, and all background, adds up to about 1.
 
-    A foreground cell has 1 / (rows * columns) of the smallest box region that covers it (the region as ``box_cells``
+    A foreground cell has 1 / (rows * columns) of the smallest box region that covers it (the region as ``floor_ceil_span``
     counts it, before clipping by the map's edge), a background cell 1 / their number. Every box counts on every level.
 
     Args:
@@ -54,26 +55,18 @@ def fgd_masks(
         >>> foreground[0, :2, :2].tolist(), round(background.sum().item(), 6)
         ([[0.25, 0.25], [0.25, 0.25]], 1.0)
     """
-    foreground = torch.stack(
-        [
-            _smallest_region(box_cells(boxes, size, map_hw), map_hw, boxes)
-            for boxes, size in zip(boxes_xyxy, image_hw, strict=True)
-        ]
-    )
+    foreground = torch.stack([_smallest_region(boxes, size, map_hw) for boxes, size in zip(boxes_xyxy, image_hw, strict=True)])
     background = (foreground == 0).to(foreground.dtype)
     return foreground, background / background.sum(dim=(1, 2), keepdim=True).clamp(min=1)
 
 
-def _smallest_region(cells: Tensor, map_hw: tuple[int, int], like: Tensor) -> Tensor:
-    """[H, W] the largest 1 / area of the regions [G, 4] that cover a cell, else 0."""
-    covered = torch.zeros(map_hw, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    for first in range(0, len(cells), 64):  # many boxes at once, but never [1000, H, W] for a crowded image
-        some = cells[first : first + 64]
-        wmin, hmin, wmax, hmax = some.to(covered.dtype).unbind(-1)
-        value = 1 / (hmax + 1 - hmin) / (wmax + 1 - wmin)
-        regions = torch.where(cell_regions(some, map_hw), value[:, None, None], value.new_zeros(()))
-        covered = torch.maximum(covered, regions.amax(dim=0))
-    return covered
+def _smallest_region(boxes: Tensor, image_hw: tuple[float, float], map_hw: tuple[int, int]) -> Tensor:
+    """[H, W] the largest 1 / area of the regions of boxes [G, 4] that cover a cell, else 0."""
+    span, cells = floor_ceil_span(boxes, image_hw, map_hw), floor_ceil_cells(boxes, image_hw, map_hw)
+    wmin, hmin, wmax, hmax = span[:, :, None].to(torch.promote_types(boxes.dtype, torch.float32)).unbind(1)
+    value = 1 / (hmax + 1 - hmin) / (wmax + 1 - wmin)  # [G, 1]
+    down, across = (torch.where(inside, value, value.new_zeros(())) for inside in cells)
+    return maximum_over_boxes(down, across, torch.minimum)  # the value where both have it, else 0
 
 
 def fgd_terms(

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.attention import channel_attention, spatial_attention
 from detdistill.functional.precision import full_precision
+from detdistill.functional.relations import NonLocalBlock
 from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_levels
 from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.hyper_parameters import MethodError, check_some
@@ -76,78 +76,6 @@ def _norm(difference: Tensor) -> Tensor:
     """Euclidean, [], with gradient zero at zero (a plain square root has NaN there)."""
     norm: Tensor = torch.linalg.vector_norm(difference)
     return norm
-
-
-def fkd_relations(theta: Tensor, phi: Tensor, values: Tensor) -> Tensor:
-    """Each cell's sum of the pooled cells' values, weighted by dot product: ``values (theta^T phi / M)^T``.
-
-    There is no softmax between the products, so ``phi`` and ``values`` are multiplied first: [D, D] per image instead of
-    [N, M], which at stride 4 of an 800 x 1333 image would be 282 MB.
-
-    Args:
-        theta: [B, D, N] queries.
-        phi: [B, D, M] keys.
-        values: [B, D, M].
-
-    Returns:
-        [B, D, N].
-    """
-    context = values @ phi.transpose(1, 2) / phi.shape[2]
-    return context @ theta
-
-
-class NonLocalBlock(nn.Module):
-    """``maps + BN(conv(relations of maps))``, the relations by dot product with max-pooled cells (Wang et al., CVPR 2018).
-
-    The normalisation always uses the batch's statistics and starts with weight 0, so at first the block is the identity.
-    """
-
-    eps = 1e-5
-
-    def __init__(self, channels: int, reduction: int = 2, pool: int = 2) -> None:
-        """Make the convolutions as mmcv does: normal of deviation 0.01, no bias after the relations.
-
-        Args:
-            channels: of the maps.
-            reduction: inner channels are ``channels // reduction``, at least 1.
-            pool: cells per side that keys and values are max-pooled over; 1: none. A map that is smaller is pooled whole.
-        """
-        super().__init__()
-        inner = max(1, channels // reduction)
-        self.pool = pool
-        self.theta, self.phi, self.values = (nn.Conv2d(channels, inner, 1) for _ in range(3))
-        self.out = nn.Conv2d(inner, channels, 1, bias=False)
-        for conv in (self.theta, self.phi, self.values, self.out):
-            nn.init.normal_(conv.weight, std=0.01)
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
-        self.norm_weight = nn.Parameter(torch.zeros(channels))
-        self.norm_bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]."""
-        height, width = maps.shape[-2:]
-        pool = min(self.pool, height, width)
-        phi, values = self.phi(maps), self.values(maps)
-        if pool > 1:
-            phi, values = F.max_pool2d(phi, pool), F.max_pool2d(values, pool)
-        related = fkd_relations(self.theta(maps).flatten(2), phi.flatten(2), values.flatten(2))
-        weight, bias = self._normalized_out(related)
-        return maps + F.conv2d(related.view(*related.shape[:2], height, width), weight, bias)
-
-    def _normalized_out(self, related: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight [C, D, 1, 1] and bias [C] of ``out`` and its normalisation as one convolution.
-
-        Mean and variance of ``out(related)`` follow from mean and covariance of ``related`` [B, D, N], so no C-channel map
-        is kept for the backward pass; and a single value, which ``nn.BatchNorm2d`` refuses, gives just the bias.
-        """
-        mean = related.mean(dim=(0, 2))
-        centered = (related - mean[:, None]).transpose(0, 1).flatten(1)  # [D, B*N]
-        covariance = centered @ centered.T / centered.shape[1]
-        out = self.out.weight.flatten(1)  # [C, D]
-        variance = torch.einsum("cd,de,ce->c", out, covariance, out).clamp(min=0)  # never below 0 by rounding
-        weight = out * (self.norm_weight * (variance + self.eps).rsqrt())[:, None]
-        return weight[:, :, None, None], self.norm_bias - weight @ mean
 
 
 class FKDLevel(nn.Module):

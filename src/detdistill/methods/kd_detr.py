@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, HasQueries, Teacher
+from detdistill.functional.classes import class_columns
 from detdistill.functional.precision import full_precision
 from detdistill.functional.query_seeds import (
     QueryBridge,
     QuerySpec,
-    class_columns,
     giou_with_eps,
     query_gaps,
     query_spec,
     random_queries,
 )
+from detdistill.functional.soft_targets import kl_divergence
 from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.hyper_parameters import check_some
 from detdistill.methods.shared.needs import Needs, PairError
@@ -87,10 +88,8 @@ def kd_detr_terms(
         >>> terms.cls.tolist(), terms.l1.tolist(), bool(terms.giou < 1e-3)
         ([0.0], [0.0], True)
     """
-    fixed_logits, fixed_boxes, w = teacher_logits.detach(), teacher_boxes_cxcywh01.detach(), weights.detach()
-    wanted = (fixed_logits / temperature).log_softmax(dim=-1)
-    found = (student_logits / temperature).log_softmax(dim=-1)
-    divergence = (wanted.exp() * (wanted - found)).sum(dim=-1) * temperature**2  # [L, B, N]
+    fixed_boxes, w = teacher_boxes_cxcywh01.detach(), weights.detach()
+    divergence = kl_divergence(student_logits, teacher_logits, temperature)  # [L, B, N]
     total = w.sum().clamp(min=torch.finfo(w.dtype).tiny)
     divisor = student_logits.shape[-1] if cls_reduction == "sum" else total
     distance = (student_boxes_cxcywh01 - fixed_boxes).abs().mean(dim=-1)

@@ -31,6 +31,7 @@ from detdistill.functional.boxes import giou_loss, paired_iou
 from detdistill.functional.deformable import Cells, DeformableDecoderLayer, DeformableEncoder, num_heads
 from detdistill.functional.matching import focal_class_cost, giou_cost, hungarian, l1_cost
 from detdistill.functional.modes import frozen
+from detdistill.functional.positions import relative_boxes
 from detdistill.functional.precision import full_precision
 from detdistill.functional.similarity import mean_cosine
 from detdistill.methods.shared.contract import Method, Stage
@@ -451,7 +452,7 @@ class UniKD(Method[UniKDTaught]):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{number}/{view.key}/{draw}".encode()))
             objects = target.without_crowd().boxes_xyxy
             drawn, count = unikd_boxes(objects, (height, width), self.queries, generator, self.alpha, self.beta)
-            boxes.append(box_convert(drawn, "xyxy", "cxcywh") / torch.tensor([width, height, width, height]))
+            boxes.append(relative_boxes(drawn, (height, width)))
             near.append(torch.arange(self.queries) < count)
         device = batch.images.device
         return torch.stack(boxes).to(device), torch.stack(near).to(device)
@@ -477,8 +478,7 @@ class UniKD(Method[UniKDTaught]):
     def _objects(batch: Batch, image: int) -> tuple[Tensor, Tensor]:
         """Boxes [G, 4] (cxcywh in parts of the valid image) and labels [G]."""
         target = batch.targets[image].without_crowd()
-        size = batch.sizes[image].flip(0).repeat(2)
-        return box_convert(target.boxes_xyxy.float(), "xyxy", "cxcywh") / size, target.labels
+        return relative_boxes(target.boxes_xyxy.float(), batch.sizes[image]), target.labels
 
     def _match(self, logits: Tensor, boxes: Tensor, batch: Batch) -> Tensor:
         """[B, N] the object of each query by bipartite matching (costs 2 class, 5 L1, 2 GIoU), -1 for none."""

@@ -48,10 +48,7 @@ class Evaluation(L.Callback):
         if trainer.world_size > 1:  # running statistics differ between processes until the next step
             for buffer in module.detector.buffers():
                 torch.distributed.broadcast(buffer, src=0)
-        modes = {part: part.training for part in module.detector.modules()}  # what its owner put into eval mode stays so
-        self.latest = self.evaluate(module.detector.eval())
-        for part, training in modes.items():
-            part.training = training
+        self.latest = self.evaluate(module.detector)
         best = self.latest.metrics["AP"] > self.best_ap
         self.best_ap = max(self.best_ap, self.latest.metrics["AP"])
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -14,16 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.detectors.dense.shared.heads import (
-    EPSILON,
     OwnDenseDetector,
     adaptive_assignment,
-    number_of_positives,
     one_stage_model,
-    over_ranks,
 )
 from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.models.atss import ATSS
 from detdistill.functional.boxes import centerness_target, giou_loss
+from detdistill.functional.counting import EPSILON, mean_over_ranks, number_of_positives
 from detdistill.structures import Assignment, Batch, Dense, Prediction
 
 MODEL_CLASS = ATSS
@@ -76,7 +74,8 @@ class ATSSDetector(OwnDenseDetector):
         central = centerness_target((priors[:, :2] + priors[:, 2:]) / 2, boxes)
         count, total = assignment.normalizer, assignment.normalizer
         if count is None or total is None:
-            count, total = number_of_positives(assignment, batch), over_ranks(central.sum()).clamp(min=1) * (1 + EPSILON)
+            count = number_of_positives(assignment, batch.images)
+            total = mean_over_ranks(central.sum()).clamp(min=1) * (1 + EPSILON)
         overlap = giou_loss(prediction.boxes_xyxy[positive], boxes) * central
         centerness = F.binary_cross_entropy_with_logits(quality[positive], central, reduction="none")
         return {

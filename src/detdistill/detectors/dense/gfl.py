@@ -14,16 +14,14 @@ from typing import Any, cast
 from torch import Tensor
 
 from detdistill.detectors.dense.shared.heads import (
-    EPSILON,
     OwnDenseDetector,
     adaptive_assignment,
-    number_of_positives,
     one_stage_model,
-    over_ranks,
 )
 from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.models.gfl import GFL
 from detdistill.functional.boxes import distances_to_sides, giou_loss, paired_iou
+from detdistill.functional.counting import EPSILON, mean_over_ranks, number_of_positives
 from detdistill.functional.focal import distribution_focal_loss, quality_focal_loss
 from detdistill.structures import Assignment, Batch, Dense, Prediction
 
@@ -93,7 +91,7 @@ class GFLDetector(OwnDenseDetector):
         score = prediction.logits[positive].detach().sigmoid().amax(dim=1)
         count, total = assignment.normalizer, assignment.normalizer
         if count is None or total is None:
-            count, total = number_of_positives(assignment, batch), over_ranks(score.sum()).clamp(min=1)
+            count, total = number_of_positives(assignment, batch.images), mean_over_ranks(score.sum()).clamp(min=1)
 
         quality = asked.wanted(prediction.logits, paired_iou(predicted.detach(), boxes))
         focal = quality_focal_loss(prediction.logits, quality, self.beta).sum(dim=-1) * asked.weights

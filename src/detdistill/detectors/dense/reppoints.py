@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detdistill.detectors.dense.shared.heads import OwnDenseDetector, over_ranks, supervision
+from detdistill.detectors.dense.shared.heads import OwnDenseDetector, supervision
 from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.student_files.models.reppoints import RepPoints
@@ -21,12 +21,10 @@ from detdistill.detectors.torchvision.backbones import image_statistics, load_pr
 from detdistill.detectors.torchvision.dense_outputs import own_outputs
 from detdistill.detectors.torchvision.targets import trainable, whole_indices
 from detdistill.functional.assign import max_iou_assign, point_assign
+from detdistill.functional.counting import number_of_positives
 from detdistill.structures import IGNORED, Assignment, Batch, Dense, Prediction
 
 MODEL_CLASS = RepPoints
-
-EPSILON = torch.finfo(torch.float32).eps
-"""The released losses add it to what they divide by."""
 
 
 def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RepPointsDetector:
@@ -139,11 +137,12 @@ class RepPointsDetector(OwnDenseDetector):
         number of its assignment's positives, where each image counts at least one (mean over processes).
         """
         own = own_outputs(prediction, self)
-        first = supervision(self.first_assignment(prediction, batch), batch, self.class_outputs)
+        first_assignment = self.first_assignment(prediction, batch)
+        first = supervision(first_assignment, batch, self.class_outputs)
         refined = supervision(assignment, batch, self.class_outputs)
         unit = self.point_scale * self.strides(prediction.levels, prediction.boxes_xyxy)
-        first_count = positives_of(first.positive, unit)
-        count = positives_of(refined.positive, unit) if assignment.normalizer is None else assignment.normalizer
+        first_count = number_of_positives(first_assignment, unit)
+        count = number_of_positives(assignment, unit) if assignment.normalizer is None else assignment.normalizer
 
         def corners(boxes: Tensor, positive: Tensor, targets: Tensor) -> Tensor:
             """[M] the positives' losses."""
@@ -157,8 +156,3 @@ class RepPointsDetector(OwnDenseDetector):
             "first_points": 0.5 * first.spread(first_values) / first_count,
             "refined_points": refined.spread(refined_values) / count,
         }
-
-
-def positives_of(positive: Tensor, like: Tensor) -> Tensor:
-    """[] positives of a mask [B, P], each image counting at least one; the mean over processes, in the type of ``like``."""
-    return over_ranks(positive.sum(dim=1).clamp(min=1).sum().to(like.dtype)) + EPSILON

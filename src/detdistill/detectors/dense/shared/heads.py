@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
@@ -35,6 +34,7 @@ from detdistill.detectors.torchvision.detector import TorchvisionDetector
 from detdistill.detectors.torchvision.images import image_sizes
 from detdistill.detectors.torchvision.targets import matched_targets, target_dicts, trainable, whole_indices
 from detdistill.functional.atss import atss_assign
+from detdistill.functional.counting import label_weights
 from detdistill.structures import (
     IGNORED,
     Assignment,
@@ -49,8 +49,6 @@ from detdistill.structures import (
     Tower,
 )
 
-EPSILON = torch.finfo(torch.float32).eps
-"""What mmdet adds to every divisor of a loss."""
 Top = Literal["conv", "linear", "input", "pool"]
 Built = tuple[OneStage, dict[str, Any]]
 
@@ -329,12 +327,6 @@ def adaptive_assignment(prediction: Dense, valid: Tensor, batch: Batch, candidat
     return Assignment(matched)
 
 
-def number_of_positives(assignment: Assignment, batch: Batch) -> Tensor:
-    """[] mmdet's divisor: the positives of a batch, each image counting at least 1, averaged over processes, plus 1.2e-7."""
-    positives = (assignment.matched >= 0).sum(dim=1).clamp(min=1).sum()
-    return over_ranks(positives.to(batch.images.dtype)) + EPSILON
-
-
 @dataclass(frozen=True)
 class Supervision:
     """What an assignment asks of the predictions of a batch."""
@@ -374,18 +366,4 @@ def supervision(assignment: Assignment, batch: Batch, class_outputs: Tensor) -> 
     """
     matched = assignment.matched
     boxes, outputs = matched_targets(matched, target_dicts(batch, class_outputs, only_trainable=False))
-    images = batch.images
-    weights = images.new_ones(matched.shape) if assignment.weights is None else assignment.weights.to(images.dtype)
-    return Supervision(matched >= 0, boxes, outputs, weights.masked_fill(matched == IGNORED, 0.0))
-
-
-def over_ranks(value: Tensor) -> Tensor:
-    """The mean of a scalar over all processes of a distributed run, without a graph; in a single process: as it is.
-
-    All processes must call it equally often.
-    """
-    value = value.detach().clone()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value
+    return Supervision(matched >= 0, boxes, outputs, label_weights(assignment, batch.images))

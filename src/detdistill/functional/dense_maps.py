@@ -1,0 +1,183 @@
+"""Predictions of dense detectors as maps and back, and the predictions of two detectors that stand at the same place.
+
+``Dense`` lists its predictions in a row of P; level, cell and anchor say where each stands. Methods that compare head outputs
+with feature maps need them as ``[B, A * R, H, W]`` for one level; methods that compare two heads need the partner of each
+prediction, whatever the order and the size of the canvas.
+
+Shape letters: B images, P predictions of an image, A anchors of a cell, R numbers of a prediction, H x W cells of a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detdistill.errors import DetdistillError
+from detdistill.structures import Dense
+
+
+def prediction_grid(prediction: Dense, level: int) -> Tensor:
+    """The index along P of the prediction of each anchor and cell of one level.
+
+    Args:
+        prediction: in any order.
+        level: as ``prediction.levels`` counts.
+
+    Returns:
+        [A, H, W] int64.
+
+    Raises:
+        DetdistillError: the level has no predictions, or not one for each anchor of each cell.
+    """
+    index = torch.nonzero(prediction.levels == level).flatten()
+    if len(index) == 0:
+        raise DetdistillError(f"there are no predictions on level {level}; levels: {sorted(set(prediction.levels.tolist()))}")
+    places = torch.cat([prediction.anchors[index, None], prediction.cells[index]], dim=1)  # [P_l, 3] anchor, row, column
+    count, height, width = (places.amax(dim=0) + 1).tolist()
+    grid = torch.full((count * height * width,), -1, dtype=torch.int64, device=index.device)
+    grid[(places[:, 0] * height + places[:, 1]) * width + places[:, 2]] = index
+    if len(index) != len(grid) or bool((grid < 0).any()):
+        raise DetdistillError(
+            f"level {level} has {len(index)} predictions, not one for each of {count} anchors on {height} x {width} cells"
+        )
+    return grid.view(count, height, width)
+
+
+def to_map(values: Tensor, prediction: Dense, level: int) -> Tensor:
+    """Numbers of each prediction as a map of one level.
+
+    Args:
+        values: [B, P, R] or [B, P], such as logits, class scores, boxes, or a weight for each prediction; gradient flows.
+        prediction: says where each stands.
+        level: as ``prediction.levels`` counts.
+
+    Returns:
+        [B, A * R, H, W], the channel of anchor a and number r is ``a * R + r``; [B, A, H, W] of [B, P]. A maximum over the
+        channels is the maximum over the anchors of a cell.
+
+    Raises:
+        DetdistillError: as ``prediction_grid``.
+
+    Example:
+        >>> cells, one = torch.tensor([[0, 1], [0, 0]]), torch.zeros(2, dtype=torch.int64)  # the right cell comes first
+        >>> logits, boxes = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.zeros(1, 2, 4)
+        >>> to_map(logits, Dense(logits, boxes, boxes, boxes, levels=one, cells=cells, anchors=one), level=0).tolist()
+        [[[[3.0, 1.0]], [[4.0, 2.0]]]]
+    """
+    grid = prediction_grid(prediction, level)
+    laid = values[:, grid]  # [B, A, H, W, R] or [B, A, H, W]
+    return laid if values.ndim == 2 else laid.permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+
+def from_map(level_map: Tensor, prediction: Dense, level: int) -> Tensor:
+    """The inverse of ``to_map``: the numbers of each prediction of one level, in the order of ``prediction``.
+
+    Args:
+        level_map: [B, A * R, H, W]; gradient flows.
+        prediction: says where each stands.
+        level: as ``prediction.levels`` counts.
+
+    Returns:
+        [B, P_l, R] for the P_l predictions of this level: the places of ``prediction.levels == level``.
+
+    Raises:
+        DetdistillError: as ``prediction_grid``, or the map is not of the level's cells and anchors.
+    """
+    count, height, width = prediction_grid(prediction, level).shape
+    channels = level_map.shape[1]
+    if level_map.shape[2:] != (height, width) or channels % count:
+        raise DetdistillError(
+            f"level {level} has {count} anchors on {height} x {width} cells; a map of {channels} channels on "
+            f"{level_map.shape[2]} x {level_map.shape[3]} cells does not belong to it"
+        )
+    here = prediction.levels == level
+    (rows, columns), anchors = prediction.cells[here].unbind(1), prediction.anchors[here]
+    by_anchor = level_map.reshape(len(level_map), count, -1, height, width).permute(0, 1, 3, 4, 2)  # [B, A, H, W, R]
+    return by_anchor[:, anchors, rows, columns]
+
+
+def at_cells(level_map: Tensor, prediction: Dense, level: int) -> Tensor:
+    """What a map says at the cell of each prediction of one level: the same for all anchors of a cell.
+
+    Args:
+        level_map: [B, C, H, W], such as a mask with C = 1, or features; gradient flows.
+        prediction: says where each stands.
+        level: as ``prediction.levels`` counts.
+
+    Returns:
+        [B, P_l, C] for the P_l predictions of this level, in the order of ``prediction``; P_l may be 0.
+    """
+    rows, columns = prediction.cells[prediction.levels == level].unbind(1)
+    return level_map[:, :, rows, columns].transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Partners:
+    """Which prediction of a teacher stands at the place of each of a student's predictions."""
+
+    index: Tensor
+    """[P] int64 along the teacher's predictions; 0 where there is none."""
+    mask: Tensor
+    """[B, P] bool, False where a prediction has no partner, or either of the two is padding."""
+
+    def take(self, values: Tensor) -> Tensor:
+        """The teacher's numbers [B, P_teacher, ...] in the student's order: [B, P, ...], 0 where ``mask`` is False."""
+        taken = values[:, self.index]
+        mask = self.mask.view(*self.mask.shape, *[1] * (taken.ndim - 2))
+        return torch.where(mask, taken, taken.new_zeros(()))
+
+
+def find_partners(student: Dense, teacher: Dense, levels: Sequence[tuple[int, int]] | None = None) -> Partners:
+    """Pair the predictions of two detectors that stand on the same level, cell and anchor.
+
+    The order of the predictions may differ, and so may the size of the canvas: cells are counted from the top left corner.
+    Whether equal places mean equal anchors or points is not looked at.
+
+    Args:
+        student: P predictions of B images.
+        teacher: predictions of the same images.
+        levels: pairs (student's level, teacher's level); the others have no partner. None: equal numbers are a pair.
+
+    Returns:
+        For each of the student's predictions the teacher's.
+
+    Example:
+        >>> def row(*columns):
+        ...     places = torch.tensor([[0, column] for column in columns])
+        ...     logits, boxes = torch.tensor(columns).view(1, -1, 1) * 10.0, torch.zeros(1, len(columns), 4)
+        ...     return Dense(logits, boxes, boxes, boxes, levels=places[:, 0], cells=places, anchors=places[:, 0])
+        >>> student, teacher = row(0, 1, 2, 3), row(2, 1, 0)
+        >>> partners = find_partners(student, teacher)
+        >>> partners.take(teacher.logits).flatten().tolist(), partners.mask.tolist()
+        ([0.0, 10.0, 20.0, 0.0], [[True, True, True, False]])
+    """
+    theirs = teacher.levels
+    if levels is not None:
+        renamed = torch.full_like(theirs, -1)
+        for mine, other in levels:
+            renamed = torch.where(theirs == other, mine, renamed)
+        theirs = renamed
+    places = [
+        torch.stack([levels_of, *dense.cells.unbind(1), dense.anchors], dim=1)
+        for levels_of, dense in ((student.levels, student), (theirs, teacher))
+    ]
+    spread = torch.cat(places).amax(dim=0) + 1
+
+    def number(place: Tensor) -> Tensor:
+        """Of each place; below 0 for those without a level."""
+        return ((place[:, 0] * spread[1] + place[:, 1]) * spread[2] + place[:, 2]) * spread[3] + place[:, 3]
+
+    wanted, offered = (number(place) for place in places)
+    offered, order = offered.sort()
+    nearest = torch.searchsorted(offered, wanted).clamp(max=max(0, len(offered) - 1))
+    found = offered[nearest] == wanted
+    index = torch.where(found, order[nearest], 0)
+    mask = found.repeat(len(student.logits), 1)
+    if student.padding is not None:
+        mask = mask & ~student.padding
+    if teacher.padding is not None:
+        mask = mask & ~teacher.padding[:, index]
+    return Partners(index, mask)
