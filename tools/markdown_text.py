@@ -15,12 +15,12 @@ def table(*rows: tuple[str, ...]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
 
 
-def plain(value: object) -> str:
-    """A value as the command line writes it."""
+def plain(value: object, separator: str = "/") -> str:
+    """A value as the command line writes it; the items of a list between separators."""
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, tuple):
-        return "/".join(map(str, value)) or "none"
+        return separator.join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
