@@ -55,7 +55,7 @@ def _user(path: Path) -> str:
 def _in_words(users: set[str]) -> str:
     """Methods first; the shared files themselves only where nobody else is named."""
     others = users - {"functional", "methods", "losses"}
-    return ", ".join(sorted(others, key=lambda user: (not user.startswith("`"), user)) or sorted(users)) or "nobody yet"
+    return ", ".join(sorted(others, key=lambda user: (not user.startswith("`"), user)) or sorted(users)) or "-"
 
 
 def _room(path: Path) -> str:
