@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from detdistill import cli
+from detdistill.methods.shared.compose import method_slugs
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", *(path.relative_to(ROOT).as_posix() for path in DOCS)]
+METHOD_PAGES = [path for path in DOCS if path.parent.name == "methods" and path.name != "README.md"]
 
 
 def pinned():
@@ -46,6 +49,27 @@ def test_tables_in_the_docs_are_up_to_date():
     assert done.returncode == 0, f"run tools/tables.py: {done.stdout}{done.stderr}"
 
 
+def test_losses_can_be_imported_by_their_names():
+    done = subprocess.run([sys.executable, ROOT / "tools/losses.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def sections(page):
+    """Headings of a page and the text below each, without its tables."""
+    text = re.sub(r"<!-- table: .*?<!-- end -->", "", page.read_text(), flags=re.DOTALL)
+    return dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def test_every_method_has_a_page_with_the_same_sections():
+    assert [page.stem for page in METHOD_PAGES] == list(method_slugs())
+    first, *others = METHOD_PAGES
+    tables = [re.findall(r"<!-- table: (\w+) -->", page.read_text()) for page in METHOD_PAGES]
+    assert all(found == ["about", "requirements", "losses", "hyperparameters", "recipes"] for found in tables)
+    assert all(list(sections(page)) == list(sections(first)) for page in others)
+    for page in METHOD_PAGES:
+        assert [name for name, text in sections(page).items() if not text.strip()] == []
+
+
 def test_the_command_line_imports_nothing_heavy():
     code = """
 import sys, detdistill, detdistill.cli, detdistill.api, detdistill.compare
@@ -57,11 +81,19 @@ print(*{name.partition(".")[0] for name in sys.modules})
     assert not heavy & set(loaded)
 
 
+def anchors(page):
+    """Names of a page's headings as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_the_docs_lead_somewhere(page):
     path = ROOT / page
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
     assert [link for link in links if not (path.parent / link).exists()] == []
+    places = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", path.read_text())
+    assert [f"{link}#{place}" for link, place in places if place not in anchors(path.parent / link if link else path)] == []
 
 
 def commands(page):

@@ -1,10 +1,11 @@
 """Write the tables of the docs from what the package says of itself: no fact in them is typed by hand.
 
-    uv run python tools/tables.py            write README.md and docs/
-    uv run python tools/tables.py --check    only say which files are out of date; exit code 1 if any is
+    uv run python tools/tables.py                          write README.md and docs/
+    uv run python tools/tables.py docs/methods/pkd.md      write one page; quick where no detectors are tried for it
+    uv run python tools/tables.py --check                  only say which files are out of date; exit code 1 if any is
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. Which pairs a method serves is found by building it
-for every pair of detectors, on small backbones with random weights.
+for every pair of detectors, on small backbones with random weights. A method's page is ``docs/methods/<slug>.md``.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,64 +27,70 @@ from detdistill.detectors.adapters import adapter, adapter_names
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.detectors.options import ModelOptions, option_types
 from detdistill.detectors.probe import CHECKS, Probed, probe_all, tiny_detector
-from detdistill.methods.shared.compose import build_method, method_class, method_slugs
+from detdistill.methods.shared.compose import build_method, method_slugs, parse_methods
 from detdistill.methods.shared.needs import PairError
 from detdistill.settings import DistillSettings, TrainSettings
+from markdown_text import described_arguments, table
+from markdown_text import plain as _plain
+from method_tables import methods_table, properties_table, tables_of
+from shared_pieces import pieces_table
 
 ROOT = Path(__file__).resolve().parent.parent
+METHOD_PAGES = ROOT / "docs/methods"
+EXAMPLE = ROOT / "tests/methods/example_method.py"
 TABLE = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-ARGUMENT = re.compile(r"^    (\w+): (.*?)(?=^    \w+:|\Z)", re.MULTILINE | re.DOTALL)
 VARIANTS = ("cwd,on=logits",)
 """Forms of methods that ask for more than the method's default."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pages", nargs="*", type=Path, help="only these; none: README.md and all pages of docs/")
     parser.add_argument("--check", action="store_true", help="write nothing")
-    check = parser.parse_args().check
+    given = parser.parse_args()
     torch.set_num_threads(1)  # thousands of small modules: threads only wait for each other
-    old = []
-    probed = probe_all()
-    # What cannot be built stands in the table of detectors with its reason; it takes part in no pair.
-    detectors = {found.name: tiny_detector(found.name) for found in probed if found.results}
-    tables = {
-        "methods": methods_table(),
-        "pairs": pairs_table(detectors),
-        "detectors": detectors_table(probed),
-        "hyperparameters": hyperparameters_table(),
-        "model options": model_options_table(),
-        "train settings": settings_table(TrainSettings),
-        "distill settings": settings_table(DistillSettings, beside=TrainSettings),
-    }
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        text = path.read_text()
-        new = TABLE.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n{found[3]}", text)
+    pages = [page.resolve() for page in given.pages] or [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    wrong = []
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        new = with_tables(text, page)
         if new != text:
-            old.append(path.relative_to(ROOT))
-            if not check:
-                path.with_name(path.name + ".tmp").write_text(new)
-                os.replace(path.with_name(path.name + ".tmp"), path)
-    print(*(f"{path} {'is out of date' if check else 'written'}" for path in old), sep="\n" if old else "")
-    raise SystemExit(1 if check and old else 0)
+            wrong.append(f"{page.relative_to(ROOT)} {'is out of date' if given.check else 'written'}")
+            if not given.check:
+                page.with_name(page.name + ".tmp").write_text(new, encoding="utf-8")
+                os.replace(page.with_name(page.name + ".tmp"), page)
+    missing = [f"{METHOD_PAGES / slug}.md" for slug in method_slugs() if not (METHOD_PAGES / f"{slug}.md").exists()]
+    wrong += [f"{Path(page).relative_to(ROOT)} is missing: copy that of another method and change its text" for page in missing]
+    print(*wrong, sep="\n" if wrong else "")
+    raise SystemExit(1 if missing or (given.check and wrong) else 0)
 
 
-def table(*rows: tuple[str, ...]) -> str:
-    """Markdown, the first row as the head."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
+def with_tables(text: str, page: Path) -> str:
+    """The text of a page with its tables as they are today."""
+    own = tables_of(page.stem) if page.parent == METHOD_PAGES and page.stem in method_slugs() else {}
+    return TABLE.sub(lambda found: f"{found[1]}\n{own[found[2]] if found[2] in own else TABLES[found[2]]()}\n{found[3]}", text)
 
 
-def methods_table() -> str:
-    """Slug and paper."""
-    return table(("method", "paper"), *((f"`{slug}`", method_class(slug).title) for slug in method_slugs()))
+def example() -> str:
+    """The worked example of a method, which is a file of the tests."""
+    return f"```python\n{EXAMPLE.read_text(encoding='utf-8').rstrip()}\n```\n"
 
 
-def pairs_table(detectors: dict[str, Detector]) -> str:
+@functools.cache
+def probed() -> Sequence[Probed]:
+    """All detectors, tried."""
+    return probe_all()
+
+
+def pairs_table() -> str:
     """Which pairs of detectors a method accepts, told by whichever are fewer: those it refuses, or those it serves."""
+    # What cannot be built stands in the table of detectors with its reason; it takes part in no pair.
+    detectors = {found.name: tiny_detector(found.name) for found in probed() if found.results}
     rows = []
     for method in [*method_slugs(), *VARIANTS]:
-        needs_teacher = method_class(method.partition(",")[0]).needs.teacher
-        teachers = {name: Teacher(detector) for name, detector in detectors.items()} if needs_teacher else {"none": None}
+        ((kind, settings),) = parse_methods(method)
+        alone = kind.needs(**settings).teacher is None
+        teachers = {"none": None} if alone else {name: Teacher(detector) for name, detector in detectors.items()}
         served = [(t, s) for s in detectors for t in teachers if serves(method, teachers[t], detectors[s])]
         every = [(t, s) for s in detectors for t in teachers]
         few = len(served) <= len(every) / 2
@@ -96,10 +104,15 @@ def by_student(pairs: Sequence[tuple[str, str]], teachers: int) -> str:
     groups: dict[tuple[str, ...], list[str]] = {}
     for student in dict.fromkeys(student for _, student in pairs):
         groups.setdefault(tuple(t for t, s in pairs if s == student), []).append(student)
-    return "; ".join(
-        f"{', '.join(students)} ({'any' if len(names) == teachers else 'itself' if [*names] == students else ', '.join(names)})"
-        for names, students in groups.items()
-    )
+    return "; ".join(f"{', '.join(students)} ({_teachers(students, names, teachers)})" for names, students in groups.items())
+
+
+def _teachers(students: Sequence[str], names: Sequence[str], every: int) -> str:
+    if len(names) == every:
+        return "any"
+    if [*names] == [*students]:
+        return "itself" if len(names) == 1 else "one another"
+    return ", ".join(names)
 
 
 def serves(method: str, teacher: Teacher | None, student: Detector) -> bool:
@@ -111,10 +124,10 @@ def serves(method: str, teacher: Teacher | None, student: Detector) -> bool:
     return True
 
 
-def detectors_table(probed: Sequence[Probed]) -> str:
+def detectors_table() -> str:
     """What each adapter predicts and can do, as found by running it; whatever fails, with its reason below the table."""
-    rows = [(f"`{found.name}`", found.about, found.family, *map(found.cell, CHECKS)) for found in probed]
-    failures = "".join(f"\n- {line}" for found in probed for line in found.failures)
+    rows = [(f"`{found.name}`", found.about, found.family, *map(found.cell, CHECKS)) for found in probed()]
+    failures = "".join(f"\n- {line}" for found in probed() for line in found.failures)
     return table(("detector", "what it is", "predicts", *CHECKS), *rows) + (failures + "\n" if failures else "")
 
 
@@ -157,34 +170,31 @@ def field_words(kind: type) -> dict[str, str]:
     return words
 
 
-def hyperparameters_table() -> str:
-    """Of each method, with the defaults."""
-    rows = []
-    for slug in method_slugs():
-        parameters = inspect.signature(method_class(slug).__init__).parameters.values()
-        own = [f"`{p.name}={_plain(p.default)}`" for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        rows.append((f"`{slug}`", ", ".join(own)))
-    return table(("method", "hyper-parameters and defaults"), *rows)
-
-
 def settings_table(kind: type, beside: type | None = None) -> str:
     """Settings with their defaults, described by the docstring."""
     known = {field.name for field in dataclasses.fields(beside)} if beside else set()
-    words = dict(ARGUMENT.findall(inspect.getdoc(kind) or ""))
+    words = described_arguments(kind)
     rows = [
-        (f"`{field.name}`", f"`{_plain(field.default)}`", " ".join(words[field.name].split()).replace("``", "`"))
+        (f"`{field.name}`", f"`{_plain(field.default)}`", words[field.name])
         for field in dataclasses.fields(kind)
         if field.name not in known
     ]
     return table(("setting", "default", "meaning"), *rows)
 
 
-def _plain(value: object, separator: str = "/") -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return separator.join(map(str, value)) or "none"
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+TABLES: Mapping[str, Callable[[], str]] = {
+    "methods": lambda: methods_table("docs/methods/"),
+    "methods index": lambda: methods_table(""),
+    "properties": properties_table,
+    "pairs": pairs_table,
+    "detectors": detectors_table,
+    "model options": model_options_table,
+    "train settings": lambda: settings_table(TrainSettings),
+    "distill settings": lambda: settings_table(DistillSettings, beside=TrainSettings),
+    "pieces": pieces_table,
+    "example": example,
+}
+"""Tables of all pages but those that only a method's page has, made when a page asks for them."""
 
 
 if __name__ == "__main__":

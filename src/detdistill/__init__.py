@@ -16,9 +16,9 @@ __version__ = "0.1.0"
 _WHERE = {
     "train": "api", "distill": "api", "evaluate": "api", "predict": "api", "compare": "api", "report": "api",
     "inspect_data": "api", "demo": "demo", "TrainSettings": "settings", "DistillSettings": "settings",
-    "load_data": "data.discover", "build_detector": "detectors.build", "load_detector": "detectors.build",
+    "load_data": "data.discover", "build_detector": "detectors.build", "load_detector": "detectors.load",
     "wrap": "detectors.wrap", "Detector": "detectors.contract", "Teacher": "detectors.contract",
-    "Method": "methods.contract", "Composition": "methods.contract", "build_method": "methods.compose",
+    "Method": "methods.shared.contract", "Composition": "methods.shared.contract", "build_method": "methods.shared.compose",
     "Batch": "structures", "Target": "structures", "Losses": "structures", "Clock": "structures",
     "DetdistillError": "errors",
 }  # fmt: skip

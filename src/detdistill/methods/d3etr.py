@@ -265,15 +265,17 @@ class D3ETR(Method[D3ETRTaught]):
         Args:
             teacher: a DETR.
             student: a DETR with as many decoder layers and the same kind of class outputs.
-            matching: adaptive, fixed, or both.
-            cls_weight: of the class loss, in both matchings, as the others.
+            matching: which queries are compared. ``adaptive``: the student's with those of the teacher that predict alike;
+                ``fixed``: the teacher's, decoded by both sides; ``both``.
+            cls_weight: of the class loss; this and the other weights hold in both matchings.
             l1_weight: of the L1 loss.
             giou_weight: of the GIoU loss.
-            self_attention_weight: 0 leaves these maps out. They need equal numbers of heads.
-            cross_attention_weight: 0 leaves these maps out. They need equal heads and strides.
-            cls_cost: of the adaptive matching.
-            l1_cost: likewise.
-            giou_cost: likewise.
+            self_attention_weight: of the difference of self-attention maps, which need equal numbers of heads; 0 leaves them out.
+            cross_attention_weight: of the difference of cross-attention maps, which need equal heads and strides; 0 leaves them
+                out.
+            cls_cost: of the class scores in the adaptive matching.
+            l1_cost: of the L1 distance in the adaptive matching.
+            giou_cost: of the GIoU in the adaptive matching.
             cross_maps: compare cross-attention query by query (``each``) or summed over queries (``sum``); None: ``sum`` for
                 detectors with several maps, which are deformable, else ``each``.
             average_heads: compare the means over heads, which may then differ in number (ours).

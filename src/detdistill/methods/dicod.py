@@ -330,17 +330,18 @@ class DICOD(TeacherFree[DICODTaught]):
             teacher: not used; there may be one for the other methods of a composition.
             student: any detector that predicts.
             classifier: any timm model.
-            weights: .safetensors file of a trained classifier with the names of its classes (``Classifier.save`` writes one);
+            weights: .safetensors file of a trained classifier with the names of its classes (``Classifier.save`` writes one).
                 None: it is trained in a stage of its own.
             pretrained: begin with timm's weights, as the paper does.
-            cls_weight: of the class distributions (0.1 to 0.4 in the paper).
+            cls_weight: of the difference of class distributions (0.1 to 0.4 in the paper).
             temperature: T, of the class distributions.
-            sigmoid_form: how class scores of sigmoid detectors are compared, see ``dicod_classification_loss``.
+            sigmoid_form: how class scores of sigmoid detectors are compared. ``binary``: the two-way divergence of each class;
+                ``normalized``: sigmoids divided by their sum over the classes (only in the released code).
             pixel_weight: of the difference in pixels, which are normalised as the student's input is: in units of 1/255 for an
                 SSD, 58 times as large as with ImageNet's deviations.
             feature_weight: of the difference in the classifier's features; 0 leaves them out.
             size: S, side of a crop.
-            cells: g; pixels are compared in g x g cells, the first layer in 2g x 2g, the next in 4g x 4g.
+            cells: g. Pixels are compared in g x g cells, the first layer in 2g x 2g, the next in 4g x 4g.
             layers: of the classifier: 0 is a ResNet's stem, 1 to 4 its stages; for others, what timm shows.
             decoder_layers: of a DETR, whose positives learn: the last layer's, or all layers' (with one mean over all).
             max_crops: predicted boxes that are cropped in a step; of more, a random sample, whose mean is on average that of all.

@@ -199,14 +199,16 @@ class FitNet(Method[Observation]):
         Args:
             teacher: any detector.
             student: any detector.
-            variant: ``plain``, ``normalized`` or ``modified``, see the module.
+            variant: form of the loss. ``plain``: mean squared difference; ``normalized``: each image's map is scaled to unit
+                length first; ``modified``: foreground cells only, with deformable attention over all levels in the adapter.
             weight: of every level (1 is our choice for ``plain`` and ``modified``).
             levels: student levels to use, as indices; None: all that have a partner.
-            reduction: see ``fitnet_loss``; None: ``mean`` for plain, ``batch`` for normalized. ``modified`` has none.
+            reduction: of the squared differences. ``mean`` over images, channels and cells; ``batch``: sum divided by the images;
+                ``dist``: square root of the sum. None: ``mean`` for plain, ``batch`` for normalized. ``modified`` has none.
             half: the factor 1/2 of the 2015 paper; ``plain`` only.
-            mean_over_levels: see ``fitnet_normalized_loss``; ``normalized`` only.
+            mean_over_levels: divide by the number of levels (United-Perception) instead of adding them; ``normalized`` only.
             always_adapt: a 1x1 convolution for equal channels too (``modified`` always has one).
-            attention_layers: of ``modified``'s adapter.
+            attention_layers: layers of deformable attention in the adapter of ``modified``.
             warm_iters: steps over which the weight rises linearly from 0 (United-Perception).
             hint_share: above 0, train on this loss alone first, for that multiple of the run's epochs, and without it
                 afterwards: the 2015 paper's two stages. 0: together with the detection loss.

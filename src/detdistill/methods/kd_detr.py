@@ -156,14 +156,15 @@ class KDDETR(Method[KDDETRTaught | None]):
         Args:
             teacher: a DETR.
             student: a DETR with the same kind of class outputs.
-            temperature: T.
-            cls_weight: of the class loss, in both groups.
-            l1_weight: of the L1 loss, likewise.
-            giou_weight: of the GIoU loss, likewise.
+            temperature: T, of both class distributions.
+            cls_weight: of the class loss, in both groups of points.
+            l1_weight: of the L1 loss, in both groups.
+            giou_weight: of the GIoU loss, in both groups.
             specific_points: decode the teacher's queries. What the teacher says about them can come from a cache.
             general_points: how many random queries; 0 turns them off. They need the live teacher in each step.
             rebalance: weigh queries by the teacher's highest score; off: all alike.
-            cls_reduction: see ``kd_detr_terms``; the class terms' names end in it.
+            cls_reduction: of the class loss. ``sum`` over images and queries, divided by the class outputs, as released;
+                ``weighted_mean``: averaged by the queries' weights, as the box losses are. The class terms' names end in it.
             project: learn maps for what the student's decoder reads and the teacher's queries lack (``QueryBridge``; not in
                 the paper, which stays within one family, or bridges to a CNN in a similar way).
 

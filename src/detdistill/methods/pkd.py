@@ -93,7 +93,7 @@ class PKD(Method[Observation]):
             student: any detector.
             weight: of every level; the paper uses 6 for two-stage and 10 for one-stage students.
             levels: student levels to use, as indices; None: all that have a partner (the paper leaves the last out).
-            resize_student: see ``pkd_loss``.
+            resize_student: where sizes differ, resize the student's map to the teacher's size; False: the other way.
         """
         super().__init__(teacher, student)
         self.weight, self.resize_student = weight, resize_student

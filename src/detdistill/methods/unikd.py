@@ -370,12 +370,12 @@ class UniKD(Method[UniKDTaught]):
         Args:
             teacher: any detector.
             student: any detector.
-            queries: N, of each kind.
+            queries: N, number of queries of each kind, content and positional.
             content_weight: of the content embeddings' loss; 0 leaves them out (table 6a).
             positional_weight: of the positional embeddings' loss; 0 leaves them out.
-            extractor_layers: that read embeddings (table 6e).
-            adaptor_layers: of deformable self-attention on the student's side (table 6g).
-            points: sampled by each head on each level.
+            extractor_layers: decoder layers of an extractor that read embeddings (table 6e).
+            adaptor_layers: layers of deformable self-attention on the student's side (table 6g).
+            points: places that each attention head samples on each level.
             alpha: least IoU of a jittered box with its object.
             beta: largest IoU of a background box with any object.
             self_attention: use the textbook decoder layer, which the paper's parameter count excludes.
