@@ -71,8 +71,8 @@ MATCHING = (
     ("detdistill.detectors.queries.shared.transformers_detector", "TransformersDetector.assign"),
     ("detdistill.detectors.queries.shared.deformable", "hungarian"),
     ("detdistill.detectors.queries.adamixer", "AdaMixerDetector.assign"),
-    ("detdistill.methods.detrdistill", "detrdistill_match"),
-    ("detdistill.methods.d3etr", "d3etr_match"),
+    ("detdistill.methods.detrdistill.method", "detrdistill_match"),
+    ("detdistill.methods.d3etr.method", "d3etr_match"),
 )
 """Functions that match one to one, costs included."""
 SOLVER = tuple(

@@ -264,9 +264,9 @@ def test_listings_show_every_file(capsys, monkeypatch):
 
     package = Path(detdistill.__file__).parent
     assert names("recipes") == [recipe.stem for recipe in RECIPES]
-    methods = [path.stem for path in (package / "methods").glob("*.py") if "slug = " in path.read_text()]
-    methods.remove("contract")
-    assert len(methods) >= 6
+    methods = [path.stem for path in (package / "methods").glob("*.py") if path.stem != "__init__"]
+    methods += [path.parent.name for path in (package / "methods").glob("*/method.py")]
+    assert len(methods) >= 11
     assert names("methods") == sorted(methods)
     monkeypatch.setattr(probe, "probe_adapter", lambda name: probe.Probed(name, "not tried"))
     detectors = names("detectors")

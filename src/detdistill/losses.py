@@ -9,12 +9,12 @@ from detdistill.methods.cwd import (
     cwd_logit_map,
     cwd_loss,
 )
-from detdistill.methods.d3etr import (
+from detdistill.methods.d3etr.loss import (
     d3etr_loss,
     d3etr_match,
     d3etr_terms,
 )
-from detdistill.methods.detrdistill import (
+from detdistill.methods.detrdistill.loss import (
     detrdistill_contrastive_loss,
     detrdistill_feature_loss,
     detrdistill_layers,
@@ -27,7 +27,7 @@ from detdistill.methods.detrdistill import (
     detrdistill_split_loss,
     detrdistill_targets,
 )
-from detdistill.methods.dicod import (
+from detdistill.methods.dicod.loss import (
     dicod_classification_loss,
     dicod_localization_loss,
     dicod_pooled,
@@ -63,7 +63,7 @@ from detdistill.methods.mgd import (
 from detdistill.methods.pkd import (
     pkd_loss,
 )
-from detdistill.methods.unikd import (
+from detdistill.methods.unikd.loss import (
     unikd_boxes,
     unikd_loss,
 )

@@ -17,269 +17,28 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.errors import ModelError, name_list, nearest
+from detdistill.errors import name_list
 from detdistill.functional.classes import class_columns
-from detdistill.functional.crops import clamp_boxes, crop_boxes
-from detdistill.functional.modes import evaluating, frozen
+from detdistill.functional.crops import clamp_boxes
+from detdistill.functional.modes import evaluating
 from detdistill.functional.precision import full_precision
-from detdistill.functional.soft_targets import binary_kl_divergence
+from detdistill.methods.dicod.loss import Form, dicod_classification_loss, dicod_localization_loss, dicod_pooled, dicod_sample
+from detdistill.methods.dicod.parts import CHUNK, Classifier, DICODTaught, as_teacher, jittered, large_enough
 from detdistill.methods.shared.contract import Stage, TeacherFree
 from detdistill.methods.shared.hyper_parameters import MethodError, check_some
 from detdistill.methods.shared.needs import Needs, PairError
-from detdistill.structures import Batch, Clock, Losses, Observation, Positives, Queries, Taught, map_tensors
+from detdistill.structures import Batch, Clock, Losses, Observation, Positives, Queries, map_tensors
 from detdistill.values import Count, Fraction, Index, Positive, Weight
-
-Form = Literal["softmax", "binary", "normalized"]
-CHUNK = 256
-"""Crops that go through the classifier at once where no gradient is kept; and the most of a batch that it is trained on."""
-TINY = 1e-10
-"""Added to probabilities, as in the released code."""
-LEAST_SIDE = 1.0
-"""Pixels; what is smaller shows nothing."""
-
-
-# ------------------------------------------------------------------------------------------------------- pure functions
-
-
-def dicod_classification_loss(
-    logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0, form: Form = "softmax", normalizer: float | None = None
-) -> Tensor:
-    """Section 3.1: temperature^2 times the mean over positives of KL(classifier || student).
-
-    ``softmax``: over K + 1 classes, of which the background has no part in what the classifier says. ``binary``: the two-way
-    divergence of each class, averaged over the classes (equation 4; that the paper swaps both probabilities at the object's
-    class changes nothing). ``normalized``: sigmoids divided by their sum over the classes, then as ``softmax`` (only in the
-    released code). 1e-10 is added to both distributions, except for ``binary``, where logarithms of sigmoids are exact.
-
-    Args:
-        logits: [M, K+1] with the background last (softmax), else [M, K]; gradient flows.
-        teacher_logits: [M, K], treated as constant.
-        temperature: T, of both.
-        form: see above.
-        normalizer: what the sum over positives is divided by; None: M.
-
-    Returns:
-        [] the loss, without a weight; 0, connected to the graph, without positives.
-
-    Example:
-        >>> import torch
-        >>> alike, nowhere = torch.tensor([[1.0, 2.0]]), torch.tensor([[-1e4]])
-        >>> round(float(dicod_classification_loss(torch.cat([alike, nowhere], dim=1), alike)), 6)
-        0.0
-    """
-    mine, theirs = logits / temperature, teacher_logits.detach() / temperature
-    if form == "softmax":
-        theirs = F.pad(theirs.softmax(dim=-1), (0, 1))
-        divergence = _kl(theirs, mine.softmax(dim=-1)).sum(dim=-1)
-    elif form == "normalized":
-        theirs, mine = (side.sigmoid() / side.sigmoid().sum(dim=-1, keepdim=True) for side in (theirs, mine))
-        divergence = _kl(theirs, mine).sum(dim=-1)
-    else:
-        divergence = binary_kl_divergence(mine, theirs).mean(dim=-1)
-    return temperature**2 * divergence.sum() / (max(1, len(logits)) if normalizer is None else normalizer)
-
-
-def _kl(theirs: Tensor, mine: Tensor) -> Tensor:
-    return (theirs + TINY) * ((theirs + TINY).log() - (mine + TINY).log())
-
-
-def dicod_pooled(maps: Sequence[Tensor], cells: int = 4) -> list[Tensor]:
-    """Crops and their feature maps, averaged in ever finer grids: the one at place i in ``cells * 2^i`` squared.
-
-    Args:
-        maps: [M, C_i, H_i, W_i], the pixels first.
-        cells: g.
-    """
-    return [F.adaptive_avg_pool2d(level, cells * 2**index) for index, level in enumerate(maps)]
-
-
-def dicod_localization_loss(
-    predicted: Sequence[Tensor], truth: Sequence[Tensor], pixel_weight: float = 0.15, feature_weight: float = 0.15
-) -> tuple[Tensor, Tensor]:
-    """Equations 7 and 10: how different predicted boxes look from the true ones; mean over positives, channels and cells.
-
-    Args:
-        predicted: pooled crops of the predicted boxes, then their pooled feature maps (see ``dicod_pooled``): [M, C_i, h_i,
-            w_i]; gradient flows.
-        truth: the same of the true boxes, treated as constant.
-        pixel_weight: of the first entry.
-        feature_weight: of the mean over the others; the released code has one weight for both.
-
-    Returns:
-        [] pixels and [] features, weighted; 0, connected to the graph, without positives.
-    """
-    apart = [
-        (mine - fixed.detach()).abs().flatten(1).mean(dim=1).sum() / max(1, len(mine))
-        for mine, fixed in zip(predicted, truth, strict=True)
-    ]
-    features = torch.stack(apart[1:]).mean() if len(apart) > 1 else apart[0] * 0
-    return pixel_weight * apart[0], feature_weight * features
-
-
-def dicod_sample(count: int, limit: int, generator: torch.Generator | None = None) -> Tensor:
-    """At most ``limit`` of the indices below ``count``, each as likely as any other, in rising order.
-
-    So the mean over the sample is, on average, the mean over all.
-    """
-    if count <= limit:
-        return torch.arange(count)
-    return torch.randperm(count, generator=generator)[:limit].sort().values
-
-
-# --------------------------------------------------------------------------------------------------------- the classifier
-
-
-class Classifier(nn.Module):
-    """Any timm model over crops, with the names of its classes."""
-
-    def __init__(self, network: Any, classes: Sequence[str], name: str = "") -> None:
-        """Wrap a network that has timm's ``forward_intermediates``, ``forward_head`` and ``pretrained_cfg``."""
-        super().__init__()
-        self.mean: Tensor
-        self.std: Tensor
-        self.network, self.classes, self.name = network, tuple(classes), name
-        for statistic in ("mean", "std"):
-            values = torch.tensor(network.pretrained_cfg[statistic])[:, None, None]
-            self.register_buffer(statistic, values, persistent=False)
-
-    @classmethod
-    def build(cls, name: str, classes: Sequence[str], pretrained: bool = False) -> Self:
-        """A new one.
-
-        Raises:
-            ModelError: timm has no such model, or no weights of it.
-        """
-        import timm
-
-        if not timm.is_model(name):
-            known = timm.list_models()
-            raise ModelError(f"unknown classifier {name!r}{nearest(name, known)}; any of timm's {len(known)} models will do")
-        try:
-            network = timm.create_model(name, num_classes=len(classes), pretrained=pretrained)
-        except Exception as error:  # the hub's errors have no common base
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"classifier {name}: timm cannot build it: {reason}") from error
-        if not hasattr(network, "forward_intermediates"):
-            raise ModelError(f"classifier {name} does not show its inner maps in timm; take a resnet, a convnext, ...")
-        return cls(network, classes, name)
-
-    @classmethod
-    def load(cls, path: str | Path, name: str) -> Self:
-        """One from a safetensors file; its metadata may hold the names of its classes (see ``save``).
-
-        Raises:
-            ModelError: no such file, of another form, or not of this model.
-        """
-        from safetensors import SafetensorError, safe_open
-        from safetensors.torch import load_file
-
-        if Path(path).suffix != ".safetensors":
-            raise ModelError(f"classifier weights {path}: only .safetensors files are read")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            state = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"classifier weights {path} cannot be read: {error}") from error
-        known = metadata.get("classifier", name)
-        if known != name:
-            raise ModelError(f"classifier weights {path} are of {known}, not of {name}; write classifier={known}")
-        blank = cls.build(name, ())
-        last = blank.network.pretrained_cfg["classifier"]
-        rows = [len(tensor) for key, tensor in state.items() if key == f"{last}.weight"]
-        try:
-            names = json.loads(metadata.get("classes", "[]")) or [f"class {row}" for row in range(sum(rows))]
-            loaded = cls.build(name, names)
-            loaded.network.load_state_dict(state)
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"classifier weights {path} do not fit {name}: {reason}") from error
-        if "classes" not in metadata:
-            loaded.classes = ()
-        return loaded
-
-    def save(self, path: str | Path) -> None:
-        """Write a file that ``weights=`` reads: timm's state dict, with the model's and the classes' names as metadata."""
-        from safetensors.torch import save_file
-
-        state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.network.state_dict().items()}
-        save_file(state, path, metadata={"classifier": self.name, "classes": json.dumps(self.classes)})
-
-    def crops(self, batch: Batch, boxes_xyxy: Tensor, image: Tensor, size: int) -> Tensor:
-        """[M, 3, S, S] what boxes [M, 4] show, normalised as this classifier is used to; zeros beyond the image."""
-        images = (batch.images.to(boxes_xyxy.dtype) - self.mean) / self.std
-        return crop_boxes(images, boxes_xyxy, image, size, [view.size_hw for view in batch.views])
-
-    def forward(self, crops: Tensor) -> Tensor:
-        """[M, K] logits of crops [M, 3, S, S]."""
-        logits: Tensor = self.network(crops)
-        return logits
-
-    def maps(self, crops: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Some feature maps [M, C, h, w]; nothing beyond the last of them is computed."""
-        found = self.network.forward_intermediates(crops, indices=list(layers), intermediates_only=True, stop_early=True)
-        return self._after_stem(found, layers)
-
-    def describe(self, crops: Tensor, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Logits and some feature maps of one pass."""
-        last, found = self.network.forward_intermediates(crops, indices=list(layers))
-        return self.network.forward_head(last), self._after_stem(found, layers)
-
-    def _after_stem(self, maps: list[Tensor], layers: Sequence[int]) -> list[Tensor]:
-        """The paper's layer 0 is a ResNet's stem with its max-pool, timm's is without."""
-        pool = getattr(self.network, "maxpool", None)
-        return [pool(level) if layer == 0 and pool is not None else level for layer, level in zip(layers, maps, strict=True)]
-
-
-@contextlib.contextmanager
-def as_teacher(module: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients of its own; gradients flow through it."""
-    with frozen(module), evaluating(module):
-        yield
-
-
-# ------------------------------------------------------------------------------------------------------------- taught
-
-
-@dataclass(frozen=True)
-class DICODTaught(Taught):
-    """What the classifier says about the true boxes. Images have zeros after their last object."""
-
-    logits: Tensor
-    """[B, G, K] for the classifier's classes."""
-    pixels: Tensor
-    """[B, G, 3, g, g] pooled crops, as the classifier normalises."""
-    features: tuple[Tensor, ...]
-    """[B, G, C, 2g, 2g], [B, G, C, 4g, 4g] ... pooled feature maps of its layers."""
-    usable: Tensor
-    """[B, G] bool: the object is no crowd, and larger than a pixel."""
-    counts: Tensor
-    """[B] objects of each image."""
-
-    def split(self, count: int) -> list[Self]:
-        """One value for each image, with as many places as it has objects, whatever the others have."""
-        pieces = []
-        for piece, objects in zip(super().split(count), self.counts.tolist(), strict=True):
-            features = tuple(level[:, :objects] for level in piece.features)
-            own = {name: getattr(piece, name)[:, :objects] for name in ("logits", "pixels", "usable")}
-            pieces.append(replace(piece, features=features, **own))
-        return pieces
-
-
-# ------------------------------------------------------------------------------------------------------------ the method
 
 
 class DICOD(TeacherFree[DICODTaught]):
@@ -558,16 +317,3 @@ class DICOD(TeacherFree[DICODTaught]):
             overrides={"optimizer": "sgd", "lr": self.classifier_lr, "weight_decay": 1e-4, "schedule": "cosine"},
         )
         return first, distill
-
-
-def large_enough(boxes_xyxy: Tensor) -> Tensor:
-    """[M] bool of boxes [M, 4]: both sides have a pixel or more (False for sides that are no number)."""
-    return (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= LEAST_SIDE).all(dim=1)
-
-
-def jittered(boxes_xyxy: Tensor, amount: float) -> Tensor:
-    """Boxes [M, 4] whose centres moved by up to ``amount`` of their sides, which were scaled by up to ``e^amount``."""
-    center_size = box_convert(boxes_xyxy, "xyxy", "cxcywh")
-    move, scale = (2 * torch.rand_like(center_size) - 1).mul(amount).split(2, dim=1)
-    sides = center_size[:, 2:]
-    return box_convert(torch.cat([center_size[:, :2] + move * sides, sides * scale.exp()], dim=1), "cxcywh", "xyxy")

@@ -11,25 +11,31 @@ H heads, S cells.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, HasQueries, Teacher
 from detdistill.functional.classes import class_columns
-from detdistill.functional.matching import hungarian
 from detdistill.functional.precision import full_precision
 from detdistill.functional.query_seeds import (
     QueryBridge,
     QueryFormat,
     QuerySpec,
-    giou_with_eps,
     query_gaps,
     query_spec,
+)
+from detdistill.methods.d3etr.loss import (
+    CrossMaps,
+    D3ETRQueries,
+    D3ETRWeights,
+    d3etr_loss,
+    d3etr_match,
+    d3etr_terms,
+    gathered_attention,
+    spread_attention,
 )
 from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.hyper_parameters import check_some
@@ -38,172 +44,10 @@ from detdistill.structures import SECOND, Batch, Clock, Features, Look, Losses, 
 from detdistill.values import Weight
 
 Matching = Literal["both", "adaptive", "fixed"]
-CrossMaps = Literal["each", "sum"]
-
-
-class D3ETRQueries(NamedTuple):
-    """What a decoder makes of one group of queries."""
-
-    logits: Tensor
-    """[L, B, N, K] sigmoid or [L, B, N, K+1] softmax logits."""
-    boxes_cxcywh01: Tensor
-    """[L, B, N, 4]."""
-    self_attention: Tensor | None = None
-    """[L, B, H, N, N] after the softmax, or None to leave it out."""
-    cross_attention: Tensor | None = None
-    """[L, B, H, N, S] of each query, or [L, B, H, S] summed over queries, or None."""
-
-
-class D3ETRTerms(NamedTuple):
-    """The unweighted losses of each layer, [L] each; None where there are no maps."""
-
-    cls: Tensor
-    l1: Tensor
-    giou: Tensor
-    self_attention: Tensor | None
-    cross_attention: Tensor | None
-
-
-@dataclass(frozen=True)
-class D3ETRWeights:
-    """Of the terms, in every layer and both matchings (the re-implementation's)."""
-
-    cls: float = 1.0
-    l1: float = 5.0
-    giou: float = 2.0
-    self_attention: float = 1e4
-    """Entries are about 1/N, so squared differences are tiny."""
-    cross_attention: float = 1e3
-
-
-@torch.no_grad()
-def d3etr_match(
-    student: D3ETRQueries, teacher: D3ETRQueries, costs: Sequence[float] = (1.0, 5.0, 2.0), softmax: bool = False
-) -> Tensor:
-    """[L, B, N] the teacher's query of each of the student's, in every layer: the cheapest one-to-one matching.
-
-    With N > M, N - M queries have none (-1). The cost is a weighted sum of the cross-entropy of the student's class scores
-    under the teacher's (summed over classes), the L1 distance of the boxes, and minus their GIoU; the student's boxes are
-    clamped to 0..1. Attention maps play no part.
-
-    Args:
-        student: N queries.
-        teacher: M queries.
-        costs: of classes, L1 and GIoU.
-        softmax: the outputs are softmax logits (ours).
-    """
-    x = student.logits
-    if softmax:
-        cost = -x.log_softmax(dim=-1) @ teacher.logits.softmax(dim=-1).transpose(-1, -2)
-    else:
-        wanted = teacher.logits.sigmoid().transpose(-1, -2)
-        cost = F.softplus(-x) @ wanted + F.softplus(x) @ (1 - wanted)
-    mine, theirs = student.boxes_cxcywh01.clamp(0, 1)[..., :, None, :], teacher.boxes_cxcywh01[..., None, :, :]
-    cost = costs[0] * cost + costs[1] * (mine - theirs).abs().sum(dim=-1) - costs[2] * giou_with_eps(mine, theirs)
-    return hungarian(cost)
-
-
-def d3etr_terms(student: D3ETRQueries, teacher: D3ETRQueries, match: Tensor, softmax: bool = False) -> D3ETRTerms:
-    """Losses of matched queries in every layer.
-
-    - cls: binary cross-entropy to the teacher's scores, summed over classes; mean over the pairs of all images. With softmax
-      outputs the cross-entropy of the two distributions (ours). At equality its gradient is zero, not its value.
-    - l1: sum over the four coordinates, giou: 1 - GIoU; means over the pairs.
-    - self_attention: mean squared difference of the maps between matched queries, rows and columns both permuted.
-    - cross_attention: mean squared difference of the maps of matched queries; of the summed maps with nothing permuted, for
-      they have lost their queries.
-
-    Args:
-        student: N queries; gradient flows.
-        teacher: M queries, treated as constant.
-        match: [L, B, N] index of the teacher's query, -1 for none; with as many pairs in every image and layer.
-        softmax: the outputs are softmax logits.
-
-    Example:
-        >>> logits, boxes = torch.tensor([[[[0.0], [9.0]]]]), torch.tensor([[[[0.5, 0.5, 1.0, 1.0], [0.2, 0.2, 0.1, 0.1]]]])
-        >>> terms = d3etr_terms(D3ETRQueries(logits, boxes), D3ETRQueries(logits, boxes), torch.tensor([[[0, 1]]]))
-        >>> terms.l1.tolist(), bool(terms.giou < 1e-3), terms.self_attention is None
-        ([0.0], True, True)
-    """
-    layers, images, _ = match.shape
-    mine = torch.nonzero(match >= 0)[:, 2].view(layers, images, -1)  # [L, B, P]
-    theirs = match.gather(2, mine)
-    pairs = images * mine.shape[2]
-    logits, boxes = _take(student.logits, mine), _take(student.boxes_cxcywh01, mine)
-    fixed_logits, fixed_boxes = _take(teacher.logits.detach(), theirs), _take(teacher.boxes_cxcywh01.detach(), theirs)
-    if softmax:
-        entropy = -fixed_logits.softmax(dim=-1) * logits.log_softmax(dim=-1)
-    else:
-        entropy = F.binary_cross_entropy_with_logits(logits, fixed_logits.sigmoid(), reduction="none")
-    among = cross = None
-    if student.self_attention is not None and teacher.self_attention is not None:
-        wanted = _rows(_rows(teacher.self_attention.detach(), theirs).transpose(-1, -2), theirs).transpose(-1, -2)
-        found = _rows(_rows(student.self_attention, mine).transpose(-1, -2), mine).transpose(-1, -2)
-        among = (found - wanted).square().mean(dim=(1, 2, 3, 4))
-    if student.cross_attention is not None and teacher.cross_attention is not None:
-        looks, wanted = student.cross_attention, teacher.cross_attention.detach()
-        if looks.ndim == 5:
-            looks, wanted = _rows(looks, mine), _rows(wanted, theirs)
-        cross = (looks - wanted).square().flatten(1).mean(dim=1)
-    return D3ETRTerms(
-        cls=entropy.sum(dim=(1, 2, 3)) / pairs,
-        l1=(boxes - fixed_boxes).abs().sum(dim=(1, 2, 3)) / pairs,
-        giou=(1 - giou_with_eps(boxes, fixed_boxes)).sum(dim=(1, 2)) / pairs,
-        self_attention=among,
-        cross_attention=cross,
-    )
-
-
-def d3etr_loss(terms: D3ETRTerms, weights: D3ETRWeights = D3ETRWeights()) -> dict[str, Tensor]:
-    """The weighted terms that there are and that have a weight, [] each, summed over layers."""
-    factors = vars(weights)
-    return {name: factors[name] * value.sum() for name, value in terms._asdict().items() if value is not None and factors[name]}
-
-
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    """[L, B, P, X] of [L, B, N, X] by an index [L, B, P]."""
-    return values.gather(2, index[..., None].expand(*index.shape, values.shape[-1]))
-
-
-def _rows(maps: Tensor, index: Tensor) -> Tensor:
-    """[L, B, H, P, X] of [L, B, H, N, X] by an index [L, B, P]."""
-    wide = index[:, :, None, :, None].expand(-1, -1, maps.shape[2], -1, maps.shape[4])
-    return maps.gather(3, wide)
-
-
-# ------------------------------------------------------------------------------------------------------- maps of a pyramid
-
-
-def spread_attention(attention: Tensor, cells_hw: Sequence[tuple[int, int]], summed: bool) -> tuple[Tensor, ...]:
-    """Cross-attention as maps, so that what lies at one place of an image is found there under any padding.
-
-    Args:
-        attention: [L, B, H, N, S].
-        cells_hw: rows and columns of each level; S cells in all.
-        summed: add up the queries.
-
-    Returns:
-        For each level [B, L, H, N, h, w], or [B, L, H, h, w] if summed.
-    """
-    attention = (attention.sum(dim=3) if summed else attention).transpose(0, 1)
-    levels = attention.split([rows * columns for rows, columns in cells_hw], dim=-1)
-    return tuple(level.unflatten(-1, shape) for level, shape in zip(levels, cells_hw, strict=True))
-
-
-def gathered_attention(maps: Sequence[Tensor], cells_hw: Sequence[tuple[int, int]]) -> Tensor:
-    """The inverse of ``spread_attention`` on other maps, which are cropped or zero-padded on the right and at the bottom."""
-    flat = []
-    for level, (rows, columns) in zip(maps, cells_hw, strict=True):
-        fitted = F.pad(level, (0, columns - level.shape[-1], 0, rows - level.shape[-2]))
-        flat.append(fitted.flatten(-2))
-    return torch.cat(flat, dim=-1).transpose(0, 1)
 
 
 def _cells(features: Features) -> list[tuple[int, int]]:
     return [(level.shape[-2], level.shape[-1]) for level in features.maps]
-
-
-# -------------------------------------------------------------------------------------------------------------- the method
 
 
 @dataclass(frozen=True)

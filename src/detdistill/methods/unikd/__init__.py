@@ -1,0 +1,18 @@
+"""UniKD: a fixed number of knowledge embeddings is drawn out of the features, so any detector can teach any other."""
+
+from detdistill.methods.unikd.loss import KINDS, unikd_boxes, unikd_loss
+from detdistill.methods.unikd.method import UniKD
+from detdistill.methods.unikd.parts import Adaptor, KnowledgeExtractor, LevelSource, UniKDTaught, level_sources, pyramid_of
+
+__all__ = [
+    "KINDS",
+    "Adaptor",
+    "KnowledgeExtractor",
+    "LevelSource",
+    "UniKD",
+    "UniKDTaught",
+    "level_sources",
+    "pyramid_of",
+    "unikd_boxes",
+    "unikd_loss",
+]
