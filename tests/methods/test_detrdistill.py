@@ -616,8 +616,16 @@ class Wide(TinyQueries):
         (Softmax(), TinyQueries(), "the teacher detr:tiny has softmax classes"),
         (TinyQueries(), Softmax(), "the student detr:tiny has softmax classes"),
         (TinyQueries(classes=("a", "c")), TinyQueries(), "the teacher does not know b"),
-        (TinyDense(), TinyQueries(), "the teacher tinydense:patches predicts dense; it needs a teacher that predicts queries; methods"),
-        (TinyQueries(), TinyDense(), "the student tinydense:patches predicts dense; it needs a student that predicts queries; methods"),
+        (
+            TinyDense(),
+            TinyQueries(),
+            "the teacher tinydense:patches predicts dense; it needs a teacher that predicts queries; methods",
+        ),
+        (
+            TinyQueries(),
+            TinyDense(),
+            "the student tinydense:patches predicts dense; it needs a student that predicts queries; methods",
+        ),
         (
             TinyQueries(channels=(16, 16)),
             TinyQueries(),
