@@ -46,6 +46,25 @@ def test_tables_in_the_docs_are_up_to_date():
     assert done.returncode == 0, f"run tools/tables.py: {done.stdout}{done.stderr}"
 
 
+def test_the_list_of_losses_is_up_to_date():
+    done = subprocess.run([sys.executable, ROOT / "tools/losses.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, f"run tools/losses.py: {done.stdout}{done.stderr}"
+
+
+def test_every_method_has_a_loss_that_can_be_imported():
+    from detdistill import losses
+    from detdistill.methods.shared.compose import method_slugs
+
+    for slug in method_slugs():
+        mine = [name for name in losses.__all__ if name.startswith(f"{slug}_")]
+        assert mine, f"{slug} has no public function"
+        for name in mine:
+            function = getattr(losses, name)
+            assert function.__name__ == name
+            assert function.__module__.removeprefix("detdistill.methods.").partition(".")[0] == slug
+            assert function.__doc__, name
+
+
 def test_the_command_line_imports_nothing_heavy():
     code = """
 import sys, detdistill, detdistill.cli, detdistill.api, detdistill.compare
