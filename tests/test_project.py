@@ -49,9 +49,22 @@ def test_tables_in_the_docs_are_up_to_date():
     assert done.returncode == 0, f"run tools/tables.py: {done.stdout}{done.stderr}"
 
 
-def test_losses_can_be_imported_by_their_names():
+def test_the_list_of_losses_is_up_to_date():
     done = subprocess.run([sys.executable, ROOT / "tools/losses.py", "--check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"run tools/losses.py: {done.stdout}{done.stderr}"
+
+
+def test_every_method_has_a_loss_that_can_be_imported():
+    from detdistill import losses
+
+    for slug in method_slugs():
+        mine = [name for name in losses.__all__ if name.startswith(f"{slug}_")]
+        assert mine, f"{slug} has no public function"
+        for name in mine:
+            function = getattr(losses, name)
+            assert function.__name__ == name
+            assert function.__module__.removeprefix("detdistill.methods.").partition(".")[0] == slug
+            assert function.__doc__, name
 
 
 def sections(page):

@@ -17,7 +17,6 @@ from detdistill.functional.deformable import (
     valid_ratios,
 )
 from detdistill.losses import unikd_boxes, unikd_loss
-from detdistill.methods.shared.needs import PairError
 from detdistill.methods.unikd import LevelSource, UniKD, frozen, level_sources, pyramid_of
 from detdistill.structures import Clock, Target
 from tests.golden import Golden

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from detdistill import api
+from detdistill import api, cli
 from detdistill.cache.knowledge import KnowledgeCache
 from detdistill.cache.storage import CacheError, LocalFolder
 from detdistill.errors import RunError
@@ -76,6 +76,25 @@ def test_a_run_without_its_teacher_learns_what_the_run_with_it_learns(teacher, f
     assert summary["teacher"] == str(teacher)
     assert summary["cache"]["fingerprint"] == KnowledgeCache.open(str(filled)).about.fingerprint
     assert summary["teacher_parameters"] == json.loads((tmp_path / "online" / "summary.json").read_text())["teacher_parameters"]
+
+
+@pytest.mark.parametrize("method", ["fitnet,hint_share=1+pkd", "cwd+fitnet,hint_share=0.5"])
+def test_earlier_stages_learn_from_a_cache_too_on_the_command_line(teacher, filled, tmp_path, method, monkeypatch):
+    """A stage of hints beside another method, whose records are shared."""
+    small.distill(teacher, tmp_path / "online", method)
+    monkeypatch.setattr(Method, "teach", lambda *_: pytest.fail("the teacher was asked"))
+    words = {key: str(small.SETTINGS[key]).lower() for key in small.SETTINGS}
+    options = [word for key, value in words.items() for word in (f"--{key}", value)]
+    where = ["--student", small.MODEL, "--data", small.DATA, "--cache", str(filled), "--out", str(tmp_path / "offline")]
+    cli.main(["distill", *where, "--method", method, *options])
+    one, other = (small.rows(tmp_path / name) for name in ("online", "offline"))
+    hints = 12 if "hint_share=1+" in method else 6
+    assert [row["stage"] for row in other if row["loss"]] == ["hint"] * hints + ["distill"] * 12
+    for mine, theirs in zip(one, other, strict=True):
+        for name in mine:
+            if mine[name] and name not in ("stage", "lr") and not name.startswith("val/"):
+                assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-3, abs=1e-6), (mine["step"], name)
+    assert all(float(row["train/fitnet"]) > 0 for row in other if row["stage"] == "hint" and row["loss"])
 
 
 def test_images_of_unequal_canvases_learn_the_same_too(teacher, tmp_path):

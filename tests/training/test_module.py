@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,62 @@ def test_dis_scales_what_is_learned(teacher: Path, tmp_path: Path):
     assert float(three["train/pkd"]) == pytest.approx(3 * float(one["train/pkd"]), rel=1e-5)
     assert three["train/classification"] == one["train/classification"]
     assert float(three["loss"]) - float(one["loss"]) == pytest.approx(2 * float(one["train/pkd"]), rel=1e-4)
+
+
+def test_the_distillation_weight_reaches_a_stage_of_hints(teacher: Path, tmp_path: Path, modules):
+    hints = {}
+    for weight in (1.0, 3.0, 0.0):
+        folder = tmp_path / str(weight)
+        small.distill(teacher, folder, method="fitnet,hint_share=1", distill_weight=weight, steps=2, clip=0, weight_decay=0)
+        hints[weight] = [row for row in small.rows(folder) if row["stage"] == "hint" and row["loss"]]
+        assert len(hints[weight]) == 2
+    first = {weight: float(rows[0]["train/fitnet"]) for weight, rows in hints.items()}
+    assert first[1.0] > 0
+    assert first[3.0] == pytest.approx(3 * first[1.0], rel=1e-5)
+    assert float(hints[3.0][0]["loss"]) == pytest.approx(first[3.0], rel=1e-5)
+    assert [float(row["loss"]) for row in hints[0.0]] == [0.0, 0.0]
+    for weight, (hint, distill) in zip(hints, zip(modules[::2], modules[1::2], strict=True), strict=True):
+        weights = [name for name, _ in hint.student.named_parameters()]
+        moved = [name for name in weights if not torch.equal(hint.first[name], distill.first[name])]
+        assert bool(moved) == (weight > 0), f"weight {weight}: {moved[:3]}"
+
+
+class Relabelling(TeacherFree):
+    """Shrinks every box to its middle, by how far training is; one term, which is distilled."""
+
+    slug, title, bibtex = "relabelling", "a toy", ""
+    seen: Sequence[Any] = ()
+
+    def relabel(self, student: Detector, features: Any, batch: Batch, clock: Clock) -> tuple[Batch, Losses]:
+        targets = []
+        for target in batch.targets:
+            middle = (target.boxes_xyxy[:, :2] + target.boxes_xyxy[:, 2:]).repeat(1, 2) / 2
+            targets.append(replace(target, boxes_xyxy=middle + (target.boxes_xyxy - middle) * (1 - 0.5 * clock.progress)))
+        return batch.with_targets(targets), Losses({"chosen": features.maps[0].square().mean()})
+
+    def learn(self, student: Any, seen: Any, taught: Any, batch: Batch, clock: Clock) -> Losses:
+        type(self).seen = [*type(self).seen, (clock.step, batch.targets)]
+        return Losses({})
+
+
+def test_a_run_trains_on_the_targets_that_its_method_chooses(teacher: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(session_module, "build_method", lambda text, teacher, student: Relabelling(teacher, student))
+    monkeypatch.setattr(Relabelling, "seen", ())
+    settings = DistillSettings(**small.SETTINGS, out=tmp_path / "run", distill_weight=2.0)
+    plan = Plan(small.MODEL, small.DATA, settings, role="distilled", teacher=str(teacher))
+    given: list[Any] = []
+    step = StageModule.training_step
+    monkeypatch.setattr(StageModule, "training_step", lambda self, b, i: given.append(b.targets) or step(self, b, i))
+    run(open_session(plan, load_data(small.DATA), Teacher(load_detector(teacher))), Progress(quiet=True))
+    assert len(given) == len(Relabelling.seen) == small.STEPS
+    for (number, chosen), original in zip(Relabelling.seen, given, strict=True):
+        for mine, theirs in zip(chosen, original, strict=True):
+            sides, before = (boxes[:, 2:] - boxes[:, :2] for boxes in (mine.boxes_xyxy, theirs.boxes_xyxy))
+            torch.testing.assert_close(sides, before * (1 - 0.5 * number / small.STEPS), rtol=1e-4, atol=1e-4)
+    row = small.rows(tmp_path / "run")[0]
+    terms = [float(row[name]) for name in row if name.startswith("train/") and row[name]]
+    assert float(row["train/chosen"]) > 0
+    assert float(row["loss"]) == pytest.approx(sum(terms), rel=1e-4)
 
 
 def test_inherit_copies_the_head(teacher: Path, tmp_path: Path, modules):
@@ -328,6 +385,50 @@ def test_three_stages(teacher: Path, tmp_path: Path, modules, monkeypatch):
     assert moved[0] == set()
     assert moved[1] == {name for name in parameters if name.startswith("model.backbone.fpn.")}
     assert all(not torch.equal(distill.first[name], p) for name, p in distill.student.named_parameters())
+
+
+class Handing(Toy):
+    """Hands its trained layer over to the student's pyramid before the last stage, and writes down that it did."""
+
+    handed: Path
+
+    def __init__(self, teacher: Teacher | None, student: Detector) -> None:
+        super().__init__(teacher, student)
+        self.own = nn.Conv2d(32, 32, 3, padding=1)
+
+    def before(self, student: Detector) -> None:
+        with self.handed.open("a") as file:
+            file.write("handed over\n")
+        with torch.no_grad():
+            student.model.backbone.fpn.layer_blocks[0][0].weight.copy_(self.own.weight)
+
+    def stages(self, student: Detector) -> tuple[Stage, ...]:
+        own, _, distill = super().stages(student)
+        return own, replace(distill, before=lambda: self.before(student), trains=lambda clock: (student,))
+
+
+def test_weights_are_handed_over_once_when_a_stage_starts(teacher: Path, tmp_path: Path, modules, monkeypatch):
+    monkeypatch.setattr(session_module, "build_method", lambda text, teacher, student: Handing(teacher, student))
+    monkeypatch.setattr(Handing, "handed", tmp_path / "whole.txt", raising=False)
+    whole = run_toy(tmp_path / "whole", teacher)
+    own, distill = modules
+    place = "model.backbone.fpn.layer_blocks.0.0.weight"
+    assert Handing.handed.read_text() == "handed over\n"
+    assert torch.equal(distill.first[place], own.method.own.weight), "what the first stage has trained, not what it began with"
+    assert not torch.equal(own.first[place], distill.first[place])
+    assert not torch.equal(dict(distill.student.named_parameters())[place], distill.first[place]), "and it is trained on"
+    assert whole.summary["steps"] == 12
+    for stage, step, lines in (("own", 4, 1), ("distill", 7, 0)):
+        folder = tmp_path / f"{stage}{step}"
+        with monkeypatch.context() as patched:
+            patched.setattr(Handing, "handed", tmp_path / "killed.txt")
+            kill_when(patched, Checkpoints, "on_train_batch_end", "after", step, stage)
+            assert small.killed(lambda folder=folder: run_toy(folder, teacher)) == -9
+        monkeypatch.setattr(Handing, "handed", tmp_path / f"resumed-{stage}.txt")
+        run_toy(folder, teacher, resume=True)
+        written = Handing.handed.read_text().splitlines() if Handing.handed.exists() else []
+        assert len(written) == lines, f"resumed in {stage}"
+        assert small.unequal_runs(tmp_path / "whole", folder) == []
 
 
 @pytest.mark.parametrize(("stage", "step"), [("own", 4), ("neck", 6), ("neck", 12), ("distill", 1), ("distill", 7)])

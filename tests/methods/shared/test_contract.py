@@ -8,7 +8,7 @@ from detdistill.cache.storage import CacheError
 from detdistill.detectors.contract import Teacher
 from detdistill.functional.precision import full_precision
 from detdistill.methods.pkd import PKD
-from detdistill.methods.shared.contract import Composition, Method, Stage, TeacherFree
+from detdistill.methods.shared.contract import Composition, Method, Stage, TeacherFree, part_of
 from detdistill.methods.shared.hyper_parameters import MethodError
 from detdistill.methods.shared.needs import Needs, PairError
 from detdistill.structures import WHOLE_TOWER, Assignment, Clock, Look, Losses, Observation, Taught, TaughtTogether, map_tensors
@@ -297,6 +297,114 @@ def test_a_method_named_twice_is_refused():
         Composition([PKD(teacher, student), PKD(teacher, student)], student)
 
 
+# ------------------------------------------------------------------------------------------------------------- relabel
+
+
+class Moved(TeacherFree):
+    """Moves every box by what a layer says of the student's features; its layer learns to move by one pixel."""
+
+    slug, title, bibtex = "moved_toy", "a toy", ""
+
+    def __init__(self, teacher, student):
+        super().__init__(teacher, student)
+        self.mover = nn.Linear(student.spec.channels[0], 1)
+
+    def shift(self, features):
+        with full_precision("cpu"):
+            return self.mover(features.maps[0].float().mean(dim=(0, 2, 3)))[0]
+
+    def relabel(self, student, features, batch, clock):
+        shift = self.shift(features)
+        moved = [replace(target, boxes_xyxy=target.boxes_xyxy + shift.detach()) for target in batch.targets]
+        return batch.with_targets(moved), Losses({"one_pixel": (shift - 1).square()}, {"shift": shift.detach()})
+
+    def learn(self, student, seen, taught, batch, clock):
+        with full_precision("cpu"):
+            return Losses({"size": 0.01 * seen.features.maps[0].square().mean()})
+
+
+class MovedAgain(Moved):
+    slug = "moved_again_toy"
+
+
+def moved_by_hand(method, student, batch):
+    features = student.features(batch)
+    shift = method.shift(features)
+    targets = [replace(target, boxes_xyxy=target.boxes_xyxy + shift.detach()) for target in batch.targets]
+    return features, shift, batch.with_targets(targets)
+
+
+@pytest.mark.parametrize("student_class", [TinyDense, TinyRegions, TinyQueries])
+def test_targets_chosen_between_features_and_prediction_are_those_of_the_step(student_class):
+    student, batch = student_class(seed=2), tiny_batch(3)
+    method = Moved(None, student)
+    losses = method.step(student, batch, None, CLOCK)
+    features, shift, changed = moved_by_hand(method, student, batch)
+    prediction = student.predict(features, changed)
+    own = student.loss(prediction, changed).terms
+    assert_same({name: losses.terms[name] for name in own}, dict(own), "")
+    assert not torch.equal(losses.terms["box"], student.loss(student(batch).prediction, batch).terms["box"])
+    torch.testing.assert_close(losses.terms["one_pixel"], (shift - 1).square())
+    assert losses.distilled == {"one_pixel", "size"}
+    assert torch.equal(losses.monitors["shift"], shift)
+    losses.terms["one_pixel"].backward()
+    assert method.mover.weight.grad.any()
+    assert student.backbone[0].weight.grad.any(), "choosing targets may teach the student's features"
+
+
+def test_what_a_detector_makes_of_its_targets_it_makes_of_the_changed_ones():
+    """The ground truth that two-stage detectors insert among their regions; and ``learn`` is handed the changed batch."""
+    handed = []
+
+    class Watching(Moved):
+        def learn(self, student, seen, taught, batch, clock):
+            handed.append((seen.prediction, batch))
+            return super().learn(student, seen, taught, batch, clock)
+
+    student, batch = TinyRegions(seed=2), tiny_batch(2)
+    method = Watching(None, student)
+    method.step(student, batch, None, CLOCK)
+    _, _, changed = moved_by_hand(method, student, batch)
+    ((prediction, given),) = handed
+    assert_same(given.targets, changed.targets, "")
+    inserted = prediction.boxes_xyxy[prediction.origin.ground_truth >= 0]
+    assert torch.equal(inserted, torch.cat([target.boxes_xyxy for target in changed.targets]))
+
+
+def test_a_method_that_relabels_is_taught_about_the_original_boxes_and_runs_the_backbone_once():
+    Counting.runs = 0
+    student, batch = Counting(seed=2), tiny_batch(2)
+    Moved(None, student).step(student, batch, None, CLOCK)
+    assert Counting.runs == 1
+
+
+def test_one_choice_of_targets_serves_a_composition_and_two_are_refused():
+    teacher, student, batch = Teacher(TinyDense(seed=1)), TinyDense(seed=2), tiny_batch(2)
+    moved = Moved(None, student)
+    together = Composition([PKD(teacher, student), moved], student)
+    losses = together.step(student, batch, together.teach(batch), CLOCK)
+    alone = moved.step(student, batch, None, CLOCK)
+    assert list(losses.terms) == ["cls", "box", "moved_toy/one_pixel", "pkd/pkd", "moved_toy/size"]
+    assert losses.distilled == {"moved_toy/one_pixel", "pkd/pkd", "moved_toy/size"}
+    for name in ("cls", "box"):
+        assert torch.equal(losses.terms[name], alone.terms[name])
+    assert torch.equal(losses.terms["moved_toy/one_pixel"], alone.terms["one_pixel"])
+    assert torch.equal(losses.monitors["moved_toy/shift"], alone.monitors["shift"])
+    with pytest.raises(PairError) as refusal:
+        Composition([moved, PKD(teacher, student), MovedAgain(None, student)], student)
+    assert str(refusal.value) == (
+        "moved_toy and moved_again_toy both replace the student's targets; a composition can hold only one of them"
+    )
+
+
+def test_without_a_choice_the_targets_stay():
+    student, batch = TinyDense(seed=2), tiny_batch(2)
+    method = Doubled(None, student)
+    changed, losses = method.relabel(student, student.features(batch), batch, CLOCK)
+    assert changed is batch
+    assert losses.terms == {}
+
+
 # -------------------------------------------------------------------------------------------------------------- stages
 
 
@@ -375,6 +483,44 @@ def test_a_composition_puts_earlier_stages_in_a_row_and_the_last_together():
     ])]  # fmt: skip
 
 
+def test_stages_of_a_composition_learn_from_their_own_method():
+    teacher, student, batch = Teacher(TinyDense(seed=1)), TinyDense(seed=2), tiny_batch(3)
+    hinting, soft = Hinting(teacher, student), Soft(teacher, student)
+    together = Composition([soft, hinting], student)
+    hint, distill = together.stages(student)
+    assert hint.learns_from is hinting
+    assert distill.learns_from is together
+    taught = together.teach(batch)
+    assert part_of(taught, together, together) is taught
+    assert part_of(taught, together, hinting) is taught.parts[1]
+    assert part_of(taught, together, soft).prediction is not None
+    alone = hinting.stages(student)[0].step(batch, hinting.teach(batch), CLOCK)
+    assert_same(hint.step(batch, part_of(taught, together, hinting), CLOCK).terms, alone.terms, "")
+    assert hint.step(batch, part_of(taught, together, hinting), CLOCK).distilled == {"maps"}
+
+
+def test_what_is_handed_over_before_the_last_stage_is_handed_over_by_every_member():
+    handed = []
+
+    class Handing(Staged):
+        slug = "handing_toy"
+
+        def stages(self, student):
+            *earlier, last = super().stages(student)
+            return *earlier, replace(last, before=lambda: handed.append(self.slug))
+
+    class HandingToo(Handing):
+        slug = "handing_too_toy"
+
+    teacher, student = Teacher(TinyDense(seed=1)), TinyDense(seed=2)
+    parts = [Handing(teacher, student), PKD(teacher, student), HandingToo(teacher, student)]
+    last = Composition(parts, student).stages(student)[-1]
+    assert handed == []
+    last.before()
+    assert handed == ["handing_toy", "handing_too_toy"]
+    assert Composition(parts[1:2], student).stages(student)[-1].before is None
+
+
 # -------------------------------------------------------------------------------------- the checks that all methods pass
 
 
@@ -389,6 +535,7 @@ def test_toy_methods_keep_the_contract():
     assert check_method(Doubled) == ["dense 8", "regions 8", "queries 8"]
     assert "regions 16 -> queries 8" in check_method(Staged)
     assert "queries 8 -> dense 8" in check_method(Hinting)
+    assert check_method(Moved) == ["dense 8", "regions 8", "queries 8"]
 
 
 class Leaky(Mimic):
