@@ -1,0 +1,194 @@
+"""Compare the speed of two checkouts of this project, in one run: ratios of processor time, median of interleaved rounds.
+
+    OMP_NUM_THREADS=1 uv run python benchmarks/revisions.py --other ../old --out benchmarks/results/revisions_cpu.json
+
+Measured (this checkout / the other one; below 1 is faster):
+
+- ``import``: a new process that imports ``detdistill.training.run``.
+- ``teach NAME``: the pass of a teacher whose backbone AND neck are looked at, as a composition of two methods does.
+- ``d3etr step``: forward and backward pass of one online step of D3ETR.
+- ``second pass``: seconds of a bf16 autocast step of KD-DETR, whose student decodes a second time.
+
+Each checkout has a process of its own, which runs the same code on the same random weights and images; both use the packages
+of this environment. The processes take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DETR = "deformable_detr:resnet18,dim=64,heads=4,ffn=128,queries=60,encoder=2,decoder=3"
+CASES = (
+    "import",
+    "teach fcos:resnet50",
+    "teach faster_rcnn:resnet50",
+    "teach fcos:resnet18",
+    f"d3etr step of {DETR}",
+    f"second pass of {DETR}",
+)
+
+
+# ------------------------------------------------------------------------------------------- in the process of a checkout
+
+
+def batch_of(detector: Any, size: int = 320, images: int = 2) -> Any:
+    """Noise with a few boxes."""
+    import torch
+
+    from detdistill.structures import Batch, Target, View
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(images, 3, size, size, generator=generator)
+    corners = torch.rand(images, 4, 2, generator=generator) * size * 0.5
+    boxes = torch.cat([corners, corners + size * 0.3], dim=-1)
+    labels = torch.zeros(4, dtype=torch.int64)
+    targets = tuple(Target(some, labels, torch.zeros(4, dtype=torch.bool)) for some in boxes)
+    views = tuple(View((size, size), (size, size)) for _ in range(images))
+    return Batch(pixels, torch.full((images, 2), size), targets, ids=tuple(range(images)), views=views)
+
+
+def prepared(case: str) -> Callable[[], None]:
+    """The call that is measured."""
+    import torch
+
+    from detdistill.detectors.build import build_detector
+    from detdistill.detectors.contract import Teacher
+
+    torch.manual_seed(0)
+    kind, _, name = case.partition(" ") if case.startswith("teach") else (case.split(" of ")[0], "", case.split(" of ")[-1])
+    teacher = Teacher(build_detector(name, ["a", "b"]))
+    batch = batch_of(teacher.detector)
+    if kind == "teach":
+        return lambda: look_at_backbone_and_neck(teacher, batch)
+    student = build_detector(name, ["a", "b"]).train()
+    return stepping(teacher, student, batch, half=kind == "second pass")
+
+
+def look_at_backbone_and_neck(teacher: Any, batch: Any) -> None:
+    """The maps of both, for one batch."""
+    import torch
+
+    teacher.forget()
+    with torch.no_grad():
+        try:
+            from detdistill.structures import Look
+        except ImportError:  # commit 4da03f5
+            teacher.observe(batch, backbone=True)
+        else:
+            teacher.observe(batch, Look(backbone=True))
+
+
+def stepping(teacher: Any, student: Any, batch: Any, half: bool) -> Callable[[], None]:
+    """One online step with its gradients."""
+    import torch
+
+    from detdistill import build_method
+    from detdistill.structures import Clock
+
+    method = build_method("kd_detr" if half else "d3etr", teacher, student)
+    stage = method.stages(student)[-1]
+
+    def step() -> None:
+        teacher.forget()
+        student.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            try:
+                from detdistill.methods.shared.contract import teach_by_canvas
+            except ImportError:  # commit 4da03f5
+                losses = stage.step(batch, Clock(5, 10, 1))
+            else:
+                losses = stage.step(batch, teach_by_canvas(stage.learns_from, batch), Clock(5, 10, 1))
+        losses.total().backward()
+
+    return step
+
+
+def serve() -> None:
+    """Read a case from each line, run it once more, and answer with its seconds."""
+    calls: dict[str, Callable[[], None]] = {}
+    for line in sys.stdin:
+        case = line.rstrip("\n")
+        if case not in calls:
+            calls[case] = prepared(case)
+            calls[case]()
+        started = time.process_time()
+        calls[case]()
+        print(time.process_time() - started, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- the comparison
+
+
+class Checkout:
+    """A checkout and the process that measures in it."""
+
+    def __init__(self, root: Path) -> None:
+        """Start the process."""
+        self.environment = os.environ | {"PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": ""}
+        command = [sys.executable, __file__, "--serve", "--other", "."]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment, cwd=root
+        )
+
+    def seconds(self, case: str) -> float:
+        """Processor seconds of one more call."""
+        if case == "import":
+            before = os.times()
+            subprocess.run([sys.executable, "-c", "import detdistill.training.run"], env=self.environment, check=True)
+            after = os.times()
+            return after.children_user + after.children_system - before.children_user - before.children_system
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(case + "\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+
+def main() -> None:
+    """Measure, print a table, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--other", type=Path, required=True, help="another checkout of the project")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cases", nargs="*", default=CASES)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve()
+    else:
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Let both checkouts take turns."""
+    mine, other = Checkout(ROOT), Checkout(options.other.resolve())
+    found: dict[str, dict[str, float]] = {}
+    for case in options.cases:
+        pairs = []
+        for index in range(options.rounds):
+            first, second = (mine, other) if index % 2 else (other, mine)
+            seconds = {first: first.seconds(case), second: second.seconds(case)}
+            pairs.append((seconds[mine], seconds[other]))
+        ratio = statistics.median(mine / other for mine, other in pairs)
+        here, there = (statistics.median(column) for column in zip(*pairs, strict=True))
+        found[case] = {"ratio": round(ratio, 3), "seconds": round(here, 4), "other_seconds": round(there, 4)}
+        print(f"{ratio:6.3f}  {here:8.3f} s / {there:8.3f} s  {case}", flush=True)
+    if options.out:
+        from detdistill.training.machine import hardware, versions
+
+        described = {"hardware": hardware(), "versions": versions(), "rounds": options.rounds}
+        options.out.write_text(json.dumps({**described, "cases": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
