@@ -127,7 +127,7 @@ def test_a_distilled_runs_config_runs_again_as_it_is(tmp_path, capsys, student):
     assert "WARNING: the teacher's AP is" in said
     cli.main(["distill", "--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "b")])
     (first, config), (second, other) = written_by(tmp_path / "a"), written_by(tmp_path / "b")
-    assert (config["method"], config["dis"], config["epochs"]) == ("mgd,weight=2e-05,dropped=0.65", 2.0, 1)
+    assert (config["method"], config["distill_weight"], config["epochs"]) == ("mgd,weight=2e-05,dropped=0.65", 2.0, 1)
     assert {**config, "out": None} == {**other, "out": None}
     assert first["role"] == "distilled"
     assert first["teacher_metrics"]["AP"] == second["teacher_metrics"]["AP"]

@@ -145,7 +145,10 @@ def test_broken_weights(refused, tmp_path, student):
 def test_a_pair_that_the_method_cannot_serve(refused):
     teacher = "faster_rcnn:resnet10t,channels=16-16-16-16,stem=8,neck=32,levels=3-4,mlp=16"
     line = refused("distill", "--teacher", teacher, "--student", MODEL, "--data", DIGITS, "--method", "cwd,on=logits")
-    assert line == f"detdistill: cwd: the teacher {teacher} predicts regions; cwd needs a teacher that predicts dense"
+    assert line == (
+        f"detdistill: cwd: the teacher {teacher} predicts regions; it needs a teacher that predicts dense; "
+        "methods that could serve this pair: dicod, fgd, fitnet, fkd, mgd, pkd, unikd"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -154,17 +157,17 @@ def test_a_pair_that_the_method_cannot_serve(refused):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["--lr", "-1"], "lr: -1.0 is negative"),
-        (["--lr", "0"], "lr: 0 would train nothing"),
-        (["dis=nan"], "dis: 'nan' is not a number"),
-        (["dis=-2"], "dis: -2.0 is negative"),
-        (["--method", "pkd,weight=nan"], "pkd: weight=nan must be a finite number, 0 or more"),
-        (["--method", "pkd,weight=-1"], "pkd: weight=-1 must be a finite number, 0 or more"),
-        (["--method", "cwd,temperature=0"], "cwd: temperature=0.0 must be a finite number above 0"),
+        (["--lr", "-1"], "lr: -1.0 is not a number above 0"),
+        (["--lr", "0"], "lr: 0.0 is not a number above 0"),
+        (["dis=nan"], "distill_weight: 'nan' is not a number"),
+        (["dis=-2"], "distill_weight: -2.0 is not a number, 0 or more"),
+        (["--method", "pkd,weight=nan"], "pkd: weight=nan is not a number, 0 or more"),
+        (["--method", "pkd,weight=-1"], "pkd: weight=-1 is not a number, 0 or more"),
+        (["--method", "cwd,temperature=0"], "cwd: temperature=0 is not a number above 0"),
         (["--method", "pdk"], "no method 'pdk' (did you mean 'pkd'?)"),
         (["--method", "pkd,levels=7"], "pkd: "),
         (["--seeds", "0,0"], "seeds: 0,0 must be different whole numbers"),
-        (["--flip", "1.5"], "flip: 1.5 must lie between 0 and 1"),
+        (["--flip", "1.5"], "flip: 1.5 is not a number from 0 to 1"),
         (["--max_size", "20", "--resize", "short_side"], "max_size"),
     ],
 )

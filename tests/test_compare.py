@@ -111,7 +111,7 @@ def test_each_method_teacher_and_strength_is_compared_alone(tmp_path):
         ("fgd + inherited head", "runs/teacher"),
         ("pkd", "runs/other"),
         ("pkd", "runs/teacher"),
-        ("pkd, dis 2", "runs/teacher"),
+        ("pkd, distill_weight 2", "runs/teacher"),
     ]
     assert [round(gain.mean, 6) for gain in gains] == [0.1, -0.1, 0.015, -0.1]
 

@@ -12,8 +12,8 @@ from detdistill.errors import DetdistillError
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"epochs": 0}, "epochs: 0 is too small"),
-        ({"teacher_epochs": 0}, "epochs: 0 is too small"),
+        ({"epochs": 0}, "epochs: 0 is not a whole number, 1 or more"),
+        ({"teacher_epochs": 0}, "epochs: 0 is not a whole number, 1 or more"),
         ({"train_images": 0}, "train_images: 0 is too small"),
         ({"seeds": (1, 1)}, "seeds: 1,1 must be different"),
         ({"method": "pdk"}, "no method 'pdk'"),

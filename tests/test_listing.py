@@ -14,8 +14,6 @@ from dataclasses import asdict, replace
 
 import pytest
 import yaml
-from detdistill.methods.compose import method_class, method_slugs
-from detdistill.methods.contract import PairError
 
 from detdistill import api, cli
 from detdistill.compare import Gain, Pair, summarize
@@ -25,6 +23,8 @@ from detdistill.detectors import probe
 from detdistill.detectors.probe import CHECKS, STAGES, Probed
 from detdistill.evaluation.scores import METRICS, Scores
 from detdistill.listing import list_methods, list_recipes
+from detdistill.methods.shared.compose import method_class, method_slugs
+from detdistill.methods.shared.needs import PairError
 from tests.data.forms import Picture, make_coco, make_yolo
 
 LONG = "runs/a folder with spaces/" + "deeper/" * 10 + "teacher"

@@ -37,7 +37,7 @@ def test_neck_and_head_get_the_teachers_values_and_the_backbone_keeps_its_own():
     inherited = inherit_head(student, teacher)
     assert inherited.skipped == ()
     for name, value in student.state_dict().items():
-        if name.startswith(("neck.", "head.")):
+        if name.startswith(("levels.", "head.")):
             assert name in inherited.copied
             assert torch.equal(value, teacher.state_dict()[name])
             assert value.data_ptr() != teacher.state_dict()[name].data_ptr()
@@ -62,11 +62,11 @@ def test_other_shapes_and_missing_tensors_are_named():
     student, teacher = TinyDense(channels=(4, 4, 4), strides=(8, 16, 32)), TinyDense(channels=(8, 8))
     inherited = inherit_head(student, teacher)
     reasons = dict(inherited.skipped)
-    assert reasons["neck.convs.0.weight"] == "its shape is [4, 6, 1, 1], the teacher's [8, 6, 1, 1]"
-    assert reasons["neck.convs.2.weight"] == "the teacher has no such tensor"
+    assert reasons["levels.convs.0.weight"] == "its shape is [4, 6, 1, 1], the teacher's [8, 6, 1, 1]"
+    assert reasons["levels.convs.2.weight"] == "the teacher has no such tensor"
     # The box layer's bias does not depend on the width.
     assert inherited.copied == ("head.logits.bias", "head.deltas.bias")
-    assert str(inherited).startswith("2 tensors of neck and head inherited from the teacher; 16 skipped, the first is neck.")
+    assert str(inherited).startswith("2 tensors of neck and head inherited from the teacher; 16 skipped, the first is levels.")
 
 
 def test_detectors_of_different_kinds_share_nothing():

@@ -5,11 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from detdistill.detectors import load as saved
 from detdistill.detectors.adapters import adapter_names, wrap_torchvision
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.load import load_detector, load_state
-from detdistill.detectors.save import save_student
+from detdistill.detectors.save import installed_versions, save_student
 from detdistill.detectors.student_files import load_student
 from detdistill.errors import ModelError
 from tests.detectors.dense.shared import library_images, randomize_outputs, unequal_batch
@@ -191,7 +190,7 @@ def test_a_detector_wrapped_in_python_is_not_loaded_by_name(tmp_path):
 
 
 def test_versions_name_what_is_installed():
-    assert saved.installed_versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert installed_versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
 def test_adapters_are_found_by_looking():

@@ -1,4 +1,3 @@
-import contextlib
 import copy
 import dataclasses
 
@@ -17,7 +16,7 @@ from detdistill.functional.deformable import (
     valid_ratios,
 )
 from detdistill.losses import unikd_boxes, unikd_loss
-from detdistill.methods.unikd import LevelSource, UniKD, frozen, level_sources, pyramid_of
+from detdistill.methods.unikd import LevelSource, UniKD, level_sources, pyramid_of
 from detdistill.structures import Clock, Target
 from tests.golden import Golden
 from tests.methods.contract_checks import check_method, run_stage, without_boxes
@@ -256,16 +255,6 @@ def test_gradients_reach_student_and_adaptor_only():
     assert all(parameter.requires_grad for parameter in method.extractors.parameters())
     assert float(student.backbone[0].weight.grad.abs().max()) > 0
     assert student.head.logits.weight.grad is None
-
-
-def test_frozen_opens_again_after_an_error():
-    layer = torch.nn.Linear(1, 1)
-    layer.bias.requires_grad_(False)
-    with contextlib.suppress(RuntimeError), frozen(layer):
-        assert not layer.weight.requires_grad
-        raise RuntimeError
-    assert layer.weight.requires_grad
-    assert not layer.bias.requires_grad
 
 
 def test_stages_train_what_they_should():

@@ -12,7 +12,8 @@ import yaml
 from detdistill.errors import RunError
 from detdistill.settings import DistillSettings
 from detdistill.training import experiment
-from detdistill.training.run import Plan
+from detdistill.training.plan import Plan
+from detdistill.training.session import Session
 from tests.training import small
 
 BOTH = {"baseline": True, "seeds": (0, 1), "epochs": 1, "method": "pkd"}
@@ -74,11 +75,11 @@ def test_resume_does_what_is_missing(one_by_one: Path, teacher: Path, tmp_path: 
     stopped = [False, True]
     run = experiment.run
 
-    def watched(plan: Plan, *rest: Any) -> Any:
-        if plan.title == "baseline, seed 1" and stopped.pop():
+    def watched(session: Session, *rest: Any) -> Any:
+        if session.plan.title == "baseline, seed 1" and stopped.pop():
             raise RunError("no more")
-        done.append(plan.title)
-        return run(plan, *rest)
+        done.append(session.plan.title)
+        return run(session, *rest)
 
     monkeypatch.setattr(experiment, "run", watched)
     with pytest.raises(RunError, match="no more"):

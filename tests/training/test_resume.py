@@ -156,7 +156,7 @@ def test_a_finished_run_is_left_alone(uninterrupted: Path, teacher: Path, monkey
         ({"lr": 0.5}, "lr was 0.001 and is now 0.5"),
         ({"seed": 1}, "seed was 0 and is now 1"),
         ({"method": "pkd"}, "method was 'mgd,weight=0.001' and is now 'pkd'"),
-        ({"dis": 2.0}, "dis was 1.0 and is now 2.0"),
+        ({"dis": 2.0}, "distill_weight was 1.0 and is now 2.0"),
     ],
 )
 def test_changed_settings_are_refused(changed: dict[str, Any], named: str, uninterrupted: Path, teacher: Path):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from detdistill.detectors.adapters import adapter, read_model, wrap_torchvision
+from detdistill.detectors.adapters import adapter, adapter_names, read_model, wrap_torchvision
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector
 from detdistill.detectors.student_files.load_student import build as build_model
@@ -79,7 +79,7 @@ def load_student(folder: Path, classes: Sequence[str] | None = None) -> Detector
         columns = [about_model["labels"].index(label) for label in own_classes]
         load_state(model, _read_tensors(folder / "model.safetensors"), folder / "model.safetensors", name)
         return wrap_torchvision(model, own_classes, name, columns, about_model["model"])
-    loader = getattr(adapter(kind), "load_exported", None)
+    loader = getattr(adapter(kind), "load_exported", None) if kind in adapter_names() else None
     if loader is None:
         raise ModelError(f"{folder}: a {kind} detector that was wrapped in Python cannot be loaded by name; wrap it again")
     detector: Detector = loader(folder, own_classes, name)
