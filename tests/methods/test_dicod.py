@@ -16,8 +16,8 @@ from detdistill.detectors.probe import tiny_name
 from detdistill.errors import DetdistillError, ModelError
 from detdistill.functional.crops import clamp_boxes, crop_boxes
 from detdistill.losses import dicod_classification_loss, dicod_localization_loss, dicod_pooled, dicod_sample
-from detdistill.methods import dicod
 from detdistill.methods.dicod import DICOD, Classifier, DICODTaught, as_teacher, jittered, large_enough
+from detdistill.methods.dicod import method as method_module
 from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.contract import Composition
 from detdistill.methods.shared.needs import PairError
@@ -391,7 +391,7 @@ def test_without_any_boxes_all_terms_are_zero():
 def test_teaching_does_not_depend_on_chunks(monkeypatch):
     method, batch = build(), tiny_batch(3)
     whole = method.teach(batch)
-    monkeypatch.setattr(dicod, "CHUNK", 2)
+    monkeypatch.setattr(method_module, "CHUNK", 2)
     for (path, first), (_, second) in zip(tensors(whole), tensors(method.teach(batch)), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5, msg=path)
 
