@@ -8,13 +8,12 @@ from detdistill.detectors.build import build_detector
 from detdistill.errors import ModelError
 from detdistill.structures import Batch
 from tests.detectors.dense.shared import unequal_batch
-from tests.detectors.queries.deformable import CLASSES, SMALL, DeformableTests, doubled, labels_of
+from tests.detectors.queries.deformable import CLASSES, SMALL, DeformableTests, LearnsByHeart, doubled, labels_of
 
 
 class TestPlain(DeformableTests):
     family = "deformable_detr"
     processor = DeformableDetrImageProcessor
-    steps, rate = 60, 5e-3
 
     def test_an_image_alone_on_the_same_canvas_is_the_image_in_the_batch(self, detector):
         batch = unequal_batch()
@@ -29,11 +28,10 @@ class TestPlain(DeformableTests):
                 torch.testing.assert_close(single.boxes_cxcywh01, together.boxes_cxcywh01[:, own], rtol=1e-4, atol=1e-5)
 
 
-class TestRefined(DeformableTests):
+class TestRefined(LearnsByHeart, DeformableTests):
     family = "deformable_detr"
     options = ",refine=true"
     processor = DeformableDetrImageProcessor
-    steps, rate = 60, 5e-3
 
     def test_points_are_made_of_positions_when_there_are_none(self, detector):
         batch = unequal_batch()
@@ -48,7 +46,7 @@ class TestRefined(DeformableTests):
             detector.decode(features, replace(seed, reference=None, position=None), batch)
 
 
-class TestTwoStage(DeformableTests):
+class TestTwoStage(LearnsByHeart, DeformableTests):
     family = "deformable_detr"
     options = ",two_stage=true"
     processor = DeformableDetrImageProcessor

@@ -102,7 +102,6 @@ class GroupTests(DeformableTests):
 class TestLwDetr(GroupTests):
     family = "lw_detr"
     exact = True
-    steps, rate, tolerance = 75, 3e-3, 8.0
 
     @pytest.fixture
     def name(self):
@@ -112,9 +111,6 @@ class TestLwDetr(GroupTests):
     def detector(self, name):
         torch.manual_seed(0)
         return shaken(build_detector(name, CLASSES), 0.02)
-
-    def test_learns_two_images_by_heart(self, name):
-        super().test_learns_two_images_by_heart(name.replace("queries=30", "queries=10"))
 
     def test_dense_attention_is_what_the_decoder_computes(self, detector):
         batch = unequal_batch()
