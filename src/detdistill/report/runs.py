@@ -100,7 +100,7 @@ def read(folder: Path) -> Run:
     summary = read_run(folder)
     missing = [key for key in ("role", "student", "seed", "metrics", "data") if key not in summary]
     if missing or not isinstance(summary["config"], dict):
-        raise RunError(f"{folder} is no whole run: summary.json lacks {', '.join(missing) or 'its config'}")
+        raise RunError(f"{folder} is not a complete run: summary.json lacks {', '.join(missing) or 'its config'}")
     return Run(folder, summary, tuple(_rows(folder / "metrics.csv")))
 
 
