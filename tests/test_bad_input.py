@@ -228,7 +228,7 @@ def test_a_teacher_that_knows_nothing_is_said_loudly_before_anything_is_trained(
 
 def test_comparing_what_is_no_run(capsys, tmp_path):
     (tmp_path / "summary.json").write_text("{broken")
-    for runs, expected in (([tmp_path], "is no whole run"), ([tmp_path / "no"], "holds no finished run (no summary.json)")):
+    for runs, expected in (([tmp_path], "is not a complete run"), ([tmp_path / "no"], "holds no finished run (no summary.json)")):
         with pytest.raises(SystemExit) as ended:
             cli.main(["compare", *map(str, runs)])
         assert ended.value.code == 2

@@ -130,7 +130,7 @@ def test_unequal_budgets_are_refused_naming_each_difference(tmp_path):
         compare_runs([tmp_path])
     assert str(error.value) == (
         "unequal budgets, seed 0: epochs 12 and 24; lr 0.001 and 0.01; steps done 100 and 200; images_seen done 1600 and 3200; "
-        "--allow_unequal true compares all the same"
+        "--allow_unequal true compares them anyway"
     )
     (gain,) = compare_runs([tmp_path], allow_unequal=True)
     assert gain.mean == pytest.approx(0.1)
@@ -202,12 +202,12 @@ def test_folders_are_expanded_once(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("summary.json", "{broken", "is no whole run: Expecting property name"),
+        ("summary.json", "{broken", "is not a complete run: Expecting property name"),
         ("summary.json", "[1]", "summary.json and config.yaml must hold keys and values"),
-        ("summary.json", '{"role": "baseline"}', "is no whole run: summary.json lacks student, teacher"),
-        ("config.yaml", "a: [", "is no whole run: while parsing"),
+        ("summary.json", '{"role": "baseline"}', "is not a complete run: summary.json lacks student, teacher"),
+        ("config.yaml", "a: [", "is not a complete run: while parsing"),
         ("config.yaml", "", "summary.json and config.yaml must hold keys and values"),
-        ("config.yaml", None, "is no whole run: .*No such file"),
+        ("config.yaml", None, "is not a complete run: .*No such file"),
     ],
 )
 def test_a_broken_run_is_named(tmp_path, name, content, expected):

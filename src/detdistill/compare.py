@@ -1,4 +1,4 @@
-"""Proof of gain: baseline and distilled students, paired by seed, with an interval and a plain verdict."""
+"""Compare baseline and distilled students, paired by seed, with a confidence interval and a verdict."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ BUDGET = (
 """Settings that must agree for a comparison to be fair."""
 
 NEEDED = ("role", "student", "teacher", "method", "seed", "steps", "images_seen", "metrics", "data")
-"""What a summary must tell to be compared."""
+"""Keys of ``summary.json`` that a comparison needs."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The same seed with and without distillation; AP in 0..1."""
+    """Metric (0..1) of two runs of the same seed, without and with distillation."""
 
     seed: int
     baseline: float
@@ -45,7 +45,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Gain:
-    """What one method gave one student under one teacher."""
+    """Gain of a method for a student and a teacher."""
 
     method: str
     teacher: str
@@ -54,8 +54,9 @@ class Gain:
     pairs: tuple[Pair, ...]
     mean: float
     low: float | None
-    """Ends of the 95 % confidence interval of the mean gain (Student's t, paired); None with a single pair."""
+    """Lower end of the 95 % confidence interval of the mean gain (Student's t, paired); None with a single pair."""
     high: float | None
+    """Upper end of the interval; None with a single pair."""
     verdict: str
     """``gain``, ``no gain shown`` or ``worse``."""
     notes: tuple[str, ...] = ()
@@ -66,11 +67,15 @@ def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_une
 
     Args:
         folders: run folders, or folders that hold run folders.
-        metric: one of the 12 COCO numbers.
-        allow_unequal: compare although budgets differ; the differences are noted.
+        metric: name of one of the 12 COCO metrics.
+        allow_unequal: compare even if budgets differ; the differences are listed in ``notes``.
+
+    Returns:
+        The gain of each method, teacher and student.
 
     Raises:
-        RunError: no such metric, no pair, two runs of one seed, unequal budgets, other data, or a broken run.
+        RunError: unknown or undefined metric, no pair, two runs with the same seed, unequal budgets, different validation
+            images, or an incomplete run.
     """
     runs = [read_run(folder) for folder in expand(folders)]
     baselines: dict[tuple[str, str, int], dict[str, Any]] = {}
@@ -111,12 +116,12 @@ def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_une
                     raise RunError(f"{run['folder']}: {metric} is undefined on its validation images; compare another metric")
             if baseline["data"]["val_fingerprint"] != one["data"]["val_fingerprint"]:
                 raise RunError(
-                    f"{baseline['folder']} and {one['folder']} were evaluated on different images: their numbers do not compare"
+                    f"{baseline['folder']} and {one['folder']} were evaluated on different images; evaluate both on the same"
                 )
             different = unequal(baseline, one)
             if different and not allow_unequal:
                 raise RunError(
-                    f"unequal budgets, seed {one['seed']}: {'; '.join(different)}; --allow_unequal true compares all the same"
+                    f"unequal budgets, seed {one['seed']}: {'; '.join(different)}; --allow_unequal true compares them anyway"
                 )
             notes += [f"seed {one['seed']}: {text}" for text in different]
             pairs.append(Pair(one["seed"], baseline["metrics"][metric], one["metrics"][metric]))
@@ -142,8 +147,8 @@ def summarize(method: str, teacher: str, student: str, metric: str, pairs: Seque
 
 
 def unequal(baseline: dict[str, Any], distilled: dict[str, Any]) -> list[str]:
-    """Everything that makes two runs incomparable, in words."""
-    standard = as_plain(TrainSettings())  # a run of an earlier version knew fewer settings
+    """List the differences in the budgets of two runs, in words."""
+    standard = as_plain(TrainSettings())  # runs of earlier versions have fewer settings
     settings = [{key: run["config"].get(key, standard[key]) for key in BUDGET} for run in (baseline, distilled)]
     different = [f"{key} {settings[0][key]} and {settings[1][key]}" for key in BUDGET if settings[0][key] != settings[1][key]]
     for key in ("steps", "images_seen"):
@@ -153,14 +158,18 @@ def unequal(baseline: dict[str, Any], distilled: dict[str, Any]) -> list[str]:
 
 
 def _label(run: dict[str, Any]) -> str:
-    """What was done to the student, in all that may differ between the runs of one comparison."""
+    """Name of the method in a comparison, with everything that distinguishes its runs: weight and inherited head."""
     weight = run["config"].get("distill_weight", 1.0)
     label: str = run["method"] + ("" if weight == 1 else f", distill_weight {weight:g}")
     return label + (" + inherited head" if run.get("inherit") else "")
 
 
 def expand(folders: Sequence[Path | str]) -> list[Path]:
-    """Run folders, and the run folders inside folders that are none."""
+    """Replace each folder that is not a run folder by the run folders inside it.
+
+    Raises:
+        RunError: a folder neither is a finished run nor holds one.
+    """
     found: list[Path] = []
     for folder in map(Path, folders):
         if (folder / "summary.json").exists():
@@ -173,7 +182,7 @@ def expand(folders: Sequence[Path | str]) -> list[Path]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """A run's summary with its folder and config.
+    """Read the summary of a run, with its folder and config added.
 
     Raises:
         RunError: a file is missing or broken.
@@ -183,17 +192,17 @@ def read_run(folder: Path) -> dict[str, Any]:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         config = renamed(config) if isinstance(config, dict) else config
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunError(f"{folder} is no whole run: {error}") from error
+        raise RunError(f"{folder} is not a complete run: {error}") from error
     if not isinstance(summary, dict) or not isinstance(config, dict):
-        raise RunError(f"{folder} is no whole run: summary.json and config.yaml must hold keys and values")
+        raise RunError(f"{folder} is not a complete run: summary.json and config.yaml must hold keys and values")
     missing = [key for key in NEEDED if key not in summary]
     if missing:
-        raise RunError(f"{folder} is no whole run: summary.json lacks {', '.join(missing)}")
+        raise RunError(f"{folder} is not a complete run: summary.json lacks {', '.join(missing)}")
     return {**summary, "folder": folder, "config": config}
 
 
 def show_gains(gains: Sequence[Gain]) -> None:
-    """Print the comparison, a table for each teacher and student; AP times 100, as papers print it."""
+    """Print the comparison as a table for each teacher and student; AP is multiplied by 100, as in papers."""
     from rich.text import Text
 
     from detdistill import printing
@@ -229,5 +238,5 @@ def _row(gain: Gain) -> tuple[str | Text, ...]:
 
 
 def gains_json(gains: Sequence[Gain]) -> dict[str, Any]:
-    """The comparison for ``compare.json``."""
+    """The comparison as plain values for JSON."""
     return {"gains": [asdict(gain) for gain in gains]}

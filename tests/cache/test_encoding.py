@@ -132,7 +132,7 @@ def test_what_cannot_be_kept_is_refused_with_its_place():
         what: object
 
     piece = taught(TinyDense)[0]
-    with pytest.raises(TypeError, match=r"a set at \.what cannot be kept"):
+    with pytest.raises(TypeError, match=r"a set at \.what cannot be stored"):
         encode(Odd(piece, {1}), "float32")
 
 

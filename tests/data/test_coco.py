@@ -84,7 +84,7 @@ def test_roboflow_group_category_is_dropped(tmp_path):
     data = load_data(tmp_path)
     assert data.classes == CLASSES
     assert boxes(data.train) == EXPECTED
-    assert data.notes == ("category animal only groups the others and owns no boxes: it is no class",)
+    assert data.notes == ("category animal only groups the others and has no boxes: it is not used as a class",)
     # As soon as it owns a box, it is a class.
     content = coco_content(VAL)
     content["categories"].insert(0, group)
@@ -209,7 +209,7 @@ def test_a_file_cut_off_names_the_place(tmp_path):
         (lambda content: content.pop("categories"), "no list 'categories'"),
         (lambda content: content.update(categories=[]), "no categories"),
         (lambda content: content["categories"].append({"id": 9}), "needs an integer id and a name"),
-        (lambda content: content["categories"].append({"id": 1, "name": "dog"}), "category id 1 stands twice"),
+        (lambda content: content["categories"].append({"id": 1, "name": "dog"}), "category id 1 occurs twice"),
         (lambda content: content["categories"].append({"id": 9, "name": "ant"}), "two categories are called 'ant'"),
     ],
 )

@@ -53,7 +53,7 @@ def test_no_known_form_says_what_was_looked_for_and_found(tmp_path):
 def test_two_forms_in_one_folder_are_an_error(tmp_path):
     make_coco(tmp_path)
     make_yolo(tmp_path)
-    with pytest.raises(DataError, match=r"holds data in 2 forms; pass the one to use: .*data.yaml, .*instances_train2017.json"):
+    with pytest.raises(DataError, match=r"exist in 2 forms; pass the path of one: .*data.yaml, .*instances_train2017.json"):
         load_data(tmp_path)
     assert load_data(tmp_path / "data.yaml").train.form == "yolo"
     assert load_data(tmp_path / "annotations" / "instances_train2017.json").train.form == "coco"
@@ -62,7 +62,7 @@ def test_two_forms_in_one_folder_are_an_error(tmp_path):
 def test_several_yolo_files_are_an_error(tmp_path):
     make_yolo(tmp_path)
     (tmp_path / "other.yaml").write_text((tmp_path / "data.yaml").read_text())
-    with pytest.raises(DataError, match=r"several YOLO files, data.yaml, other.yaml; pass the one to use"):
+    with pytest.raises(DataError, match=r"several YOLO files, data.yaml, other.yaml; pass the path of one"):
         load_data(tmp_path)
 
 
@@ -83,9 +83,9 @@ def test_digits_takes_settings(tmp_path, monkeypatch):
     data = load_data("digits:train=6,val=3,size=64,seed=1", strict=True)
     assert (len(data.train), len(data.val), data.classes[3]) == (6, 3, "3")
     assert data.train.records[0].size_hw == (64, 64)
-    with pytest.raises(DataError, match=r"'trian=6' is no setting \(did you mean 'train'\?\)"):
+    with pytest.raises(DataError, match=r"'trian=6' is not a setting \(did you mean 'train'\?\)"):
         load_data("digits:trian=6")
-    with pytest.raises(DataError, match="'train=many' is no setting"):
+    with pytest.raises(DataError, match="'train=many' is not a setting"):
         load_data("digits:train=many")
 
 

@@ -195,7 +195,7 @@ def test_a_broken_image_is_one_clear_line(tmp_path, workers):
 def test_an_image_of_another_size_is_refused(tmp_path):
     wrong = write_set(tmp_path / "set", [(32, 32)])
     Image.new("RGB", (32, 40)).save(wrong.records[0].path)
-    with pytest.raises(DataError, match="the image has 32x40 pixels but 32x32 were announced"):
+    with pytest.raises(DataError, match="the image has 32x40 pixels, but 32x32 were expected"):
         list(loader(wrong))
 
 
@@ -208,7 +208,7 @@ def test_impossible_numbers_are_refused(data):
     ):
         with pytest.raises(RunError, match=words):
             loader(data, **changes)
-    with pytest.raises(RunError, match="batch 7 of an epoch of 6"):
+    with pytest.raises(RunError, match="batch 7: an epoch has 6 batches"):
         loader(data).load_state_dict({"epoch": 0, "batches_done": 7})
 
 

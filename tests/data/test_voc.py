@@ -154,7 +154,7 @@ def test_a_test_split_without_annotations_is_noted(tmp_path):
 @pytest.mark.parametrize("text", ["<annotation><filename>a.jpg</filename><obj", ""])
 def test_broken_xml_names_the_place(tmp_path, text):
     make_voc(tmp_path)
-    with pytest.raises(DataError, match=r"a.xml: not valid XML at line 1, column \d+: .*; mend the file or remove it"):
+    with pytest.raises(DataError, match=r"a.xml: not valid XML at line 1, column \d+: .*; fix the file or remove it"):
         replace_a(tmp_path, text)
 
 

@@ -75,7 +75,7 @@ def test_no_val_is_cut_off_train(tmp_path):
 
 def test_the_same_folder_for_train_and_val_is_noted(tmp_path):
     data = load_data(make_yolo(tmp_path, "train: images/train\nval: images/train\n" + NAMES))
-    assert data.notes == ("3 images are in train and in val, so val says nothing about new images",)
+    assert data.notes == ("3 images are in both train and val, so scores on val do not show performance on new images",)
 
 
 def test_an_image_without_labels_has_no_objects(tmp_path):
@@ -165,11 +165,11 @@ def test_bad_rows_are_listed(tmp_path):
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        ("train: images/train\nnames: [ant, bee\n", r"data.yaml: not valid YAML at line 3, column 1: .*mend that line"),
+        ("train: images/train\nnames: [ant, bee\n", r"data.yaml: not valid YAML at line 3, column 1: .*fix that line"),
         (YAML + "nc: 4\n", "nc says 4 classes but names has 3"),
         ("train: images/train\nnames: {1: ant, 2: bee}\n", "numbered 0 to 1 without gaps; they are 1, 2"),
         ("train: images/train\nnames: ant\n", "names is 'ant'; it must be a list"),
-        ("train: images/train\nnames: [ant, ant]\n", "class names stand twice: ant"),
+        ("train: images/train\nnames: [ant, ant]\n", "class names occur twice: ant"),
         ("train: images/trian\n" + NAMES, "train: images/trian does not exist; looked at"),
         ("train: labels\n" + NAMES, "train: no images in 'labels'"),
         ("val: images/val\n" + NAMES, "no train split, only val"),

@@ -356,9 +356,7 @@ def test_without_the_live_teacher_only_the_specific_points_work():
     )
     with pytest.raises(PairError, match="predicts dense; it needs a teacher that predicts queries"):
         KDDETR(AbsentTeacher(dataclasses.replace(described, family="dense"), ""), student, general_points=0)
-    with pytest.raises(
-        CacheError, match="the cache does not say what its queries are made of, because it was made by an earlier"
-    ):
+    with pytest.raises(CacheError, match="the cache has no description of its queries, because the cache is from an earlier"):
         KDDETR(AbsentTeacher(live.spec, live.fingerprint), student, general_points=0)
 
 

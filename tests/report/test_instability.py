@@ -46,7 +46,7 @@ def test_sentence_has_means_over_evaluations_and_seeds(tmp_path: Path):
 def test_page_shows_the_figure(tmp_path: Path):
     page = build_report(measured(tmp_path), tmp_path / "report.html")
     parser, text = parsed(page)
-    assert "Matching instability Queries of an image whose matched box is another" in text
+    assert "Matching instability Number of queries per image with another matched box" in text
     assert "teacher 0.75, baseline 5.50, detrdistill 2.75." in text
     titles = [attributes.get("aria-label") or "" for tag, attributes in parser.tags if tag == "svg"]
     assert "changed matches, between evaluations against epochs" in titles

@@ -207,7 +207,7 @@ def test_run_that_is_not_whole_is_refused_and_the_old_page_stays(tmp_path: Path)
     page = tmp_path / "report.html"
     page.write_text("old")
     (tmp_path / "broken").mkdir()
-    with pytest.raises(RunError, match="broken is no whole run"):
+    with pytest.raises(RunError, match="broken is not a complete run"):
         build_report([tmp_path / "broken"], page)
     with pytest.raises(RunError, match="at least one run"):
         build_report([], page)

@@ -1,1 +1,1 @@
-"""What teachers said, on disk: ``detdistill cache`` writes it, ``distill --cache`` reads it back instead of running them."""
+"""Caches of teacher knowledge on disk: ``detdistill cache`` writes them, ``distill --cache`` reads them without the teacher."""

@@ -1,4 +1,4 @@
-"""A teacher of which only the description is here: enough for methods that read what it said from a cache."""
+"""Stand-in for a teacher that is not loaded: its description alone, enough for methods that read its knowledge from a cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from detdistill.structures import Assignment, Batch, Detections, Features, Look,
 
 
 class SpecOnly(Detector):
-    """A detector without weights; asking it anything is an error."""
+    """A detector with a description but without weights; every method raises ``CacheError``."""
 
     def __init__(self, spec: DetectorSpec) -> None:
         super().__init__()
@@ -26,36 +26,36 @@ class SpecOnly(Detector):
         )
 
     def features(self, batch: Batch) -> Features:
-        """An error."""
+        """Raise ``CacheError``."""
         self._refuse()
 
     def predict(self, features: Features, batch: Batch) -> Prediction:
-        """An error."""
+        """Raise ``CacheError``."""
         self._refuse()
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """An error."""
+        """Raise ``CacheError``."""
         self._refuse()
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
-        """An error."""
+        """Raise ``CacheError``."""
         self._refuse()
 
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
-        """An error."""
+        """Raise ``CacheError``."""
         self._refuse()
 
     def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
-        """An error."""
+        """Raise ``CacheError``."""
         self._refuse()
 
     def export(self, folder: Path) -> None:
-        """An error."""
+        """Raise ``CacheError``."""
         self._refuse()
 
 
 class AbsentTeacher(Teacher):
-    """Its ``spec`` and ``fingerprint`` are the real teacher's; it cannot be observed."""
+    """A teacher with the ``spec`` and ``fingerprint`` of the real one; it cannot be observed."""
 
     present = False
 
@@ -65,20 +65,20 @@ class AbsentTeacher(Teacher):
 
     @functools.cached_property
     def queries(self) -> QuerySpec:
-        """What the teacher's queries are made of, as the cache says.
+        """Description of the teacher's queries, as stored in the cache.
 
         Raises:
-            CacheError: it does not.
+            CacheError: the cache has no such description.
         """
         if self.spec.queries is None:
             raise CacheError(
-                f"teacher {self.spec.name}: the cache does not say what its queries are made of, because it was made by an "
-                f"earlier version or of another kind of detector; make it anew, or give the teacher too (--teacher)"
+                f"teacher {self.spec.name}: the cache has no description of its queries, because the cache is from an earlier "
+                f"version or the teacher has no queries; make the cache again, or give the teacher too (--teacher)"
             )
         return self.spec.queries
 
     def observe(self, batch: Batch, look: Look = FEATURES) -> Observation:
-        """An error.
+        """Raise ``CacheError``.
 
         Raises:
             CacheError: always.

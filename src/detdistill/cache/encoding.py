@@ -1,7 +1,7 @@
-"""Knowledge of one image as bytes and a layout, and back.
+"""Encoding of the knowledge about one image as bytes and a layout, and decoding.
 
-The layout is text: how the structure is nested, and name, type and shape of each tensor in the order of the bytes. It is the
-same for images of one size, so it is written once and referred to.
+The layout is text: the nesting of the structure, and the name, type and shape of each tensor in the order of the bytes.
+Images of the same size have the same layout, so a shard stores each layout only once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 from detdistill.structures import Movable
 
 Store = Literal["float32", "float16", "bfloat16", "int8", "int6"]
-"""What floating-point numbers are kept as. Integers, masks and boxes are always exact."""
+"""Number format of stored floating-point tensors. Integers, masks and boxes are always exact."""
 STORES: tuple[Store, ...] = get_args(Store)
 STEPS: dict[Store, int] = {"int8": 127, "int6": 31}
-"""Steps from 0 to the largest number of a row."""
+"""Number of quantisation steps from 0 to the largest absolute value of a row."""
 DEFLATED: tuple[Store, ...] = ("int6",)
-"""Stores whose records are compressed: small integers take whole bytes, but few values of them occur often."""
+"""Stores with compressed records: small integers occupy whole bytes, but only a few values are frequent."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -42,14 +42,14 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""As safetensors names them."""
+"""Names of the types in safetensors files."""
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 EXACT = ("xyxy", "cxcywh", "boxes", "reference")
-"""Floating-point fields with one of these in their name hold coordinates, whose errors would be pixels: kept as they are."""
+"""Floating-point fields with one of these words in their name hold coordinates; these are stored exactly."""
 LARGEST_HALF = torch.finfo(torch.float16).max
 _PACKAGE = re.compile(r"detdistill\.structures(?=\.)|detdistill\.methods\.(?!shared\.)\w+(?=\.)")
-"""Packages by which classes are named in records, whatever file of the package they stand in."""
+"""Packages that name a class in records; the file inside the package does not enter the name."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Slot:
     stored: str
     shape: tuple[int, ...]
     original: str
-    """Type it had, and has again after decoding (half precision, int8 and int6 come back as float32)."""
+    """Type before encoding, restored by decoding (except: float16, bfloat16, int8 and int6 are decoded to float32)."""
     scales: int = -1
-    """Index of the slot with the scale of each row (int8 and int6 only)."""
+    """Index of the slot with the scale of each row (int8 and int6 only); -1: no scales."""
 
     @property
     def nbytes(self) -> int:
-        """Its share of the record."""
+        """Size of the tensor in the record, in bytes."""
         count = BY_NAME[self.stored].itemsize
         for size in self.shape:
             count *= size
@@ -82,12 +82,12 @@ class Encoded:
 
 
 def encode(value: Any, store: Store) -> Encoded:
-    """Bytes of a nested structure: ``Movable`` dataclasses, tuples, tensors, None and plain values.
+    """Encode a nested structure of ``Movable`` dataclasses, tuples, tensors, None and plain values.
 
-    Tensors that are the same memory (the pyramid that several methods were shown) are written once.
+    Tensors that share the same memory (a pyramid used by several methods) are stored once.
 
     Raises:
-        TypeError: something in it is neither; the message names its place.
+        TypeError: a value has another type; the message names its place in the structure.
     """
     packer = _Packer(store)
     node = packer.pack(value, "")
@@ -102,10 +102,10 @@ def encode(value: Any, store: Store) -> Encoded:
 
 
 def decode(layout: str, data: bytearray) -> Any:
-    """The inverse of ``encode``. Tensors share the memory of ``data``, except those that were integers with scales.
+    """Invert ``encode``. Where the stored type equals the decoded one, tensors share the memory of ``data``.
 
     Raises:
-        ValueError: the bytes do not fill the layout, or it names a class that does not exist here.
+        ValueError: the data are shorter than the layout, or the layout names a class that is not loaded.
     """
     node, slots, deflated = _parsed(layout)
     if deflated:
@@ -123,7 +123,7 @@ def decode(layout: str, data: bytearray) -> Any:
 
 
 def slots_of(record: Encoded) -> tuple[Slot, ...]:
-    """The tensors that a record's bytes are, in their order; a compressed record is one of bytes."""
+    """The tensors of a record in the order of its bytes; a compressed record counts as a single tensor of bytes."""
     _, slots, deflated = _parsed(record.layout)
     return (Slot("deflated", "U8", (len(record.data),), "U8"),) if deflated else slots
 
@@ -136,7 +136,7 @@ def _parsed(layout: str) -> tuple[Any, tuple[Slot, ...], bool]:
 
 
 def _deflate(data: bytes) -> bytes:
-    """Each value by a code as short as it is frequent; no search for repetitions, of which noise has none."""
+    """Compress by Huffman codes alone: the values are noise-like, so a search for repetitions would find none."""
     coder = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
     return coder.compress(data) + coder.flush()
 
@@ -149,7 +149,7 @@ class _Packer:
         self._known: dict[tuple[Any, ...], int] = {}
 
     def pack(self, value: Any, path: str) -> Any:
-        """A JSON node; tensors go to the list."""
+        """JSON node of a value; its tensors are appended to ``tensors``."""
         if isinstance(value, Tensor):
             return {"t": self._tensor(value, path)}
         if isinstance(value, tuple):
@@ -161,7 +161,7 @@ class _Packer:
         if value is None or isinstance(value, bool | int | float | str):
             return {"v": value}
         raise TypeError(
-            f"a {type(value).__name__} at {path or 'the top'} cannot be kept in a cache; use tensors, tuples or PerImage"
+            f"a {type(value).__name__} at {path or 'the top'} cannot be stored in a cache; use tensors, tuples or PerImage"
         )
 
     def _tensor(self, tensor: Tensor, path: str) -> int:
@@ -193,7 +193,7 @@ def _exact(name: str) -> bool:
 
 
 def _as_stored(tensor: Tensor, store: Store, name: str) -> Tensor | None:
-    """What is written, or None for integers with scales."""
+    """The tensor in its stored type; None if it must be quantised to integers with scales."""
     if not tensor.is_floating_point():
         return _narrowed(tensor)
     if store == "float32" or _exact(name) or tensor.numel() == 0:
@@ -203,12 +203,12 @@ def _as_stored(tensor: Tensor, store: Store, name: str) -> Tensor | None:
     if store in STEPS and tensor.ndim and bool(torch.isfinite(tensor).all()):
         return None
     half = tensor.to(torch.float16)
-    # Beyond the largest half: such a tensor stays what it is. (So does one with infinities, which integers have no room for.)
+    # A tensor with values beyond float16's range stays unchanged, and so does one with infinities under int8 and int6.
     return half if store == "float16" and bool((tensor.abs() <= LARGEST_HALF).all()) else tensor
 
 
 def _narrowed(tensor: Tensor) -> Tensor:
-    """Integers in the narrowest type that holds them all."""
+    """The integers in the narrowest type that holds all of them."""
     if tensor.dtype not in (torch.int64, torch.int32, torch.int16) or tensor.numel() == 0:
         return tensor
     low, high = (int(limit) for limit in tensor.aminmax())
@@ -256,28 +256,29 @@ def _unpack(node: Any, tensors: list[Tensor]) -> Any:
 
 
 def _left_out(field: dataclasses.Field[Any], owner: Any) -> bool:
-    """The field came after caches were written, and has its default: records look as they did before."""
+    """True for a field that was added to its class later and has its default: records then stay as they were before it."""
     value = getattr(owner, field.name)
     return bool(field.metadata.get("omit_default")) and not isinstance(value, Tensor) and value == field.default
 
 
 def _name(kind: type) -> str:
-    """A structure's name in records, which does not say in which file of its package it stands.
+    """Name of a class in records: its package and class name, without the file inside the package.
 
-    ``detdistill.structures:Features``, ``detdistill.methods.unikd:UniKDTaught`` (a method may be a file or a folder).
+    For example ``detdistill.structures:Features`` or ``detdistill.methods.unikd:UniKDTaught`` (a method may be a file or a
+    folder).
     """
     package = _PACKAGE.match(kind.__module__)
     return f"{package[0] if package else kind.__module__}:{kind.__qualname__}"
 
 
 def _kind(name: str) -> type:
-    """A structure by its name in records, of this package or among those that are loaded: a cache imports nothing else.
+    """Find a class by its name in records, among the loaded classes and the methods of this package; nothing else is imported.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such class.
     """
     module = name.partition(":")[0]
-    # What another method of the cache was taught, which this run does not use, is in its file, or in its folder.
+    # The class may belong to another method of the cache that this run does not use, so that method's module is imported.
     rooms = (module, f"{module}.method") if module.startswith("detdistill.methods.") else ()
     for room in (None, *rooms):
         if room is not None:
@@ -286,7 +287,7 @@ def _kind(name: str) -> type:
         for kind in _descendants(Movable):
             if _name(kind) == name:
                 return kind
-    raise ValueError(f"the cache holds a {name}, which is not loaded here; import what defines it first")
+    raise ValueError(f"the cache holds a {name}, which is not loaded here; import the module that defines it first")
 
 
 def _descendants(kind: type) -> Iterator[type]:

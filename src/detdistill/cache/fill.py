@@ -1,4 +1,4 @@
-"""Run the teacher over every view of every image and write down what it said."""
+"""Run the teacher on every view of every image and write its knowledge to a cache."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from detdistill.structures import Batch, Taught, map_tensors
 
 
 class Lecture:
-    """The methods of a run as a cache asks them: each kind of knowledge once."""
+    """Runs ``teach`` of the methods of a run, once for each kind of knowledge."""
 
     def __init__(self, methods: str, method: Method, device: str = "cpu", precision: str = "32") -> None:
-        """Choose who is asked.
+        """For each kind of knowledge, choose a method that provides it.
 
         Args:
-            methods: the text that ``method`` was built from.
-            method: one, or a composition; moved to the device with its teachers.
-            device: where the teacher runs.
-            precision: 32, or bf16 for autocast.
+            methods: the text that ``method`` was built from, e.g. ``fgd+unikd``.
+            method: a method or a composition; it is moved to the device together with its teachers.
+            device: device of the teacher's forward pass.
+            precision: ``32``, or ``bf16`` for autocast.
 
         Raises:
-            CacheError: there is nothing to keep, because a method has no teacher.
+            CacheError: a method has no teacher, so there is nothing to cache.
         """
         parts = method.methods if isinstance(method, Composition) else (method,)
         kinds = knowledge_of(methods)
@@ -48,16 +48,19 @@ class Lecture:
         self.method, self.device, self.precision = method.to(device), device, precision
         self.asked = [parts[kinds.index(kind)] for kind in self.knowledge]
         self.parts = [self.knowledge.index(kind) for kind in kinds]
-        """For each part of the method, which knowledge it learns from."""
+        """For each method of the composition, the index of its knowledge in ``knowledge``."""
         for teacher in method.teachers():
             teacher.to(device)
 
     @torch.no_grad()
     def teach(self, batch: Batch) -> list[tuple[Taught, ...]]:
-        """For each image, what each of the asked methods was taught (on the CPU).
+        """Run ``teach`` on a batch.
+
+        Returns:
+            For each image, the knowledge of each kind in ``knowledge``.
 
         Raises:
-            CacheError: a method's ``teach`` gave nothing.
+            CacheError: a method's ``teach`` returned None.
         """
         moved = batch.to(self.device)
         said: list[list[Taught]] = []
@@ -83,7 +86,16 @@ def look(
     batch_size: int,
     images: int = 8,
 ) -> Probe:
-    """Probe some views, spread over the set.
+    """Probe a random sample of views: sizes, seconds and changes of the losses.
+
+    Args:
+        lecture: the methods.
+        student: detector for which the losses are computed; moved to the device of ``lecture``.
+        data: the images.
+        settings: image size, resizing and augmentation.
+        sights: all views of the cache.
+        batch_size: number of images per forward pass of the teacher, at most 4 here.
+        images: number of views to probe.
 
     Raises:
         DataError: an image cannot be read.
@@ -96,7 +108,7 @@ def look(
         pieces = lecture.teach(batch)
         if index:
             probe.seconds += time.monotonic() - started
-        else:  # the first batch warms up caches and kernels, and is not what a batch takes
+        else:  # the first batch warms up caches and kernels, so its time is not typical
             lecture.teach(batch)
             probe.seconds += time.monotonic() - started
             probe.seconds /= 2
@@ -108,7 +120,7 @@ def look(
 
 
 def _timed(probe: Probe, batches: Iterator[tuple[list[Sight], Batch]]) -> Iterator[tuple[list[Sight], Batch]]:
-    """The same batches; the time they take is noted."""
+    """Pass the batches on and add the time of reading them to ``probe.seconds``."""
     while True:
         started = time.monotonic()
         item = next(batches, None)
@@ -132,26 +144,26 @@ def fill(
     bar: Bar | None = None,
     shard_records: int = 256,
 ) -> int:
-    """Write what is missing of this writer's share.
+    """Write the missing records of this writer's share of the views.
 
     Args:
-        cache: made for just these views.
-        lecture: who is asked.
+        cache: a cache that was created for these views.
+        lecture: the methods.
         data: the images.
-        settings: how they are shown.
-        sights: all views, of all writers.
-        batch_size: images the teacher sees at a time.
-        rank: this writer, 0 .. ``world`` - 1; it takes every ``world``-th view.
-        world: writers that work at the same time, each in a process of its own.
-        workers: processes that read images.
-        bar: shows how far this writer is.
-        shard_records: see ``ShardWriter``.
+        settings: image size, resizing and augmentation.
+        sights: all views, including those of the other writers.
+        batch_size: number of images per forward pass of the teacher.
+        rank: index of this writer, 0 .. ``world`` - 1; it handles every ``world``-th view.
+        world: number of writers working at the same time, each in its own process.
+        workers: number of processes that read images.
+        bar: progress bar of this writer.
+        shard_records: largest number of records in a shard.
 
     Returns:
-        Records written.
+        Number of records written.
 
     Raises:
-        CacheError: the disk takes no more; finished shards are kept.
+        CacheError: the cache cannot be written, e.g. because the disk is full; finished shards are kept.
         DataError: an image cannot be read.
     """
     share = sights[rank::world]
@@ -183,12 +195,15 @@ def compare(
     settings: ViewSettings,
     sights: Sequence[Sight],
 ) -> float:
-    """The largest difference between cached records and what the teacher says now, in parts of each tensor's largest value.
+    """Compare cached records with new results of the teacher.
 
-    Beyond what the store rounds away: the live knowledge goes through the same encoding first.
+    The new results are encoded and decoded first, so rounding by the store does not count as a difference.
+
+    Returns:
+        Largest absolute difference, relative to the largest absolute value of its tensor.
 
     Raises:
-        CacheError: a record has another form than the teacher's knowledge has now.
+        CacheError: the shapes of the tensors in a record differ from those of the new result.
     """
     largest = 0.0
     for group, batch in batches_of(data, settings, sights, 1):
@@ -196,7 +211,10 @@ def compare(
             record = encode(pieces, cache.about.store)
             live, kept = _tensors(decode(record.layout, bytearray(record.data))), _tensors(cache.read(sight.key))
             if [tensor.shape for tensor in live] != [tensor.shape for tensor in kept]:
-                raise CacheError(f"cache {cache.folder.url}, image {sight.key}: the teacher now says something of another form")
+                raise CacheError(
+                    f"cache {cache.folder.url}, image {sight.key}: the record's tensors have other shapes than the teacher gives "
+                    "now; make the cache again in a new folder"
+                )
             for one, other in zip(live, kept, strict=True):
                 if one.numel():
                     scale = one.double().abs().max().clamp(min=1e-12)

@@ -1,4 +1,4 @@
-"""Before anything is written: how large, how long, how exact, from a few images."""
+"""Forecast of a cache's size, writing time and precision from a few images, before anything is written."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ from detdistill.methods.shared.contract import Method, part_of
 from detdistill.structures import Batch, Clock, Taught, TaughtTogether
 
 LARGEST_CHANGE = 0.01
-"""Of any loss term, for ``store=auto``."""
+"""Largest relative change of any loss term that ``store=auto`` accepts."""
 RESERVE = 1.02
-"""Manifests and headers, about; and something should remain."""
+"""Factor on the forecast size, for manifests, headers and a small margin."""
 MIDDLE = Clock(step=500, total=1000, epoch=5)
-"""Past every warm-up."""
+"""A time in training after every warm-up."""
 
 
 @dataclass
 class Probe:
-    """What a few images showed."""
+    """Measurements on a few images."""
 
     pixels: int = 0
-    """Of their canvases together."""
+    """Total number of pixels of the padded images."""
     bytes: dict[Store, int] = field(default_factory=lambda: dict.fromkeys(STORES, 0))
+    """Total size of the records in each store."""
     seconds: float = 0.0
-    """Of reading, teaching and encoding (in one store)."""
+    """Time of reading the images and running ``teach``."""
     changes: dict[Store, float] = field(default_factory=lambda: dict.fromkeys(STORES, 0.0))
-    """Largest relative change of any loss term."""
+    """Largest relative change of any loss term under each store."""
 
     def add(self, batch: Batch, pieces: Sequence[tuple[Taught, ...]]) -> None:
-        """Count a batch's records."""
+        """Add the pixels and record sizes of a batch."""
         self.pixels += len(batch) * batch.padding_hw[0] * batch.padding_hw[1]
         for store in STORES:
             self.bytes[store] += sum(len(encode(piece, store).data) for piece in pieces)
 
     def choose(self) -> Store:
-        """The smallest store under which no loss term changed by more than one percent; int6 only by the user's word."""
+        """The smallest store that changes no loss term by more than one percent; int6 is never chosen automatically."""
         good = [store for store in STORES if self.changes[store] <= LARGEST_CHANGE and store not in DEFLATED]
-        # Of equal sizes the finer one: bfloat16 has 8 bits, float16 has 11.
+        # Of two stores of equal size, the more precise: bfloat16 has 8 significant bits, float16 has 11.
         return min(good or ["float32"], key=lambda store: (self.bytes[store], STORES.index(store)))
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a whole cache will need."""
+    """Forecast for a whole cache: number of records, bytes by store, seconds, free bytes (None: unknown), loss changes."""
 
     records: int
     bytes: Mapping[Store, int]
@@ -59,7 +60,7 @@ class Forecast:
     changes: Mapping[Store, float]
 
     def lines(self, chosen: Store) -> list[str]:
-        """For people."""
+        """The forecast as two lines of text, with ``chosen`` in bold (rich markup)."""
         sizes = ", ".join(
             f"{'[bold]' if store == chosen else ''}{store} {in_bytes(self.bytes[store])} "
             f"(loss {100 * self.changes[store]:.2g} %){'[/bold]' if store == chosen else ''}"
@@ -72,10 +73,10 @@ class Forecast:
         ]
 
     def check(self, chosen: Store, url: str) -> None:
-        """Whether it fits.
+        """Check that the cache fits on the disk.
 
         Raises:
-            CacheError: it does not; with what would.
+            CacheError: it does not fit; the message suggests what would.
         """
         if self.free is None or self.bytes[chosen] * RESERVE <= self.free:
             return
@@ -90,13 +91,13 @@ class Forecast:
 
 
 def forecast(probe: Probe, canvases_hw: Iterable[tuple[int, int]], free: int | None, writers: int = 1) -> Forecast:
-    """From the probe to all records: bytes and seconds grow with the pixels of the canvases.
+    """Extrapolate a probe to all records; bytes and seconds are proportional to the pixels of the padded images.
 
     Args:
-        probe: with at least one image.
-        canvases_hw: of every record that is still to be written.
-        free: bytes of space left, or None.
-        writers: processes that share the work.
+        probe: measurements on at least one image.
+        canvases_hw: padded height and width of each record still to be written.
+        free: free space in bytes; None if unknown.
+        writers: number of processes that share the work.
     """
     records, pixels = 0, 0
     for height, width in canvases_hw:
@@ -108,13 +109,16 @@ def forecast(probe: Probe, canvases_hw: Iterable[tuple[int, int]], free: int | N
 
 
 def loss_changes(method: Method, student: Detector, batch: Batch, pieces: Sequence[tuple[Taught, ...]]) -> dict[Store, float]:
-    """How much the largest change of any loss term is when knowledge is kept in each store instead of as it is.
+    """Measure how much rounding by each store changes the losses.
 
     Args:
-        method: one, or a composition.
-        student: an untrained one; it and the method are left as they were.
-        batch: on one canvas.
-        pieces: what was taught about each of its images, for each part of ``method``.
+        method: a method or a composition.
+        student: an untrained student. The state of student and method is restored afterwards.
+        batch: images with the same padded size.
+        pieces: for each image, the knowledge for each member of ``method``.
+
+    Returns:
+        For each store, the largest relative change of any loss term against the unrounded knowledge.
     """
     expected = _losses(method, student, batch, pieces)
     changes: dict[Store, float] = {}
@@ -135,7 +139,7 @@ def _losses(method: Method, student: Detector, batch: Batch, pieces: Sequence[tu
     state = copy.deepcopy([student.state_dict(), method.state_dict()])
     devices = [batch.images.device] if batch.images.device.type == "cuda" else []
     for stage in method.stages(student):
-        if stage.depends_on:  # a stage of the method's own, before anything is learnt from a cache
+        if stage.depends_on:  # an earlier stage of the method itself, which runs before the cache is used
             continue
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
@@ -148,9 +152,9 @@ def _losses(method: Method, student: Detector, batch: Batch, pieces: Sequence[tu
 
 
 def stranger(detector: Detector) -> Detector:
-    """A detector of the same build that knows nothing: every weight tensor's values in a random order.
+    """Make an untrained detector of the same architecture by shuffling the values within each weight tensor.
 
-    What losses are measured on when no student is named.
+    It replaces the student in loss measurements if the user names none.
     """
     other = copy.deepcopy(detector)
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +166,7 @@ def stranger(detector: Detector) -> Detector:
 
 
 def in_bytes(count: float) -> str:
-    """``3.8 TB``."""
+    """Format a number of bytes, e.g. ``3.8 TB``."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
@@ -171,7 +175,7 @@ def in_bytes(count: float) -> str:
 
 
 def in_seconds(seconds: float) -> str:
-    """``2.5 h``."""
+    """Format a duration, e.g. ``2.5 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""What a cache was made of. Two caches with one identity hold the same knowledge; a run that asks for another is refused."""
+"""Identity of a cache: its kinds of knowledge and its views. A run is refused if the cache lacks what the run needs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from detdistill.methods.shared.compose import parse_methods
 from detdistill.methods.shared.contract import Method
 
 Knowledge = dict[str, Any]
-"""Which ``teach``, and the hyper-parameters that its result depends on."""
+"""A kind of knowledge: the ``teach`` that gives it, and the hyper-parameters on which the result depends."""
 
 
 def knowledge_of(methods: str) -> list[Knowledge]:
-    """What each method of ``fgd,temperature=0.8+pkd`` is taught, in order.
+    """List the kind of knowledge of each method in a text like ``fgd,temperature=0.8+pkd``, in order.
 
-    All methods that only observe the teacher as ``Method.teach`` does share one kind of knowledge, whatever their names: a
-    cache made for one of them serves them all.
+    Methods that inherit ``Method.teach`` and observe the same parts of the teacher have the same kind of knowledge, so a
+    cache made for one of them serves all of them.
     """
     return [_knowledge(kind, given) for kind, given in parse_methods(methods)]
 
@@ -42,7 +42,7 @@ def _plain(value: Any) -> Any:
 
 
 def in_words(knowledge: Knowledge) -> str:
-    """For messages."""
+    """Describe a kind of knowledge in words, for messages."""
     if knowledge["teach"] == "observation":
         seen = ["features", *(name for name in ("backbone", "prediction", "towers", "attention") if knowledge.get(name))]
         return " and ".join(seen)
@@ -51,15 +51,15 @@ def in_words(knowledge: Knowledge) -> str:
 
 
 def unique(knowledge: Sequence[Knowledge]) -> list[Knowledge]:
-    """Each once, in order."""
+    """Remove duplicates, keeping the order."""
     return [one for index, one in enumerate(knowledge) if one not in knowledge[:index]]
 
 
 def views_of(settings: ViewSettings) -> dict[str, Any]:
-    """The finite set of views that these settings can draw.
+    """Describe the finite set of views that these settings can draw.
 
     Raises:
-        CacheError: they are not finitely many; all settings that make it so are named.
+        CacheError: the number of views is infinite; the message names all settings that cause this.
     """
     if found := endless(settings):
         raise CacheError(
@@ -78,7 +78,7 @@ def views_of(settings: ViewSettings) -> dict[str, Any]:
 
 
 def views_lacking(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What a run draws that the cache does not hold, and what it has instead; empty when all is there."""
+    """List the view settings that a run needs and the cache lacks, in words; empty if the cache has all views."""
     found = [
         f"{name}={wanted[name]} (the cache has {cached[name]})"
         for name in ("size", "resize", "max_size", "multiple")
@@ -94,5 +94,5 @@ def views_lacking(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
 
 
 def digest(content: Mapping[str, Any]) -> str:
-    """sha256 of plain values."""
+    """sha256 of a mapping of plain values (hex)."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A cache as training and the command line see it: what it is made of, what is missing, and what the teacher said."""
+"""Interface of a cache for training and the command line: its description, its missing records, and reading knowledge."""
 
 from __future__ import annotations
 
@@ -25,40 +25,41 @@ ABOUT = "cache.json"
 
 @dataclass(frozen=True)
 class About:
-    """``cache.json``: what the cache is made of."""
+    """Content of ``cache.json``: teacher, methods, data, views and number format of the cache."""
 
     teacher: str
-    """As it was named on the command line."""
+    """Teacher as given on the command line."""
     teacher_fingerprint: str
     teacher_parameters: int
     spec: DetectorSpec
     method: str
-    """As it was named on the command line."""
+    """Methods as given on the command line."""
     student: str | None
-    """Likewise; None: an untrained detector of the teacher's build stood in."""
+    """Student as given on the command line. None: the teacher's architecture with shuffled weights was used instead."""
     knowledge: tuple[Knowledge, ...]
+    """Kinds of knowledge, in the order of a record's parts."""
     stages: tuple[str, ...]
-    """Fingerprints of the methods' earlier stages, on whose results the knowledge depends; these are in ``stages/``."""
+    """Fingerprints of the methods' earlier stages, on which the knowledge depends; their results are in ``stages/``."""
     data: str
-    """As it was named on the command line."""
+    """Data set as given on the command line."""
     data_fingerprint: str
     views: dict[str, Any]
     store: Store
     precision: str
-    """Of the teacher's forward pass."""
+    """Precision of the teacher's forward pass: ``32`` or ``bf16``."""
     records: int
-    """Views of images when it is complete."""
+    """Number of records of the complete cache, one for each view of each image."""
 
     @property
     def fingerprint(self) -> str:
-        """Of everything the bytes depend on."""
+        """Hash of everything that determines the content of the records."""
         parts = dataclasses.asdict(self)
         for name in ("teacher", "teacher_parameters", "spec", "method", "student", "data", "records"):
             del parts[name]
         return digest({"format": FORMAT, **parts})
 
     def differences(self, other: About) -> list[str]:
-        """What another cache is made of instead, in words."""
+        """Describe in words where the identity of ``other`` differs from this one; empty if it is the same."""
         same_stages = self.stages == other.stages
         checks = {
             "teacher (other weights or classes)": self.teacher_fingerprint == other.teacher_fingerprint,
@@ -82,23 +83,23 @@ def _views(views: dict[str, Any]) -> str:
 
 
 class KnowledgeCache:
-    """A cache on disk, made by ``create`` or found by ``open``."""
+    """A cache on disk; use ``create`` to write and ``open`` to read."""
 
     def __init__(self, folder: Storage, about: About) -> None:
-        """See ``create`` and ``open``.
+        """Read the manifests of the shards; called by ``create`` and ``open``.
 
         Raises:
-            CacheError: a shard is damaged.
+            CacheError: a manifest is damaged, or a shard is missing or truncated.
         """
         self.folder, self.about = folder, about
         self.index = ShardIndex(folder, about.fingerprint)
 
     @classmethod
     def create(cls, url: str, about: About) -> KnowledgeCache:
-        """A new cache, or an unfinished one made of the same.
+        """Create a cache, or continue an existing cache of the same identity.
 
         Raises:
-            CacheError: the folder holds something else, or cannot be written.
+            CacheError: the folder holds another cache or other files, or cannot be written.
         """
         folder = storage(url)
         there = found_about(folder)
@@ -113,10 +114,10 @@ class KnowledgeCache:
 
     @classmethod
     def open(cls, url: str) -> KnowledgeCache:
-        """A cache for reading.
+        """Open a cache for reading.
 
         Raises:
-            CacheError: there is none, or it is damaged.
+            CacheError: there is no cache at ``url``, or it is damaged.
         """
         folder = storage(url)
         about = found_about(folder)
@@ -127,16 +128,16 @@ class KnowledgeCache:
     # ------------------------------------------------------------------------------------------------ for a run
 
     def check(self, method: str, data_fingerprint: str, views: dict[str, Any], teacher: Teacher | None) -> None:
-        """Whether a run can learn from this cache.
+        """Check that a run can use this cache.
 
         Args:
-            method: the run's.
-            data_fingerprint: of its training data.
-            views: see ``views_of``.
-            teacher: the one the run names, if any.
+            method: methods of the run, as text.
+            data_fingerprint: fingerprint of the run's training data.
+            views: views of the run, from ``views_of``.
+            teacher: teacher of the run; None if the run has none.
 
         Raises:
-            CacheError: all that does not fit, in one line.
+            CacheError: the cache does not fit; the message lists all reasons in one line.
         """
         about, wrong = self.about, []
         if teacher is not None and teacher.fingerprint != about.teacher_fingerprint:
@@ -152,10 +153,10 @@ class KnowledgeCache:
             raise CacheError(f"cache {self.folder.url} does not fit: {'; '.join(wrong)}")
 
     def check_complete(self, keys: Iterable[str]) -> None:
-        """Whether every view is there.
+        """Check that the cache has a record for every key.
 
         Raises:
-            CacheError: saying how many are missing.
+            CacheError: records are missing; the message gives their number.
         """
         wanted = list(keys)
         if missing := self.index.missing(wanted):
@@ -165,18 +166,19 @@ class KnowledgeCache:
             )
 
     def teacher(self) -> AbsentTeacher:
-        """What methods are built with when no teacher is loaded."""
+        """The stand-in with which methods are built if no teacher is loaded."""
         return AbsentTeacher(self.about.spec, self.about.teacher_fingerprint)
 
     def source(self, methods: str, root: Method[Any]) -> Source:
-        """What a method, or a member of a composition, is taught, from this cache: one record for each image, stacked.
+        """Make the function that reads a batch's knowledge from this cache.
 
         Args:
             methods: the text that ``root`` was built from.
             root: the method of the run.
 
-        Raises:
-            CacheError: when called; a record is missing or damaged.
+        Returns:
+            Function of a method (``root`` or a member of the composition) and a batch. It returns the knowledge for this
+            method, stacked over the images of the batch, and raises ``CacheError`` if a record is missing or damaged.
         """
         places = [self.about.knowledge.index(one) for one in knowledge_of(methods)]
         readers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="cache")
@@ -197,7 +199,10 @@ class KnowledgeCache:
         return source
 
     def read(self, key: str) -> tuple[Taught, ...]:
-        """All that was taught about one view, for each entry of ``about.knowledge``.
+        """Read the record of one view.
+
+        Returns:
+            One part for each kind in ``about.knowledge``.
 
         Raises:
             CacheError: the record is missing or damaged.
@@ -216,10 +221,10 @@ class KnowledgeCache:
 
 
 def found_about(folder: Storage) -> About | None:
-    """``cache.json``, or None.
+    """Read ``cache.json``; None if the folder has none.
 
     Raises:
-        CacheError: it is damaged, or of another version.
+        CacheError: the file is damaged, cannot be read, or has another format version.
     """
     try:
         text = folder.read(ABOUT)
@@ -229,17 +234,17 @@ def found_about(folder: Storage) -> About | None:
         raise CacheError(f"{folder.url}/{ABOUT} cannot be read: {error.strerror or error}") from error
     content = unsealed(text, f"{folder.url}/{ABOUT}")
     if (version := content.pop("format")) != FORMAT:
-        raise CacheError(f"{folder.url} is a cache of format {version}, this detdistill reads {FORMAT}; make it anew")
+        raise CacheError(f"{folder.url} is a cache of format {version}, this detdistill reads {FORMAT}; make it again")
     spec = DetectorSpec.from_plain(content.pop("spec"))
     content |= {name: tuple(content[name]) for name in ("knowledge", "stages")}
     return About(spec=spec, **content)
 
 
 def write(folder: Storage, name: str, content: bytes) -> None:
-    """A file of the cache.
+    """Write a file of the cache.
 
     Raises:
-        CacheError: it cannot be written.
+        CacheError: the file cannot be written.
     """
     try:
         folder.write(name, content)
@@ -248,7 +253,7 @@ def write(folder: Storage, name: str, content: bytes) -> None:
 
 
 def unwritable(folder: Storage, error: OSError) -> CacheError:
-    """The line about a disk that takes no more."""
+    """The error for a cache that cannot be written, e.g. because the disk is full."""
     return CacheError(
         f"cannot write to {folder.url}: {error.strerror or error}; finished records are kept: make space and run the same "
         f"`detdistill cache` again"

@@ -1,7 +1,7 @@
-"""Shards: safetensors files of some hundred records, each with a manifest that says where its records lie.
+"""Shards: safetensors files of some hundred records each, with a manifest that lists the positions of the records.
 
-A shard is written whole, then its manifest; only then does it exist. So a cache can be read while it grows, several writers
-never touch the same file, and a process that dies leaves at most one shard without a manifest, which nobody reads.
+The shard is written first, then its manifest, and readers ignore shards without a manifest. So a cache can be read while it
+grows, several writers never write to the same file, and a killed process leaves at most one shard that is ignored.
 """
 
 from __future__ import annotations
@@ -19,27 +19,31 @@ from detdistill.cache.storage import CacheError, Storage
 
 FOLDER = "shards"
 RECORDS = 256
-"""Most records of a shard: what a killed writer has to do again."""
+"""Largest number of records in a shard; a killed writer loses at most this many."""
 MEGABYTES = 256
-"""About the most a shard may hold, for it is built in memory."""
+"""Approximate largest size of a shard, which is built in memory."""
 
 
 def checksum(key: str, layout: str, data: bytes | bytearray | memoryview) -> int:
-    """crc32 of all that a record is: its name, the types and shapes of its tensors, and their bytes."""
+    """Compute the crc32 of a record: its key, its layout (types and shapes of the tensors) and its bytes."""
     return zlib.crc32(data, zlib.crc32(f"{key}\0{layout}\0".encode()))
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
-    """JSON with its own checksum."""
+    """Encode plain values as JSON together with a checksum; ``unsealed`` checks it."""
     body = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return f'{{"crc32":{zlib.crc32(body.encode())},"content":\n{body}}}\n'.encode()
 
 
 def unsealed(text: bytes | bytearray, name: str) -> dict[str, Any]:
-    """The content of ``sealed``.
+    """Decode the result of ``sealed`` and check it.
+
+    Args:
+        text: content of the file.
+        name: name of the file for the error message.
 
     Raises:
-        CacheError: it is not what was written.
+        CacheError: the checksum is wrong.
     """
     try:
         whole = json.loads(text)
@@ -54,19 +58,19 @@ def unsealed(text: bytes | bytearray, name: str) -> dict[str, Any]:
 
 
 class ShardWriter:
-    """Collects records and writes a shard whenever there are enough."""
+    """Collects records and writes a shard whenever a limit of records or megabytes is reached."""
 
     def __init__(
         self, folder: Storage, cache: str, writer: str = "0", max_records: int = RECORDS, max_megabytes: float = MEGABYTES
     ) -> None:
-        """Write nothing yet.
+        """Remove unfinished shards of an earlier writer of the same name; nothing is written yet.
 
         Args:
-            folder: the cache's.
-            cache: fingerprint of the cache, noted in every manifest.
-            writer: name of this writer; what an earlier writer of this name left unfinished is removed.
-            max_records: of a shard.
-            max_megabytes: of a shard, about.
+            folder: the cache's folder.
+            cache: fingerprint of the cache, stored in every manifest.
+            writer: name of this writer.
+            max_records: largest number of records in a shard.
+            max_megabytes: approximate largest size of a shard.
         """
         self.folder, self.cache, self.writer = folder, cache, writer
         self.max_records, self.max_bytes = max_records, int(max_megabytes * 1e6)
@@ -86,10 +90,10 @@ class ShardWriter:
                 self.folder.remove(f"{FOLDER}/{name}")
 
     def add(self, key: str, record: Encoded) -> None:
-        """One more record.
+        """Add a record; write a shard if a limit is reached.
 
         Raises:
-            OSError: the disk does not take the shard; its records are kept and tried again at the next call.
+            OSError: the shard cannot be written. Its records stay in memory, and the next call tries again.
         """
         self._waiting[key] = record
         self._bytes += len(record.data)
@@ -97,7 +101,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting.
+        """Write the collected records as a shard.
 
         Raises:
             OSError: see ``add``.
@@ -120,9 +124,12 @@ class ShardWriter:
 
 
 def shard_bytes(records: Mapping[str, Encoded]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """A safetensors file with the tensors of each record side by side, and where in it each record lies.
+    """Build a safetensors file in which the tensors of each record are contiguous.
 
-    (safetensors' own writer sorts all tensors by type, which would spread a record over the file.)
+    (The writer of safetensors sorts all tensors by type, which would spread a record over the file.)
+
+    Returns:
+        Content of the file, and for each key the first byte and the end of its record in the file.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "detdistill"}}
     blocks: list[bytes] = []
@@ -149,7 +156,7 @@ def shard_bytes(records: Mapping[str, Encoded]) -> tuple[bytes, dict[str, tuple[
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record lies."""
+    """Position of a record: shard, first byte and end, with its checksum and layout."""
 
     shard: str
     start: int
@@ -159,10 +166,14 @@ class Place:
 
 
 class ShardIndex:
-    """Every record of the finished shards, by key."""
+    """Index of all records in finished shards, by key."""
 
     def __init__(self, folder: Storage, cache: str) -> None:
         """Read all manifests.
+
+        Args:
+            folder: the cache's folder.
+            cache: fingerprint of the cache.
 
         Raises:
             CacheError: see ``refresh``.
@@ -174,10 +185,10 @@ class ShardIndex:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take in the shards that were finished since.
+        """Add the shards that were finished since the last call.
 
         Raises:
-            CacheError: a manifest is damaged or of another cache, or its shard is missing or cut short.
+            CacheError: a manifest is damaged or belongs to another cache, or its shard is missing or truncated.
         """
         there = self.folder.sizes(FOLDER)
         for name in sorted(there):
@@ -202,11 +213,11 @@ class ShardIndex:
             self.places.setdefault(key, Place(shard, start, end, crc, layouts[layout]))
 
     def read(self, key: str) -> tuple[str, bytearray]:
-        """Layout and bytes of a record, checked.
+        """Read the layout and bytes of a record and check them.
 
         Raises:
             KeyError: no such record.
-            CacheError: it is not what was written.
+            CacheError: the shard is missing or cannot be read, or the record's checksum is wrong.
         """
         place = self.places[key]
         path = f"{self.folder.url}/{FOLDER}/{place.shard}"
@@ -224,5 +235,5 @@ class ShardIndex:
         return place.layout, data
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those without a record."""
+        """The keys that have no record."""
         return [key for key in keys if key not in self.places]

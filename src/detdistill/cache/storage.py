@@ -1,4 +1,4 @@
-"""A folder of files that are written whole or not at all: on the local disk, or behind any fsspec URL (s3://, gs://, memory://)."""
+"""Folders with atomic writes of whole files, on the local disk or at an fsspec URL (s3://, gs://, memory://)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from detdistill.errors import RunError
 
 
 class CacheError(RunError):
-    """A cache cannot be used or made; the message says which file, why, and what to do."""
+    """A cache cannot be used or made; the message names the file, the reason and what to do."""
 
 
 class Storage(Protocol):
-    """What a cache needs of a folder. Names may hold one ``/``."""
+    """Operations that a cache needs on its folder. Names of files may contain one ``/``."""
 
     url: str
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of each finished file of a sub-folder, by name; empty when there is no such folder."""
+        """Size in bytes of each finished file of a sub-folder, by name; empty if there is no such folder."""
         ...
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
-        """Bytes ``start`` to ``end`` of a file (to its end when None); fewer when the file is shorter.
+        """Read the bytes ``start`` to ``end`` of a file (None: to its end); fewer if the file is shorter.
 
         Raises:
             FileNotFoundError: no such file.
@@ -34,25 +34,25 @@ class Storage(Protocol):
         ...
 
     def write(self, name: str, content: bytes) -> None:
-        """A whole file, or none."""
+        """Write a file atomically: after an error or a kill, no part of it is visible."""
         ...
 
     def remove(self, name: str) -> None:
-        """Without complaint when it is gone already."""
+        """Remove a file; a missing file is no error."""
         ...
 
     def free_bytes(self) -> int | None:
-        """Space left, or None where nobody knows."""
+        """Free space in bytes; None if unknown."""
         ...
 
 
 def storage(url: str) -> Storage:
-    """The folder of a path or URL; nothing is made yet.
+    """The folder at a path or URL; nothing is created yet.
 
     Raises:
-        CacheError: a URL of a kind that is not installed here.
+        CacheError: the URL's protocol is unknown or its package is not installed.
     """
-    # A Path keeps one of the two slashes of a URL.
+    # A URL that went through Path has lost one of its two slashes.
     url = re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", str(url))
     if "://" not in url or url.startswith("file://"):
         return LocalFolder(Path(url.removeprefix("file://")))
@@ -60,7 +60,7 @@ def storage(url: str) -> Storage:
 
 
 class LocalFolder:
-    """A folder of this machine (or of a network disk that is mounted here)."""
+    """A local folder (or one on a mounted network disk)."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.url = path, str(path)
@@ -88,7 +88,7 @@ class LocalFolder:
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Beside, to the disk, then renamed."""
+        """Write a temporary file beside the final one, flush it to the disk, then rename it."""
         final = self.path / name
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -107,7 +107,7 @@ class LocalFolder:
         (self.path / name).unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:
-        """Of the disk that holds the folder, or will hold it."""
+        """Free space in bytes on the disk that holds (or will hold) the folder."""
         existing = self.path.absolute()
         while not existing.exists():
             existing = existing.parent
@@ -115,10 +115,10 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A folder behind a URL. One ``write`` is one upload, which object stores show when it is complete."""
+    """A folder at an fsspec URL. Each ``write`` is a single upload; object stores show it only when it is complete."""
 
     def __init__(self, url: str) -> None:
-        import fsspec  # late: most caches are local
+        import fsspec  # imported here: most caches are local
 
         self.url = url
         try:
@@ -151,5 +151,5 @@ class RemoteFolder:
             self._files.rm_file(f"{self._root}/{name}")
 
     def free_bytes(self) -> int | None:
-        """Nobody knows."""
+        """None: unknown."""
         return None

@@ -1,7 +1,7 @@
-"""COCO JSON: ``annotations/instances_*.json`` with image folders, Roboflow's ``_annotations.coco.json``, or one file.
+"""Reader and writer of COCO JSON: ``instances_*.json`` with image folders, Roboflow's ``_annotations.coco.json``, or one file.
 
-Category ids may be any integers with any gaps; labels follow the order of the ids, and splits are matched by category
-name. Crowd boxes and the annotations' own areas are kept; polygons and run lengths stay as they are.
+Category ids may be any integers, with gaps. Labels follow the order of the ids, and splits are matched by category name.
+Crowd boxes and the areas given in the annotations are kept. Polygons and run lengths stay unchanged.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Sets = dict[SplitName, DetectionSet]
 
 
 def find_coco(path: Path) -> list[Path]:
-    """The COCO detection files that a folder (or a file's name) stands for, without parsing them in full.
+    """List the COCO detection files of a folder, or the file itself if ``path`` is such a file; nothing is parsed yet.
 
-    A folder's files are looked for in ``annotations``, in the folder itself and in its subfolders. When some are called
-    ``instances_...``, the others (captions, keypoints) are left alone.
+    The search covers ``annotations``, the folder itself and its subfolders. If some files are called ``instances_...``, all
+    others (captions, keypoints) are ignored.
     """
     if path.is_file():
         return [path] if _looks_like_coco(path) else []
@@ -49,15 +49,16 @@ def read_coco(path: Path, files: list[Path]) -> tuple[Sets, list[str]]:
     """Read the splits.
 
     Args:
-        path: what the user gave: a folder, or one JSON file. Of a file whose name says ``train``, the files beside it
-            that differ only in that word are the other splits.
-        files: as found by ``find_coco``.
+        path: the user's folder or JSON file. If the file's name contains ``train``, neighbouring files whose names differ
+            only in that word are read as the other splits.
+        files: result of ``find_coco(path)``.
 
     Returns:
-        The sets by split, and notes. A file that names no split is ``train``.
+        The sets by split, and notes for the user. A single file without a split word in its name is ``train``.
 
     Raises:
-        DataError: not valid JSON or not COCO, two files for one split, class names that differ between splits.
+        DataError: a file is not valid JSON or not COCO, two files claim the same split, or the class names of the splits
+            differ.
     """
     notes: list[str] = []
     root = path if path.is_dir() else _data_root(path)
@@ -72,14 +73,14 @@ def read_coco(path: Path, files: list[Path]) -> tuple[Sets, list[str]]:
 
 
 def _data_root(file: Path) -> Path:
-    """Above ``annotations/``, or above Roboflow's split folder; else the file's own folder."""
+    """The parent of ``annotations/`` or of Roboflow's split folder; for any other place, the file's own folder."""
     if file.parent.name == "annotations" or (file.stem == "_annotations.coco" and split_of(file.parent.name)):
         return file.parent.parent
     return file.parent
 
 
 def _siblings(file: Path) -> list[Path]:
-    """The other splits of a file that is named as the training split, by its name or its folder's."""
+    """Files of the other splits, if the file's name (or its folder's name) marks it as the training split."""
     swaps: list[Path] = []
     for word in ("val", "valid", "validation", "test"):
         if split_of(file.stem) == "train":
@@ -90,7 +91,7 @@ def _siblings(file: Path) -> list[Path]:
 
 
 def _by_split(path: Path, files: list[Path], notes: list[str]) -> dict[SplitName, Path]:
-    """Which file is which split."""
+    """Assign each file to its split, in the order train, val, test."""
     if path.is_file() and len(files) > 1:
         notes.append(f"the files beside {path.name} were taken as its other splits: {listed(file.name for file in files[1:])}")
     by_split: dict[SplitName, Path] = {}
@@ -124,8 +125,8 @@ def _load(file: Path) -> dict[str, Any]:
             "the file is probably cut off: copy or export it again"
         ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text at byte {error.start}; save it as UTF-8") from error
-    assert isinstance(content, dict)  # it begins with a brace, or it would not have been found
+        raise DataError(f"{file}: not UTF-8 text at byte {error.start}; save the file as UTF-8") from error
+    assert isinstance(content, dict)  # find_coco accepts only files that begin with a brace
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
             raise DataError(f"{file}: no list {key!r}; a COCO detection file has the lists images, annotations and categories")
@@ -135,7 +136,7 @@ def _load(file: Path) -> dict[str, Any]:
 def _match_classes(
     files: dict[SplitName, Path], contents: dict[SplitName, dict[str, Any]], notes: list[str]
 ) -> tuple[tuple[str, ...], dict[SplitName, dict[int, int]]]:
-    """Class names in the order of the training file's category ids, and for each split category id -> label."""
+    """Class names in the order of the first file's category ids, and for each split a map from category id to label."""
     categories = {name: _categories(files[name], content) for name, content in contents.items()}
     used = {
         categories[name][item["category_id"]]["name"]
@@ -145,24 +146,24 @@ def _match_classes(
     }
     first = next(iter(contents))
     parents = {str(category.get("supercategory")) for split in categories.values() for category in split.values()}
-    # Roboflow writes a category for the group itself, parent of all others, which never owns a box.
+    # Roboflow adds a category for the group itself: it is the parent of all others and has no boxes.
     dummies = {
         category["name"]
         for category in categories[first].values()
         if category.get("supercategory") == "none" and category["name"] in parents and category["name"] not in used
     }
     if dummies:
-        notes.append(f"category {listed(sorted(dummies))} only groups the others and owns no boxes: it is no class")
+        notes.append(f"category {listed(sorted(dummies))} only groups the others and has no boxes: it is not used as a class")
     classes = tuple(category["name"] for _, category in sorted(categories[first].items()) if category["name"] not in dummies)
     if not classes:
-        raise DataError(f"{files[first]}: no categories; the list 'categories' needs an id and a name for each class")
+        raise DataError(f"{files[first]}: no categories; give the list 'categories' an id and a name for each class")
     label_of = {name: label for label, name in enumerate(classes)}
     maps: dict[SplitName, dict[int, int]] = {}
     for name, split in categories.items():
         names = {category["name"] for category in split.values()} - dummies
         if names - set(classes):
             raise DataError(
-                f"{files[name]}: its classes are not those of {files[first].name}: {listed(sorted(names))} against "
+                f"{files[name]}: its classes differ from those of {files[first].name}: {listed(sorted(names))} against "
                 f"{listed(sorted(classes))}; give both files the same category names"
             )
         if set(classes) - names:
@@ -177,7 +178,7 @@ def _categories(file: Path, content: dict[str, Any]) -> dict[int, dict[str, Any]
         if not isinstance(category, dict) or not _is_id(category.get("id")) or not isinstance(category.get("name"), str):
             raise DataError(f"{file}: category {category!r} needs an integer id and a name")
         if category["id"] in by_id:
-            raise DataError(f"{file}: category id {category['id']} stands twice; make the ids unique")
+            raise DataError(f"{file}: category id {category['id']} occurs twice; make the ids unique")
         if category["name"] in {other["name"] for other in by_id.values()}:
             raise DataError(f"{file}: two categories are called {category['name']!r}; make the names unique")
         by_id[category["id"]] = category
@@ -191,7 +192,7 @@ def _is_id(value: Any) -> bool:
 def _raw_images(
     content: dict[str, Any], file: Path, root: Path, labels: dict[int, int], split: SplitName
 ) -> tuple[list[RawImage], list[Defect]]:
-    """The file's images with their boxes, and the defects of its bookkeeping."""
+    """The file's images with their boxes, and the defects of the two lists (malformed entries, repeated or unknown ids)."""
     where = relative(file, root)
     defects: list[Defect] = []
     entries: dict[Any, dict[str, Any]] = {}
@@ -204,12 +205,12 @@ def _raw_images(
             message = "an image needs an id and a file_name"
             defects.append(Defect("malformed record", where, f"images[{position}]", message, "image"))
         elif entry["id"] in entries:
-            message = f"the id of {entries[entry['id']]['file_name']} stands again at {entry['file_name']}; the first is kept"
+            message = f"{entries[entry['id']]['file_name']} and {entry['file_name']} have the same id; the first is kept"
             defects.append(Defect("duplicate image id", where, f"image {entry['id']}", message, "image"))
         else:
             entries[entry["id"]] = entry
     boxes = _raw_boxes(content["annotations"], set(entries), labels, where, defects)
-    # Ids that are texts (not in COCO, but seen) become positions.
+    # COCO's ids are integers, but some files have text: then images are numbered by their position.
     whole = all(map(_is_id, entries))
     numbers = {key: key if whole else position for position, key in enumerate(entries, start=1)}
     paths = _locate([entry["file_name"] for entry in entries.values()], file, root, split)
@@ -247,7 +248,7 @@ def _raw_boxes(
             continue
         if isinstance(key, int | str):
             if key in seen:
-                report("duplicate annotation id", record, "the id stands twice; both boxes are kept", "nothing")
+                report("duplicate annotation id", record, "the id occurs twice; both boxes are kept", "nothing")
             seen.add(key)
         image_id = item.get("image_id")
         if not isinstance(image_id, int | str) or image_id not in image_ids:
@@ -275,10 +276,10 @@ def _raw_boxes(
 
 
 def _locate(file_names: list[str], file: Path, root: Path, split: SplitName) -> list[Path]:
-    """Where the images lie: in the first folder that has them, folders named as the split first.
+    """Paths of the images, each in the first folder that has a file of that name; folders named after the split go first.
 
-    Folders named as another split are asked only if nothing was found elsewhere: the same name there may be another
-    picture.
+    Folders named after another split are searched only if no image was found elsewhere: a file of the same name in them may
+    be another picture.
     """
     places: list[Path] = []
     for base in dict.fromkeys((file.parent, root)):
@@ -306,7 +307,7 @@ def _first(places: list[Path], name: str) -> Path | None:
     for index, place in enumerate(places):
         for candidate in dict.fromkeys((place / name, place / base_name)):
             if candidate.is_file():
-                # The next image most likely lies in the same folder: ask there first.
+                # The next image most likely lies in the same folder: look there first.
                 places.insert(0, places.pop(index))
                 return candidate
     return None
@@ -315,10 +316,11 @@ def _first(places: list[Path], name: str) -> Path | None:
 def write_coco(data: DetectionSet, folder: str | Path) -> Path:
     """Write a set as ``annotations/instances_<split>.json`` and ``images/<split>/`` into a folder.
 
-    Several splits may go into one folder. Each file appears whole or not at all, the annotations last.
+    Several splits may share the folder. Each file is written under a temporary name and then renamed, so an interruption
+    leaves no partial file. The annotation file is written last.
 
     Returns:
-        The annotation file.
+        Path of the annotation file.
     """
     folder = Path(folder)
     images, annotations = folder / "images" / data.name, folder / "annotations"
@@ -327,7 +329,7 @@ def write_coco(data: DetectionSet, folder: str | Path) -> Path:
     content = data.coco_ground_truth()
     taken: set[str] = set()
     for record, entry in zip(data.records, content["images"], strict=True):
-        # Images of different folders may share a name.
+        # Images from different folders may have the same name.
         name = record.path.name if record.path.name not in taken else f"{record.id}_{record.path.name}"
         taken.add(name)
         entry["file_name"] = name
@@ -339,7 +341,7 @@ def write_coco(data: DetectionSet, folder: str | Path) -> Path:
 
 
 def _write(file: Path, content: Path | Iterable[str]) -> None:
-    """Copy or write to a temporary name, then rename."""
+    """Copy a file (``Path``) or write text under a temporary name, then rename it."""
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     os.close(handle)
     try:

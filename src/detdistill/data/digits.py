@@ -1,9 +1,9 @@
-"""The embedded data set: real handwritten digits on real photographs, made on the spot without a download.
+"""The built-in data set: real handwritten digits on real photographs, generated locally without a download.
 
-Digits are scikit-learn's ``load_digits`` (UCI, 1797 scans of 8 x 8), photographs are those that scikit-learn and
-scikit-image carry in their wheels. Training and validation share neither a digit nor a photograph. Ten classes, up to
-six objects an image. It is easy enough for a small detector to learn within minutes on a processor, and hard enough that
-compact detectors stay far from perfect: made for demonstrations and tests, not for claims about photographs.
+The digits are scikit-learn's ``load_digits`` (UCI, 1797 scans of 8 x 8 pixels); the photographs come with the packages
+scikit-learn and scikit-image. Training and validation share neither scans nor photographs. There are ten classes and up to
+six objects per image. A small detector learns the task within minutes on a CPU, yet compact detectors stay far from a
+perfect score. The data set serves demonstrations and tests; scores on it say little about photographs.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from PIL import Image
 from detdistill.errors import DataError
 
 FORMAT = 1
-"""Goes up whenever the same settings would give other images."""
+"""Version of the generator; incremented whenever the same settings give other images."""
 
 TRAIN_DIGITS = 1300
-"""The first so many scans are for training, the remaining 497 for validation."""
+"""Number of scans for training (the first ones); the remaining 497 are for validation."""
 TRAIN_PHOTOS = (
     "sklearn/datasets/images/china.jpg",
     "skimage/data/astronaut.png",
@@ -47,16 +47,16 @@ VAL_PHOTOS = (
     "skimage/data/gravel.png",
 )
 
-# How hard the task is: smaller, fainter or more digits bring all APs down together.
+# Difficulty of the task: smaller, fainter or more digits lower the AP of every detector.
 SMALLEST, LARGEST = 0.18, 0.42
-"""Side of a (padded) digit, as a share of the image's side."""
+"""Limits of the side of a (padded) digit, as a fraction of the image's side."""
 MOST_OBJECTS = 6
 CONTRAST = 90
-"""Least difference of mean grey value between a digit and what lies under it, of 255."""
+"""Smallest difference in grey value between a digit's colour and the mean of the background under it, on a scale of 0..255."""
 ROTATION = 12.0
-"""Largest rotation in degrees, either way."""
+"""Largest rotation in degrees, in either direction."""
 LARGEST_OVERLAP = 0.1
-"""Of two boxes: intersection over the smaller one."""
+"""Largest overlap of two boxes: area of the intersection divided by the area of the smaller box."""
 JPEG_QUALITY = 90
 
 
@@ -68,18 +68,18 @@ def digits_folder(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """The folder of the data set in COCO's form, made when it is not in the cache yet (about 3 ms an image at 128 px).
+    """Return the data set's folder in COCO form; generate it first if it does not exist (about 3 ms per image at 128 px).
 
-    ``annotations/instances_{train,val}.json``, ``images/{train,val}/*.jpg`` and ``digits.json`` with the settings. Image
-    ``i`` depends on the seed and ``i`` only, so a smaller set is the beginning of a larger one.
+    The folder holds ``annotations/instances_{train,val}.json``, ``images/{train,val}/*.jpg`` and ``digits.json`` with the
+    settings. Image ``i`` depends only on the seed and ``i``, so a smaller set is the beginning of a larger one.
 
     Args:
         train: number of training images, made with ``seed``.
         val: number of validation images, made with ``seed + 1``.
         size: height and width in pixels.
-        seed: of everything random.
-        cache: where such folders are kept; None: ``DETDISTILL_CACHE``, else the user's cache directory.
-        progress: called with (images done, images in all) after each image.
+        seed: seed of all random choices.
+        cache: folder that holds the generated sets. None: ``DETDISTILL_CACHE``, else the user's cache directory.
+        progress: called with (images done, total images) after each image.
 
     Raises:
         DataError: a count or size is too small, or an installed package lacks one of the photographs.
@@ -100,7 +100,7 @@ def digits_folder(
         try:
             os.replace(scratch, folder)
         except OSError:
-            # Somebody else was faster (a folder that is not empty cannot be replaced); theirs is the same.
+            # Another process finished first: a folder that is not empty cannot be replaced. Its content is the same.
             if not (folder / "digits.json").is_file():
                 raise
     finally:
@@ -109,7 +109,7 @@ def digits_folder(
 
 
 def cache_directory() -> Path:
-    """``DETDISTILL_CACHE``, or ``detdistill`` in the user's cache directory."""
+    """Folder for generated files: ``DETDISTILL_CACHE``, or ``detdistill`` in the user's cache directory."""
     given = os.environ.get("DETDISTILL_CACHE")
     if given:
         return Path(given).expanduser()
@@ -164,17 +164,17 @@ def _make(folder: Path, train: int, val: int, size: int, seed: int, progress: Ca
 def draw_image(
     rng: np.random.Generator, photos: Sequence[np.ndarray], scans: np.ndarray, labels: np.ndarray, size: int
 ) -> tuple[np.ndarray, list[tuple[int, int, int, int]], list[int]]:
-    """One image.
+    """Draw one image: one to six digits on a photograph.
 
     Args:
-        rng: of everything random.
-        photos: [h, w, 3] uint8, any sizes.
+        rng: source of all random choices.
+        photos: backgrounds, [h, w, 3] uint8 each, any sizes.
         scans: [N, 8, 8] ink from 0 to 1.
         labels: [N] digit of each scan.
-        size: side of the image.
+        size: side of the image in pixels.
 
     Returns:
-        [size, size, 3] uint8 pixels, boxes (x1, y1, x2, y2) in whole pixels, and the digit in each.
+        [size, size, 3] uint8 pixels, boxes (x1, y1, x2, y2) in whole pixels, and the digit in each box.
     """
     canvas = _background(rng, photos[int(rng.integers(len(photos)))], size)
     boxes: list[tuple[int, int, int, int]] = []
@@ -197,7 +197,7 @@ def draw_image(
 
 
 def _background(rng: np.random.Generator, photo: np.ndarray, size: int) -> np.ndarray:
-    """[size, size, 3] float32: a square part of a photograph, darkened and brightened at random."""
+    """[size, size, 3] float32: a square part of a photograph, with random contrast and brightness."""
     height, width = photo.shape[:2]
     side = int(rng.integers(min(height, width) // 3, min(height, width) + 1))
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
@@ -206,7 +206,7 @@ def _background(rng: np.random.Generator, photo: np.ndarray, size: int) -> np.nd
 
 
 def _ink(scan: np.ndarray, side: int, degrees: float) -> np.ndarray:
-    """[h, w] ink from 0 to 1, scaled and rotated, cut to the tight box of what is clearly ink."""
+    """[h, w] ink from 0 to 1, scaled and rotated, cropped to the tight box around ink above 0.35."""
     padded = Image.fromarray((np.pad(scan, 1) * 255).astype(np.uint8))
     turned = padded.resize((side, side), Image.Resampling.BICUBIC).rotate(degrees, Image.Resampling.BICUBIC, expand=True)
     ink = np.asarray(turned, dtype=np.float32) / 255
@@ -217,7 +217,7 @@ def _ink(scan: np.ndarray, side: int, degrees: float) -> np.ndarray:
 def _place(
     rng: np.random.Generator, width: int, height: int, size: int, taken: Sequence[tuple[int, int, int, int]]
 ) -> tuple[int, int, int, int] | None:
-    """A box inside the image that hardly overlaps the others; None when 20 random places do not fit."""
+    """A random box inside the image that overlaps no other by more than ``LARGEST_OVERLAP``; None after 20 failed tries."""
     for _ in range(20):
         left, top = int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1))
         box = (left, top, left + width, top + height)
@@ -234,7 +234,7 @@ def _overlap(first: tuple[int, int, int, int], second: tuple[int, int, int, int]
 
 
 def _colour(rng: np.random.Generator, under: float) -> np.ndarray:
-    """[3] a random colour whose grey value differs from what is under it by more than ``CONTRAST``."""
+    """[3] a random colour; its grey value differs from ``under`` by more than ``CONTRAST``."""
     for _ in range(50):
         colour = rng.uniform(0, 255, 3).astype(np.float32)
         if abs(float(colour.mean()) - under) > CONTRAST:
@@ -243,14 +243,14 @@ def _colour(rng: np.random.Generator, under: float) -> np.ndarray:
 
 
 def _scans() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # late: 2 s of import that a cached folder does not need
+    from sklearn.datasets import load_digits  # imported here: it takes 2 s, and an existing folder does not need it
 
     digits = load_digits()
     return digits.images / 16.0, digits.target
 
 
 def _photo(name: str) -> np.ndarray:
-    """[h, w, 3] uint8 of a file inside an installed package, never fetched."""
+    """[h, w, 3] uint8 pixels of an image file inside an installed package; nothing is downloaded."""
     package, _, inside = name.partition("/")
     spec = importlib.util.find_spec(package)
     file = Path(spec.submodule_search_locations[0], inside) if spec and spec.submodule_search_locations else None

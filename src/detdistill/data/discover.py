@@ -1,4 +1,4 @@
-"""From a path to a data set: which form it has is found by looking into the files."""
+"""Load a data set from a path; its form (COCO, YOLO, VOC) is recognised from the files."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ def load_data(path: str | Path, *, strict: bool = False) -> DataSplits:
     """Read a data set of any known form.
 
     Args:
-        path: a folder, a COCO JSON file, a YOLO ``data.yaml``; or the text ``digits`` (``digits:train=2000,val=400``)
-            for the embedded example.
-        strict: raise on any defect instead of listing it.
+        path: a folder, a COCO JSON file, or a YOLO ``data.yaml``. The text ``digits`` (``digits:train=2000,val=400``) stands
+            for the built-in data set.
+        strict: raise an error on any defect instead of listing it.
 
     Returns:
-        The splits. Without a val split, a tenth of train becomes it, always the same; ``notes`` say so.
+        The splits. If there is no val split, a tenth of train becomes val: always the same images, and ``notes`` say so.
 
     Raises:
-        DataError: nothing there, no known form, broken files, no usable box to train on; with ``strict`` any defect.
+        DataError: the path does not exist, has no known form, holds broken files, or has no usable box to train on; with
+            ``strict``, also any defect.
     """
     if isinstance(path, str) and (path == "digits" or path.startswith("digits:")):
         path = _digits(path)
@@ -51,13 +52,13 @@ def load_data(path: str | Path, *, strict: bool = False) -> DataSplits:
 
 
 def _read(path: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
-    """Read with the one form that recognises the path; a lone subfolder (an unpacked archive) is entered."""
+    """Read with the form that recognises the path; if none does and there is a single subfolder, try that subfolder."""
     start = path
     for _ in range(3):
         yolo, coco, voc = find_yolo(path), find_coco(path), find_voc(path)
         forms = [form for form in (yolo, coco[0] if coco else None, voc) if form is not None]
         if len(forms) > 1:
-            raise DataError(f"{path}: holds data in {len(forms)} forms; pass the one to use: {listed(map(str, forms))}")
+            raise DataError(f"{path}: the data exist in {len(forms)} forms; pass the path of one: {listed(map(str, forms))}")
         if yolo is not None:
             return read_yolo(yolo)
         if coco:
@@ -77,9 +78,9 @@ def _read(path: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
 
 
 def _complete(folder: Path, sets: dict[SplitName, DetectionSet], notes: list[str]) -> DataSplits:
-    """Both train and val, the latter cut off train when there is none."""
+    """The splits with train and val; if there is no val, it is split off train."""
     if "train" not in sets:
-        raise DataError(f"{folder}: no train split, only {listed(sets)}; a data set needs one to learn from")
+        raise DataError(f"{folder}: no train split, only {listed(sets)}; add a train split")
     train, val, test = sets["train"], sets.get("val"), sets.get("test")
     if val is None:
         train, val = split_off(train, "val")
@@ -87,12 +88,12 @@ def _complete(folder: Path, sets: dict[SplitName, DetectionSet], notes: list[str
         notes.append(f"no val split: {share}, chosen by the hash of their names, are used as val")
     both = {record.path for record in train.records} & {record.path for record in val.records}
     if both:
-        notes.append(f"{len(both)} images are in train and in val, so val says nothing about new images")
+        notes.append(f"{len(both)} images are in both train and val, so scores on val do not show performance on new images")
     return DataSplits(train, val, test, tuple(notes))
 
 
 def _digits(text: str) -> Path:
-    """The folder of the embedded data set, made on first use."""
+    """Folder of the built-in data set, generated on first use."""
     from detdistill.data.digits import digits_folder
 
     known = ("train", "val", "size", "seed")
@@ -101,7 +102,7 @@ def _digits(text: str) -> Path:
         name, _, value = part.partition("=")
         if name not in known or not value.isascii() or not value.isdigit():
             raise DataError(
-                f"{text}: {part!r} is no setting{nearest(name, known)}; write digits:train=2000,val=400,size=128,seed=0"
+                f"{text}: {part!r} is not a setting{nearest(name, known)}; write digits:train=2000,val=400,size=128,seed=0"
             )
         options[name] = int(value)
     return digits_folder(**options)

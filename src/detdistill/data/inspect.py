@@ -1,4 +1,4 @@
-"""What is in a data set and what is wrong with it, for people (tables) and programs (JSON)."""
+"""Report on a data set: its contents and its defects, as tables for people or JSON for programs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from detdistill.data.records import DataSplits, Defect, DetectionSet, Record, re
 from detdistill.errors import DataError
 
 SMALL_AREA, LARGE_AREA = 32.0**2, 96.0**2
-"""COCO's limits of small and large objects, square pixels of the original image."""
+"""COCO's area limits of small and large objects, in square pixels of the original image."""
 SHOWN_DEFECTS = 20
 SHOWN_SIZES = 5
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Counts of one split; sizes in pixels of the originals."""
+    """Counts of one split; all sizes are in pixels of the original images."""
 
     name: str
     images: int
@@ -39,40 +39,40 @@ class SplitReport:
     """Crowd boxes included."""
     crowd: int
     without_boxes: int
-    """Images that have none."""
+    """Number of images without boxes."""
     image_sizes: dict[str, int]
-    """``width x height`` -> images, most frequent first."""
+    """Number of images by size (``<width>x<height>``), most frequent first."""
     shorter_side: tuple[int, int, int]
-    """Smallest, median, largest."""
+    """Smallest, median and largest, in pixels."""
     longer_side: tuple[int, int, int]
     box_sizes: dict[str, int]
-    """COCO's small (area below 32x32), medium, large (above 96x96)."""
+    """Number of small (area below 32x32), medium and large (above 96x96) boxes, as COCO defines them."""
     boxes_per_image: tuple[int, float, int]
-    """Smallest, mean, largest."""
+    """Smallest, mean and largest number."""
     per_class: dict[str, int]
-    """Boxes of each class, in the order of the labels."""
+    """Number of boxes by class, in the order of the labels."""
     skipped_images: int
     skipped_boxes: int
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """A data set as ``inspect_data`` saw it."""
+    """Result of ``inspect_data``."""
 
     path: str
     form: str
     classes: tuple[str, ...]
     splits: tuple[SplitReport, ...]
     defects: tuple[tuple[str, Defect], ...]
-    """Name of the split, and the defect."""
+    """Pairs of split name and defect."""
     notes: tuple[str, ...]
     fingerprints: dict[str, str]
-    """By split."""
+    """Fingerprint of each split."""
     deep: bool
-    """Every image was decoded."""
+    """True if every image was decoded."""
 
     def to_json(self) -> str:
-        """All of it, with every defect under its kind."""
+        """The whole report as JSON text, with the defects grouped by kind."""
         content: dict[str, Any] = asdict(replace(self, defects=()))
         content["defects"] = {
             kind: [{"split": split, **asdict(defect)} for split, defect in found] for kind, found in self.by_kind().items()
@@ -80,7 +80,7 @@ class DataReport:
         return json.dumps(content, indent=2)
 
     def by_kind(self) -> dict[str, list[tuple[str, Defect]]]:
-        """Defects grouped, the most frequent kind first."""
+        """Defects grouped by kind, the most frequent kind first."""
         groups: dict[str, list[tuple[str, Defect]]] = defaultdict(list)
         for split, defect in self.defects:
             groups[defect.kind].append((split, defect))
@@ -123,7 +123,7 @@ class DataReport:
         ]
 
     def _image_sizes(self) -> list[tuple[str, ...]]:
-        """The most frequent sizes, one below the other."""
+        """Table rows of the most frequent image sizes."""
         columns = [_most(split.image_sizes) for split in self.splits]
         rows = list(itertools.zip_longest(*columns, fillvalue=""))
         return [("" if index else "image sizes", *row) for index, row in enumerate(rows)]
@@ -160,16 +160,19 @@ def _most(sizes: dict[str, int]) -> list[str]:
 
 
 def inspect_data(path: str | Path, *, strict: bool = False, deep: bool = False) -> DataReport:
-    """Read a data set and count what is in it.
+    """Read a data set and count its images, boxes and defects.
 
     Args:
         path: as for ``load_data``.
-        strict: raise on any defect.
-        deep: also decode every image, which finds files that are cut off, and pictures that are in train and val under
-            two names (a note).
+        strict: raise an error on any defect.
+        deep: also decode every image. This finds truncated files, and pictures that are in both train and val under
+            different names (listed as a note).
+
+    Returns:
+        The report.
 
     Raises:
-        DataError: as ``load_data``.
+        DataError: as ``load_data``; with ``strict`` and ``deep``, also if an image cannot be decoded.
     """
     data = load_data(path, strict=strict)
     defects: list[tuple[str, Defect]] = [(split.name, defect) for split in data.sets for defect in split.defects]
@@ -184,7 +187,7 @@ def inspect_data(path: str | Path, *, strict: bool = False, deep: bool = False) 
             )
         copies = len(hashes["train"] & hashes["val"])
         if copies:
-            notes.append(f"{copies} pictures of train are, byte by byte, in val too")
+            notes.append(f"{copies} pictures of train are also in val, with identical bytes")
     return DataReport(
         path=str(path),
         form=data.train.form,
@@ -227,7 +230,7 @@ def _range(values: np.ndarray) -> tuple[int, int, int]:
 
 
 def _decode_all(data: DataSplits) -> tuple[list[tuple[str, Defect]], dict[str, set[str]]]:
-    """Defects of images that do not decode, and the hashes of all files by split."""
+    """Defects of the images that cannot be decoded, and the hashes of all image files by split."""
     broken: list[tuple[str, Defect]] = []
     hashes: dict[str, set[str]] = {}
     with ThreadPoolExecutor(4) as pool:
@@ -242,11 +245,11 @@ def _decode_all(data: DataSplits) -> tuple[list[tuple[str, Defect]], dict[str, s
 
 
 def _decode(record: Record) -> tuple[str, str]:
-    """The file's hash, and why it does not decode."""
+    """The file's sha256, and the reason if it cannot be decoded (else an empty text)."""
     digest = hashlib.sha256(record.path.read_bytes()).hexdigest()
     try:
         with Image.open(record.path) as image:
             image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return digest, f"does not decode: {error}; training would stop at it: mend or remove it"
+        return digest, f"cannot be decoded: {error}; training would stop at this image: repair or remove it"
     return digest, ""

@@ -1,7 +1,7 @@
-"""Batches of a data set in an order that depends on seed and epoch alone, and that can be taken up again in the middle.
+"""Data loader with a reproducible order of batches that can be resumed in the middle of an epoch.
 
-What an image looks like depends on (seed, epoch, index of the image) alone. So neither the number of workers nor an
-interruption changes anything: the run goes on with exactly the batches it has not seen.
+The order of the images depends only on seed and epoch; the augmentation of an image depends only on seed, epoch and the
+image's index. So the number of workers changes nothing, and a resumed run continues with exactly the remaining batches.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from detdistill.errors import DataError, RunError
 from detdistill.structures import Batch, Target, View
 
 Sample = tuple[Tensor, Target, View, int]
-"""Pixels [3, h, w], boxes, view and id of one image."""
+"""One image: pixels [3, h, w], boxes, view and image id."""
 
 
 class DetectionLoader:
-    """Iterates over ``Batch``es of a data set, one epoch a pass.
+    """Iterable over the ``Batch``es of a data set; one pass is one epoch.
 
-    A full pass moves on to the next epoch; one that was left early starts again at its beginning, unless
-    ``load_state_dict`` said where to go on. The state counts the batches handed out, not those that workers have ready.
+    After a full pass, the next pass is the next epoch. After a pass that was left early, the next pass repeats that epoch
+    from its beginning, unless ``load_state_dict`` set another position. The state counts the batches that the loader has
+    returned, not those that workers have prepared.
 
     Example:
         for batch in DetectionLoader(splits.train, ViewSettings(size=320), batch_size=8, train=True):
@@ -49,22 +50,23 @@ class DetectionLoader:
         workers: int = 0,
         in_memory: bool = False,
     ) -> None:
-        """Read nothing yet.
+        """Check and store the settings; no image is read yet.
 
         Args:
             data: the images.
-            settings: how to show them.
-            batch_size: images of a batch (of this rank); the last batch of an epoch may be smaller.
-            train: shuffle and augment; else the set's order and plain views.
-            seed: of order and augmentation.
-            rank: this process, 0 .. ``world`` - 1.
-            world: processes that share the set. In training all get the same number of images (the first ones of the order
-                are shown twice where it does not divide); in evaluation every image goes to exactly one.
-            workers: processes that prepare batches; 0: this one does.
-            in_memory: decode once and keep the pixels, at the size that is shown where this does not change the result.
+            settings: image size, resizing and augmentation.
+            batch_size: images per batch of this rank; the last batch of an epoch may be smaller.
+            train: True: shuffle and augment. False: the order of the set, without augmentation.
+            seed: seed of order and augmentation.
+            rank: index of this process, 0 .. ``world`` - 1.
+            world: number of processes that share the set. In training, all get the same number of images: if ``world`` does
+                not divide the number of images, the first ones of the order are used twice. In evaluation, each image goes
+                to exactly one process.
+            workers: number of processes that prepare batches. 0: batches are prepared in this process.
+            in_memory: decode each image only once and keep its pixels, already resized if this does not change the result.
 
         Raises:
-            RunError: a number or setting is not possible.
+            RunError: a number or setting is out of its range.
         """
         settings.validate()
         if batch_size < 1 or workers < 0 or seed < 0:
@@ -82,51 +84,53 @@ class DetectionLoader:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the batch handed out last (before the first: of the one to come)."""
+        """Epoch of the last batch returned; before the first batch, the epoch that comes next."""
         return self._epoch
 
     batch_sampler = None
-    """As in torch's ``DataLoader``: Lightning looks here, too, where it looks for ``sampler``."""
+    """Attribute of torch's ``DataLoader`` that Lightning reads together with ``sampler``."""
 
     @property
     def sampler(self) -> DetectionLoader:
-        """The loader itself, because Lightning tells ``sampler.set_epoch`` which epoch begins.
+        """The loader itself, because Lightning calls ``sampler.set_epoch`` at the start of an epoch.
 
-        It matters when a run resumes at the end of an epoch: Lightning does not restore the loader's state then.
+        This matters when a run resumes at the end of an epoch, because Lightning then does not restore the loader's state.
         """
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next pass be this epoch, from its beginning unless a loaded state stands in the middle of just this one."""
+        """Make the next pass this epoch, from its beginning; a loaded state in the middle of the same epoch is kept."""
         if self._resumed and epoch == self._epoch and self._batches_done < len(self):
             return
         self._epoch, self._batches_done, self._resumed = epoch, 0, False
 
     def state_dict(self) -> dict[str, int]:
-        """Where iteration stands: ``epoch`` and the number of its batches handed out."""
+        """Position of the iteration: ``epoch``, and ``batches_done``, the number of its batches already returned."""
         return {"epoch": self._epoch, "batches_done": self._batches_done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next pass go on from there.
+        """Make the next pass continue at the position that ``state_dict`` returned.
 
         Raises:
-            RunError: the state has more batches than this loader's epochs.
+            RunError: the state counts more batches than this loader has in an epoch.
         """
         epoch, done = int(state["epoch"]), int(state["batches_done"])
         if not 0 <= done <= len(self):
             raise RunError(
-                f"cannot resume after batch {done} of an epoch of {len(self)}; use the data, batch size and processes of then"
+                f"cannot resume after batch {done}: an epoch has {len(self)} batches; use the same data, batch size and number "
+                "of processes as in the interrupted run"
             )
         self._epoch, self._batches_done, self._resumed = epoch, done, True
 
     def __len__(self) -> int:
-        """Batches of an epoch (of this rank)."""
+        """Number of batches of this rank in an epoch."""
         return -(-self._num_samples() // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         """The (remaining) batches of an epoch.
 
-        Nothing happens before the first batch is asked for: trainers make iterators that they never use.
+        The loader's state changes only when the first batch is requested, because trainers create iterators that they never
+        use.
         """
         if self._batches_done >= len(self):
             self._epoch, self._batches_done = self._epoch + 1, 0
@@ -146,7 +150,7 @@ class DetectionLoader:
         return len(range(self._rank, len(self.data.records), self._world))
 
     def _sample_order(self, epoch: int) -> list[int]:
-        """Indices of this rank's images."""
+        """Indices of this rank's images in the order of the epoch."""
         count = len(self.data.records)
         if not self.train:
             return list(range(self._rank, count, self._world))
@@ -154,12 +158,12 @@ class DetectionLoader:
         return [order[place % count] for place in range(self._rank, self._num_samples() * self._world, self._world)]
 
     def _prepared(self, plan: list[tuple[int, list[int]]]) -> Iterator[Batch | DataError]:
-        """The batches of a plan, by the workers or by this process."""
-        self._batches.fill()  # before workers start, so that they share the memory
+        """The batches of a plan (epoch and image indices of each batch), made by the workers or in this process."""
+        self._batches.fill()  # before the workers start, so that they share the memory
         if self._workers == 0:
             return map(self._batches.__getitem__, plan)
-        # One item is one batch. The own generator keeps the global one, which seeds the model, out of this. Workers live for
-        # one pass: kept longer, they would be left to the garbage collector, and then torch waits 5 s for each of them.
+        # Each item is a batch. A separate generator leaves the global one, which initialises models, unchanged. The workers
+        # end with the pass: left to the garbage collector, each of them would cost a wait of 5 s in torch.
         return iter(
             DataLoader(
                 self._batches,
@@ -173,30 +177,30 @@ class DetectionLoader:
 
 
 def as_it_is(batch: Any) -> Any:
-    """What torch calls a collate function: a batch that is one already."""
+    """Collate function for a torch ``DataLoader`` that already returns batches: return the batch unchanged."""
     return batch
 
 
 def _generator(*numbers: int) -> torch.Generator:
-    """A generator for this sequence of numbers; unlike sums of them, no two short sequences meet."""
+    """A generator seeded by a sequence of numbers; unlike their sum, different short sequences give different seeds."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 class _Batches(Dataset[Batch | DataError]):
-    """Maps (epoch, indices of images) to a batch; the same in every process."""
+    """Map from (epoch, image indices) to a batch; the batch is the same in every process."""
 
     def __init__(self, data: DetectionSet, settings: ViewSettings, train: bool, seed: int, in_memory: bool) -> None:
         self.data, self.settings, self.train, self.seed, self.in_memory = data, settings, train, seed, in_memory
         self.kept: list[Tensor] = []
 
     def fill(self) -> None:
-        """Decode all images into memory if that is wanted and not done yet."""
+        """Decode all images into memory, if ``in_memory`` is set and it has not been done yet."""
         if not self.in_memory or self.kept:
             return
         kept = []
         for index, record in enumerate(self.data.records):
             image = read_pixels(self.data.records[index], self.data.root)
-            # A zoom is computed from the file's own pixels: then those are kept.
+            # Zooms are computed from the original pixels, so these are kept.
             zooms = self.train and (self.settings.scale_jitter is not None or bool(self.settings.scales))
             kept.append(image if zooms else resize_image(image, self.settings.resized_hw(*record.size_hw)))
         self.kept = kept
@@ -206,7 +210,7 @@ class _Batches(Dataset[Batch | DataError]):
         try:
             return collate([self._sample(epoch, index) for index in indices], self.settings)
         except DataError as error:
-            # As a value: raised in a worker, it would arrive wrapped in its traceback.
+            # Returned as a value: an exception raised in a worker would arrive wrapped in its traceback.
             return error
 
     def _sample(self, epoch: int, index: int) -> Sample:
@@ -224,14 +228,18 @@ class _Batches(Dataset[Batch | DataError]):
 
 
 _UNUSED = torch.Generator()
-"""For plain views, which draw nothing."""
+"""Placeholder for plain views, which use no random numbers."""
 
 
 def read_pixels(record: Record, root: Path) -> Tensor:
-    """[3, H, W] uint8 of a record's file.
+    """Decode the image file of a record: [3, H, W] uint8 RGB.
+
+    Args:
+        record: the image.
+        root: folder of the data set, named in error messages.
 
     Raises:
-        DataError: it cannot be decoded, or has another size than the record says.
+        DataError: the file cannot be decoded, or its size differs from the record's.
     """
     advice = f"run `detdistill data inspect {root} --deep` to find all such files"
     try:
@@ -241,15 +249,15 @@ def read_pixels(record: Record, root: Path) -> Tensor:
         raise DataError(f"{record.path}: the image cannot be decoded ({reason}); {advice}") from error
     if tuple(image.shape[-2:]) != tuple(record.size_hw):
         (height, width), (real_h, real_w) = record.size_hw, image.shape[-2:]
-        raise DataError(f"{record.path}: the image has {real_w}x{real_h} pixels but {width}x{height} were announced; {advice}")
+        raise DataError(f"{record.path}: the image has {real_w}x{real_h} pixels, but {width}x{height} were expected; {advice}")
     return image
 
 
 def read_image(path: Path) -> Tensor:
-    """[3, H, W] uint8 RGB of an image file, turned as its EXIF orientation says; 16-bit greys are scaled to 8 bits.
+    """Decode an image file: [3, H, W] uint8 RGB, with the EXIF orientation applied; 16-bit grey is scaled to 8 bits.
 
     Raises:
-        OSError, ValueError, SyntaxError: whatever PIL says of a broken file.
+        OSError, ValueError, SyntaxError: the file is broken; PIL raises any of these.
     """
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
@@ -260,7 +268,7 @@ def read_image(path: Path) -> Tensor:
 
 
 def collate(samples: Sequence[Sample], settings: ViewSettings) -> Batch:
-    """Put views side by side, zero-padded on the right and at the bottom to ``settings.padded_hw``; masks as well."""
+    """Stack views into a batch; pixels and masks are zero-padded on the right and at the bottom to ``settings.padded_hw``."""
     pixels, targets, views, ids = zip(*samples, strict=True)
     sizes = [view.size_hw for view in views]
     height, width = settings.padded_hw(sizes)
@@ -275,7 +283,7 @@ def collate(samples: Sequence[Sample], settings: ViewSettings) -> Batch:
 
 
 def _side_by_side(targets: Sequence[Target], padded_hw: tuple[int, int]) -> tuple[Target, ...]:
-    """The targets as slices of common tensors: workers send every tensor through a file descriptor, and those are few."""
+    """The targets as slices of common tensors: workers need a file descriptor per tensor, and descriptors are limited."""
     counts = [len(target) for target in targets]
     boxes = torch.split(torch.cat([target.boxes_xyxy for target in targets]), counts)
     labels = torch.split(torch.cat([target.labels for target in targets]), counts)

@@ -1,7 +1,7 @@
-"""What a data set is once it has been read: records, the defects found on the way, and the splits.
+"""Data structures of a loaded data set: records (images with boxes), defects and splits.
 
-Every form (COCO, YOLO, VOC) is read into the same ``RawImage`` values; ``assemble`` alone decides what is a defect and
-what becomes of it, so the rules are the same for all of them.
+Every form (COCO, YOLO, VOC) is read into ``RawImage`` values. Their images and boxes are checked in one place, ``assemble``,
+so the rules for defects are the same for all forms.
 
 Shape letters: G boxes of an image, K classes.
 """
@@ -27,27 +27,27 @@ Form = Literal["coco", "yolo", "voc"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".jfif"})
 ROUNDING_PX = 0.1
-"""Boxes may leave the image by this much without being called a defect: text files round their coordinates."""
+"""Boxes may exceed the image by this many pixels without being a defect, because text files round coordinates."""
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One usable image with its usable boxes. Compared by identity, for arrays have no single truth value."""
+    """One usable image with its usable boxes. Records are compared by identity, because comparing arrays gives an array."""
 
     id: int
     path: Path
     size_hw: tuple[int, int]
-    """Pixels of the image as seen, that is with the file's EXIF orientation applied."""
+    """Height and width in pixels, after the file's EXIF orientation is applied."""
     boxes_xyxy: np.ndarray
-    """[G, 4] float64, pixels of the original image, inside it."""
+    """[G, 4] float64, in pixels of the original image, clipped to it."""
     labels: np.ndarray
     """[G] int64, 0 .. K-1."""
     crowd: np.ndarray
-    """[G] bool."""
+    """[G] bool, True for COCO's crowd boxes (``iscrowd``)."""
     areas: np.ndarray
-    """[G] float64 pixels: the annotation's own area (of the mask, in COCO), else width times height."""
+    """[G] float64, in square pixels: the area given in the annotation (in COCO, that of the mask), else width times height."""
     segmentation: tuple[Any, ...] | None = None
-    """For each box its polygons or run lengths as in the annotation, or None; None when no box has any."""
+    """For each box the polygons or run lengths of the annotation, or None if it has none. None: no box of the image has any."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,16 +55,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Defect:
-    """Something wrong in the data, and what was done about it."""
+    """An error in the data, and how it was handled."""
 
     kind: str
     file: str
-    """The file to mend, relative to the data set's folder."""
+    """The file to correct, relative to the data set's folder."""
     record: str
-    """Which part of it: ``image 7``, ``annotation 12 of image 7``, ``row 3``, ``object 2``."""
+    """Place in the file: ``image 7``, ``annotation 12 of image 7``, ``row 3``, ``object 2``."""
     message: str
     skipped: str
-    """``image``, ``box``, or ``nothing`` when it is used all the same."""
+    """What was left out because of the defect: ``image``, ``box`` or ``nothing``."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class DetectionSet:
     records: tuple[Record, ...]
     defects: tuple[Defect, ...]
     fingerprint: str
-    """Of classes, ids, file names and sizes, boxes and labels; independent of where the data lie."""
+    """Hash of the content, see ``fingerprint``; it does not depend on the folder."""
 
     @classmethod
     def of(
@@ -90,7 +90,7 @@ class DetectionSet:
         records: Iterable[Record],
         defects: Iterable[Defect] = (),
     ) -> DetectionSet:
-        """A set with its fingerprint."""
+        """Create a set and compute its fingerprint; the arguments are the attributes of the class."""
         kept = tuple(records)
         return cls(name, form, root, tuple(classes), kept, tuple(defects), fingerprint(classes, kept))
 
@@ -99,17 +99,19 @@ class DetectionSet:
 
     @property
     def num_boxes(self) -> int:
-        """Boxes of all images, crowd boxes included."""
+        """Number of boxes of all images, crowd boxes included."""
         return sum(map(len, self.records))
 
     def take(self, n: int, seed: int = 0) -> DetectionSet:
-        """A random subset in the original order; the whole set when it has no more than ``n`` images.
+        """Draw a random subset of ``n`` images, in the original order; the whole set if it has at most ``n`` images.
+
+        The subset has no defects listed.
 
         Raises:
             DataError: ``n`` is less than 1.
         """
         if n < 1:
-            raise DataError(f"cannot take {n} images of {self.name}; ask for at least 1")
+            raise DataError(f"cannot take {n} images of {self.name}; take at least 1")
         if n >= len(self):
             return self
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:n])
@@ -140,13 +142,13 @@ class DetectionSet:
 
 @dataclass(frozen=True)
 class DataSplits:
-    """A data set: what to train on, what to evaluate on, and perhaps what to report on."""
+    """A data set: the splits for training, for evaluation during training and, optionally, for the final test."""
 
     train: DetectionSet
     val: DetectionSet
     test: DetectionSet | None = None
     notes: tuple[str, ...] = ()
-    """What was decided while reading and is no defect: a split made here, a class dropped."""
+    """Decisions made while reading that are not defects, e.g. a split that was created or a class that was dropped."""
 
     @property
     def sets(self) -> tuple[DetectionSet, ...]:
@@ -160,14 +162,14 @@ class DataSplits:
 
     @property
     def defects(self) -> tuple[Defect, ...]:
-        """Those of all splits."""
+        """Defects of all splits."""
         return tuple(defect for data in self.sets for defect in data.defects)
 
 
 def fingerprint(classes: Sequence[str], records: Iterable[Record]) -> str:
-    """sha256 of class names, ids, file names and byte counts, boxes (to 1/1000 pixel), labels, crowd flags and areas.
+    """Compute a sha256 over class names, ids, file names, file sizes, image sizes, boxes, labels, crowd flags and areas.
 
-    Folders do not count, so data may be moved.
+    Boxes are rounded to 1/1000 pixel, areas to 1/100 square pixel. Folders do not enter, so the data may be moved.
     """
     digest = hashlib.sha256("\0".join(classes).encode())
     for record in records:
@@ -180,18 +182,23 @@ def fingerprint(classes: Sequence[str], records: Iterable[Record]) -> str:
 
 
 def split_off(data: DetectionSet, name: SplitName, fraction: float = 0.1) -> tuple[DetectionSet, DetectionSet]:
-    """Cut a fraction (at least one image) off a set: the images whose file names have the lowest hash.
+    """Split a fraction of the images (at least one) off a set: those with the lowest hashes of their file names.
 
-    The same files are chosen again whatever their ids and order, so adding images moves few of them.
+    The choice depends only on the file names, not on order or ids, so adding images changes the split of only a few.
+
+    Args:
+        data: the set to split.
+        name: split name of the part that is split off.
+        fraction: share of the images to split off, 0..1.
 
     Returns:
-        What remains (with all defects) and what was cut off.
+        The remaining set (with all defects), and the part split off.
 
     Raises:
         DataError: fewer than two usable images.
     """
     if len(data) < 2:
-        raise DataError(f"{data.root}: {len(data)} usable images cannot be split into train and {name}; give a {name} split")
+        raise DataError(f"{data.root}: {len(data)} usable images cannot be split into train and {name}; add a {name} split")
     ranked = sorted(data.records, key=lambda record: hashlib.sha256(record.path.name.encode()).digest() + str(record.id).encode())
     chosen = set(ranked[: max(1, round(fraction * len(data)))])
     keep = [record for record in data.records if record not in chosen]
@@ -205,13 +212,13 @@ def split_off(data: DetectionSet, name: SplitName, fraction: float = 0.1) -> tup
 
 @dataclass(frozen=True)
 class RawBox:
-    """A box as the annotation has it, not yet believed."""
+    """A box as given in the annotation, not yet checked."""
 
     xyxy: tuple[float, float, float, float]
-    """Pixels, or fractions of the image where the ``RawImage`` says so."""
+    """In pixels, or in fractions of the image size if ``RawImage.fractions`` is set."""
     label: int
     record: str
-    """Its name in defects."""
+    """Name of the box in defects, e.g. ``row 3``."""
     crowd: bool = False
     area: float | None = None
     segmentation: Any = None
@@ -219,31 +226,31 @@ class RawBox:
 
 @dataclass(frozen=True)
 class RawImage:
-    """An image as the annotation has it."""
+    """An image as given in the annotation, not yet checked."""
 
     id: int
     path: Path
     boxes: Sequence[RawBox]
     file: str
-    """The file that describes it, relative to the root: the one named in defects of its boxes."""
+    """The annotation file of the image, relative to the root; defects of the boxes name it."""
     size_hw: tuple[int, int] | None = None
-    """None when the annotation has no size."""
+    """Height and width stated in the annotation; None if it states none."""
     fractions: bool = False
-    """Coordinates (polygons included) are fractions of width and height."""
+    """True if coordinates (polygons included) are fractions of width and height."""
 
 
 def assemble(
     name: SplitName, form: Form, root: Path, classes: Sequence[str], images: Sequence[RawImage], defects: Sequence[Defect] = ()
 ) -> DetectionSet:
-    """Check every image and box, and keep the good ones.
+    """Check every image and box, and build a set from the usable ones.
 
     Args:
-        name: of the split.
-        form: of the files.
+        name: name of the split.
+        form: form of the files.
         root: folder of the data set; paths in defects are relative to it.
-        classes: names in the order of the labels.
-        images: as read.
-        defects: found while reading.
+        classes: class names in the order of the labels.
+        images: the images as read from the annotations.
+        defects: defects found while reading; those found here are added.
 
     Raises:
         DataError: no image is usable.
@@ -278,7 +285,7 @@ def assemble(
 
 
 def _clean(image: RawImage, size_hw: tuple[int, int], defects: list[Defect]) -> Record:
-    """The image's good boxes, clipped; what is wrong with the others goes to ``defects``."""
+    """The record with the image's usable boxes, clipped to the image; problems are appended to ``defects``."""
     height, width = size_hw
     boxes: list[tuple[float, float, float, float]] = []
     kept: list[RawBox] = []
@@ -294,7 +301,7 @@ def _clean(image: RawImage, size_hw: tuple[int, int], defects: list[Defect]) -> 
             x1, y1, x2, y2 = x1 * width, y1 * height, x2 * width, y2 * height
         shown = f"[{x1:g}, {y1:g}, {x2:g}, {y2:g}] (x1, y1, x2, y2) in {width}x{height}"
         if not all(map(math.isfinite, (x1, y1, x2, y2))):
-            report("not finite", box, f"box {shown} has a coordinate that is no number", "box")
+            report("not finite", box, f"box {shown} has a coordinate that is not a finite number", "box")
             continue
         if x2 < x1 or y2 < y1:
             report("inverted box", box, f"box {shown} ends before it begins", "box")
@@ -306,12 +313,12 @@ def _clean(image: RawImage, size_hw: tuple[int, int], defects: list[Defect]) -> 
         overshoot = max(-x1, -y1, x2 - width, y2 - height)
         if overshoot > 0:
             if inside[2] - inside[0] <= ROUNDING_PX or inside[3] - inside[1] <= ROUNDING_PX:
-                report("box outside image", box, f"box {shown} shows nothing of the image", "box")
+                report("box outside image", box, f"box {shown} lies outside the image", "box")
                 continue
             if overshoot > ROUNDING_PX:
                 report("box crosses border", box, f"box {shown} leaves the image by {overshoot:g} pixels; clipped", "nothing")
         if (box.label, box.xyxy) in seen:
-            report("duplicate box", box, f"box {shown} is there twice with the same class; kept", "nothing")
+            report("duplicate box", box, f"box {shown} occurs twice with the same class; kept", "nothing")
         seen.add((box.label, box.xyxy))
         boxes.append(inside)
         kept.append(box)
@@ -341,7 +348,7 @@ def _to_pixels(polygons: list[list[float]] | None, scale: np.ndarray) -> list[li
 
 @dataclass(frozen=True)
 class Header:
-    """What a file's first bytes say about the image."""
+    """Size of an image as read from the file's header, or the problem with the file."""
 
     size_hw: tuple[int, int] = (0, 0)
     problem: str = ""
@@ -349,13 +356,13 @@ class Header:
 
 
 def read_headers(paths: Sequence[Path]) -> Iterator[Header]:
-    """Sizes of images, in order, without decoding them."""
+    """Read the headers of image files, in the order given, without decoding the images."""
     with ThreadPoolExecutor(8) as pool:
         yield from pool.map(read_header, paths)
 
 
 def read_header(path: Path) -> Header:
-    """The size that the image has after its EXIF orientation is applied, or what is wrong with the file."""
+    """Read the size of an image (after its EXIF orientation is applied), or the problem with the file."""
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -363,16 +370,16 @@ def read_header(path: Path) -> Header:
     except FileNotFoundError:
         return Header(problem="the image file does not exist", missing=True)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # PIL's own message repeats the absolute path; only its kind is of interest.
+        # PIL's message repeats the absolute path, so only the type of the error is shown.
         return Header(problem=f"not an image that can be opened ({type(error).__name__})")
-    # Orientations 5 to 8 turn the image by a quarter.
+    # Orientations 5 to 8 rotate the image by 90 degrees.
     return Header((width, height) if orientation in (5, 6, 7, 8) else (height, width))
 
 
 def image_ids(splits: Iterable[Sequence[Path]]) -> dict[Path, int]:
-    """Ids for files that have none, unique over all splits.
+    """Assign image ids to files of a form without ids; the ids are unique over all splits.
 
-    Where all files are called by different numbers, these; else 1, 2, 3, ... in the order of the paths.
+    If all file names are different numbers, these numbers are the ids; else 1, 2, 3, ... in the order of the paths.
     """
     paths = sorted({path for split in splits for path in split})
     stems = [path.stem for path in paths]
@@ -384,12 +391,12 @@ def image_ids(splits: Iterable[Sequence[Path]]) -> dict[Path, int]:
 
 
 def relative(path: Path, root: Path) -> str:
-    """The path below the root, or as it is."""
+    """The path relative to the root; unchanged if it lies elsewhere."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:
-    """A readable list for messages."""
+    """Join names with commas for a message; after ``most`` names, only the total number follows."""
     every = list(names)
     return ", ".join(every[:most]) + (f", ... ({len(every)} in all)" if len(every) > most else "")
 
@@ -409,7 +416,7 @@ SPLIT_WORDS: dict[str, SplitName] = {
 
 
 def split_of(*texts: str) -> SplitName | None:
-    """The split that the first text with such a word names: ``instances_val2017`` is ``val``."""
+    """The split named in the first text that contains a split word: ``instances_val2017`` gives ``val``. None: no such word."""
     for text in texts:
         for word in re.findall("[a-z]+", text.lower()):
             if word in SPLIT_WORDS:

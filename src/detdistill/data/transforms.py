@@ -1,7 +1,7 @@
-"""From a decoded image and its record to what a detector is shown, with a ``View`` that says how to go back.
+"""Resizing and augmentation: from a decoded image and its record to a detector's input, with a ``View`` that maps back.
 
-The order is fixed: resize (the size policy and the scale jitter in one step), crop, mirror, colours. Boxes and masks follow
-the numbers of the ``View`` and never the pixels, so that ``View.to_original`` undoes them exactly.
+The order is fixed: resize (size policy and scale jitter in one step), crop, flip, colours. Boxes and masks are transformed
+with the numbers of the ``View``, so ``View.to_original`` inverts them exactly.
 
 Shape letters: G boxes of an image, h and w the valid size of the view, H and W a size with padding.
 """
@@ -25,42 +25,45 @@ from detdistill.structures import Target, View
 Resize = Literal["letterbox", "stretch", "short_side"]
 
 PADDING_MULTIPLE = 32
-"""Batches are padded to a multiple of the deepest usual stride, so that every level's cells cover whole pixels."""
+"""Batches are padded to a multiple of this (the largest usual stride), so that the cells of every level cover whole pixels."""
 MIN_SIDE_PX = 1.0
-"""Boxes that a crop leaves with less width or height are not trained on."""
+"""Boxes with a smaller width or height after cropping are not used in training."""
 
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """How images are shown. ``size`` and ``resize`` hold for training and evaluation, the rest for training only."""
+    """Image size, resizing and augmentation.
+
+    ``size``, ``resize``, ``max_size`` and ``masks`` apply to training and evaluation, the others only to training.
+    """
 
     size: int = 640
     """Pixels: the long side (letterbox), both sides (stretch), or the short side (short_side)."""
     resize: Resize = "letterbox"
-    """``letterbox`` keeps the aspect ratio and pads right and bottom to a square, ``stretch`` does not keep it, ``short_side``
-    keeps it and pads to the largest image of the batch."""
+    """``letterbox`` keeps the aspect ratio and pads right and bottom to a square. ``stretch`` resizes to a square without
+    keeping the ratio. ``short_side`` keeps the ratio and pads to the largest image of the batch."""
     max_size: int | None = None
-    """``short_side``: limit of the long side, which then decides; None: no limit."""
+    """With ``short_side``: largest long side in pixels; longer images are scaled down to it. None: no limit."""
     flip: float = 0.5
-    """Probability of the mirror image."""
+    """Probability of a horizontal flip."""
     colour: float = 0.0
     """Strength of colour jitter, 0..1: brightness, contrast and saturation change by factors of up to ``1 +- colour``, hue by up
     to ``0.1 * colour`` of the circle."""
     scale_jitter: tuple[float, float] | None = None
-    """Smallest and largest zoom, drawn log-uniformly. Above 1 a random part is cut out, below 1 the image gets smaller."""
+    """Smallest and largest zoom, drawn log-uniformly. A zoom above 1 crops at random, below 1 the image gets smaller."""
     scales: tuple[float, ...] = ()
-    """Factors on the resized image, one of which is drawn; the whole image is shown. Unlike ``scale_jitter`` they make a finite
-    number of views, which a cache can hold. Empty: always 1."""
+    """Factors on the resized size; one is drawn for each image, and the whole image is kept. Unlike ``scale_jitter``, they
+    give a finite number of views, which a cache can store. Empty: always 1."""
     mosaic: float = 0.0
-    """Probability that four images are put together instead of one."""
+    """Probability of a mosaic of four images instead of a single image."""
     masks: bool = False
-    """Give targets masks, where the data have them."""
+    """Add masks to the targets, if the data have masks."""
 
     def validate(self) -> None:
         """Check all values.
 
         Raises:
-            RunError: one of them is not possible; the message names it.
+            RunError: a value is out of its range, or two settings exclude each other.
         """
         policies = get_args(Resize)
         if self.resize not in policies:
@@ -86,7 +89,7 @@ class ViewSettings:
             raise RunError("scales cannot be combined with scale_jitter or mosaic; use one of them")
 
     def resized_hw(self, height: int, width: int, zoom: float = 1.0) -> tuple[int, int]:
-        """Size of an image after resizing, before any crop."""
+        """Height and width in pixels of an image after resizing (by ``zoom`` times the policy's scale) and before cropping."""
         if self.resize == "stretch":
             return max(1, round(self.size * zoom)), max(1, round(self.size * zoom))
         if self.resize == "letterbox":
@@ -98,7 +101,7 @@ class ViewSettings:
         return max(1, round(height * scale * zoom)), max(1, round(width * scale * zoom))
 
     def padded_hw(self, sizes_hw: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        """Size of the tensor that holds a batch of views: multiples of 32; with ``letterbox`` always the same square."""
+        """Height and width of a batch's tensor: multiples of 32 that hold all views; a fixed square with ``letterbox``."""
         height, width = (max(size[side] for size in sizes_hw) for side in (0, 1))
         if self.resize == "letterbox":
             height, width = max(height, self.size), max(width, self.size)
@@ -114,7 +117,7 @@ def _round_up(pixels: int) -> int:
 
 
 def resize_image(image: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """[3, h, w] uint8 in another size: bilinear with antialiasing; an image of that size is returned as it is."""
+    """Resize a [3, h, w] uint8 image (bilinear, antialiased); an image that already has the size is returned unchanged."""
     if image.shape[-2:] == size_hw:
         return image
     resized: Tensor = F.resize(image, list(size_hw), antialias=True)
@@ -124,17 +127,17 @@ def resize_image(image: Tensor, size_hw: tuple[int, int]) -> Tensor:
 def make_view(
     image: Tensor, record: Record, settings: ViewSettings, generator: torch.Generator, train: bool
 ) -> tuple[Tensor, Target, View]:
-    """One image as a detector is shown it, without padding.
+    """Make one view of an image, without padding.
 
     Args:
-        image: [3, H, W] uint8 RGB of the record's file, or already resized to ``settings.resized_hw`` of its size.
-        record: its boxes, in pixels of the file.
-        settings: how to show it; ``mosaic`` is not looked at, see ``make_mosaic``.
-        generator: of everything random. Nothing is drawn when ``train`` is False.
-        train: with augmentation, and without boxes under one pixel; evaluation keeps all boxes.
+        image: [3, H, W] uint8 RGB of the record's file, or the same already resized to ``settings.resized_hw``.
+        record: the record, with boxes in pixels of the file.
+        settings: size, resizing and augmentation; ``mosaic`` is ignored here, see ``make_mosaic``.
+        generator: source of all random choices; unused if ``train`` is False.
+        train: True: augment, and drop boxes below one pixel. False: no augmentation, all boxes.
 
     Returns:
-        [3, h, w] float32 in 0..1, the boxes in its pixels clipped to it, and the way back.
+        [3, h, w] float32 in 0..1, the boxes in pixels of the view and clipped to it, and the view.
     """
     draw = _Draw.of(settings, generator) if train else _Draw()
     view, (zoomed_h, zoomed_w) = _view(record, settings, draw)
@@ -147,16 +150,16 @@ def make_view(
 
 
 def plain_view(record: Record, settings: ViewSettings) -> View:
-    """The view of a record that ``make_view`` makes with settings that leave nothing to chance, without its pixels."""
+    """The view that ``make_view`` makes of a record under deterministic settings (see ``variants``), without its pixels."""
     draw = _Draw(flip=settings.flip == 1, scale=settings.scales[0] if settings.scales else 1.0)
     return _view(record, settings, draw)[0]
 
 
 def _view(record: Record, settings: ViewSettings, draw: _Draw) -> tuple[View, tuple[int, int]]:
-    """Where the pixels come from, and the size to which the image is resized before it is cut."""
+    """The view, and the size (height, width) to which the image is resized before cropping."""
     original_hw = record.size_hw
     canvas_h, canvas_w = settings.resized_hw(*original_hw, zoom=draw.scale)
-    # The zoomed image, of which the part that fits on the canvas is shown.
+    # The view is the part of the zoomed image that fits on the canvas.
     zoomed_h, zoomed_w = settings.resized_hw(*original_hw, zoom=draw.scale * draw.zoom)
     height, width = min(canvas_h, zoomed_h), min(canvas_w, zoomed_w)
     top, left = math.floor(draw.place[0] * (zoomed_h - height + 1)), math.floor(draw.place[1] * (zoomed_w - width + 1))
@@ -174,30 +177,31 @@ def _view(record: Record, settings: ViewSettings, draw: _Draw) -> tuple[View, tu
 def make_mosaic(
     images: Sequence[Tensor], records: Sequence[Record], settings: ViewSettings, generator: torch.Generator
 ) -> tuple[Tensor, Target, View]:
-    """Four images around a random centre, each with the corner next to the centre showing (as YOLOv4 does; for training only).
+    """Make a mosaic: four images placed around a random centre, as in YOLOv4 (for training only).
 
-    All four share one zoom, one set of colour factors and one flip. The canvas has the size of the first image's plain view.
+    Each image touches the centre with a corner and is cropped to its quadrant. All four have the same zoom, colour factors
+    and flip. The canvas has the size of the first image's plain view.
 
     Args:
-        images: four times [3, H, W] uint8, as in ``make_view``.
-        records: their boxes.
-        settings: how to show them.
-        generator: of everything random.
+        images: four images, [3, H, W] uint8 each, as in ``make_view``.
+        records: the records of the four images.
+        settings: size, resizing and augmentation.
+        generator: source of all random choices.
 
     Returns:
-        [3, h, w] float32 in 0..1, the boxes of all four cut to what is visible of them, and a view that has no way back:
-        its offset is the centre, its scale the zoom.
+        [3, h, w] float32 in 0..1, the visible parts of the boxes of all four images, and a view that cannot be mapped back to
+        an original (its offset is the centre, its scale the zoom).
     """
     draw = _Draw.of(settings, generator)
     height, width = settings.resized_hw(*records[0].size_hw)
-    # A centre away from the border, so that every image keeps at least a quarter of each side.
+    # The centre keeps a distance from the border, so that every quadrant has at least a quarter of each side.
     centre_y, centre_x = (round((0.25 + 0.5 * place) * side) for place, side in zip(draw.place, (height, width), strict=True))
     canvas = torch.zeros(3, height, width, dtype=torch.uint8)
     targets = []
     for index, (image, record) in enumerate(zip(images, records, strict=True)):
         low, left_side = index < 2, index % 2 == 0
         size_h, size_w = settings.resized_hw(*record.size_hw, zoom=draw.zoom)
-        # Where the whole image would lie, and the part of it inside its quarter.
+        # Position of the whole image, and the part of it inside its quadrant.
         y, x = (centre_y - size_h if low else centre_y), (centre_x - size_w if left_side else centre_x)
         y1, y2 = (max(0, y), centre_y) if low else (centre_y, min(height, y + size_h))
         x1, x2 = (max(0, x), centre_x) if left_side else (centre_x, min(width, x + size_w))
@@ -228,18 +232,18 @@ def make_mosaic(
 
 @dataclass(frozen=True)
 class _Draw:
-    """Everything random about a view; the defaults are the plain view."""
+    """All random choices of a view; the defaults give the plain view."""
 
     zoom: float = 1.0
     place: tuple[float, float] = (0.0, 0.0)
-    """Of the crop, or of a mosaic's centre: vertical and horizontal, in [0, 1)."""
+    """Vertical and horizontal position of the crop, or of a mosaic's centre, in [0, 1)."""
     flip: bool = False
     photometric: tuple[float, ...] = ()
     scale: float = 1.0
 
     @staticmethod
     def of(settings: ViewSettings, generator: torch.Generator) -> _Draw:
-        # Always the same number of draws, so that one setting does not change what another one does.
+        # Always the same number of draws, so that one setting does not change the random choices of another.
         zoom, vertical, horizontal, flip, *colours = torch.rand(8, generator=generator, dtype=torch.float64).tolist()
         factor = 1.0
         if settings.scale_jitter is not None:
@@ -247,18 +251,18 @@ class _Draw:
             factor = math.exp(low + (high - low) * zoom)
         photometric: tuple[float, ...] = ()
         if settings.colour > 0:
-            # Rounded, because the view's key shows four digits and must tell all that was done.
+            # Rounded, because the view's key has four digits and must identify the view completely.
             photometric = (
                 *(round(1 + settings.colour * (2 * colour - 1), 3) for colour in colours[:3]),
                 round(0.1 * settings.colour * (2 * colours[3] - 1), 4),
             )
-        # The place in the row of scales is the zoom's number, which is free: both at once are refused.
+        # The scale is chosen by the zoom's random number: it is unused, since scales exclude scale_jitter.
         scale = settings.scales[int(zoom * len(settings.scales))] if settings.scales else 1.0
         return _Draw(factor, (vertical, horizontal), flip < settings.flip, photometric, scale)
 
 
 def _finish(pixels: Tensor, view: View) -> Tensor:
-    """The last steps on pixels: mirror, colours, 0..1."""
+    """The last steps on pixels: flip, colours, conversion to float32 in 0..1."""
     if view.flip:
         pixels = pixels.flip(-1)
     if view.photometric:
@@ -273,7 +277,7 @@ def _finish(pixels: Tensor, view: View) -> Tensor:
 def _target(record: Record, view: View, masks: bool) -> Target:
     """All boxes of the record in pixels of the view, clipped to it."""
     (height, width), (scale_x, scale_y), (offset_x, offset_y) = view.size_hw, view.scale_xy, view.offset_xy
-    # In float64 until the end: exact way back, and cheaper in numpy than four small tensor operations each.
+    # In float64 until the end, so that the inverse is exact; in numpy, because small tensor operations are slower.
     boxes = record.boxes_xyxy * (scale_x, scale_y, scale_x, scale_y) + (offset_x, offset_y, offset_x, offset_y)
     if view.flip:
         boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=-1)
@@ -291,7 +295,7 @@ def _target(record: Record, view: View, masks: bool) -> Target:
 
 
 def _drop_small(target: Target) -> Target:
-    """Without boxes that have less than one pixel of width or height."""
+    """The target without boxes of less than one pixel in width or height."""
     sides = target.boxes_xyxy[:, 2:] - target.boxes_xyxy[:, :2]
     large = (sides >= MIN_SIDE_PX).all(dim=1)
     if bool(large.all()):
@@ -305,7 +309,7 @@ def _select(target: Target, keep: Tensor) -> Target:
 
 
 def _shift(target: Target, left: int, top: int, size_hw: tuple[int, int]) -> Target:
-    """The target of a tile, in pixels of the canvas."""
+    """Move the target of a tile to pixels of the canvas."""
     boxes = target.boxes_xyxy + torch.tensor([left, top, left, top], dtype=torch.float32)
     masks = target.masks
     if masks is not None:
@@ -315,7 +319,7 @@ def _shift(target: Target, left: int, top: int, size_hw: tuple[int, int]) -> Tar
 
 
 def _join(targets: Sequence[Target]) -> Target:
-    """Several targets of one canvas. Masks only if all of them have some: an unknown mask must not count as an empty one."""
+    """Join targets of the same canvas. If one lacks masks, the result has none: an unknown mask must not count as empty."""
     shown = [target for target in targets if len(target)] or list(targets[:1])
     masks = [target.masks for target in shown if target.masks is not None]
     return Target(
@@ -330,7 +334,7 @@ def _join(targets: Sequence[Target]) -> Target:
 
 
 def _mask(record: Record, index: int, view: View) -> np.ndarray:
-    """[h, w] bool mask of one object in the view; the filled box when this object alone has no mask."""
+    """[h, w] bool mask of one object in the view; if the object has none (but others of the image do), its filled box."""
     assert record.segmentation is not None
     shape = record.segmentation[index]
     if isinstance(shape, Mapping):
@@ -342,7 +346,7 @@ def _mask(record: Record, index: int, view: View) -> np.ndarray:
 
 
 def _mask_of_polygons(polygons: Sequence[Sequence[float]], view: View) -> np.ndarray:
-    """Union of polygons given in pixels of the original, drawn directly in pixels of the view."""
+    """[h, w] bool union of polygons; they are given in pixels of the original and drawn in pixels of the view."""
     height, width = view.size_hw
     union = np.zeros((height, width), dtype=bool)
     for polygon in polygons:
@@ -356,21 +360,21 @@ def _mask_of_polygons(polygons: Sequence[Sequence[float]], view: View) -> np.nda
 def _fill(points: np.ndarray, height: int, width: int) -> np.ndarray:
     """[h, w] bool, True where a pixel's centre lies inside the polygon (even-odd rule).
 
-    PIL's polygons include their outline, which makes every object half a pixel larger on each side.
+    PIL is not used, because its polygons include their outline and so are half a pixel larger on each side.
     """
     (x1, y1), (x2, y2) = points.T[:, :, None], np.roll(points, -1, axis=0).T[:, :, None]
     centres = np.arange(height) + 0.5
     edge, row = np.nonzero((y1 <= centres) != (y2 <= centres))
     x1, y1, x2, y2 = x1[edge, 0], y1[edge, 0], x2[edge, 0], y2[edge, 0]
     crossing = x1 + (centres[row] - y1) / (y2 - y1) * (x2 - x1)
-    # Everything from the first centre right of a crossing changes sides.
+    # From the first pixel centre right of a crossing on, inside and outside swap.
     changes = np.zeros((height, width + 1), dtype=np.int64)
     np.add.at(changes, (row, np.ceil(crossing - 0.5).clip(0, width).astype(int)), 1)
     return changes.cumsum(axis=1)[:, :width] % 2 == 1
 
 
 def _mask_of_runs(mask: np.ndarray, view: View) -> np.ndarray:
-    """A mask of the original, looked up at the centre of every pixel of the view."""
+    """[h, w] bool: a mask of the original image, sampled at the centre of every pixel of the view."""
     height, width = view.size_hw
     columns = np.arange(width) + 0.5
     if view.flip:
@@ -382,20 +386,23 @@ def _mask_of_runs(mask: np.ndarray, view: View) -> np.ndarray:
 
 
 def _decode_runs(runs: Mapping[str, Any], record: Record) -> np.ndarray:
-    """[H, W] bool of COCO's run-length encoding: a list of counts (column by column, zeros first), or compressed text."""
+    """Decode COCO's run-length encoding to [H, W] bool: a list of counts (column by column, zeros first) or compressed text."""
     height, width = runs["size"]
     counts = runs["counts"]
     if (height, width) != tuple(record.size_hw):
         raise DataError(
-            f"{record.path}: a mask of {width}x{height} pixels belongs to an image of {record.size_hw[1]}x{record.size_hw[0]}"
+            f"{record.path}: a mask has {width}x{height} pixels, but the image has {record.size_hw[1]}x{record.size_hw[0]}; "
+            "correct the annotation"
         )
     if isinstance(counts, str | bytes):
-        from faster_coco_eval.core import mask as coco_masks  # late: only data with compressed masks needs it
+        from faster_coco_eval.core import mask as coco_masks  # imported here: only data with compressed masks need it
 
         decoded: np.ndarray = coco_masks.decode({"size": [height, width], "counts": counts})
         return decoded.astype(bool)
     values = np.arange(len(counts)) % 2 == 1
     flat = np.repeat(values, counts)
     if flat.size != height * width:
-        raise DataError(f"{record.path}: a mask's run lengths sum to {flat.size}, not to {width}x{height} pixels")
+        raise DataError(
+            f"{record.path}: a mask's run lengths sum to {flat.size}, not to {width}x{height} pixels; correct the annotation"
+        )
     return flat.reshape(width, height).T

@@ -1,4 +1,4 @@
-"""All views of a data set that a training run can draw, when they are finitely many: what a cache of knowledge holds."""
+"""List all views of a data set that training can draw, if their number is finite; a cache stores knowledge for each view."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detdistill.structures import Batch
 
 
 def endless(settings: ViewSettings) -> list[str]:
-    """The settings under which no two views are alike, as the command line writes them; empty when views are finitely many."""
+    """The settings that make the number of views infinite, in the form of the command line; empty if it is finite."""
     found = []
     if settings.colour > 0:
         found.append(f"colour={settings.colour:g}")
@@ -28,7 +28,7 @@ def endless(settings: ViewSettings) -> list[str]:
 
 
 def variants(settings: ViewSettings) -> tuple[ViewSettings, ...]:
-    """One setting, which leaves nothing to chance, for each kind of view that ``settings`` can draw (flips, scales)."""
+    """Deterministic settings, one for each combination of flip and scale that ``settings`` can draw."""
     flips = [0.0] * (settings.flip < 1) + [1.0] * (settings.flip > 0)
     scales: list[tuple[float, ...]] = [(scale,) for scale in settings.scales] or [()]
     return tuple(
@@ -40,24 +40,25 @@ def variants(settings: ViewSettings) -> tuple[ViewSettings, ...]:
 
 @dataclass(frozen=True)
 class Sight:
-    """One view of one image, before any pixel is read."""
+    """Description of one view of one image; the pixels are not read yet."""
 
     index: int
-    """Of the record in its set."""
+    """Index of the record in its set."""
     variant: int
+    """Index in ``variants(settings)``."""
     key: str
-    """``<image id>/<view key>``: equal to that of the same view in training."""
+    """``<image id>/<view key>``, the same as for this view in training."""
     canvas_hw: tuple[int, int]
-    """What the view is padded to in a batch of its own."""
+    """Height and width of the view after padding, if it is alone in a batch."""
 
 
 def key_of(image_id: int, view_key: str) -> str:
-    """The name of one view of one image."""
+    """Key of one view of one image: ``<image id>/<view key>``."""
     return f"{image_id}/{view_key}"
 
 
 def sights(data: DetectionSet, settings: ViewSettings) -> list[Sight]:
-    """All views of all images that training with these settings can draw, each once."""
+    """List every view of every image that training with these settings can draw, without duplicates."""
     found: dict[str, Sight] = {}
     kinds = variants(settings)
     for index, record in enumerate(data.records):
@@ -71,7 +72,17 @@ def sights(data: DetectionSet, settings: ViewSettings) -> list[Sight]:
 def batches_of(
     data: DetectionSet, settings: ViewSettings, chosen: Sequence[Sight], batch_size: int, workers: int = 0
 ) -> Iterator[tuple[list[Sight], Batch]]:
-    """Batches of views with one canvas each, so that nothing in a batch is padded because of the others.
+    """Iterate over batches of views; all views of a batch have the same padded size, so none is padded because of another.
+
+    Args:
+        data: the images.
+        settings: the settings from which ``chosen`` was made by ``sights``.
+        chosen: the views.
+        batch_size: largest number of views per batch.
+        workers: number of processes that prepare batches. 0: batches are prepared in this process.
+
+    Yields:
+        The views of the batch, and the batch.
 
     Raises:
         DataError: an image cannot be read.
@@ -91,7 +102,7 @@ def batches_of(
 
 
 def _by_canvas(chosen: Sequence[Sight], batch_size: int) -> list[list[Sight]]:
-    """Groups in about the order given, which keeps files that lie side by side together."""
+    """Groups of views with equal canvas, in roughly the order given, so that neighbouring files are read together."""
     open_groups: dict[tuple[int, int], list[Sight]] = {}
     plan = []
     for sight in chosen:
@@ -103,7 +114,7 @@ def _by_canvas(chosen: Sequence[Sight], batch_size: int) -> list[list[Sight]]:
 
 
 class _Maker(Dataset[Batch | DataError]):
-    """Maps a group of sights to its batch."""
+    """Map from a group of views to its batch."""
 
     def __init__(self, data: DetectionSet, settings: ViewSettings) -> None:
         self.data, self.kinds = data, variants(settings)
@@ -112,11 +123,11 @@ class _Maker(Dataset[Batch | DataError]):
         try:
             return collate([self._sample(sight) for sight in group], self.kinds[0])
         except DataError as error:
-            return error  # as a value: raised in a worker, it would arrive wrapped in its traceback
+            return error  # returned as a value: an exception raised in a worker would arrive wrapped in its traceback
 
     def _sample(self, sight: Sight) -> Sample:
         record = self.data.records[sight.index]
         image = read_pixels(record, self.data.root)
-        # With boxes as in training; nothing is left to chance, so nothing depends on the generator.
+        # train=True gives the boxes of training. The settings are deterministic, so the generator has no effect.
         view = make_view(image, record, self.kinds[sight.variant], torch.Generator(), train=True)
         return *view, record.id

@@ -1,7 +1,7 @@
-"""Pascal VOC: ``Annotations/*.xml`` with ``JPEGImages`` and ``ImageSets/Main``, or XML beside the images (Roboflow).
+"""Reader of Pascal VOC: ``Annotations/*.xml`` with ``JPEGImages`` and ``ImageSets/Main``, or XML beside the images (Roboflow).
 
-VOC counts pixels from 1 and its corners belong to the box. So 1 is subtracted from xmin and ymin while xmax and ymax
-stay: a box from 1 to 10 covers ten pixels, 0.0 to 10.0. ``difficult`` objects are boxes like all others.
+VOC counts pixels from 1, and both corner pixels belong to the box. So 1 is subtracted from xmin and ymin, while xmax and
+ymax stay: a box from 1 to 10 covers ten pixels, 0.0 to 10.0. ``difficult`` objects are treated like all others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CLASS_FILES = ("classes.txt", "labels.txt", "ImageSets/Main/classes.txt")
 
 
 def find_voc(path: Path) -> Path | None:
-    """The folder, if it holds VOC annotations in ``Annotations``, in itself or in folders named as splits."""
+    """Return the folder if it holds VOC annotations (in ``Annotations``, in itself or in folders named after splits)."""
     if not path.is_dir():
         return None
     places = [path / "Annotations", path, *_split_folders(path).values()]
@@ -49,13 +49,13 @@ def _split_folders(root: Path) -> dict[SplitName, Path]:
 def read_voc(root: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     """Read the splits of a VOC folder.
 
-    Classes are those of ``classes.txt`` or ``labels.txt``, else all names in the annotations, sorted.
+    The classes are those listed in ``classes.txt`` or ``labels.txt``, else all object names in the annotations, sorted.
 
     Returns:
-        The sets by split, and notes. Without ``ImageSets`` and split folders everything is ``train``.
+        The sets by split, and notes for the user. Without ``ImageSets`` and split folders, all images are ``train``.
 
     Raises:
-        DataError: broken XML, an empty list, no objects at all.
+        DataError: broken XML, an empty or repetitive list, or no named object in any annotation.
     """
     notes: list[str] = []
     files = _files_by_split(root, notes)
@@ -71,7 +71,7 @@ def read_voc(root: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
             notes.append(f"none of the {len(each)} test images has an annotation: there is no test split")
             continue
         defects = [
-            Defect("missing file", relative(file, root), file.stem, "listed in ImageSets but not there", "image")
+            Defect("missing file", relative(file, root), file.stem, "listed in ImageSets, but the file does not exist", "image")
             for file in each
             if not file.is_file()
         ]
@@ -85,7 +85,7 @@ def read_voc(root: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
 
 
 def _files_by_split(root: Path, notes: list[str]) -> dict[SplitName, list[Path]]:
-    """Annotation files of each split, in the order of their names."""
+    """Annotation files of each split, sorted by name."""
     annotations, lists = root / "Annotations", root / "ImageSets" / "Main"
     if annotations.is_dir() and lists.is_dir():
         by_split: dict[SplitName, list[Path]] = {}
@@ -107,7 +107,7 @@ def _files_by_split(root: Path, notes: list[str]) -> dict[SplitName, list[Path]]
 
 
 def _listed_files(file: Path, annotations: Path) -> list[Path]:
-    # A line may end in 1, 0 or -1, as the lists of single classes do.
+    # In the lists of single classes, each line ends in 1, 0 or -1.
     names = [line.split()[0] for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not names:
         raise DataError(f"{file}: the list is empty; delete it or fill it with image names")
@@ -138,7 +138,7 @@ def _parse(file: Path) -> ElementTree.Element:
         line, column = error.position
         problem = str(error).split(":")[0]
         raise DataError(
-            f"{file}: not valid XML at line {line}, column {column + 1}: {problem}; mend the file or remove it and its image"
+            f"{file}: not valid XML at line {line}, column {column + 1}: {problem}; fix the file or remove it and its image"
         ) from error
 
 
@@ -147,9 +147,9 @@ def _text(element: ElementTree.Element, path: str) -> str:
 
 
 class _ImageFinder:
-    """The image of an annotation: the one of the same name, else what ``filename`` says.
+    """Finds the image of an annotation: the image with the same name as the XML file, else the one named in ``filename``.
 
-    In this order because files are renamed together while the text in them stays.
+    The file's name goes first, because renaming the files leaves the old name in ``filename``.
     """
 
     def __init__(self, root: Path) -> None:
@@ -169,7 +169,7 @@ class _ImageFinder:
         return first / (name or f"{file.stem}.jpg")
 
     def _images(self, place: Path) -> dict[str, Path]:
-        """Images of a folder by name, and by name without suffix; listed once."""
+        """Images of a folder by name and by name without suffix; each folder is listed only once."""
         if place not in self.folders:
             paths = [path for path in sorted(place.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES] if place.is_dir() else []
             self.folders[place] = {path.stem: path for path in paths} | {path.name: path for path in paths}
@@ -200,7 +200,7 @@ def _raw_image(
             continue
         x1, y1, x2, y2 = (_number(item, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
         if x2 > x1 and y2 > y1:
-            # By the letter xmin == xmax is one pixel wide, but real files have it for clicks that went astray: left empty.
+            # By VOC's definition xmin == xmax is one pixel wide, but in real files it is an accidental click: left empty.
             x1, y1 = x1 - 1, y1 - 1
         boxes.append(RawBox((x1, y1, x2, y2), labels[name], record))
     return RawImage(number, path, boxes, where, size_hw)

@@ -1,7 +1,8 @@
-"""YOLO: a ``data.yaml`` and one text file of rows ``class cx cy width height`` (fractions of the image) for each image.
+"""Reader of YOLO data: a ``data.yaml``, and for each image a text file of rows ``class cx cy width height``.
 
-Rows of more than five values are polygons; their tight box is used and the polygon kept. An image without a label file,
-or with an empty one, has no objects; that is no defect.
+Coordinates are fractions of the image size. Rows with more than five values are polygons: their tight box is the object's
+box, and the polygon is kept as its mask. An image without a label file, or with an empty one, has no objects. This is not a
+defect.
 """
 
 from __future__ import annotations
@@ -32,21 +33,23 @@ KEYS: dict[SplitName, tuple[str, ...]] = {"train": ("train",), "val": ("val", "v
 
 
 def find_yolo(path: Path) -> Path | None:
-    """The YAML file that a folder (or a file) stands for: the one that has ``train`` and ``names`` or ``nc``.
+    """Find the YOLO YAML file of a folder, or return ``path`` if it is such a file; None if there is none.
+
+    A YOLO file has the key ``train`` or ``val`` and the key ``names`` or ``nc``.
 
     Raises:
-        DataError: several such files in the folder.
+        DataError: the folder has several such files.
     """
     if path.is_file():
         return path if _looks_like_yolo(path) else None
     found = [file for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml") and _looks_like_yolo(file)]
     if len(found) > 1:
-        raise DataError(f"{path}: several YOLO files, {listed(file.name for file in found)}; pass the one to use")
+        raise DataError(f"{path}: several YOLO files, {listed(file.name for file in found)}; pass the path of one of them")
     return found[0] if found else None
 
 
 def _looks_like_yolo(file: Path) -> bool:
-    """By its first columns, so that a broken file is recognised and gets its error."""
+    """Look for the keys at the beginnings of lines, without parsing, so that a broken YAML file is recognised too."""
     if file.stat().st_size > 10_000_000:
         return False
     keys = {line.split(":")[0].strip("'\" ") for line in file.read_text("utf-8", "replace").splitlines() if ":" in line}
@@ -57,14 +60,15 @@ def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     """Read the splits that a ``data.yaml`` names.
 
     Args:
-        file: with ``train``, ``val`` and perhaps ``test`` (a folder, a text file that lists images, or a list of these),
-            ``names`` (list or dict) or ``nc``, and perhaps ``path``, the folder that the others are relative to.
+        file: the YAML file. Keys: ``train``, ``val`` and optionally ``test`` (each a folder, a text file that lists images,
+            or a list of these); ``names`` (list or mapping) or ``nc``; optionally ``path``, the base folder of the others.
 
     Returns:
-        The sets by split, and notes.
+        The sets by split, and notes for the user.
 
     Raises:
-        DataError: broken YAML, names and nc that disagree, a folder that does not exist, without images, or without labels.
+        DataError: broken YAML, different numbers of classes in names and nc, or a folder that does not exist, has no images
+            or has no labels.
     """
     config = _load(file)
     classes = _classes(file, config)
@@ -89,7 +93,7 @@ def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
             notes.append(f"none of the {len(each)} test images has a label file: there is no test split")
             continue
         if len(unlabelled) == len(each):
-            raise DataError(f"{file}: {name}: no image has a label file; looked for {label_path(each[0])} and its like")
+            raise DataError(f"{file}: {name}: no image has a label file; looked for files such as {label_path(each[0])}")
         if unlabelled:
             notes.append(
                 f"{len(unlabelled)} of {len(each)} {name} images have no label file: they count as images without objects"
@@ -106,7 +110,7 @@ def _load(file: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise DataError(f"{file}: not valid YAML{place}: {error.problem}; mend that line") from error
+        raise DataError(f"{file}: not valid YAML{place}: {error.problem}; fix that line") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not valid YAML: {' '.join(str(error).split())}; save it as UTF-8 text") from error
     if not isinstance(config, dict):
@@ -127,11 +131,11 @@ def _classes(file: Path, config: dict[str, Any]) -> tuple[str, ...]:
     if not isinstance(names, list) or not names:
         raise DataError(f"{file}: names is {names!r}; it must be a list of class names or a mapping from 0, 1, ... to them")
     if count is not None and count != len(names):
-        raise DataError(f"{file}: nc says {count} classes but names has {len(names)}; mend one of them")
+        raise DataError(f"{file}: nc says {count} classes but names has {len(names)}; correct one of them")
     classes = tuple(map(str, names))
     if len(set(classes)) < len(classes):
         twice = sorted({name for name in classes if classes.count(name) > 1})
-        raise DataError(f"{file}: class names stand twice: {listed(twice)}; make them unique")
+        raise DataError(f"{file}: class names occur twice: {listed(twice)}; make them unique")
     return classes
 
 
@@ -145,7 +149,7 @@ def _image_paths(file: Path, split: SplitName, entry: Any, bases: list[Path]) ->
             continue
         for line in place.read_text(encoding="utf-8-sig").splitlines():
             if line.strip():
-                # Lines are relative to the list's folder when they begin with a dot, else to the data set's.
+                # A line that begins with a dot is relative to the list's folder, any other to the data set's folder.
                 listed_path = Path(line.strip().replace("\\", "/"))
                 choices = [place.parent / listed_path, *(base / listed_path for base in bases)]
                 yield next((choice for choice in choices if choice.is_file()), choices[0 if line.startswith(".") else -1])
@@ -154,8 +158,8 @@ def _image_paths(file: Path, split: SplitName, entry: Any, bases: list[Path]) ->
 def _resolve(file: Path, split: SplitName, entry: str, bases: list[Path]) -> Path:
     """An entry of the YAML file as an existing path.
 
-    Roboflow writes ``../train/images`` for the folder ``train/images`` beside the file, so leading dots are dropped when
-    nothing lies where they point.
+    Roboflow writes ``../train/images`` for the folder ``train/images`` beside the file, so leading ``../`` are dropped if
+    the path does not exist with them.
     """
     text = entry.replace("\\", "/")
     bare = text
@@ -164,13 +168,15 @@ def _resolve(file: Path, split: SplitName, entry: str, bases: list[Path]) -> Pat
     tried = list(dict.fromkeys(base / choice for choice in (text, bare) for base in bases))
     for place in tried:
         if place.exists():
-            # Links stay: the labels lie beside the link, not beside what it points to.
+            # Links are not resolved: the labels lie beside the link, not beside its target.
             return Path(os.path.abspath(place))
-    raise DataError(f"{file}: {split}: {entry} does not exist; looked at {listed(map(str, tried), 4)}; mend 'path' or '{split}'")
+    raise DataError(
+        f"{file}: {split}: {entry} does not exist; looked at {listed(map(str, tried), 4)}; correct 'path' or '{split}'"
+    )
 
 
 def label_path(image: Path) -> Path:
-    """The label file of an image: the last folder called ``images`` replaced by ``labels``, or else beside the image."""
+    """Path of an image's label file: the last folder named ``images`` becomes ``labels``; else the file beside the image."""
     parts = list(image.parts)
     for index in range(len(parts) - 2, -1, -1):
         if parts[index] == "images":
@@ -181,7 +187,7 @@ def label_path(image: Path) -> Path:
 
 
 def _orphans(images: list[Path], root: Path) -> list[Defect]:
-    """Label files whose image is not in the image folder."""
+    """Defects for label files without an image of the same name in the image folder."""
     folders = {label_path(path).parent: path.parent for path in images}
     defects = []
     for labels, folder in sorted(folders.items()):
@@ -196,7 +202,7 @@ def _orphans(images: list[Path], root: Path) -> list[Defect]:
 
 
 def _raw_image(number: int, path: Path, root: Path, num_classes: int, keypoints: bool, defects: list[Defect]) -> RawImage:
-    """Read an image's label file; rows that are no boxes go to ``defects``."""
+    """Read an image's label file; malformed rows are added to ``defects``."""
     labels = label_path(path)
     where = relative(labels, root)
     try:

@@ -1,29 +1,29 @@
-"""What AP50 is lost to: the six kinds of detection errors of TIDE, each priced by an oracle that repairs it alone.
+"""Loss of AP50 by kind of detection error (TIDE): for each kind, the AP50 gained if an oracle corrects only this kind.
 
-Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020, section 2. A detection is a hit
-from IoU 0.5 on (foreground), and touches nothing up to IoU 0.1 (background). Every false positive has exactly one kind, the
-first that fits:
+Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020, section 2. The foreground
+threshold is IoU 0.5, the background threshold IoU 0.1. Every false positive has exactly one kind, the first that fits:
 
-- ``Loc``, localization: the right class, on an object of it with IoU 0.1 .. 0.5.
-- ``Cls``, classification: the wrong class, on an object with IoU 0.5 or more.
-- ``Dupe``, duplicate: right class and place, but another detection of a higher score has the object.
+- ``Loc``, localization: the right class, IoU 0.1 .. 0.5 with an object of this class.
+- ``Cls``, classification: the wrong class, IoU 0.5 or more with an object.
+- ``Dupe``, duplicate: right class and place, but the object is matched to a detection with a higher score.
 - ``Bkg``, background: IoU 0.1 or less with every object.
-- ``Both``: the wrong class, with IoU 0.1 .. 0.5.
+- ``Both``: the wrong class, IoU 0.1 .. 0.5.
 
-An object that was neither found nor could be by repairing a ``Cls`` or ``Loc`` is a ``Miss``. The paper leaves open what
-comes first where two kinds fit; this is the order of its released code.
+An object is a ``Miss`` if it was not found and correcting a ``Cls`` or ``Loc`` would not find it either. The paper gives no
+order for false positives that fit two kinds; the order here is that of its released code.
 
-Oracles: ``Cls`` and ``Loc`` become hits of their object, unless it is found or a better one of the repaired has it, which
-suppresses them. ``Both``, ``Dupe``, ``Bkg`` are suppressed. ``Miss`` takes the missed objects out of the count. Beside them
-``FalsePos`` suppresses every false positive, and ``FalseNeg`` counts the found objects only. These do not add up to 1 - AP50:
-one repair changes the worth of another.
+Oracles: a ``Cls`` or ``Loc`` becomes a hit of its object. It is suppressed if the object is already found, or if another
+corrected detection of the object has a higher score. ``Both``, ``Dupe`` and ``Bkg`` are suppressed. ``Miss`` removes the missed
+objects from the ground truth. In addition, ``FalsePos`` suppresses every false positive, and ``FalseNeg`` removes all objects
+that are not found. The values do not add up to 1 - AP50, because each correction changes the effect of the others.
 
-Matching, crowds (a false positive half inside a crowd of its class counts for nothing), the limit of 100 detections of a class
-in an image, and AP by 101 points of recall are pycocotools', so that the analysis starts from the AP50 of ``coco_scores``.
-Two more departures from the released code: detections ignored at a crowd are never repaired, and one kind's repair is not
-suppressed for the sake of a kind that is not being repaired.
+Matching, crowds (a false positive at least half inside a crowd of its class is ignored), the limit of 100 detections per class
+and image, and AP from 101 recall points follow pycocotools, so the analysis starts from the AP50 of ``coco_scores``. There are
+two more differences from the released code: detections ignored because of a crowd are never corrected, and a corrected
+detection is suppressed only by detections of the kinds that are being corrected.
 
-D detections, G objects, P pairs of the two in one image, K classes. Boxes are xywh in pixels.
+Shape letters: D detections, G objects, P pairs of a detection and an object in the same image, K classes. Boxes are xywh in
+pixels.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 KINDS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
-"""In the paper's order. False positives have the first five, objects the last."""
+"""Kinds of errors in the paper's order: the first five of false positives, the last of objects."""
 ERRORS = (*KINDS, "FalsePos", "FalseNeg")
-"""All that is priced."""
+"""Names of all values that ``detection_errors`` returns."""
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
 MOST_DETECTIONS = 100
-"""Of one class in one image: COCO's limit."""
+"""COCO's limit on the detections per class and image."""
 PAIRS_AT_ONCE = 1_000_000
 RECALLS = np.linspace(0, 1, 101)
 NO_ERROR = -1
@@ -53,15 +53,16 @@ Bools = NDArray[np.bool_]
 
 
 def detection_errors(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], classes: Sequence[str]) -> dict[str, float]:
-    """AP50 that each kind of error costs.
+    """Compute the AP50 lost to each kind of error.
 
     Args:
         ground_truth: a COCO dict: images, annotations (bbox xywh, iscrowd), categories with ids 1..K.
-        results: one dict for each detection: image_id, category_id, bbox (xywh), score.
+        results: a dict for each detection: image_id, category_id, bbox (xywh), score.
         classes: K names, in the order of the category ids.
 
     Returns:
-        By the names of ``ERRORS``, AP50 in 0..1 that would be gained without that kind. Empty without ground truth.
+        For each name of ``ERRORS``, the AP50 (0..1) that would be gained without this kind of error. Empty without ground
+        truth.
     """
     found = sort_errors(ground_truth, results, classes)
     if not len(found.object_labels):
@@ -72,33 +73,33 @@ def detection_errors(ground_truth: dict[str, Any], results: Sequence[dict[str, A
 
 @dataclass(frozen=True)
 class SortedErrors:
-    """Detections and objects of a data set with their kinds of errors. Without crowds, and what was ignored at them."""
+    """Detections and objects of a data set with their kinds of errors, without crowds and the detections ignored there."""
 
     labels: Ints
     """[D] 0..K-1, in order of falling score."""
     hit: Bools
     """[D] true positives."""
     kind: Ints
-    """[D] index in ``KINDS``, ``NO_ERROR`` for hits."""
+    """[D] index in ``KINDS``; ``NO_ERROR`` for hits."""
     target: Ints
-    """[D] the object that a ``Cls`` or ``Loc`` belongs to; else -1."""
+    """[D] index of the object to which a ``Cls`` or ``Loc`` belongs; -1 for all others."""
     object_labels: Ints
-    """[G]"""
+    """[G] 0..K-1."""
     found: Bools
-    """[G] by a hit."""
+    """[G] True if a hit is matched to the object."""
     missed: Bools
-    """[G] neither found nor the target of a ``Cls`` or ``Loc``."""
+    """[G] True if the object is neither found nor the target of a ``Cls`` or ``Loc``."""
     num_classes: int
 
     def ap50(self, fixed: Collection[str] = ()) -> float:
-        """AP50 after some errors are repaired.
+        """Compute AP50 after correcting some kinds of errors.
 
         Args:
-            fixed: of ``ERRORS``; several at once are repaired together.
+            fixed: names from ``ERRORS``, all corrected at once.
 
         Returns:
-            Mean over the classes that have ground truth, 0..1; -1 when none has. A class that a repair leaves without
-            objects has 1 when it has no detections either, else 0.
+            Mean over the classes with ground truth, 0..1; -1 if no class has any. If the correction leaves a class without
+            objects, its AP is 1 without detections, else 0.
         """
         keep, hit, labels = np.ones_like(self.hit), self.hit.copy(), self.labels.copy()
         repaired = np.isin(self.kind, [KINDS.index(name) for name in fixed if name in KINDS])
@@ -121,7 +122,7 @@ class SortedErrors:
         if not len(present):
             return -1.0
         labels, hit, num_wanted = labels[keep], hit[keep], self._count(self.object_labels[wanted])
-        order = np.argsort(labels.astype(np.uint16), kind="stable")  # by class; scores go on falling within each
+        order = np.argsort(labels.astype(np.uint16), kind="stable")  # by class; within a class, scores stay in falling order
         ends = np.cumsum(self._count(labels))
         hits_by_class = np.split(hit[order], ends[:-1])
         return float(np.mean([average_precision(hits_by_class[label], int(num_wanted[label])) for label in present]))
@@ -135,7 +136,7 @@ def average_precision(hit: Bools, num_objects: int) -> float:
 
     Args:
         hit: [D] whether each detection is a true positive, in order of falling score.
-        num_objects: how many there are to find.
+        num_objects: number of ground-truth objects of the class.
     """
     if num_objects == 0:
         return float(len(hit) == 0)
@@ -146,7 +147,10 @@ def average_precision(hit: Bools, num_objects: int) -> float:
 
 
 def sort_errors(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], classes: Sequence[str]) -> SortedErrors:
-    """Match detections to objects as COCO does at IoU 0.5, and give each false positive its kind. Arguments as above."""
+    """Match detections to objects as COCO does at IoU 0.5, and determine the kind of each false positive.
+
+    The arguments are those of ``detection_errors``.
+    """
     place = {image: index for index, image in enumerate(sorted(image["id"] for image in ground_truth["images"]))}
     objects = _Boxes.of(ground_truth["annotations"], place)
     crowd = np.array([bool(one["iscrowd"]) for one in ground_truth["annotations"]], dtype=bool)
@@ -200,7 +204,7 @@ def sort_errors(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]],
 @dataclass(frozen=True)
 class _Boxes:
     image: Ints
-    """[N] place among the sorted images."""
+    """[N] index of the image, in the order of the image ids."""
     label: Ints
     """[N]"""
     xywh: Floats
@@ -219,7 +223,7 @@ class _Boxes:
 
 
 def _at_most(boxes: _Boxes, most: int) -> Ints:
-    """Places of the first ``most`` of each class in each image, in their order."""
+    """Indices of the first ``most`` boxes of each class in each image, in the order of ``boxes``."""
     groups = np.lexsort((boxes.label, boxes.image))  # stable
     image, label = boxes.image[groups], boxes.label[groups]
     new = np.append(True, (image[1:] != image[:-1]) | (label[1:] != label[:-1]))[: len(groups)]
@@ -229,16 +233,18 @@ def _at_most(boxes: _Boxes, most: int) -> Ints:
 
 
 def _overlapping(detections: _Boxes, objects: _Boxes, crowd: Bools, num_images: int) -> Iterator[tuple[Ints, Ints, Floats]]:
-    """Pairs of a detection and an object of its image that touch; the IoU, with a crowd the share of the detection inside.
+    """Find the pairs of a detection and an object of its image that overlap, and their IoU.
+
+    For a crowd object, the value is the share of the detection's area inside the crowd.
 
     Args:
         detections: [D] in any order.
-        objects: [G] by image.
-        crowd: [G]
-        num_images: of the data set.
+        objects: [G] sorted by image.
+        crowd: [G] True for crowd objects.
+        num_images: number of images of the data set.
 
     Yields:
-        indices of detections and objects, and IoU, each [P]: part by part, to bound memory.
+        Indices of detections, indices of objects, and IoU, each [P]; in several parts, to bound memory.
     """
     per_image = np.bincount(objects.image, minlength=num_images)
     start = np.cumsum(per_image) - per_image
@@ -265,7 +271,7 @@ def _overlapping(detections: _Boxes, objects: _Boxes, crowd: Bools, num_images: 
 
 
 def _best(first: Ints, second: Ints, iou: Floats, num_detections: int) -> tuple[Floats, Ints]:
-    """Highest IoU of each detection and the object it is with: 0 and -1 without; pairs come best first."""
+    """Highest IoU of each detection, and its object; 0 and -1 without a pair. Each detection's pairs must be best first."""
     highest, which = np.zeros(num_detections), np.full(num_detections, -1)
     detections, index = np.unique(first, return_index=True)
     highest[detections], which[detections] = iou[index], second[index]

@@ -5,12 +5,12 @@ an image and an epoch i, V_n^i is the index of the ground-truth box that query n
 ``IS^i = sum_n 1(V_n^i != V_n^(i-1))``, averaged over the images of a validation set. Between two epochs an image with G boxes
 (and at least 2 G queries) adds 2 G at most. The paper matches the last decoder layer.
 
-The same count between one decoder layer and the next, in one epoch, says whether layers agree about who answers for a box
-(Liu et al., "Detection Transformer with Stable Matching", ICCV 2023, have the layers in view); it is offered beside the first.
+``instability_of_layers`` counts the same changes between consecutive decoder layers in one epoch, to show whether the layers
+match the same queries to a box (compare Liu et al., "Detection Transformer with Stable Matching", ICCV 2023).
 
-Query n must mean the same in both epochs. It does where queries are learned (DETR, Conditional DETR, DAB-DETR, Deformable DETR
-with one stage, AdaMixer). Where the encoder's best places become queries (RT-DETR, D-FINE, two stages), n is a rank, and a
-changed order counts as changed matches: such numbers are higher, and comparable among such detectors only.
+The index n must identify the same query in both epochs. This holds for learned queries (DETR, Conditional DETR, DAB-DETR,
+one-stage Deformable DETR, AdaMixer). In detectors that select queries from the encoder's output (RT-DETR, D-FINE, two-stage
+models), n is a rank, so changes of the order count too. Their values are higher and comparable only among such detectors.
 
 Shape letters: L decoder layers, I images, N queries.
 """
@@ -33,14 +33,14 @@ from detdistill.structures import NEGATIVE
 
 
 def changed_matches(before: Tensor, now: Tensor) -> Tensor:
-    """[...] number of queries whose match differs, of each image (and layer).
+    """Count the queries with a changed match, for each image (and layer): [...] from [..., N].
 
     Args:
         before: [..., N] int64, index of each query's ground-truth box, -1 for none.
-        now: the same, later (or one decoder layer on).
+        now: [..., N] int64, the same at a later time (or for the next decoder layer).
 
     Raises:
-        ValueError: the shapes differ: other images or other queries.
+        ValueError: the shapes differ, so the images or queries are not the same.
 
     Example:
         >>> changed_matches(torch.tensor([0, 1, -1, -1]), torch.tensor([1, 0, -1, 2])).tolist()
@@ -52,11 +52,11 @@ def changed_matches(before: Tensor, now: Tensor) -> Tensor:
 
 
 def instability(before: Tensor, now: Tensor) -> float:
-    """IS between two epochs: changed queries of the last decoder layer, mean over the images.
+    """Compute IS between two epochs: number of changed queries in the last decoder layer, mean over the images.
 
     Args:
-        before: [L, I, N] of the earlier epoch, as ``index_vectors`` gives them.
-        now: [L, I, N] of the later epoch.
+        before: [L, I, N] result of ``index_vectors`` in the earlier epoch.
+        now: [L, I, N] result of ``index_vectors`` in the later epoch.
 
     Raises:
         ValueError: the shapes differ.
@@ -65,25 +65,25 @@ def instability(before: Tensor, now: Tensor) -> float:
 
 
 def instability_of_layers(vectors: Tensor) -> float:
-    """Changed queries between a decoder layer and the next, mean over all such pairs and the images; 0 with one layer.
+    """Count changed queries between consecutive decoder layers, mean over pairs of layers and images; 0 with one layer.
 
     Args:
-        vectors: [L, I, N] of one epoch.
+        vectors: [L, I, N] result of ``index_vectors``.
     """
     changes = changed_matches(vectors[:-1], vectors[1:])
     return float(changes.double().mean()) if len(changes) else 0.0
 
 
 def first_images(data: DetectionSet, count: int) -> DetectionSet:
-    """The first ``count`` images of a set in its own order, or all where it has fewer."""
+    """The first ``count`` images of a set in its own order; all if it has fewer."""
     return DetectionSet.of(data.name, data.form, data.root, data.classes, data.records[:count])
 
 
 def check_queries(detector: Detector) -> None:
-    """Only detectors with queries have a bipartite matching.
+    """Check that the detector has queries, and therefore a bipartite matching.
 
     Raises:
-        ModelError: this one has none.
+        ModelError: the detector has no queries.
     """
     if detector.spec.family != "queries":
         raise ModelError(
@@ -101,20 +101,23 @@ def index_vectors(
     batch_size: int = 8,
     loader: DetectionLoader | None = None,
 ) -> Tensor:
-    """[L, I, N] int64 on the CPU: the ground-truth box that each query is matched to by the detector's own rule, -1 for none.
+    """Match queries to ground-truth boxes by the detector's own assignment.
 
-    Predictions are those of evaluation (no augmentation, no denoising queries, float32); boxes that training leaves out
-    (crowds) are matched to nobody.
+    Predictions are made as in evaluation (no augmentation, no denoising queries, float32). Boxes that are not used in
+    training (crowds) are not matched.
 
     Args:
-        detector: one with queries; it runs where it is, in eval mode for the time.
-        images: all of them are used (``first_images``), in their order.
-        settings: how images are made.
-        batch_size: images at a time.
-        loader: of ``images``, to be used again instead of making one.
+        detector: a detector with queries. It stays on its device and is in eval mode during the call.
+        images: the images, all of which are used in their order (see ``first_images``).
+        settings: image size and resizing.
+        batch_size: number of images per forward pass.
+        loader: loader of ``images`` to reuse; None: a new one is made.
+
+    Returns:
+        [L, I, N] int64 on the CPU: index of the ground-truth box of each query, -1 for none.
 
     Raises:
-        ModelError: the detector has no queries, or does not know the classes of the data.
+        ModelError: the detector has no queries, or lacks classes of the data.
     """
     check_queries(detector)
     check_classes(detector, images)

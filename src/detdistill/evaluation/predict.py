@@ -1,4 +1,4 @@
-"""Draw what a detector finds on images."""
+"""Draw a detector's detections on images."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from detdistill.progress import Bar
 
 @torch.no_grad()
 def predict_image(detector: Detector, image: Tensor, settings: ViewSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """Detections of one image in its own pixels.
+    """Detect objects in one image; boxes are in pixels of this image.
 
     Args:
-        detector: in eval mode.
-        image: [3, h, w] uint8.
-        settings: how the detector wants its images.
+        detector: the detector, in eval mode.
+        image: [3, h, w] uint8 RGB.
+        settings: image size and resizing for the detector.
 
     Returns:
-        boxes [D, 4] xyxy clipped to the image, scores [D], labels [D].
+        Boxes [D, 4] xyxy clipped to the image, scores [D], labels [D].
     """
     height, width = image.shape[-2:]
     nothing = np.zeros((0,))
@@ -48,13 +48,24 @@ def predict_image(detector: Detector, image: Tensor, settings: ViewSettings) -> 
 
 
 def predict_folder(detector: Detector, images: Path, out: Path, settings: ViewSettings, *, score: float, bar: Bar) -> Path:
-    """Draw the boxes of every image into ``out`` and write ``detections.json``.
+    """Draw the detected boxes of every image into the folder ``out`` and write ``detections.json``.
 
-    That is a list with one entry for each box: file, class, score, and bbox as x, y, width, height in pixels of the image.
-    A drawing has its image's name and place under ``images``.
+    ``detections.json`` is a list with an entry for each box: file, class, score, and bbox as x, y, width, height in pixels of
+    the image. A drawing has the name and the sub-folder of its image.
+
+    Args:
+        detector: the detector, in eval mode.
+        images: an image or a folder.
+        out: folder for the drawings.
+        settings: image size and resizing for the detector.
+        score: boxes with a lower score are left out.
+        bar: progress bar.
+
+    Returns:
+        ``out``.
 
     Raises:
-        DataError: nothing there, no image there, or one that cannot be decoded.
+        DataError: ``images`` does not exist, holds no image, or an image cannot be decoded.
         RunError: ``out`` cannot be written.
     """
     paths = find_images(images, out)
@@ -86,10 +97,10 @@ def predict_folder(detector: Detector, images: Path, out: Path, settings: ViewSe
 
 
 def find_images(images: Path, out: Path) -> list[Path]:
-    """An image, or all images of a folder and its subfolders except earlier drawings in ``out``.
+    """List an image, or all images of a folder and its sub-folders except earlier drawings in ``out``.
 
     Raises:
-        DataError: there are none.
+        DataError: ``images`` does not exist or holds no image.
     """
     if images.is_file():
         return [images]
@@ -103,7 +114,7 @@ def find_images(images: Path, out: Path) -> list[Path]:
 
 
 def drawing_names(paths: Sequence[Path], images: Path) -> list[Path]:
-    """Where each drawing goes under the output folder: no two to one place."""
+    """Path of each drawing relative to the output folder; all paths are different."""
     inside = [path.relative_to(images) if images.is_dir() else Path(path.name) for path in paths]
     plain = [path.with_suffix(".jpg") for path in inside]
     return [
@@ -112,10 +123,10 @@ def drawing_names(paths: Sequence[Path], images: Path) -> list[Path]:
 
 
 def decode(path: Path) -> Tensor:
-    """[3, h, w] uint8 RGB.
+    """Decode an image file: [3, h, w] uint8 RGB.
 
     Raises:
-        DataError: not an image.
+        DataError: the file cannot be decoded.
     """
     try:
         return read_image(path)

@@ -1,4 +1,4 @@
-"""Run a detector over a data set and score it: one code for teacher, baseline and student, for one process or many."""
+"""Evaluate a detector on a data set; the same code serves teacher, baseline and student, in one or several processes."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     errors: bool = False,
 ) -> Scores:
-    """Score ``detector`` on ``data``; under several processes each takes its share and all get the same scores.
+    """Compute the COCO scores of a detector. With several processes, each evaluates a share, and all return the same scores.
 
     Args:
-        detector: any; it is put in eval mode for the time.
-        data: the set; boxes are compared in pixels of the original images.
-        settings: how images are made; augmentation is off.
-        batch_size: images at a time.
-        device: where to run; None: where the detector is.
-        workers: loading processes.
+        detector: the detector; it is in eval mode during the call.
+        data: the data set; boxes are compared in pixels of the original images.
+        settings: image size and resizing; augmentation is off.
+        batch_size: number of images per forward pass.
+        device: device to run on. None: the detector's device.
+        workers: number of processes that load images.
         precision: float32, or bfloat16/float16 for autocast.
-        loader: to be used again, instead of making one (keeps images in memory between evaluations).
-        progress: called with images done and all images of this process.
-        errors: also find what AP50 is lost to.
+        loader: loader of ``data`` to reuse (it can keep the images in memory between evaluations); None: a new one is made.
+        progress: called with (images done, total images) of this process.
+        errors: also compute the AP50 lost to each kind of error.
 
     Raises:
-        ModelError: the detector's classes are not those of the data.
+        ModelError: the detector lacks classes of the data.
     """
     started = time.monotonic()
     check_classes(detector, data)
@@ -84,10 +84,10 @@ def evaluate(
 
 
 def check_classes(detector: Detector, data: DetectionSet) -> None:
-    """Detector and data must speak of the same things.
+    """Check that the detector has all classes of the data.
 
     Raises:
-        ModelError: a class of the data is unknown to the detector; shows both lists.
+        ModelError: a class is missing; the message shows both lists.
     """
     unknown = [name for name in data.classes if name not in detector.spec.classes]
     if unknown:
@@ -103,7 +103,14 @@ def _few(names: Sequence[str], most: int) -> str:
 
 
 def coco_results(found: Detections, batch: Batch, index: int, column: list[int]) -> list[dict[str, Any]]:
-    """COCO result dicts of one image, in pixels of the original, clipped to it."""
+    """Convert the detections of one image to COCO result dicts, in pixels of the original image and clipped to it.
+
+    Args:
+        found: detections of the image, in pixels of its view.
+        batch: the batch of the image.
+        index: index of the image in the batch.
+        column: for each class of the detector, its label in the data; -1 if the data lack the class.
+    """
     view = batch.views[index]
     boxes = view.to_original(found.boxes_xyxy.detach().float().cpu())
     height, width = view.original_hw

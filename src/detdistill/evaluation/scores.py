@@ -9,21 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""In COCO's order. All in 0..1; -1 where no ground truth exists (e.g. APl without large boxes)."""
+"""Names of the 12 COCO metrics, in COCO's order. Values are in 0..1; -1 without ground truth (e.g. APl without large boxes)."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a detector reached on a data set."""
+    """Scores of a detector on a data set."""
 
     metrics: dict[str, float]
-    """The 12 numbers by name, 0..1, -1 when undefined."""
+    """The 12 COCO metrics by name, 0..1; -1 if undefined."""
     per_class: dict[str, float]
-    """AP of each class by name, -1 for a class without ground truth."""
+    """AP of each class by name; -1 for a class without ground truth."""
     images: int
     seconds: float = 0.0
     errors: dict[str, float] = field(default_factory=dict)
-    """AP50, 0..1, lost to each kind of error (``detection_errors``); empty when not asked for, or without ground truth."""
+    """AP50 (0..1) lost to each kind of error (``detection_errors``); empty if not computed, or without ground truth."""
 
 
 def coco_scores(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], classes: Sequence[str]) -> Scores:
@@ -31,7 +31,7 @@ def coco_scores(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]],
 
     Args:
         ground_truth: a COCO dict: images, annotations (bbox xywh, area, iscrowd), categories with ids 1..K.
-        results: one dict for each detection: image_id, category_id, bbox (xywh), score.
+        results: a dict for each detection: image_id, category_id, bbox (xywh), score.
         classes: K names, in the order of the category ids.
     """
     from faster_coco_eval import COCO, COCOeval_faster
@@ -56,7 +56,7 @@ def coco_scores(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]],
 
 
 def _without_detections(ground_truth: dict[str, Any], classes: Sequence[str]) -> Scores:
-    """Zero wherever there is something to find (crowds are not), else undefined; the library refuses empty results."""
+    """Scores for empty results, which the library refuses: 0 where ground truth (without crowds) exists, else -1."""
     wanted = [annotation for annotation in ground_truth["annotations"] if not annotation["iscrowd"]]
 
     def zero(low: float = 0, high: float = float("inf")) -> float:

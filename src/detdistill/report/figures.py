@@ -1,4 +1,4 @@
-"""Curves and bars as inline SVG that takes its colours from the page, so that light, dark and print all look right."""
+"""Draw curves and bars as inline SVG with the colours of the page, for light mode, dark mode and print."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_COLOURS = 6
-"""Method colours of the page's style sheet: ``--c0`` .. ``--c5``."""
+"""Number of method colours in the page's style sheet: ``--c0`` .. ``--c5``."""
 _SENTINELS = {"ink": "#010101", "grid": "#020202", "teacher": "#030303", "baseline": "#040404"} | {
     f"c{index}": f"#0505{index + 16:02x}" for index in range(NUM_COLOURS)
 }
-"""What matplotlib draws with; each is replaced by ``var(--name)`` of the page."""
+"""Placeholder colours for matplotlib; each is replaced by ``var(--name)`` of the page."""
 MOST_POINTS = 150
-"""Longer curves are averaged in this many bins."""
+"""Longer curves are averaged in at most this many bins."""
 MOST_CLASSES = 60
 WIDTH_INCH, HEIGHT_INCH = 4.3, 2.7
 
 
 class Palette:
-    """One colour and dash for each group, the same on the whole page."""
+    """Colour of each group, the same on the whole page."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        """Teacher and baseline have their own colours; methods and plain runs get theirs in order."""
+        """Assign the colours: fixed for teacher and baseline, in order for methods and plain runs."""
         self._names: dict[tuple[str, str], str] = {}
         for group in groups:
             if group.role in ("teacher", "baseline"):
@@ -47,7 +47,7 @@ class Palette:
                 self._names[group.role, group.label] = f"c{taken % NUM_COLOURS}"
 
     def name(self, group: Group) -> str:
-        """The style sheet's variable, without dashes."""
+        """Name of the group's colour in the style sheet, without the leading dashes."""
         return self._names[group.role, group.label]
 
 
@@ -61,16 +61,19 @@ def curves(
     label: str = "",
     level: float | None = None,
 ) -> str:
-    """One column of every run: seeds thin, their mean thick, the teacher dashed. Empty when nobody logged it.
+    """Draw a column of ``metrics.csv`` for all runs: thin lines for seeds, thick for their mean, dashed for the teacher.
 
     Args:
-        groups: what to draw.
+        groups: the groups to draw.
         palette: colours.
-        column: of ``metrics.csv``.
-        against: ``steps``, ``epochs`` or ``seconds``.
-        factor: on the values (100 for AP).
+        column: column of ``metrics.csv``.
+        against: x axis: ``steps``, ``epochs`` or ``seconds``.
+        factor: factor on the values (100 for AP).
         label: title of the panel.
-        level: what the teacher reached, when its own run is not among the groups.
+        level: the teacher's value as a horizontal line, used if the teacher's run is not among the groups.
+
+    Returns:
+        The SVG; empty if no run logged the column.
     """
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -119,7 +122,7 @@ def _draw(axes: Axes, found: Sequence[Curve], colour: str, dash: str) -> list[fl
 
 
 def mean_curve(found: Sequence[Curve]) -> Curve:
-    """Mean of all seeds at the k-th logged point, as far as every seed got (times differ a little between seeds)."""
+    """Mean over the seeds of x and y at the k-th logged point, up to the length of the shortest curve."""
     shortest = min(len(x) for x, _ in found)
     return (
         [statistics.fmean(x[index] for x, _ in found) for index in range(shortest)],
@@ -137,12 +140,12 @@ def _thin(curve: Curve) -> Curve:
 
 
 def shares(group: Group, palette: Palette, terms: Sequence[str]) -> str:
-    """Each term's share of the student's gradient, mean over seeds, stacked to 1; distillation terms in full colour.
+    """Draw each loss term's share of the student's gradient, mean over seeds, stacked to 1.
 
     Args:
         group: the runs of one method.
         palette: colours.
-        terms: its distillation terms.
+        terms: distillation terms of the method, drawn in its colour; all others are grey.
     """
     names = list(
         dict.fromkeys(name.removeprefix("share/") for run in group.runs for name in run.columns if name.startswith("share/"))
@@ -162,7 +165,7 @@ def shares(group: Group, palette: Palette, terms: Sequence[str]) -> str:
         for name, (_, y) in zip(ordered, means, strict=True):
             own = name in terms
             above = [low + value for low, value in zip(below, y[:length], strict=True)]
-            # Distillation in the method's colour, the detector's own terms in grey; neighbours differ in strength.
+            # Distillation terms in the method's colour, the detector's own in grey; adjacent areas differ in opacity.
             colour = palette.name(group) if own else "teacher"
             alpha = max(0.15, (0.85 if own else 0.5) - 0.15 * counts[own])
             counts[own] += 1
@@ -188,17 +191,17 @@ def shares(group: Group, palette: Palette, terms: Sequence[str]) -> str:
 def class_gains(
     group: Group, palette: Palette, baseline: Mapping[str, float], distilled: Mapping[str, float], teacher: Mapping[str, float]
 ) -> tuple[str, int]:
-    """Gain of each class, sorted, and beside it the AP of baseline, student and teacher.
+    """Draw the gain of each class, sorted, and beside it the AP of baseline, student and teacher.
 
     Args:
         group: the method (for its colour).
         palette: colours.
-        baseline: AP by class, 0..1.
-        distilled: the same.
-        teacher: the same; may be empty.
+        baseline: AP of the baseline by class, 0..1.
+        distilled: AP of the distilled student by class, 0..1.
+        teacher: AP of the teacher by class, 0..1; may be empty.
 
     Returns:
-        the SVG, and how many classes were left out in the middle of a long list.
+        The SVG, and the number of classes left out in the middle of a long list.
     """
     gains = sorted(((distilled[name] - baseline[name], name) for name in distilled if name in baseline), reverse=True)
     left_out = max(0, len(gains) - MOST_CLASSES)
@@ -245,11 +248,11 @@ def class_gains(
 
 
 def error_bars(models: Sequence[tuple[str, Mapping[str, float]]], kinds: Sequence[str]) -> str:
-    """AP50 lost to each kind of error: for each kind one bar for each model, in the models' order.
+    """Draw the AP50 lost to each kind of error as bars, for each kind a bar per model.
 
     Args:
-        models: colour (a name of the style sheet) and AP50 lost, 0..1, by kind.
-        kinds: what is drawn.
+        models: for each model its colour (a name of the style sheet) and the AP50 lost by kind, 0..1.
+        kinds: the kinds to draw, in order.
     """
     with _panel(5.4, 2.7) as figure:
         axes = figure.subplots()
@@ -271,7 +274,7 @@ def _short(name: str, most: int) -> str:
 
 @contextmanager
 def _panel(width: float, height: float) -> Iterator[Figure]:
-    """A figure in the page's style. Nothing global is touched: no pyplot, no backend, rc settings for the time only."""
+    """Context with a figure in the page's style. Global state is kept: no pyplot, no backend, rc settings only inside."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -284,12 +287,12 @@ def _panel(width: float, height: float) -> Iterator[Figure]:
         "figure.constrained_layout.use": True, "axes.unicode_minus": True, "axes.formatter.limits": (-3, 5),
     }  # fmt: skip
     with mpl.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the reader's browser has fonts that matplotlib lacks
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser has the glyphs that matplotlib's fonts lack
         yield Figure(figsize=(width, height))
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The figure as an ``<svg>`` element without ids that clash, fixed colours, fonts or addresses of name spaces."""
+    """The figure as an ``<svg>`` element with unique ids, and without fixed colours, fonts or name-space addresses."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about finished runs: verdict first, then everything that supports or weakens it."""
+"""Build a self-contained HTML page about finished runs: the verdict first, then the evidence for and against it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from detdistill.progress import Progress
 
 NOT_SETTINGS = ("out", "resume", "jobs", "seed", "seeds", "role", "method", "student", "teacher", "model", "baseline")
-"""Left out of the table of differing settings: they differ by design, or say nothing of the training."""
+"""Settings left out of the table of differences: they differ by design or do not affect training."""
 
 
 Entry = tuple[str, str, bool, int]
-"""Of a legend: label, colour, dashed, number of seeds."""
+"""Entry of a legend: label, colour, dashed, number of seeds."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table of numbers, ready to print."""
+    """A row of a table of numbers, with formatted cells."""
 
     title: str
     style: str
@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panels:
-    """Figures that stand side by side under one legend."""
+    """Figures side by side with a common title and legend."""
 
     title: str
     figures: tuple[str, ...]
@@ -48,10 +48,10 @@ class Panels:
 
 @dataclass(frozen=True)
 class Errors:
-    """What AP50 is lost to: a legend, a chart, a table, and what distillation changed."""
+    """Section on AP50 lost by kind of error: legend, chart, table, and sentences on the changes by distillation."""
 
     legend: tuple[tuple[str, str], ...]
-    """Label and colour."""
+    """Pairs of label and colour."""
     svg: str
     lines: tuple[Line, ...]
     sentences: tuple[str, ...]
@@ -69,18 +69,18 @@ class ClassChart:
 
 
 def build_report(runs: Sequence[Path], page: Path, *, progress: Progress | None = None) -> Path:
-    """Write a page about runs.
+    """Write an HTML page about finished runs.
 
     Args:
-        runs: folders of finished runs: one alone, or teacher, baselines and distilled students of any methods and seeds.
-        page: the HTML file; its folder is made when missing.
-        progress: where to show how far the pictures are.
+        runs: run folders: a single run, or teacher, baselines and distilled students of any methods and seeds.
+        page: the HTML file; its folder is created if missing.
+        progress: shows the progress of the pictures.
 
     Returns:
         ``page``.
 
     Raises:
-        RunError: no run given, or one that is not whole.
+        RunError: no run is given, or a run is incomplete.
         OSError: the page cannot be written.
     """
     if not runs:
@@ -102,16 +102,16 @@ def build_report(runs: Sequence[Path], page: Path, *, progress: Progress | None 
 
 
 def _load(runs: Sequence[Run]) -> tuple[DataSplits | None, str]:
-    """The data of the last run, or why they cannot be read."""
+    """The data of the last run (None if they cannot be read), and a note on what is wrong with them (or an empty text)."""
     from detdistill.data.discover import load_data
 
     path = str(runs[-1].summary["data"].get("path", ""))
     try:
         splits = load_data(path)
-    except Exception as error:  # the data may be on another machine: the rest of the page is made all the same
+    except Exception as error:  # the data may be on another machine; the rest of the page is made anyway
         return None, f"the data {path} cannot be read here: {pictures.one_line(error)}"
     if splits.val.fingerprint != runs[-1].summary["data"].get("val_fingerprint"):
-        return splits, f"the data at {path} are no longer those of the runs (other fingerprint)"
+        return splits, f"the data at {path} have changed since the runs (different fingerprint)"
     return splits, ""
 
 
@@ -132,7 +132,7 @@ def _gallery(groups: Sequence[Group], splits: DataSplits | None, data_note: str,
 
 
 def render(groups: Sequence[Group], splits: DataSplits | None, data_note: str, gallery: Gallery) -> str:
-    """The page as text."""
+    """Render the page as HTML text."""
     import jinja2
 
     from detdistill.evaluation import ERRORS, METRICS
@@ -195,7 +195,7 @@ def _title(groups: Sequence[Group]) -> str:
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
-    """Who learned from whom, on what."""
+    """Student or model, teacher and data of the last run."""
     last = runs[-1].summary
     teacher = f", teacher {last['teacher']}" if last.get("teacher") else ""
     images = f"{last['data'].get('train_images')} training and {last['data'].get('val_images')} validation images"
@@ -206,7 +206,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
 
 
 def _table(groups: Sequence[Group]) -> list[Line]:
-    """Teacher, baseline and students, each method followed by its gain; means over the seeds."""
+    """Table rows of teacher, baseline and students (means over the seeds); the gain follows each method."""
     from detdistill.evaluation.scores import METRICS
 
     lines = []
@@ -220,7 +220,7 @@ def _table(groups: Sequence[Group]) -> list[Line]:
         seeds = f", mean of {len(one.runs)} seeds" if len(one.runs) > 1 else f", seed {one.runs[0].seed}"
         metric = [one.metric(name) for name in METRICS]
         if one.role == "teacher" and len(groups) > 1 and distilled:
-            # As the students' loop saw it: with their data and image size.
+            # As measured in the students' runs, with their data and image size.
             metric = [words.teacher_metric(distilled[0], groups, name) for name in METRICS]
         size, time = (
             _millions(one.mean(lambda run: run.summary.get("parameters"))),
@@ -261,7 +261,7 @@ def _time(seconds: float | None) -> str:
 
 
 def _lone_teacher(groups: Sequence[Group], metric: str) -> float | None:
-    """The number of a teacher whose own run is not on the page."""
+    """The teacher's metric, if the teacher's own run is not on the page; else None."""
     distilled = [one for one in groups if one.role == "distilled"]
     if not distilled or any(one.role == "teacher" for one in groups):
         return None
@@ -274,7 +274,7 @@ def _score_legend(groups: Sequence[Group], legend: Sequence[Entry]) -> list[Entr
 
 
 def _against(groups: Sequence[Group]) -> str:
-    """What scores are drawn against: epochs, unless no run was scored in more than one."""
+    """The x axis of score curves: epochs, or steps if no run was evaluated in more than one epoch."""
     epochs = any(len({row["epochs"] for row in run.rows if "val/AP" in row}) > 1 for one in groups for run in one.runs)
     return "epochs" if epochs else "steps"
 
@@ -291,7 +291,7 @@ def _score_panels(groups: Sequence[Group], palette: figures.Palette) -> Panels:
 
 
 def _matching_panels(groups: Sequence[Group], palette: figures.Palette) -> Panels:
-    """Instability of the queries' matching, of the runs that measured it."""
+    """Curves of the matching instability of the runs that measured it."""
     drawn = [
         figures.curves(groups, palette, "val/IS", _against(groups), label="changed matches, between evaluations"),
         figures.curves(groups, palette, "val/IS_layers", _against(groups), label="changed matches, between decoder layers"),
@@ -300,7 +300,7 @@ def _matching_panels(groups: Sequence[Group], palette: figures.Palette) -> Panel
 
 
 def _loss_panels(groups: Sequence[Group], palette: figures.Palette) -> list[Panels]:
-    """The student's own terms, what distillation added, and the methods' monitors."""
+    """Curves of the detector's own loss terms, the distillation terms, and the methods' monitors."""
     runs = [run for one in groups for run in one.runs]
     columns = list(dict.fromkeys(name for run in runs for name in run.columns))
     added = {
@@ -330,7 +330,7 @@ def _shares(one: Group, palette: figures.Palette, runs: Sequence[Run]) -> str:
 
 
 def _errors(groups: Sequence[Group], palette: figures.Palette) -> Errors | None:
-    """None when no run noted its errors (older runs, or no ground truth)."""
+    """The section on kinds of errors; None if no run recorded them (older runs, or no ground truth)."""
     from detdistill.evaluation import ERRORS, KINDS
 
     distilled = [one for one in groups if one.role == "distilled"]
@@ -389,7 +389,7 @@ def _command(run: Run) -> str:
 
 
 def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """Settings that are not the same in all groups, one cell for each group."""
+    """Settings that differ between the groups: name, and a cell for each group."""
     keys = list(dict.fromkeys(key for one in groups for run in one.runs for key in run.config))
     differing = []
     for key in keys:
@@ -409,7 +409,7 @@ def _plain(value: Any) -> str:
 
 
 def _facts(runs: Sequence[Run], groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """Seeds, data, versions and machines; each fact once when all runs agree."""
+    """Facts for the page (seeds, data, versions, machines): name, and the different values among the runs."""
     data = [run.summary["data"] for run in runs]
     versions = [run.summary.get("versions") or {} for run in runs]
     students = [run.summary["student"] for run in runs if run.role in ("baseline", "distilled")]

@@ -1,4 +1,4 @@
-"""What teacher, baseline and student find on the same validation images, and where their necks are active."""
+"""Pictures for the report: detections of teacher, baseline and student on the same images, and activations of their necks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from detdistill.detectors.contract import Detector
 
 CANDIDATES = 32
-"""Validation images looked at to choose those that are shown, evenly spaced over the set."""
+"""Number of validation images, evenly spaced over the set, from which the pictures are chosen."""
 SHOWN = 6
 MOST_METHODS = 3
 MOST_BOXES = 40
@@ -35,38 +35,38 @@ JPEG_QUALITY = 78
 
 @dataclass(frozen=True)
 class Found:
-    """Detections of one image in its own pixels, best first; labels are those of the data."""
+    """Detections on one image in pixels of the original image, highest score first; labels are those of the data."""
 
     boxes_xyxy: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
 
     def above(self, score: float) -> Found:
-        """Those that are drawn."""
+        """The detections with at least this score."""
         keep = self.scores >= score
         return Found(self.boxes_xyxy[keep], self.scores[keep], self.labels[keep])
 
 
 @dataclass(eq=False)
 class Model:
-    """A detector of the comparison and what it found on the candidates."""
+    """A detector of the comparison, with its detections on the candidate images (by image id)."""
 
     title: str
     detector: Detector
     found: dict[int, Found] = field(default_factory=dict)
     threshold: float = 0.0
-    """The score with the best F1 on the candidates: detectors differ in how sure they say they are."""
+    """Score threshold with the best F1 on the candidates, because the scores of different detectors are not comparable."""
     quality: dict[int, float] = field(default_factory=dict)
-    """F1 of each candidate at ``threshold``."""
+    """F1 at ``threshold`` for each candidate, by image id."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture with what stands under it."""
+    """A picture with its caption."""
 
     title: str
     source: str
-    """A ``data:`` address."""
+    """The picture as a ``data:`` URL."""
     alt: str
     note: str = ""
 
@@ -79,7 +79,7 @@ class Row:
     note: str
     tiles: tuple[Tile, ...]
     maps: tuple[tuple[str, tuple[Tile, ...]], ...]
-    """For each model its title and a heat map for each level."""
+    """For each model, its title and a heat map per level."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Gallery:
 
     rows: tuple[Row, ...] = ()
     notes: tuple[str, ...] = ()
-    """How images were chosen, and why something is missing."""
+    """How the images were chosen, and the reasons for missing pictures."""
 
 
 def gallery(groups: Sequence[Group], splits: DataSplits, progress: Callable[[int, int], None]) -> Gallery:
@@ -97,10 +97,10 @@ def gallery(groups: Sequence[Group], splits: DataSplits, progress: Callable[[int
     Args:
         groups: all runs of the page; the first seed of each is shown.
         splits: the data of the runs.
-        progress: called with pictures done and all pictures.
+        progress: called with (pictures done, total pictures).
 
     Returns:
-        the pictures; models that cannot be loaded are left out, with the reason.
+        The pictures. Models that cannot be loaded are left out, and a note gives the reason.
     """
     import torch
 
@@ -130,7 +130,7 @@ def gallery(groups: Sequence[Group], splits: DataSplits, progress: Callable[[int
 
 
 def _models(groups: Sequence[Group], splits: DataSplits, notes: list[str]) -> tuple[Run, list[Model]]:
-    """Teacher, baseline and students of one seed, or the single run there is."""
+    """Run whose seed is shown, and the models: teacher, baseline and students of this seed, or a single model."""
     from detdistill.detectors.load import load_detector
 
     distilled = [group for group in groups if group.role == "distilled"]
@@ -159,7 +159,7 @@ def _models(groups: Sequence[Group], splits: DataSplits, notes: list[str]) -> tu
 
 
 def _teacher_place(run: Run, runs: Sequence[Run]) -> str:
-    """The teacher of a distilled run; a folder given relative to somewhere else is looked for among the page's runs."""
+    """The teacher of a distilled run; a folder that does not exist from here is searched by name among the page's runs."""
     place = str(run.summary.get("teacher"))
     if Path(place).exists():
         return place
@@ -168,7 +168,7 @@ def _teacher_place(run: Run, runs: Sequence[Run]) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong, without line breaks."""
+    """Message of an error without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -184,8 +184,8 @@ def look(
     """Run a detector on one image.
 
     Returns:
-        what it finds, with the data's labels; and for each level of its neck the mean absolute activation over channels,
-        [h, w] of the part of the map that shows the image.
+        The detections, with the data's labels, and for each level of the neck the mean absolute activation over channels,
+        [h, w] without the cells of the padding.
     """
     import torch
 
@@ -215,7 +215,7 @@ def look(
 
 
 def hits(found: Found, record: Record) -> np.ndarray:
-    """[D] bool: the detection is the best-scored one of a ground-truth box of its class, with IoU of 0.5 or more."""
+    """[D] bool: True for the highest-scored detection of each ground-truth box of its class (IoU 0.5 or more)."""
     right = np.zeros(len(found.scores), dtype=bool)
     free = ~record.crowd.copy()
     for index, (box, label) in enumerate(zip(found.boxes_xyxy, found.labels, strict=True)):
@@ -235,7 +235,7 @@ def iou(box_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
 
 
 def best_threshold(found: dict[int, Found], records: Sequence[Record]) -> float:
-    """The score from which on the detections of these images have the best F1; 1 when none is right."""
+    """The score threshold with the best F1 on these images; 1 if no detection is right."""
     scores = np.concatenate([found[record.id].scores for record in records])
     right = np.concatenate([hits(found[record.id], record) for record in records])
     if not right.any():
@@ -247,16 +247,18 @@ def best_threshold(found: dict[int, Found], records: Sequence[Record]) -> float:
 
 
 def f1(found: Found, record: Record) -> float:
-    """2 hits / (detections + ground truth); 1 for an empty image with nothing found."""
+    """F1 = 2 hits / (detections + ground truth); 1 for an image without objects and detections."""
     both = len(found.scores) + int((~record.crowd).sum())
     return 2 * float(hits(found, record).sum()) / both if both else 1.0
 
 
 def pick(models: Sequence[Model], candidates: Sequence[Record]) -> list[tuple[Record, str]]:
-    """Images where student and baseline differ, those where the student is worse among them; else a spread of good and bad.
+    """Choose the images to show: those where student and baseline differ most in F1, in both directions.
+
+    Without a baseline, the images are spread evenly from the best F1 to the worst.
 
     Returns:
-        at most ``SHOWN`` images, each with a word on why it is here.
+        At most ``SHOWN`` images, each with the reason for its choice.
     """
     student = models[-1]
     baseline = next((model for model in models if model.title == "baseline"), None)
@@ -270,7 +272,7 @@ def pick(models: Sequence[Model], candidates: Sequence[Record]) -> list[tuple[Re
     order = sorted(candidates, key=lambda record: (-gain[record.id], record.id))
     better = [record for record in order if gain[record.id] > 0]
     worse = [record for record in reversed(order) if gain[record.id] < 0]
-    # Half where it helps, two where it hurts, one as it usually is.
+    # Half of them better, two worse, one in the middle.
     chosen = [*better[: SHOWN // 2], *worse[:2], order[len(order) // 2], *better[SHOWN // 2 :], *worse[2:], *order]
     shown = list({record.id: record for record in chosen}.values())[:SHOWN]
     words = {1: f"{student.title} better than the baseline", 0: "no difference", -1: f"{student.title} worse than the baseline"}
@@ -288,9 +290,9 @@ def _choice_notes(models: Sequence[Model], candidates: Sequence[Record]) -> list
         "to the worst."
     ]
     if drawn:
-        notes.append(f"Boxes are drawn from the score at which each model has its best F1 on these images: {drawn}.")
+        notes.append(f"Boxes are drawn above the score with the model's best F1 on these images: {drawn}.")
     if blind:
-        notes.append(f"{', '.join(blind)}: not one right box on these images.")
+        notes.append(f"{', '.join(blind)}: no right box on these images.")
     baseline = next((model for model in models if model.title == "baseline"), None)
     for student in models:
         if baseline is None or student.title in ("teacher", "baseline"):
@@ -338,7 +340,7 @@ def _open(path: Path) -> Image:
 
 
 def _fit(image: Image, side: int) -> Image:
-    """Long side ``side``; small images are enlarged so that thin boxes and words stay sharp."""
+    """Resize to a long side of ``side`` pixels; small images are enlarged, so that thin boxes and text stay sharp."""
     from PIL.Image import Resampling
 
     scale = side / max(image.size)
@@ -347,7 +349,7 @@ def _fit(image: Image, side: int) -> Image:
 
 
 def _draw(image: Image, found: Found, classes: Sequence[str], scores: bool) -> Image:
-    """Boxes with class and score; the surest on top, and no label over another one."""
+    """Draw boxes with class and score; higher scores are drawn on top, and labels do not overlap."""
     from PIL import ImageDraw
 
     drawn = _fit(image, TILE_PX)
@@ -375,7 +377,7 @@ def _draw(image: Image, found: Found, classes: Sequence[str], scores: bool) -> I
 def _free_place(
     box_xyxy: np.ndarray, size: tuple[float, float], canvas: tuple[int, int], taken: Sequence[tuple[float, float, float, float]]
 ) -> tuple[float, float, float, float] | None:
-    """Where a label fits: above its box, below it, further up or down; None when all that is full."""
+    """Free position for a label: above its box, below it, or further up or down; None if all are occupied."""
     width, height = size
     x = min(max(0.0, float(box_xyxy[0])), max(0.0, canvas[0] - width))
     above, below = float(box_xyxy[1]) - height, float(box_xyxy[3])
@@ -388,7 +390,7 @@ def _free_place(
 
 
 def class_colour(label: int) -> tuple[tuple[int, int, int], str]:
-    """A colour that is the same for a class in all pictures, and the ink that is readable on it."""
+    """Colour of a class, the same in all pictures, and black or white for readable text on it."""
     red, green, blue = colorsys.hls_to_rgb((0.58 + label * 0.618034) % 1, (0.52, 0.68, 0.4)[label % 3], 0.85)
     bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
     return (round(255 * red), round(255 * green), round(255 * blue)), "black" if bright else "white"
@@ -396,7 +398,7 @@ def class_colour(label: int) -> tuple[tuple[int, int, int], str]:
 
 @cache
 def _font(size: int) -> FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: it has the letters of most languages."""
+    """The font DejaVu Sans, which comes with matplotlib and covers most languages."""
     from matplotlib import font_manager
     from PIL import ImageFont
 
@@ -404,7 +406,7 @@ def _font(size: int) -> FreeTypeFont:
 
 
 def _heat(image: Image, level: np.ndarray) -> Image:
-    """A map over the image in grey: its own range from the 1st to the 99th percentile."""
+    """Heat map over the image in grey; the colours span the map's own 1st to 99th percentile."""
     from matplotlib import colormaps
     from PIL import Image as Images
     from PIL.Image import Resampling

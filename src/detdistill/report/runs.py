@@ -1,4 +1,4 @@
-"""What run folders say, read once and grouped for the page."""
+"""Read finished run folders and group the runs for the report."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from detdistill.compare import read_run
 from detdistill.errors import RunError
 
 ROLES = ("teacher", "train", "baseline", "distilled")
-"""In the order of the page."""
+"""Roles of runs, in the order of the page."""
 
 Curve = tuple[list[float], list[float]]
-"""x and y of the rows where y was logged."""
+"""x and y values of the rows in which y was logged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,40 +27,40 @@ class Run:
     folder: Path
     summary: dict[str, Any]
     rows: tuple[dict[str, float], ...]
-    """Logged numbers by column; ``steps`` and ``epochs`` count on through all stages."""
+    """Logged numbers by column; ``steps``, ``epochs`` and ``seconds`` are cumulative over all stages."""
 
     @property
     def role(self) -> str:
-        """teacher, train, baseline or distilled."""
+        """Role of the run: ``teacher``, ``train``, ``baseline`` or ``distilled``."""
         return str(self.summary["role"])
 
     @property
     def seed(self) -> int:
-        """Of weights, order and augmentation."""
+        """Seed of weights, order and augmentation."""
         return int(self.summary["seed"])
 
     @property
     def config(self) -> dict[str, Any]:
-        """All settings."""
+        """All settings of the run."""
         return dict(self.summary["config"])
 
     @property
     def columns(self) -> list[str]:
-        """Names logged at least once, in the file's order."""
+        """Names of the columns with at least one value, in the file's order."""
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
     def curve(self, column: str, against: str = "steps") -> Curve:
-        """The rows that have both columns."""
+        """Values of ``against`` (x) and ``column`` (y) in the rows that have both."""
         points = [(row[against], row[column]) for row in self.rows if column in row and against in row]
         return [x for x, _ in points], [y for _, y in points]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ by their seed only."""
+    """Runs that differ only by their seed."""
 
     label: str
-    """What the page calls them: ``teacher``, ``baseline``, or the method."""
+    """Name on the page: ``teacher``, ``baseline``, or the method."""
     role: str
     runs: tuple[Run, ...]
 
@@ -70,37 +70,37 @@ class Group:
         return statistics.fmean(known) if known else None
 
     def metric(self, name: str) -> float | None:
-        """Mean of one of the 12 numbers; None where COCO leaves it undefined."""
+        """Mean over the seeds of one of the 12 COCO metrics; None if it is undefined."""
         return self.mean(lambda run: defined(run.summary["metrics"].get(name)))
 
     def errors(self) -> dict[str, float]:
-        """Mean AP50 lost to each kind of error, over the seeds that noted it; empty where none did."""
+        """Mean AP50 lost to each kind of error, over the seeds that recorded it; empty if none did."""
         names = dict.fromkeys(name for run in self.runs for name in run.summary.get("errors") or {})
         means = {name: self.mean(lambda run, name=name: (run.summary.get("errors") or {}).get(name)) for name in names}  # type: ignore[misc]
         return {name: value for name, value in means.items() if value is not None}
 
     def per_class(self) -> dict[str, float]:
-        """Mean AP of each class that has ground truth."""
+        """Mean AP over the seeds of each class with ground truth."""
         names = dict.fromkeys(name for run in self.runs for name in run.summary.get("per_class") or {})
         means = {name: self.mean(lambda run, name=name: defined(run.summary["per_class"].get(name))) for name in names}  # type: ignore[misc]
         return {name: value for name, value in means.items() if value is not None}
 
 
 def defined(value: float | None) -> float | None:
-    """COCO's -1 for "no such ground truth" as None."""
+    """Replace COCO's -1 (undefined, no such ground truth) by None."""
     return None if value is None or value < 0 else float(value)
 
 
 def read(folder: Path) -> Run:
-    """A run folder. A run without ``metrics.csv`` has no rows.
+    """Read a run folder. A run without ``metrics.csv`` has no rows.
 
     Raises:
-        RunError: ``summary.json`` or ``config.yaml`` is missing, broken, or lacks what every run has.
+        RunError: ``summary.json`` or ``config.yaml`` is missing or broken, or lacks required keys.
     """
     summary = read_run(folder)
     missing = [key for key in ("role", "student", "seed", "metrics", "data") if key not in summary]
     if missing or not isinstance(summary["config"], dict):
-        raise RunError(f"{folder} is no whole run: summary.json lacks {', '.join(missing) or 'its config'}")
+        raise RunError(f"{folder} is not a complete run: summary.json lacks {', '.join(missing) or 'its config'}")
     return Run(folder, summary, tuple(_rows(folder / "metrics.csv")))
 
 
@@ -134,7 +134,7 @@ def _number(text: str | None) -> float | None:
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """Runs by role, student, method and teacher; within a group by seed."""
+    """Group runs by role, student, method and teacher; the runs of a group are sorted by seed."""
     students = {run.summary["student"] for run in runs if run.role in ("baseline", "distilled")}
     teachers = {run.summary.get("teacher") for run in runs if run.role == "distilled"}
     groups: dict[tuple[str, str], list[Run]] = {}
@@ -153,7 +153,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 
 def baselines_for(group: Group, runs: Sequence[Run]) -> list[Run]:
-    """One baseline for each seed of a distilled group: same student, same data; one from the same experiment if there is."""
+    """Find a baseline with the same student and data for each seed of a distilled group, if possible in the same folder."""
     chosen = []
     for run in group.runs:
         same = [
@@ -169,7 +169,7 @@ def baselines_for(group: Group, runs: Sequence[Run]) -> list[Run]:
 
 
 def paired(group: Group, runs: Sequence[Run]) -> tuple[Group, Group] | None:
-    """The baselines of a distilled group, and those of its runs that have one; None without any."""
+    """The baselines of a distilled group, and the runs of the group that have a baseline; None if there is no baseline."""
     baselines = baselines_for(group, runs)
     seeds = {run.seed for run in baselines}
     if not baselines:
@@ -179,7 +179,7 @@ def paired(group: Group, runs: Sequence[Run]) -> tuple[Group, Group] | None:
 
 
 def distillation_terms(run: Run, baselines: Sequence[Run]) -> list[str]:
-    """Loss terms that distillation added: what the baseline lacks, else what bears the method's name."""
+    """Loss terms added by distillation: those that the baselines lack; without baselines, those named after the method."""
     terms = [name.removeprefix("train/") for name in run.columns if name.startswith("train/")]
     plain = {name.removeprefix("train/") for other in baselines for name in other.columns}
     if plain:

@@ -1,4 +1,4 @@
-"""The verdict of each method and the honest notes beside it, in sentences."""
+"""Sentences of the report: the verdict on each method, and notes on what weakens it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from detdistill.training.metrics_table import idle_terms
 
 NEAR_ZERO_AP = 0.02
 NEGLIGIBLE_SHARE = 0.01
-"""A distillation whose terms make less than this of the student's gradient does nothing."""
+"""Share of the student's gradient below which distillation terms are reported as without effect."""
 DOMINANT_SHARE = 0.9
 FEW_IMAGES = 500
 STILL_RISING = 0.005
-"""AP gained in the last quarter of training from which a run is said to be unfinished."""
+"""AP gain (0..1) in the last quarter of training above which a run is reported as not converged."""
 SHORT_EPOCHS = 12
 NOTED_CHANGE = 0.005
-"""AP50 lost to a kind of error that must come or go for the page to speak of it."""
+"""Smallest change of the AP50 (0..1) lost to a kind of error that the page mentions."""
 KIND_WORDS = {
     "Cls": "wrong classes", "Loc": "loose boxes", "Both": "both at once", "Dupe": "duplicates", "Bkg": "background",
     "Miss": "missed objects",
@@ -29,11 +29,11 @@ KIND_WORDS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the page says first about one method."""
+    """Verdict on one method, at the top of the page."""
 
     label: str
     tone: str
-    """``gain``, ``worse``, ``open`` (nothing shown) or ``none`` (nothing to compare with)."""
+    """``gain``, ``worse``, ``open`` (no gain shown) or ``none`` (no baseline to compare with)."""
     headline: str
     sentence: str
     notes: tuple[str, ...]
@@ -41,7 +41,7 @@ class Verdict:
 
 
 def points(value: float | None, signed: bool = False) -> str:
-    """AP times 100 with one decimal, as papers print it; a dash when undefined."""
+    """Format AP times 100 with one decimal, as in papers; a dash if undefined."""
     if value is None:
         return "\N{EN DASH}"
     text = f"{100 * value:{'+' if signed else ''}.1f}"
@@ -51,7 +51,7 @@ def points(value: float | None, signed: bool = False) -> str:
 
 
 def teacher_metric(group: Group | None, groups: Sequence[Group], name: str = "AP") -> float | None:
-    """The teacher's number, measured with the student's data and size where the runs noted it."""
+    """The teacher's metric: as measured in the distilled runs with their data and size, else that of the teacher's own run."""
     if group is not None:
         noted = group.mean(lambda run: defined((run.summary.get("teacher_metrics") or {}).get(name)))
         if noted is not None:
@@ -61,7 +61,7 @@ def teacher_metric(group: Group | None, groups: Sequence[Group], name: str = "AP
 
 
 def verdict(group: Group, groups: Sequence[Group]) -> Verdict:
-    """Judge one method by its runs and their baselines."""
+    """Give the verdict on one method from its runs and their baselines."""
     runs = [run for other in groups for run in other.runs]
     baselines = baselines_for(group, runs)
     teacher = teacher_metric(group, groups)
@@ -72,7 +72,7 @@ def verdict(group: Group, groups: Sequence[Group]) -> Verdict:
         sentence = f"The student reached AP {student}. Without a baseline of the same student and data, no gain can be stated."
         return Verdict(group.label, "none", f"AP {student}", sentence, tuple(notes))
     try:
-        # Unequal budgets are said in the notes rather than leaving the reader without a page.
+        # Unequal budgets become notes instead of an error, so that the page is still made.
         gain = compare_runs([run.folder for run in (*baselines, *group.runs)], allow_unequal=True)[0]
     except RunError as error:
         return Verdict(group.label, "none", f"AP {student}", f"Not comparable: {error}", tuple(notes))
@@ -114,7 +114,8 @@ def _teacher_notes(teacher: float | None, baselines: Sequence[Run]) -> list[str]
         return []
     if teacher < NEAR_ZERO_AP:
         return [
-            f"The teacher's AP is {points(teacher)}: it knows next to nothing of these images. Wrong weights, classes or size?"
+            f"The teacher's AP is {points(teacher)}: it knows next to nothing of these images. "
+            "Check its weights, classes and image size."
         ]
     alone = [ap for run in baselines if (ap := defined(run.summary["metrics"].get("AP"))) is not None]
     if alone and teacher < statistics.fmean(alone):
@@ -126,7 +127,7 @@ def _teacher_notes(teacher: float | None, baselines: Sequence[Run]) -> list[str]
 
 
 def kd_share(run: Run, terms: Sequence[str]) -> float | None:
-    """Mean share of the distillation terms in the student's gradient, over the second half of what was logged."""
+    """Mean share of the distillation terms in the student's gradient, over the second half of the logged rows."""
     logged = [sum(row.get(f"share/{term}", 0.0) for term in terms) for row in run.rows if any(f"share/{t}" in row for t in terms)]
     return statistics.fmean(logged[len(logged) // 2 :]) if logged else None
 
@@ -153,7 +154,7 @@ def _share_notes(group: Group, baselines: Sequence[Run]) -> list[str]:
 
 
 def share_sentence(group: Group, baselines: Sequence[Run]) -> str:
-    """How much of the student's gradient came from the teacher, in words."""
+    """Sentence on the share of the distillation terms in the student's gradient."""
     terms = distillation_terms(group.runs[0], baselines)
     share = group.mean(lambda run: kd_share(run, distillation_terms(run, baselines)))
     if not terms:
@@ -168,7 +169,7 @@ def share_sentence(group: Group, baselines: Sequence[Run]) -> str:
 
 
 def instability_sentence(groups: Sequence[Group]) -> str:
-    """How often queries changed the box they are matched to, in words; empty where nobody measured it."""
+    """Sentence on how often the matched box of a query changed; empty if no run measured it."""
     found = [(one, one.mean(_instability)) for one in groups]
     known = [(one, mean) for one, mean in found if mean is not None]
     if not known:
@@ -182,7 +183,7 @@ def instability_sentence(groups: Sequence[Group]) -> str:
     images = " or ".join(map(str, sorted(counts))) + f" validation image{'' if counts == {1} else 's'}"
     said = ", ".join(f"{one.label} {mean:.2f}" for one, mean in known)
     return (
-        "Queries of an image whose matched box is another than at the evaluation before (at first: than before training), "
+        "Number of queries per image with another matched box than at the previous evaluation (at first: than before training), "
         f"mean over the first {images} (IS of DN-DETR, last decoder layer); lower is steadier. Mean of all evaluations: {said}."
     )
 
@@ -193,12 +194,12 @@ def _instability(run: Run) -> float | None:
 
 
 def error_sentence(label: str, baseline: Group, distilled: Group) -> str:
-    """Which kinds of errors distillation made rarer and which more frequent: only what every pair of seeds agrees on.
+    """Sentence on the kinds of errors that distillation reduced or increased in all pairs of seeds.
 
     Args:
-        label: what the page calls the method.
+        label: name of the method on the page.
         baseline: runs without distillation.
-        distilled: with it; those of the same seeds are compared.
+        distilled: runs with distillation; runs of the same seed are compared.
     """
     alone = {run.seed: run.summary.get("errors") or {} for run in baseline.runs}
     taught_by_seed = {run.seed: run.summary.get("errors") or {} for run in distilled.runs}
@@ -230,7 +231,7 @@ def _listed(parts: Sequence[str]) -> str:
 
 
 def teacher_errors(group: Group | None, groups: Sequence[Group]) -> dict[str, float]:
-    """What the teacher's AP50 is lost to, measured as ``teacher_metric``; empty where nobody noted it."""
+    """AP50 that the teacher loses to each kind of error, from the runs as in ``teacher_metric``; empty if not recorded."""
     noted = [run.summary["teacher_errors"] for run in group.runs if run.summary.get("teacher_errors")] if group else []
     teachers = [other for other in groups if other.role == "teacher"]
     return dict(noted[0]) if noted else teachers[0].errors() if len(teachers) == 1 else {}
@@ -258,7 +259,7 @@ def _convergence_notes(group: Group, baselines: Sequence[Run], gain: Gain) -> li
 
 
 def _late_rise(run: Run) -> float | None:
-    """AP gained in the last quarter of the steps; None with too few evaluations to tell."""
+    """AP gained in the last quarter of the steps; None if there are too few evaluations."""
     steps, values = run.curve("val/AP")
     earlier = [value for step, value in zip(steps, values, strict=True) if step <= 0.75 * steps[-1]]
     return values[-1] - earlier[-1] if len(values) > 1 and earlier else None
