@@ -186,7 +186,7 @@ class DistillSettings(TrainSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings(TrainSettings):
-    """How the teacher's outputs are cached: image settings of the run, and format of the cache.
+    """Cache of a teacher's outputs: image settings of the run, and number format.
 
     Args:
         method: one method or several joined by ``+``, as for ``distill``.

@@ -67,7 +67,7 @@ def max_iou_assign(
         best_box = overlaps.amax(dim=1, keepdim=True)  # [G, 1]
         claims = (overlaps == best_box) & (best_box >= min_positive)
         numbers = torch.arange(1, len(ground_truth_xyxy) + 1, device=matched.device)[:, None]
-        last = (claims * numbers).amax(dim=0) - 1  # [P], -1 where nobody claims
+        last = (claims * numbers).amax(dim=0) - 1  # [P], -1 for unclaimed boxes
         matched = torch.where(last >= 0, last, matched)
     return matched
 
