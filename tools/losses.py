@@ -1,7 +1,7 @@
-"""Write ``src/detdistill/losses.py``: every method's public functions, where editors and type checkers see them.
+"""Write ``src/detdistill/losses.py``, which imports the public functions of all methods for editors and type checkers.
 
-uv run python tools/losses.py           writes the file
-uv run python tools/losses.py --check   only says whether it is up to date (1: it is not)
+uv run python tools/losses.py           write the file
+uv run python tools/losses.py --check   write nothing; exit code 1 if the file is out of date
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "src/detdistill"
 FILE = PACKAGE / "losses.py"
-HEAD = '''"""The pure functions of all methods: tensors in, tensors out, usable in anybody's loop.
+HEAD = '''"""The pure functions of all methods: tensors in, tensors out, usable in any training loop.
 
     from detdistill.losses import pkd_loss
 
@@ -23,7 +23,7 @@ Written by ``tools/losses.py`` from the files of the methods; a method's public 
 
 
 def functions() -> dict[str, list[str]]:
-    """Module of each method, and its public functions in the order of the file."""
+    """Names of the public functions of each method's module, in the order of the file."""
     found = {}
     files = {path.stem: (path, path.stem) for path in (PACKAGE / "methods").glob("*.py") if path.stem != "__init__"}
     files |= {path.parent.name: (path, f"{path.parent.name}.loss") for path in (PACKAGE / "methods").glob("*/loss.py")}
@@ -36,7 +36,7 @@ def functions() -> dict[str, list[str]]:
 
 
 def content() -> str:
-    """Text of the file, in the form that ruff gives it."""
+    """Text of the file, formatted as by ruff."""
     found = functions()
     imports = [
         "\n".join([f"from detdistill.methods.{module} import (", *(f"    {name}," for name in sorted(names)), ")"])

@@ -1,4 +1,4 @@
-"""Markdown tables, and texts of the package as their cells."""
+"""Markdown tables, and conversion of docstrings and values to their cells."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ ARGUMENTS = re.compile(r"^Args:\n(.*?)(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def table(*rows: tuple[str, ...]) -> str:
-    """Rows of cells, the first row as the head."""
+    """Format rows of cells as a Markdown table; the first row is the head."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
 
 
 def plain(value: object, separator: str = "/") -> str:
-    """A value as the command line writes it; the items of a list between separators."""
+    """A value as written on the command line; items of a list are joined by ``separator``."""
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, tuple):
@@ -35,11 +35,11 @@ def first_sentence_of(docstring: str) -> str:
 
 
 def first_sentence(documented: object) -> str:
-    """That of a function or class."""
+    """The first sentence of the docstring of a function or class, without its full stop."""
     return first_sentence_of(inspect.getdoc(documented) or "")
 
 
 def described_arguments(documented: object) -> dict[str, str]:
-    """Meaning of each argument, by the section ``Args:`` of a docstring."""
+    """Meaning of each argument, from the section ``Args:`` of a docstring."""
     section = ARGUMENTS.search(inspect.getdoc(documented) or "")
     return {name: line(text) for name, text in ARGUMENT.findall(section[1] if section else "")}

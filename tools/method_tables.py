@@ -33,13 +33,13 @@ NEVER, DIFFERENT, ALWAYS = "no", "where channels differ", "yes"
 
 
 def methods_table(folder: str) -> str:
-    """Slug, with its page in ``folder``, and paper."""
+    """The table of all methods: slug, linked to its page in ``folder``, and paper."""
     rows = ((f"[`{slug}`]({folder}{slug}.md)", method_class(slug).title) for slug in method_slugs())
     return table(("method", "paper"), *rows)
 
 
 def properties_table() -> str:
-    """What each method, with its defaults, asks for and adds."""
+    """The table of all methods' requirements, trained modules and stages, with default hyper-parameters."""
     head = (
         "method",
         "teacher",
@@ -84,13 +84,13 @@ def tables_of(slug: str) -> dict[str, str]:
 
 
 def about(slug: str) -> str:
-    """Paper and source."""
+    """The line with a method's paper and source."""
     path = Path(inspect.getfile(method_class(slug))).relative_to(ROOT)
     return f"*{method_class(slug).title}*. Source: [`{path}`](../../{path}). [All methods](README.md).\n"
 
 
 def requirements_table(slug: str) -> str:
-    """What the method, with its defaults, asks of both sides, and what it adds."""
+    """The table of a method's requirements, trained modules and stages, with default hyper-parameters."""
     needs, built = needs_of(slug), built_parts(slug)
     rows = [
         ("teacher", _side(needs.teacher, needs.teacher_families, needs.teacher_capabilities)),
@@ -108,7 +108,7 @@ def requirements_table(slug: str) -> str:
 
 
 def hyperparameters_table(slug: str) -> str:
-    """Name, type, default and meaning of each."""
+    """The table of a method's hyper-parameters: name, type, default and meaning."""
     kind = method_class(slug)
     words = described_arguments(kind.__init__)
     rows = [(f"`{n}`", in_words(p.kind), f"`{plain(p.default)}`", words[n]) for n, p in hyper_parameters(kind).items()]
@@ -116,7 +116,7 @@ def hyperparameters_table(slug: str) -> str:
 
 
 def recipes_table(slug: str) -> str:
-    """Recipes whose method is this one, alone or among others."""
+    """The table of the recipes that use a method, alone or in a composition."""
     rows = []
     for recipe in list_recipes():
         if slug in (kind.slug for kind, _ in parse_methods(recipe.settings["method"])):
@@ -127,7 +127,7 @@ def recipes_table(slug: str) -> str:
 
 
 def losses_table(slug: str) -> str:
-    """Public functions of the method, in the order of its file."""
+    """The table of a method's public functions, in the order of its file."""
     module = method_class(slug).__module__.removesuffix(".method")
     names = [name for name in detdistill.losses.__all__ if _module(name) in (module, f"{module}.loss")]
     names.sort(key=lambda name: inspect.getsourcelines(getattr(detdistill.losses, name))[1])
@@ -143,7 +143,7 @@ def _module(name: str) -> str:
 
 
 def needs_of(slug: str) -> Needs:
-    """Of the method with its defaults."""
+    """The needs of a method with default hyper-parameters."""
     kind = method_class(slug)
     return kind.needs(**checked_settings(slug, kind, {}))
 
@@ -181,7 +181,7 @@ def _classes(needs: Needs) -> str:
 
 
 def _cache(slug: str, needs: Needs) -> str:
-    """Whether a cache is enough, and which caches serve."""
+    """Whether a cache is enough for a method, and which caches it can use."""
     if why := needs.why_live():
         return f"not enough: {why}"
     if not _teaches(slug):
@@ -195,7 +195,7 @@ def _cache(slug: str, needs: Needs) -> str:
 
 
 def _teaches(slug: str) -> bool:
-    """There is something that a cache could hold."""
+    """Whether ``teach`` of a method returns something that a cache can store."""
     return needs_of(slug).teacher is not None or method_class(slug).teach is not Method.teach
 
 
@@ -204,12 +204,12 @@ def _teaches(slug: str) -> bool:
 
 @dataclass(frozen=True)
 class Built:
-    """What a method with its defaults is made of."""
+    """Submodules and stages of a method with default hyper-parameters, found by building it."""
 
     found: bool
-    """It could be built for some pair of tiny detectors."""
+    """The method could be built for some pair of tiny detectors."""
     trains: dict[str, str]
-    """Its submodules that train in the last stage, and when it has them: always, or where channels differ."""
+    """Submodules that are trained in the last stage; ``ALWAYS``, or ``DIFFERENT`` if they exist only where channels differ."""
     stages: tuple[str, ...]
     """Names of the stages before the last."""
 
@@ -246,7 +246,7 @@ def _buildings(slug: str, teacher_channels: int) -> Iterator[tuple[Method[Any], 
 
 
 def _trained(method: Method[Any], student: Any) -> list[str]:
-    """Names of the method's children that have parameters among those of the last stage."""
+    """Names of the method's direct submodules with parameters that are trained in the last stage."""
     modules = method.stages(student)[-1].trains(Clock(0, 1))
     chosen = {id(parameter) for module in modules for parameter in module.parameters() if parameter.requires_grad}
     return [name for name, child in method.named_children() if any(id(p) in chosen for p in child.parameters())]

@@ -1,11 +1,11 @@
-"""Do the tests of the shared pieces notice a wrong line? Change one line at a time and run the tests beside it.
+"""Mutation tests of the shared modules: change one line at a time and check that the module's tests fail.
 
     uv run python tools/mutations.py                      # four changes in each shared module
     uv run python tools/mutations.py --each 10 align boxes
 
-A change is of one place in one line: ``+`` becomes ``-``, ``<`` becomes ``<=``, a number another one, ``min`` becomes
-``max``. A module's tests are those in the place that mirrors it: ``functional/boxes.py`` has ``tests/functional/test_boxes.py``.
-A change that no test notices is printed with its line, and the script fails, unless `HARMLESS` says why no test can notice.
+A change affects one place in a line: ``+`` becomes ``-``, ``<`` becomes ``<=``, a number becomes another number, ``min`` becomes
+``max``. The tests of ``functional/boxes.py`` are ``tests/functional/test_boxes*.py``, and so on. If no test fails after a
+change, its line is printed and the script fails, unless ``HARMLESS`` gives a reason why no test can fail.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ NAMES = {"min": "max", "amin": "amax", "argmin": "argmax", "sum": "mean", "floor
 NAMES |= {other: name for name, other in NAMES.items()}
 
 HARMLESS: dict[tuple[str, str], str] = {}
-"""(module, changed line without its indentation) -> why the tests cannot notice it."""
+"""(module, changed line without its indentation) -> reason why no test can fail after the change."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ class Mutation:
 
     @property
     def changed(self) -> str:
-        """The line with the change."""
+        """The changed line."""
         return self.source().splitlines()[self.line - 1].strip()
 
     @property
     def before(self) -> str:
-        """The line without it."""
+        """The original line."""
         return self.module.read_text().splitlines()[self.line - 1].strip()
 
 
@@ -99,13 +99,13 @@ def modules() -> list[Path]:
 
 
 def tests_of(module: Path) -> list[Path]:
-    """Test files in the place that mirrors the module's."""
+    """The test files of a module: ``test_<module>*.py`` in the corresponding folder of ``tests``."""
     place = module.relative_to(ROOT / "src/detdistill")
     return sorted((ROOT / "tests" / place.parent).glob(f"test_{place.stem}*.py"))
 
 
 def mutations(module: Path) -> Iterator[Mutation]:
-    """Every change this script knows of a module, in the order of its lines."""
+    """All changes of a module, in the order of its lines."""
     text = module.read_text()
     lines = text.splitlines()
     found: set[Mutation] = set()
@@ -115,7 +115,7 @@ def mutations(module: Path) -> Iterator[Mutation]:
 
 
 def _executed(node: ast.AST) -> Iterator[ast.AST]:
-    """Nodes apart from annotations, docstrings and what is said when something is refused."""
+    """The nodes of a syntax tree without annotations, docstrings, imports and error messages."""
     skipped: list[ast.AST | None] = []
     if isinstance(node, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom)):
         return
@@ -152,7 +152,7 @@ def _other_value(value: bool | int | float) -> str:
 
 
 def _between(module: Path, lines: list[str], left: ast.expr, right: ast.expr, op: ast.AST) -> Iterator[Mutation]:
-    """The operator between two operands of one line."""
+    """The change of the operator between two operands, if both are on one line."""
     if left.end_lineno != right.lineno or left.end_col_offset is None:
         return
     line = lines[right.lineno - 1]
@@ -162,7 +162,7 @@ def _between(module: Path, lines: list[str], left: ast.expr, right: ast.expr, op
 
 
 def noticed(mutation: Mutation | None, tests: list[Path]) -> bool:
-    """Whether the tests fail on a copy of the project with one change, in a process of their own."""
+    """Run the tests in a child process on a copy of the project with one change; return whether they fail."""
     child = os.fork()
     if child == 0:
         signal.alarm(TIME_LIMIT_S)

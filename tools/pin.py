@@ -1,7 +1,7 @@
-"""Pin every version that a fresh environment gets, without any download address.
+"""Pin the version of every dependency in ``pyproject.toml`` and the requirements files, without download addresses.
 
-    uv run python tools/pin.py            newest versions that agree with pyproject.toml
-    uv run python tools/pin.py --keep     the versions pinned now, written again (after a dependency was added or removed)
+    uv run python tools/pin.py            newest versions that are compatible with pyproject.toml
+    uv run python tools/pin.py --keep     keep the current versions (after a dependency was added or removed)
 
 Writes, from one resolution over all supported Python versions and platforms:
 
@@ -9,8 +9,8 @@ Writes, from one resolution over all supported Python versions and platforms:
     requirements.txt       the runtime, with hashes
     requirements-dev.txt   runtime and development tools, with hashes
 
-``uv.lock`` is not kept in the repository, because it names the hosts that it was resolved with; with the constraints
-every machine's own lock comes out the same. Needs uv and a package index, nothing else.
+``uv.lock`` is not kept in the repository, because it contains the addresses of package indexes. With the constraints, every
+machine creates the same lock. The script needs only uv and a package index.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def locked_versions(lock: dict[str, Any]) -> list[str]:
 
 
 def build_versions(folder: Path, text: str, keep: bool) -> list[str]:
-    """Pins of the build backend and of what it needs."""
+    """Pins of the build backend and its dependencies."""
     project = tomllib.loads(text)
     (folder / "build.in").write_text("\n".join(project["build-system"]["requires"]))
     known = project["tool"]["uv"].get("build-constraint-dependencies", []) if keep else []
@@ -88,7 +88,11 @@ def build_versions(folder: Path, text: str, keep: bool) -> list[str]:
 
 
 def export(folder: Path, *options: str) -> str:
-    """A requirements file of the lock."""
+    """Export the lock as text of a requirements file.
+
+    Raises:
+        SystemExit: the text contains an address.
+    """
     content = uv(folder, "export", "--locked", "--no-emit-project", "--no-header", "--no-annotate", *options)
     hosts = [line for line in content.splitlines() if HOST.search(line)]
     if hosts:
@@ -97,7 +101,7 @@ def export(folder: Path, *options: str) -> str:
 
 
 def with_pins(text: str, pins: list[str], build: list[str]) -> str:
-    """``pyproject.toml`` with other pins between its marker comments."""
+    """The text of ``pyproject.toml`` with the pins between its marker comments replaced."""
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
@@ -116,7 +120,7 @@ def replace(path: Path, content: str) -> None:
 
 
 def uv(folder: Path, *arguments: str) -> str:
-    """What a uv command prints."""
+    """Run a uv command and return its output."""
     result = subprocess.run(["uv", *arguments], cwd=folder, capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(f"uv {' '.join(arguments)}: {result.stderr.strip()}")

@@ -1,4 +1,4 @@
-"""The table of pieces that methods share: public functions and classes, what they do, and who uses them. Read, not run."""
+"""The table of shared functions and classes: what each computes and which methods use it. The files are parsed, not imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src/detdistill"
 
 
 def pieces_table() -> str:
-    """For each file its story and a table of its pieces."""
+    """For each file, the first sentence of its docstring and a table of its public functions and classes."""
     users = _users()
     parts = []
     for path in [PACKAGE / "methods/shared/align.py", *sorted((PACKAGE / "functional").glob("*.py"))]:
@@ -37,7 +37,7 @@ def _is_protocol(node: ast.FunctionDef | ast.ClassDef) -> bool:
 
 
 def _users() -> dict[tuple[str, str], set[str]]:
-    """Methods (their slugs) and other rooms that import a name of a module."""
+    """The users (methods by slug, other packages by name) of each (module, name) that is imported anywhere."""
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
     for path in PACKAGE.rglob("*.py"):
         for module, name in _imported(path):
@@ -46,14 +46,14 @@ def _users() -> dict[tuple[str, str], set[str]]:
 
 
 def _user(path: Path) -> str:
-    """How the table names a file: a method by its slug, any other file by its room."""
+    """Name of a file in the table: the slug of a method, or the package of any other file."""
     room, rest = _room(path), path.relative_to(PACKAGE).parts[1:]
     is_method = room == "methods" and rest[0] not in ("shared", "__init__.py")
     return f"`{rest[0].removesuffix('.py')}`" if is_method else room.removesuffix(".py")
 
 
 def _in_words(users: set[str]) -> str:
-    """Methods first; the shared files themselves only where nobody else is named."""
+    """Users as text, methods first; the shared packages themselves are listed only if there are no other users."""
     others = users - {"functional", "methods", "losses"}
     return ", ".join(sorted(others, key=lambda user: (not user.startswith("`"), user)) or sorted(users)) or "-"
 

@@ -1,11 +1,11 @@
-"""Write the tables of the docs from what the package says of itself: no fact in them is typed by hand.
+"""Generate the tables of README.md and docs/ from the code and its docstrings.
 
     uv run python tools/tables.py                          write README.md and docs/
-    uv run python tools/tables.py docs/methods/pkd.md      write one page; quick where no detectors are tried for it
-    uv run python tools/tables.py --check                  only say which files are out of date; exit code 1 if any is
+    uv run python tools/tables.py docs/methods/pkd.md      write one page; quick if its tables need no detectors
+    uv run python tools/tables.py --check                  list files that are out of date; exit code 1 if there are any
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. Which pairs a method serves is found by building it
-for every pair of detectors, on small backbones with random weights. A method's page is ``docs/methods/<slug>.md``.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. To find the pairs that a method can be used with, the method
+is built for every pair of detectors, on small backbones with random weights. A method's page is ``docs/methods/<slug>.md``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ METHOD_PAGES = ROOT / "docs/methods"
 EXAMPLE = ROOT / "tests/methods/example_method.py"
 TABLE = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 VARIANTS = ("cwd,on=logits",)
-"""Forms of methods that ask for more than the method's default."""
+"""Methods with settings that need more than the method's defaults; they get their own row in the table of pairs."""
 
 
 def main() -> None:
@@ -66,24 +66,24 @@ def main() -> None:
 
 
 def with_tables(text: str, page: Path) -> str:
-    """The text of a page with its tables as they are today."""
+    """The text of a page with its tables generated anew."""
     own = tables_of(page.stem) if page.parent == METHOD_PAGES and page.stem in method_slugs() else {}
     return TABLE.sub(lambda found: f"{found[1]}\n{own[found[2]] if found[2] in own else TABLES[found[2]]()}\n{found[3]}", text)
 
 
 def example() -> str:
-    """The worked example of a method, which is a file of the tests."""
+    """The worked example of a method, from a file of the tests."""
     return f"```python\n{EXAMPLE.read_text(encoding='utf-8').rstrip()}\n```\n"
 
 
 @functools.cache
 def probed() -> Sequence[Probed]:
-    """All detectors, tried."""
+    """The results of running every detector."""
     return probe_all()
 
 
 def pairs_table() -> str:
-    """Which pairs of detectors a method accepts, told by whichever are fewer: those it refuses, or those it serves."""
+    """The table of pairs of detectors that each method accepts; lists the accepted or the refused pairs, whichever are fewer."""
     # What cannot be built stands in the table of detectors with its reason; it takes part in no pair.
     detectors = {found.name: tiny_detector(found.name) for found in probed() if found.results}
     rows = []
@@ -100,7 +100,7 @@ def pairs_table() -> str:
 
 
 def by_student(pairs: Sequence[tuple[str, str]], teachers: int) -> str:
-    """Students with the same teachers together."""
+    """Pairs as text, grouped by students that have the same teachers."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for student in dict.fromkeys(student for _, student in pairs):
         groups.setdefault(tuple(t for t, s in pairs if s == student), []).append(student)
@@ -125,14 +125,14 @@ def serves(method: str, teacher: Teacher | None, student: Detector) -> bool:
 
 
 def detectors_table() -> str:
-    """What each adapter predicts and can do, as found by running it; whatever fails, with its reason below the table."""
+    """The table of adapters and their capabilities, found by running them; failures and their reasons follow the table."""
     rows = [(f"`{found.name}`", found.about, found.family, *map(found.cell, CHECKS)) for found in probed()]
     failures = "".join(f"\n- {line}" for found in probed() for line in found.failures)
     return table(("detector", "what it is", "predicts", *CHECKS), *rows) + (failures + "\n" if failures else "")
 
 
 def model_options_table() -> str:
-    """Options of model strings: each with its meaning, its defaults and the detectors that have it."""
+    """The table of options of model strings: meaning, defaults, and the detectors that have the option."""
     kinds: dict[str, type[ModelOptions]] = {}
     for name in adapter_names():
         module = adapter(name)
@@ -152,14 +152,14 @@ def model_options_table() -> str:
 
 
 def _some(labels: Sequence[str], every: Iterable[str]) -> str:
-    """Names, or those of all others if they are fewer."""
+    """The labels as text, or "all but" the other labels if those are fewer."""
     others = [name for name in every if name not in labels]
     few = len(others) < len(labels)
     return ("all but " if few else "") + ", ".join(others if few else labels)
 
 
 def field_words(kind: type) -> dict[str, str]:
-    """The strings below a dataclass's fields, by the field's name; those of its bases where it has none."""
+    """The string below each field of a dataclass, by the field's name; inherited fields are included."""
     words: dict[str, str] = {}
     for part in reversed(kind.__mro__[:-1]):
         body = ast.parse(inspect.getsource(part)).body[0]
@@ -171,7 +171,7 @@ def field_words(kind: type) -> dict[str, str]:
 
 
 def settings_table(kind: type, beside: type | None = None) -> str:
-    """Settings with their defaults, described by the docstring."""
+    """The table of a class's settings with default and meaning; settings that ``beside`` also has are left out."""
     known = {field.name for field in dataclasses.fields(beside)} if beside else set()
     words = described_arguments(kind)
     rows = [
@@ -194,7 +194,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pieces": pieces_table,
     "example": example,
 }
-"""Tables of all pages but those that only a method's page has, made when a page asks for them."""
+"""Functions that generate the tables, except those that only a method's page has."""
 
 
 if __name__ == "__main__":

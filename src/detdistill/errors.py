@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line that says what, where and what to do. The command line prints just that line."""
+"""Errors in the user's input: one line that says what, where and what to do. The command line prints only this line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 
 class DetdistillError(ValueError):
-    """Base of all errors that are the input's, not ours."""
+    """Base of all errors that are caused by the user's input."""
 
 
 class DataError(DetdistillError):
@@ -19,25 +19,25 @@ class ModelError(DetdistillError):
 
 
 class ClassCountError(ModelError):
-    """A detector with weights knows another number of classes than is wanted."""
+    """A detector with weights has a different number of classes than required."""
 
 
 class ClassNameError(ModelError):
-    """A detector does not know some of the classes that are wanted, by their names."""
+    """A detector lacks some of the required classes; classes are compared by name."""
 
 
 class RunError(DetdistillError):
-    """A run cannot start or go on."""
+    """A run cannot start or continue."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the closest choice, or nothing."""
+    """`` (did you mean 'x'?)`` with the closest choice, or an empty text if none is close."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def name_list(names: Sequence[str], differing: Collection[str] = (), most: int = 12) -> str:
-    """Names for a message: all of them up to ``most``; of more the first, and those that make the difference.
+    """Join names for a message; if there are more than ``most``, show the first ones and those in ``differing``.
 
     Example:
         >>> name_list([str(number) for number in range(80)], differing=["41", "7", "79"], most=6)

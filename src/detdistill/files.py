@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, write: Any) -> None:
-    """Call ``write`` with a temporary path in the same folder, then put the file in place."""
+    """Call ``write`` with a temporary path in the same folder, then rename the file to ``path``."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)

@@ -1,4 +1,4 @@
-"""The pure functions of all methods: tensors in, tensors out, usable in anybody's loop.
+"""The pure functions of all methods: tensors in, tensors out, usable in any training loop.
 
     from detdistill.losses import pkd_loss
 

@@ -1,7 +1,7 @@
-"""Layouts for the terminal and for pipes: prose wraps between words; names, paths and numbers are never cut or broken.
+"""Layouts for terminals and pipes: prose wraps between words; names, paths and numbers are never cut or broken.
 
-Functions print to a rich console and use its width: that of the terminal, the environment variable ``COLUMNS``, or 80. Rich
-leaves colours out where the output is no terminal.
+All functions print to a rich console and use its width: the terminal's, the environment variable ``COLUMNS``, or 80. Rich
+omits colours if the output is not a terminal.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from rich.text import Text
 
 
 def stdout() -> Console:
-    """The console on which commands print their results; progress and notes go to stderr (``progress.Progress``)."""
+    """The console for results of commands; progress and notes go to stderr (``progress.Progress``)."""
     return Console(highlight=False)
 
 
 def wrap(text: str | Text, width: int) -> list[Text]:
-    """Break text between words into lines of at most ``width`` columns, each in the text's styles.
+    """Break text between words into lines of at most ``width`` columns; styles are kept.
 
-    A wider word (a path, a model string) stays whole on a line of its own. A command in backquotes is broken only where no
-    line can hold it, so that it can be copied.
+    A word wider than ``width`` (a path, a model string) gets a line of its own and is not broken. A command in backquotes is
+    broken only if it is wider than ``width``, so that it can be copied.
 
     >>> [str(line) for line in wrap("for runs/fcos/with/a/teacher run `detdistill recipes`", 21)]
     ['for', 'runs/fcos/with/a/teacher', 'run', '`detdistill recipes`']
@@ -41,7 +41,7 @@ def wrap(text: str | Text, width: int) -> list[Text]:
 
 
 def _words(text: str, width: int) -> Iterator[tuple[int, int]]:
-    """First and last index of everything that stays in one piece."""
+    """First and last index of each piece of text that must not be broken."""
     for found in re.finditer(r"(?:`[^`]*`|\S)+", text):
         if cell_len(found[0]) <= width:
             yield found.span()
@@ -50,14 +50,14 @@ def _words(text: str, width: int) -> Iterator[tuple[int, int]]:
 
 
 def line(console: Console, *parts: str | Text) -> None:
-    """Print one line whole, however long it is."""
+    """Print one line without wrapping, however long it is."""
     whole = Text.assemble(*parts)
     whole.rstrip()
     console.print(whole, soft_wrap=True, highlight=False)
 
 
 def labelled(console: Console, label: str, name: str) -> None:
-    """Print a name (a path, a model string) whole: beside its label, or below it where the line is too short."""
+    """Print a name (a path, a model string) unbroken: beside its label, or below the label if the line is too short."""
     if cell_len(f"{label} {name}") <= console.width:
         line(console, f"{label} {name}")
     else:
@@ -66,13 +66,13 @@ def labelled(console: Console, label: str, name: str) -> None:
 
 
 def paragraph(console: Console, text: str | Text, first: str | Text = "", indent: int | None = None) -> None:
-    """Print wrapped prose. A word too wide for it is moved to the left as far as the line needs, to stay in one piece.
+    """Print wrapped prose. A word too wide for the indented line is indented less, so that it need not be broken.
 
     Args:
-        console: where to.
+        console: the console to print to.
         text: the prose.
-        first: what stands before its first line.
-        indent: columns before each further line; None: as many as ``first`` takes.
+        first: text before the first line of the prose.
+        indent: columns before each further line; None: the width of ``first``.
     """
     taken = cell_len(str(first))
     further = " " * (taken if indent is None else indent)
@@ -88,9 +88,9 @@ def paragraph(console: Console, text: str | Text, first: str | Text = "", indent
 
 
 def entries(console: Console, items: Iterable[tuple[str, Sequence[str | Text]]]) -> None:
-    """Print names and, in a column beside them, paragraphs about each.
+    """Print names in one column and paragraphs about each name in a second column.
 
-    A name that takes more than a third of the line stands above its paragraphs.
+    A name wider than a third of the line is printed above its paragraphs.
     """
     items = list(items)
     column = 2 + max((cell_len(name) for name, _ in items if cell_len(name) <= console.width // 3), default=0)
@@ -113,15 +113,15 @@ def table(
     left: Collection[str] = (),
     indent: int = 0,
 ) -> None:
-    """Print aligned columns, the first one of names.
+    """Print aligned columns; the first column holds names.
 
-    A name that leaves no room for the rest of its row stands above it.
+    A name too wide for its row is printed on a line above the row.
 
     Args:
-        console: where to.
+        console: the console to print to.
         head: titles of the columns.
         rows: cells of each row.
-        left: titles of further columns that are aligned to the left; the others are numbers.
+        left: titles of columns, beside the first, that are aligned to the left; all others are aligned to the right.
         indent: columns before each line.
     """
     cells = [[Text(title, "bold") for title in head]]
@@ -141,7 +141,7 @@ def table(
 
 
 def grid(console: Console, values: Mapping[str, str], per_line: int = 6) -> None:
-    """Print short values below their names, ``per_line`` of them side by side or as many as fit."""
+    """Print short values below their names, up to ``per_line`` side by side (fewer if the line is too short)."""
     width = 2 + max(cell_len(text) for pair in values.items() for text in pair)
     per_line = max(1, min(per_line, console.width // width))
     items = list(values.items())

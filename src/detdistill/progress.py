@@ -1,4 +1,4 @@
-"""One progress display for everything that takes time; plain lines where there is no terminal."""
+"""Progress display: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """A stack of bars on a terminal; elsewhere a line now and then.
+    """Progress bars on a terminal; elsewhere a plain line at most every 15 seconds for each task.
 
     Example:
         with Progress() as progress:
@@ -20,7 +20,12 @@ class Progress:
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
-        """``quiet`` shows nothing at all."""
+        """Create the display; nothing is drawn before ``with``.
+
+        Args:
+            console: the console to draw on; None: stderr.
+            quiet: show nothing.
+        """
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
@@ -39,7 +44,7 @@ class Progress:
         self.rich = RichProgress(*columns, console=self.console, disable=not self.live)
 
     def __enter__(self) -> Self:
-        """Start drawing; entering again inside is harmless."""
+        """Start drawing; may be nested."""
         self._depth += 1
         if self._depth == 1:
             self.rich.start()
@@ -52,11 +57,11 @@ class Progress:
             self.rich.stop()
 
     def bar(self, title: str, total: int) -> Bar:
-        """A new bar."""
+        """Add a bar for ``total`` steps."""
         return Bar(self, title, total)
 
     def say(self, text: str) -> None:
-        """A line above the bars; on a terminal it wraps between words, so that paths stay whole."""
+        """Print a line above the bars; on a terminal it wraps between words, so that paths are not broken."""
         from rich.text import Text
 
         from detdistill import printing
@@ -69,7 +74,7 @@ class Progress:
 
 
 class Bar:
-    """One task."""
+    """Progress of one task."""
 
     def __init__(self, progress: Progress, title: str, total: int) -> None:
         """Made by ``Progress.bar``."""
@@ -78,7 +83,7 @@ class Bar:
         self._said = time.monotonic()
 
     def update(self, done: int, text: str | None = None) -> None:
-        """Show how much is done; a plain line at most every 15 seconds where there is no terminal."""
+        """Show the number of steps done; without a terminal, print a plain line at most every 15 seconds."""
         if text is None:
             self.progress.rich.update(self.task, completed=done)
         else:
@@ -87,17 +92,17 @@ class Bar:
             self.say(f"{done}/{self.total} {text or ''}")
 
     def follow(self, done: int, total: int) -> None:
-        """Show how much of how much is done: a callback for whoever counts for itself."""
+        """Show both numbers, done and total; for use as a callback."""
         self.resize(total)
         self.update(done)
 
     def resize(self, total: int) -> None:
-        """Correct how much there is to do."""
+        """Change the total number of steps."""
         if total != self.total:
             self.total = total
             self.progress.rich.update(self.task, total=total)
 
     def say(self, text: str) -> None:
-        """A line about this task."""
+        """Print a line about this task, beginning with its title."""
         self._said = time.monotonic()
         self.progress.say(f"[bold]{self.title}[/bold]  {text}")

@@ -1,4 +1,4 @@
-"""The settings of a run: typed, flat, checked, and light to import (the command line is built from these classes)."""
+"""Settings of a run: typed, flat and checked. The module imports quickly; the command line is built from its classes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from detdistill.values import Count, Fraction, Index, Limits, Positive, Weight, 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a setting decides; it stands in the setting's annotation."""
+    """Parts of the program that a setting affects; given in the setting's annotation."""
 
     run: bool = True
-    """What the run does: a run can be resumed with no other value."""
+    """It affects the run: a run can be resumed only with the same value."""
     stage: bool = True
-    """What an earlier stage of a method learns: its result serves runs with other values if this is False."""
+    """It affects the result of a method's earlier stage: only runs with the same value reuse that result."""
     views: bool = False
-    """How images are made."""
+    """It affects how images are resized and augmented."""
     cache: bool = True
-    """Something that `detdistill cache` does."""
+    """`detdistill cache` has this setting."""
 
 
 LEARNING = Effect()
 VIEWS = Effect(views=True)
 CHANCE = Effect(stage=False)
-"""The run is another one, but not in kind: its random numbers, the machine it uses."""
+"""Effect of random seeds and of the machine: results of earlier stages are reused with other values. Also the effect of
+``epochs``, because a stage's own length is compared instead."""
 RUN_ONLY = Effect(stage=False, cache=False)
-"""Watching, saving, averaging: of the run alone."""
+"""Effect of logging, saving and averaging: the run only."""
 NOTHING = Effect(run=False, stage=False)
-"""Neither weights nor numbers."""
+"""No effect on weights or measured numbers."""
 NOTHING_FOR_CACHES = Effect(run=False, stage=False, cache=False)
+"""No effect on weights or measured numbers, and no setting of `detdistill cache`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,44 +46,44 @@ class TrainSettings:
 
     Args:
         epochs: passes over the training images.
-        steps: optimizer steps; when given, training ends there instead of after ``epochs``.
-        seed: of weights, order and augmentation.
+        steps: optimizer steps; if given, this is the length of the training instead of ``epochs``.
+        seed: random seed of weights, order of images and augmentation.
         batch: images per step and process.
         accumulate: batches per optimizer step.
         optimizer: AdamW, or SGD with momentum 0.9.
         lr: peak learning rate.
-        backbone_lr_factor: times ``lr``, for the backbone's weights; DETRs from pretrained backbones take 0.1.
+        backbone_lr_factor: factor on ``lr`` for the backbone's weights; 0.1 is usual for DETRs with a pretrained backbone.
         weight_decay: not applied to biases and norms.
         schedule: one_cycle (torch's, 15 % warm-up), cosine, step (x0.1 at 2/3 and 11/12 of the run) or constant.
         warmup_steps: linear warm-up for cosine, step and constant.
         clip: largest norm of the gradient; 0 turns clipping off.
-        ema: decay of an exponential moving average of the student, which is then what is evaluated and exported; 0: off.
-        precision: bf16 or 16 compute the networks in half precision; losses stay in float32.
-        channels_last: memory layout; faster for convolutions in half precision.
+        ema: decay of an exponential moving average of the student, which is evaluated and exported instead of it; 0: off.
+        precision: of the networks; bf16 and 16 are half precision. Losses are always computed in float32.
+        channels_last: use the channels-last memory layout; faster for convolutions in half precision.
         device: auto, cpu or cuda.
         devices: processes (GPUs, or CPU processes) per node.
         nodes: number of machines; start the same command on each with torchrun's environment variables.
-        threads: torch threads of each process; 0 leaves torch's choice.
+        threads: torch threads of each process; 0: torch's default.
         workers: processes that load images; 0 loads in the training process.
-        in_memory: keep decoded, resized images in memory (small sets).
-        deterministic: forbid operations that differ from run to run.
-        size: side of the images the detector sees (short side for resize=short_side).
-        resize: letterbox keeps the aspect and pads, stretch does not, short_side keeps it and pads in the batch.
-        max_size: longest side for resize=short_side.
+        in_memory: keep decoded, resized images in memory (for small data sets).
+        deterministic: forbid operations whose results differ from run to run.
+        size: side of the detector's input images in pixels (short side for resize=short_side).
+        resize: letterbox keeps the aspect and pads to a square; stretch changes it; short_side keeps it and pads in the batch.
+        max_size: largest long side in pixels for resize=short_side.
         flip: probability of a horizontal flip.
         colour: strength of colour jitter, 0..1.
         scale_jitter: smallest and largest zoom, e.g. 0.5,1.5; none turns it off.
-        scales: factors on the resized image, e.g. 0.8,1,1.2, one of which is drawn for each image; a cache can hold these.
-        mosaic: probability of putting four images into one.
+        scales: factors on the size of the resized image, one drawn for each image, e.g. 0.8,1,1.2; caches support them.
+        mosaic: probability of combining four images into one.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
-        instability: validation images on which changes of the queries' matching are counted at each evaluation; 0: off.
-        checkpoint_every: steps between checkpoints beside the one of each epoch; 0: none.
+        instability: number of validation images for measuring how much the matching of queries changes; 0: off.
+        checkpoint_every: steps between further checkpoints within an epoch; 0: none.
         log_every: steps between rows of metrics.csv.
         monitor_every: steps between measurements of each loss term's share of the gradient; 0: never.
-        track: also log to these services, which must be installed.
+        track: further services to log to; their packages must be installed.
         strict: refuse data with defects instead of skipping them.
-        out: run folder; none makes a new one under runs/.
-        resume: go on with the run folder ``out``.
+        out: run folder; none creates a new one under runs/.
+        resume: continue the run in the folder ``out``.
         report: write ``report.html`` at the end.
     """
 
@@ -150,14 +152,14 @@ class DistillSettings(TrainSettings):
     Args:
         method: one method or several joined by ``+``, each with its own settings after commas: ``fgd,temperature=0.8+pkd``.
         distill_weight: factor on all distillation losses together.
-        inherit: copy the teacher's neck and head into the student where names and shapes agree, before training.
-        baseline: also train the student alone, same seeds and schedule, and compare.
-        seeds: run once for each of these seeds instead of ``seed`` alone.
-        jobs: runs at a time; each is a process of its own.
-        score_teacher: evaluate the teacher before anything is trained.
-        other_classes: the teacher may know other classes than the data has; methods on features do not mind.
-        cache: folder or URL that `detdistill cache` filled; the teacher is not run, and need not be named.
-        stages: where results of methods' own earlier stages are kept, to be used again by runs they fit.
+        inherit: before training, copy the teacher's neck and head weights whose names and shapes agree into the student.
+        baseline: also train the student without a teacher, with the same seeds and schedule, and compare.
+        seeds: run once for each of these seeds instead of for ``seed``.
+        jobs: number of runs at the same time, each in its own process.
+        score_teacher: evaluate the teacher before training.
+        other_classes: allow a teacher that lacks some classes of the data; enough for methods that compare features only.
+        cache: folder or URL written by `detdistill cache`; the teacher is not run, and --teacher is optional.
+        stages: folder for the results of methods' earlier stages, which later runs reuse.
     """
 
     method: str = "pkd"
@@ -184,16 +186,16 @@ class DistillSettings(TrainSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings(TrainSettings):
-    """How the teacher's answers are cached: a run's image settings, and the store.
+    """Cache of a teacher's outputs: image settings of the run, and number format.
 
     Args:
         method: one method or several joined by ``+``, as for ``distill``.
-        store: what numbers are kept as; auto: the smallest down to int8 that changes no loss of the probe by more than 1 %.
-        probe: images that forecast and choice are made from.
+        store: number format; auto: the smallest, down to int8, that changes no loss on the probe images by more than 1 %.
+        probe: number of images for the forecast and for the choice of the number format.
         dry_run: stop after the forecast.
-        shard: most records of one file; what a killed process has to do again.
-        other_classes: the teacher may know other classes than the data has; methods on features do not mind.
-        stages: where results of methods' own earlier stages are kept, to be used again by runs they fit.
+        shard: largest number of records in a file; a killed process has to repeat at most this many.
+        other_classes: allow a teacher that lacks some classes of the data; enough for methods that compare features only.
+        stages: folder for the results of methods' earlier stages, which later runs reuse.
     """
 
     method: str = "pkd"
@@ -206,14 +208,19 @@ class CacheSettings(TrainSettings):
 
 
 def effects(kind: type[TrainSettings]) -> Mapping[str, Effect]:
-    """What each setting of one of the classes above decides, by its annotation."""
+    """The ``Effect`` of each setting of one of the classes above, from its annotation."""
     hints = typing.get_type_hints(kind, include_extras=True)
     notes = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in dataclasses.fields(kind)}
     return {name: next((note for note in given if isinstance(note, Effect)), LEARNING) for name, given in notes.items()}
 
 
 def names_where(kind: type[TrainSettings], decides: str, yes: bool = True) -> tuple[str, ...]:
-    """Settings of a class that decide something (a field of ``Effect``), or that do not.
+    """Names of the settings of a class for which a field of ``Effect`` has a given value.
+
+    Args:
+        kind: one of the classes above.
+        decides: name of the field of ``Effect``.
+        yes: the wanted value of the field.
 
     Example:
         >>> names_where(TrainSettings, "views")[:3]
@@ -223,16 +230,16 @@ def names_where(kind: type[TrainSettings], decides: str, yes: bool = True) -> tu
 
 
 RENAMED = {"dis": "distill_weight"}
-"""Settings that had another name in earlier versions: the old name, and the new one."""
+"""New names of settings that were renamed, by their old names."""
 
 
 def renamed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's ``config.yaml`` with today's names."""
+    """A run's ``config.yaml`` with old names of settings replaced by the current ones."""
     return {RENAMED.get(key, key): value for key, value in config.items()}
 
 
 def as_plain(settings: Any) -> dict[str, Any]:
-    """The settings as YAML and JSON can hold them."""
+    """The settings as plain values for YAML and JSON: paths become texts, tuples become lists."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Path):

@@ -1,7 +1,7 @@
-"""Typed values: one check and one reading for settings of runs, hyper-parameters of methods and options of models.
+"""Check and parse typed values: settings of runs, hyper-parameters of methods and options of models.
 
-A type says all that a value must be: ``Literal["a", "b"]``, ``int | None``, ``tuple[float, ...]``, and ``Weight`` and its
-relatives below, which are numbers with limits. Numbers are finite.
+Types are written as annotations: ``Literal["a", "b"]``, ``int | None``, ``tuple[float, ...]``, or a number with limits such as
+``Weight`` below. Numbers must be finite.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from detdistill.errors import nearest
 
 @dataclass(frozen=True)
 class Limits:
-    """Ends of the numbers that a type allows, both included unless ``above`` or ``below`` excludes one."""
+    """Smallest and largest allowed number, both included unless ``above`` or ``below`` is set."""
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
-    """The lower end itself is too small."""
+    """Numbers must be larger than ``low``."""
     below: bool = False
-    """The upper end itself is too large."""
+    """Numbers must be smaller than ``high``."""
 
     def __contains__(self, number: float) -> bool:
         large_enough = self.low < number if self.above else self.low <= number
         return large_enough and (number < self.high if self.below else number <= self.high)
 
     def __str__(self) -> str:
-        """As a sentence continues after "a number"."""
+        """The limits as text that continues "a number", e.g. ", 0 or more"."""
         if self.below:
             return f", {self.low:g} or more and below {self.high:g}"
         if self.high < math.inf:
@@ -45,26 +45,27 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ascending:
-    """Mark of a list whose numbers do not fall: ``Annotated[tuple[Count, Count], Ascending()]`` is a range."""
+    """Annotation of a list of numbers in ascending order: ``Annotated[tuple[Count, Count], Ascending()]`` is a range."""
 
 
 Weight = Annotated[float, Limits(0)]
-"""Factor of a loss, or another number that is 0 or more."""
+"""A number, 0 or more, such as the factor of a loss."""
 Positive = Annotated[float, Limits(0, above=True)]
-"""A number above 0: a temperature, a learning rate."""
+"""A number above 0, such as a temperature or a learning rate."""
 Fraction = Annotated[float, Limits(0, 1)]
-"""A part of a whole."""
+"""A number from 0 to 1."""
 Count = Annotated[int, Limits(1)]
-"""How many of something there must be: 1 or more."""
+"""A whole number, 1 or more."""
 Index = Annotated[int, Limits(0)]
 """A whole number, 0 or more."""
 
 
 def check(kind: Any, value: Any) -> Any:
-    """A value as its type has it: lists become tuples, whole numbers floats where a float is wanted.
+    """Check a value and convert it to its type: lists become tuples, and whole numbers become floats if the type is float.
 
     Raises:
-        ValueError: it is not of the type; the text reads after the value, ``is not a number, 0 or more``.
+        ValueError: the value is not of the type. The message continues a sentence that begins with the value, for example
+            ``is not a number, 0 or more``.
 
     Example:
         >>> check(tuple[int, ...] | None, [1, 2]), check(Weight, 2)
@@ -78,16 +79,16 @@ def check(kind: Any, value: Any) -> Any:
 
 
 def read(kind: Any, text: str, separator: str = "/") -> Any:
-    """A value from text: ``0.5``, ``true`` (or ``True``), ``none``, ``sum``, lists as ``0/1/2``.
+    """Parse a value from text: ``0.5``, ``true`` (or ``True``), ``none``, ``sum``, lists as ``0/1/2``.
 
     Raises:
-        ValueError: as ``check``.
+        ValueError: the text is not a value of the type; the message is as in ``check``.
 
     Example:
         >>> read(tuple[int, ...], "0/1/2"), read(Weight | None, "none"), read(bool, "true")
         ((0, 1, 2), None, True)
     """
-    for member in sorted(_members(kind), key=lambda one: one is not type(None)):  # "none" is no text where it means None
+    for member in sorted(_members(kind), key=lambda one: one is not type(None)):  # None first: "none" is not read as a text
         found = _fitted(member, _parsed(member, text, separator))
         if found is not _UNFIT:
             return found
@@ -100,7 +101,7 @@ _UNFIT = object()
 
 
 def _parsed(member: Any, text: str, separator: str) -> Any:
-    """What a text says to a type that is no union; the text itself where it says nothing."""
+    """Parse a text as a type that is no union; return the text itself if it cannot be parsed."""
     plain, _ = _stripped(member)
     if (item := _item(plain)) is not None:
         return [_parsed(item, part, separator) for part in text.split(separator)]
@@ -121,7 +122,7 @@ def _parsed(member: Any, text: str, separator: str) -> Any:
 
 
 def _fitted(member: Any, value: Any) -> Any:
-    """The value as a type that is no union has it, or ``_UNFIT``."""
+    """Convert a value to a type that is no union; return ``_UNFIT`` if it does not fit."""
     plain, limits = _stripped(member)
     if typing.get_origin(plain) is Literal:
         return value if value in typing.get_args(plain) else _UNFIT
@@ -146,7 +147,7 @@ def _fitted_any(kind: Any, value: Any) -> Any:
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
-    """The types of a union, also of one with limits; a single type otherwise."""
+    """The types of a union (each with the union's limits), or the type itself if it is no union."""
     plain, limits = _stripped(kind)
     if typing.get_origin(plain) not in (typing.Union, types.UnionType):
         return (kind,)
@@ -167,7 +168,7 @@ def _is_ascending(kind: Any) -> bool:
 
 
 def _item(kind: Any) -> Any:
-    """The type of a list's items; None: it is no list."""
+    """The type of a list's items; None if the type is no list."""
     origin = typing.get_origin(kind)
     if not isinstance(origin, type) or not issubclass(origin, collections.abc.Collection):
         return None
@@ -175,13 +176,13 @@ def _item(kind: Any) -> Any:
 
 
 def _length(kind: Any) -> int | None:
-    """How many items a tuple type has; None: any number."""
+    """Number of items of a tuple type; None: any number."""
     inner = typing.get_args(kind)
     return len(inner) if typing.get_origin(kind) is tuple and inner[-1] is not Ellipsis else None
 
 
 def choices(kind: Any) -> list[str]:
-    """The words that a type allows, if it is made of words."""
+    """The words that a type allows: the texts of its ``Literal`` members."""
     found: list[str] = []
     for member in _members(kind):
         plain, _ = _stripped(member)
@@ -193,7 +194,7 @@ def choices(kind: Any) -> list[str]:
 
 
 def in_words(kind: Any) -> str:
-    """How a message names a type, after "is not".
+    """Description of a type for messages, to be read after "is not".
 
     Example:
         >>> in_words(Weight | None), in_words(tuple[Count, ...])

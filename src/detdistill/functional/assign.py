@@ -1,4 +1,4 @@
-"""Which ground-truth box each anchor, point, proposal or predicted box belongs to: by overlap, or by distance and size.
+"""Assignment of anchors, points, proposals or predicted boxes to ground truth: by overlap, or by distance and size.
 
 Shape letters: P boxes or points to be matched, G ground-truth boxes.
 """
@@ -14,7 +14,7 @@ from detdistill.structures import IGNORED, NEGATIVE
 def pairwise_iou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
     """[N, M] intersection over union of every box of one set [N, 4] with every box of another [M, 4].
 
-    The union is at least 1e-6, so that boxes without an area overlap nothing instead of not being a number.
+    The union is at least 1e-6, so that boxes without area have IoU 0 and not NaN.
     """
     corner = torch.maximum(first_xyxy[:, None, :2], second_xyxy[None, :, :2])
     opposite = torch.minimum(first_xyxy[:, None, 2:], second_xyxy[None, :, 2:])
@@ -34,19 +34,19 @@ def max_iou_assign(
 ) -> Tensor:
     """Match boxes to the ground truth they overlap most (Ren et al., "Faster R-CNN", section 3.1.2, with mmdet's ties).
 
-    A box is negative when its largest IoU is below ``negative``, and belongs to the ground truth of that IoU (the first
-    one on ties) when it is at least ``positive``; in between it is ignored. With ``low_quality``, every ground truth
-    whose best IoU is at least ``min_positive`` also takes ALL boxes of exactly that IoU, whatever they were before; the
-    last ground truth that claims a box has it.
+    A box is negative if its largest IoU is below ``negative``. It is matched to the ground truth of its largest IoU (the first
+    on ties) if that IoU is at least ``positive``. In between it is ignored. With ``low_quality``, every ground truth
+    whose best IoU is at least ``min_positive`` is also matched to ALL boxes of exactly that IoU, even if these were negative,
+    ignored or matched otherwise. If several ground truths claim a box in this way, the last one is matched to it.
 
     Args:
         boxes_xyxy: [P, 4].
-        ground_truth_xyxy: [G, 4]; without any, all boxes are negative.
-        positive: IoU from which on a box is positive.
+        ground_truth_xyxy: [G, 4]; if G is 0, all boxes are negative.
+        positive: smallest IoU of a positive box.
         negative: IoU below which a box is negative.
-        min_positive: the least best IoU of a low-quality match. With 0, as mmdet's RetinaNet has it, a ground truth that
-            overlaps nothing takes every box of IoU 0; any number above 0 prevents that.
-        low_quality: allow such matches.
+        min_positive: smallest IoU of a low-quality match. With 0, as in mmdet's RetinaNet, a ground truth that
+            overlaps no box is matched to every box; any number above 0 prevents that.
+        low_quality: allow low-quality matches.
 
     Returns:
         [P] int64: index of the ground truth, -1 negative, -2 ignored.
@@ -67,7 +67,7 @@ def max_iou_assign(
         best_box = overlaps.amax(dim=1, keepdim=True)  # [G, 1]
         claims = (overlaps == best_box) & (best_box >= min_positive)
         numbers = torch.arange(1, len(ground_truth_xyxy) + 1, device=matched.device)[:, None]
-        last = (claims * numbers).amax(dim=0) - 1  # [P], -1 where nobody claims
+        last = (claims * numbers).amax(dim=0) - 1  # [P], -1 for unclaimed boxes
         matched = torch.where(last >= 0, last, matched)
     return matched
 
@@ -77,15 +77,15 @@ def point_assign(points_xy: Tensor, strides: Tensor, ground_truth_xyxy: Tensor, 
     """Match each ground truth to the points nearest its centre, on the level of its size (RepPoints, section 4).
 
     The level of a box of w x h pixels is the one of stride ``2^l``, ``l = trunc((log2(w / scale) + log2(h / scale)) / 2)``,
-    or the nearest there is. Distances are in box widths and heights. Of the ground truths that want a point, the nearest
-    has it (the first one on ties); the others get none in its place.
+    or the nearest existing level. Distances are measured in box widths and heights. A point that is among the nearest points of
+    several ground truths is matched to the nearest of them (the first on ties); the others get no point as a substitute.
 
     Args:
         points_xy: [P, 2] pixels.
         strides: [P] stride of each point's level, powers of 2.
-        ground_truth_xyxy: [G, 4]; without any, all points are negative.
-        scale: side, in strides, of the boxes that a level is made for.
-        count: points that a ground truth wants.
+        ground_truth_xyxy: [G, 4]; if G is 0, all points are negative.
+        scale: side of the boxes of a level, in strides.
+        count: number of nearest points of each ground truth.
 
     Returns:
         [P] int64: index of the ground truth, -1 negative.

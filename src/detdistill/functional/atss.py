@@ -1,7 +1,7 @@
-"""Adaptive training sample selection: which anchors answer for which box, by the statistics of their overlaps.
+"""Adaptive training sample selection (ATSS): assignment of anchors to boxes by the statistics of their overlaps.
 
 Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample Selection",
-CVPR 2020, algorithm 1. Also the rule of GFL, LD and others.
+CVPR 2020, algorithm 1. GFL, LD and others use it, too.
 
 Shape letters: P anchors of an image, G ground-truth boxes.
 """
@@ -17,19 +17,20 @@ from detdistill.structures import NEGATIVE
 
 @torch.no_grad()
 def atss_assign(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Tensor, candidates: int = 9) -> tuple[Tensor, Tensor]:
-    """Match the anchors of one image.
+    """Match the anchors of one image to its ground truth.
 
-    For each ground truth: the ``candidates`` anchors of each level whose centres are nearest to its centre; of these, the
-    ones whose IoU is at least mean + standard deviation (unbiased) of all of them, and whose centre lies inside the box by
-    more than 0.01 pixel. An anchor that several boxes claim goes to the one of highest IoU, on ties the first.
+    The candidates of a ground truth are the ``candidates`` anchors of each level whose centres are nearest to its centre. Of
+    these, it is matched to the ones whose IoU is at least mean + standard deviation (unbiased) of the candidates' IoUs, and
+    whose centre lies inside the box by more than 0.01 pixel. An anchor that several boxes claim is matched to the box of
+    highest IoU (the first on ties).
 
-    Which of several equally near anchors are candidates is ``torch.topk``'s choice and may differ between devices.
+    If several anchors are equally near, ``torch.topk`` decides which are candidates; this may differ between devices.
 
     Args:
-        anchors_xyxy: [P, 4]; only those that may take part.
-        levels: [P] level of each.
-        ground_truth_xyxy: [G, 4]; without any, all anchors are negative.
-        candidates: of each level and box, fewer on levels that have fewer anchors.
+        anchors_xyxy: [P, 4] anchors that may be matched.
+        levels: [P] level of each anchor.
+        ground_truth_xyxy: [G, 4]; if G is 0, all anchors are negative.
+        candidates: number of candidates for each level and box; levels with fewer anchors give all of them.
 
     Returns:
         [P] int64: index of the ground truth or -1; and [P] its IoU with the anchor, 0 for negatives.

@@ -1,7 +1,7 @@
-"""Where a feature map is strong: softmax of its mean absolute value, over cells and over channels.
+"""Attention maps of a feature map: softmax of its mean absolute value, over cells and over channels.
 
-Common to FKD (ICLR 2021), FGD (CVPR 2022) and the methods built on them. Both maps have mean 1. They are computed in at
-least float32, since a sum of magnitudes divided by a small temperature overflows half precision.
+FKD (ICLR 2021), FGD (CVPR 2022) and the methods built on them use these. Both attention maps have mean 1. They are computed in
+at least float32, because a sum of magnitudes divided by a small temperature overflows half precision.
 """
 
 from __future__ import annotations

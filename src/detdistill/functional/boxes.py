@@ -1,7 +1,8 @@
-"""How well boxes agree: IoU and generalised IoU by pairs, and the loss made of it; boxes from distances.
+"""IoU and generalised IoU of boxes, the GIoU loss, and boxes from distances to their sides.
 
-Unions and enclosing areas are at least 1e-6, as in mmdet, where torchvision adds 1e-7: equal for boxes of a pixel and more,
-different for tiny ones, and here boxes in other units (strides, parts of the image) are compared too.
+Unions and enclosing areas are clamped to at least 1e-6, as in mmdet; torchvision adds 1e-7 instead. The results are equal for
+boxes of at least a pixel but differ for very small boxes, which occur here because boxes may also be given in strides or as
+fractions of the image.
 
 Shape letters: N, M boxes.
 """
@@ -17,7 +18,7 @@ LEAST_AREA = 1e-6
 
 
 def paired_iou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
-    """[N] intersection over union of each box of one set [N, 4] with the box at its place in another [N, 4].
+    """[N] intersection over union of box i of one set [N, 4] with box i of another set [N, 4].
 
     Example:
         >>> paired_iou(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), torch.tensor([[1.0, 0.0, 3.0, 2.0]]))
@@ -28,9 +29,9 @@ def paired_iou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
 
 
 def paired_giou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
-    """[N] generalised IoU of the boxes at equal places: IoU - (enclosing area - union) / enclosing area.
+    """[N] generalised IoU of box i of one set [N, 4] with box i of another: IoU - (enclosing area - union) / enclosing area.
 
-    Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019, algorithm 1; between -1 and 1.
+    Between -1 and 1. Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019, algorithm 1.
     """
     overlap, union = _overlap_union(first_xyxy, second_xyxy)
     corner = torch.minimum(first_xyxy[..., :2], second_xyxy[..., :2])
@@ -45,7 +46,7 @@ def pairwise_giou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
 
 
 def giou_loss(boxes_xyxy: Tensor, targets_xyxy: Tensor) -> Tensor:
-    """[N] one minus the generalised IoU of boxes and their targets, [N, 4] each; not reduced.
+    """[N] GIoU loss, 1 - generalised IoU, of boxes [N, 4] and their targets [N, 4]; not reduced.
 
     Example:
         >>> giou_loss(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[1.0, 0.0, 2.0, 1.0]])).tolist()
@@ -55,17 +56,17 @@ def giou_loss(boxes_xyxy: Tensor, targets_xyxy: Tensor) -> Tensor:
 
 
 def boxes_from_distances(points_xy: Tensor, distances: Tensor) -> Tensor:
-    """Boxes [..., 4] of points [..., 2] and distances [..., 4] to the left, top, right and bottom side, in the same unit."""
+    """Boxes [..., 4] from points [..., 2] and distances [..., 4] to the left, top, right and bottom side, in the same unit."""
     return torch.cat([points_xy - distances[..., :2], points_xy + distances[..., 2:]], dim=-1)
 
 
 def distances_to_sides(points_xy: Tensor, boxes_xyxy: Tensor) -> Tensor:
-    """Distances [..., 4] of points [..., 2] to the left, top, right and bottom side; negative beyond it."""
+    """Distances [..., 4] of points [..., 2] to the left, top, right and bottom side of boxes; negative beyond a side."""
     return torch.cat([points_xy - boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - points_xy], dim=-1)
 
 
 def centerness_target(points_xy: Tensor, boxes_xyxy: Tensor) -> Tensor:
-    """How central points lie in their boxes: sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)).
+    """Centerness of points in their boxes: sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)).
 
     Tian et al., "FCOS", ICCV 2019, equation 3.
 

@@ -1,6 +1,6 @@
-"""Which cells of a feature map a box covers, by the rules of released codes, and which level of a pyramid a box belongs to.
+"""Cells of a feature map that a box covers, by the rules of released codes, and the pyramid level that a box belongs to.
 
-Papers say "inside the box"; their codes differ by a row or a column, which is much on a coarse level. Each rule has a name:
+Papers say "inside the box", but their codes differ by a row or a column, which matters on a coarse level. The rules are:
 
 | rule | first cell | last cell | a box smaller than a cell | methods |
 | --- | --- | --- | --- | --- |
@@ -24,11 +24,11 @@ from torch import Tensor
 from detdistill.functional.assign import pairwise_iou
 
 CHUNK = 2**22
-"""Numbers of a temporary tensor with one entry for each box and each place: boxes beyond that are taken in turns."""
+"""Largest size of a temporary tensor with one entry for each box and each place; more boxes are processed in chunks."""
 
 
 class BoxCells(NamedTuple):
-    """The cells of each of G boxes on a map of H x W: those in its rows AND in its columns."""
+    """The cells of each of G boxes on a map of H x W: a cell belongs to a box if its row AND its column do."""
 
     rows: Tensor
     """[G, H] bool."""
@@ -40,12 +40,12 @@ class BoxCells(NamedTuple):
         return self.rows[:, :, None] & self.columns[:, None, :]
 
     def union(self) -> Tensor:
-        """[H, W] bool: the cells of any box; none without boxes."""
+        """[H, W] bool: the cells of any box; all False if there are no boxes."""
         # The product counts the boxes on each cell. In half precision (autocast) it rounds, but never to 0.
         return (self.rows.float().T @ self.columns.float()) > 0
 
     def counts(self) -> Tensor:
-        """[G] int64: how many cells each box has on the map."""
+        """[G] int64: the number of cells of each box on the map."""
         return self.rows.sum(dim=1) * self.columns.sum(dim=1)
 
 
@@ -93,7 +93,7 @@ def floor_ceil_cells(boxes_xyxy: Tensor, image_hw: tuple[float, float], map_hw: 
 
 
 def truncated_span(boxes_xyxy: Tensor, stride: float, map_hw: tuple[int, int]) -> Tensor:
-    """First column and row of each box, and the ones after its last, by the rule of DeFeat's code.
+    """First column and row of each box, and the column and row after its last, by the rule of DeFeat's code.
 
     All four coordinates are divided by the stride, truncated towards zero and clipped by the map's edge, so the last cell that
     a box covers in part is left out. The span of a small box is empty; ``truncated_cells`` then gives it one cell.
@@ -216,21 +216,21 @@ def points_inside(points_xy: Tensor, boxes_xyxy: Tensor, margin: float = 0.0) ->
 
 
 def anchors_near_boxes(anchors_xyxy: Tensor, boxes_xyxy: Tensor, fraction: float = 0.5, plus_one: bool = False) -> Tensor:
-    """Which anchors overlap a box more than a fraction of the best: the rule of FGFI.
+    """Select the anchors near a box by the rule of FGFI: their IoU is above a fraction of the box's largest IoU.
 
-    For each box, the anchors whose IoU with it is larger than ``fraction`` times its largest IoU with any of the given anchors;
-    the result is their union. A box that overlaps no anchor selects none. Wang et al., "Distilling Object Detectors with
-    Fine-grained Feature Imitation", CVPR 2019, released code. Also DeFeat's masks of type "roi" and LD's fine-grained regions,
-    which differ in the anchors: those of the box's level alone (``level_of_box``), or those of all levels.
+    Each box selects the anchors whose IoU with it is larger than ``fraction`` times its largest IoU with any of the given
+    anchors; the result is the union over the boxes. A box that overlaps no anchor selects none. Wang et al., "Distilling Object
+    Detectors with Fine-grained Feature Imitation", CVPR 2019, released code. DeFeat's masks of type "roi" and LD's fine-grained
+    regions use the same rule; the given anchors are those of the box's level only (``level_of_box``), or those of all levels.
 
     Args:
-        anchors_xyxy: [P, 4] pixels; also those that cross the border of the image.
+        anchors_xyxy: [P, 4] pixels; anchors that cross the border of the image are included.
         boxes_xyxy: [G, 4] pixels.
-        fraction: psi; 0 gives all anchors that overlap a box, 1 gives none.
+        fraction: psi; with 0 all anchors that overlap a box are selected, with 1 none.
         plus_one: measure widths and heights as ``x2 - x1 + 1``, as FGFI's own code does; False in DeFeat's and LD's.
 
     Returns:
-        [P] bool; none without boxes.
+        [P] bool; all False if there are no boxes.
 
     Example:
         >>> anchors = torch.tensor([[0.0, 0.0, 8.0, 8.0], [8.0, 0.0, 16.0, 8.0], [16.0, 0.0, 24.0, 8.0]])
@@ -253,15 +253,15 @@ def anchors_near_boxes(anchors_xyxy: Tensor, boxes_xyxy: Tensor, fraction: float
 
 
 def level_of_box(boxes_xyxy: Tensor, num_levels: int, base: float = 56.0, plus_one: bool = True) -> Tensor:
-    """The level of a pyramid that a box of its size belongs to, finest 0.
+    """Index of the pyramid level that each box belongs to by its size; 0 is the finest level.
 
-    ``floor(log2(sqrt(width * height) / base + 1e-6))``, clamped to the levels there are: mmdet's rule for regions. Boxes below
+    ``floor(log2(sqrt(width * height) / base + 1e-6))``, clamped to the existing levels: mmdet's rule for regions. Boxes below
     twice the base belong to level 0, below four times to level 1, and so on.
 
     Args:
         boxes_xyxy: [G, 4] pixels.
-        num_levels: of the pyramid.
-        base: 56 for a pyramid that begins at stride 4 (released codes keep it for others, too).
+        num_levels: number of levels of the pyramid.
+        base: side in pixels; 56 for a pyramid that begins at stride 4 (released codes use it for other pyramids, too).
         plus_one: measure widths and heights as ``x2 - x1 + 1``, as DeFeat, FGFI on pyramids, TADF and Mimic do; False in
             SSD-Det's code.
 
@@ -286,7 +286,7 @@ def level_of_box(boxes_xyxy: Tensor, num_levels: int, base: float = 56.0, plus_o
 
 
 def _cells(start: Tensor, end: Tensor, map_hw: tuple[int, int]) -> BoxCells:
-    """The cells from ``start`` [G, 2] (column and row) to before ``end`` that are on the map."""
+    """The cells on the map from ``start`` [G, 2] (column and row) up to ``end``, exclusive."""
     height, width = map_hw
     rows = torch.arange(height, device=start.device)
     columns = torch.arange(width, device=start.device)

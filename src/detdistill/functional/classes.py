@@ -1,4 +1,4 @@
-"""Class outputs of two detectors, matched by name."""
+"""Match the class outputs of two detectors by name."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from detdistill.errors import DetdistillError, name_list
 
 
 def class_columns(student: Sequence[str], teacher: Sequence[str], softmax: bool) -> list[int]:
-    """Where each class output of a student is among the teacher's: ``teacher_logits[..., columns]`` is in the student's order.
+    """Index of each of the student's class outputs in the teacher: ``teacher_logits[..., columns]`` is in the student's order.
 
     Args:
-        student: its classes, in the order of its outputs.
-        teacher: its classes, likewise; those that the student does not have are left out.
-        softmax: both have one more output, the background, which comes last.
+        student: class names of the student, in the order of its outputs.
+        teacher: class names of the teacher, in the order of its outputs; classes that the student lacks are left out.
+        softmax: both detectors have one more output, the background, which comes last.
 
     Returns:
         K indices; K+1 with ``softmax``.
 
     Raises:
-        DetdistillError: the teacher does not know one of the student's classes.
+        DetdistillError: the teacher lacks one of the student's classes.
 
     Example:
         >>> class_columns(["b", "a"], ["a", "c", "b"], softmax=True)

@@ -1,7 +1,7 @@
-"""Divisors and weights of losses: positives of an assignment, and numbers of all processes of a distributed run.
+"""Divisors and weights of losses: numbers of positives, and sums and means over the processes of a distributed run.
 
-Functions that speak to other processes do so where ``torch.distributed`` is initialised; all processes must call them equally
-often. In a single process they give back what they were given.
+Functions that communicate do so if ``torch.distributed`` is initialised; then all processes must call them equally often. In
+a single process they return the values of their input.
 
 Shape letters: B images, P predictions of an image, L levels, M positives of the batch.
 """
@@ -15,14 +15,14 @@ from torch import Tensor
 from detdistill.structures import IGNORED, Assignment
 
 EPSILON = torch.finfo(torch.float32).eps
-"""1.2e-7: what mmdet adds to every divisor of a loss."""
+"""1.2e-7: mmdet adds this to every divisor of a loss."""
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of a tensor of any shape over all processes, without a graph."""
+    """The sum of a tensor of any shape over all processes, detached."""
     value = value.detach().clone()
     if _distributed():
         dist.all_reduce(value)
@@ -30,10 +30,10 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of a floating-point tensor of any shape over all processes, without a graph.
+    """The mean of a floating-point tensor of any shape over all processes, detached.
 
-    A loss that each process divides by the mean of a count, and whose gradients are averaged over processes, has the gradient
-    of one process with the whole batch.
+    If each process divides its loss by the mean of a count, and gradients are averaged over processes, the gradient equals
+    that of a single process with the whole batch.
     """
     value = sum_over_ranks(value)
     if _distributed():
@@ -42,10 +42,10 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 def gather_over_ranks(rows: Tensor) -> Tensor:
-    """The rows of all processes, this one's first, without a graph.
+    """Gather the rows of all processes, detached; this process's rows come first.
 
     Args:
-        rows: [N, ...]; N may differ between processes, the other dimensions not.
+        rows: [N, ...]; N may differ between processes, the other dimensions must not.
 
     Returns:
         [sum of N, ...]: this process's rows, then those of the others in the order of their ranks.
@@ -72,13 +72,13 @@ def _distributed() -> bool:
 
 
 def number_of_positives(assignment: Assignment, like: Tensor) -> Tensor:
-    """[] mmdet's divisor of dense losses: the positives of a batch, each image counting at least 1.
+    """[] mmdet's divisor of dense losses: the number of positives of a batch, where each image counts at least 1.
 
-    Averaged over processes, plus 1.2e-7. Never 0: an image without boxes counts 1.
+    Averaged over processes, plus 1.2e-7.
 
     Args:
-        assignment: of a dense prediction, [B, P].
-        like: the result has its floating-point type.
+        assignment: assignment [B, P] of a dense prediction.
+        like: tensor whose floating-point type the result has.
 
     Example:
         >>> float(number_of_positives(Assignment(torch.tensor([[0, 0, 1, -1], [-1, -1, -2, -1]])), torch.ones(())))
@@ -89,10 +89,10 @@ def number_of_positives(assignment: Assignment, like: Tensor) -> Tensor:
 
 
 def positives_per_level(assignment: Assignment, levels: Tensor, num_levels: int) -> Tensor:
-    """[L] int64 how many positives of the batch each level has, in this process.
+    """[L] int64 number of positives of the batch on each level, in this process.
 
     Args:
-        assignment: of a dense prediction, [B, P].
+        assignment: assignment [B, P] of a dense prediction.
         levels: [P] level of each prediction.
         num_levels: L.
 
@@ -106,11 +106,11 @@ def positives_per_level(assignment: Assignment, levels: Tensor, num_levels: int)
 
 
 def label_weights(assignment: Assignment, like: Tensor) -> Tensor:
-    """How much each prediction counts in a class loss: 0 where it is ignored, else the assignment's weight, or 1.
+    """Weight of each prediction in a classification loss: 0 if it is ignored, else the assignment's weight (default 1).
 
     Args:
-        assignment: of any prediction.
-        like: the result has its floating-point type.
+        assignment: assignment of any family of predictions.
+        like: tensor whose floating-point type the result has.
 
     Returns:
         The shape of ``assignment.matched``.
@@ -125,14 +125,14 @@ def label_weights(assignment: Assignment, like: Tensor) -> Tensor:
 
 
 def number_objects(image: Tensor, ground_truth: Tensor) -> tuple[Tensor, int]:
-    """Number the ground-truth boxes that have a positive, so that positives can be summed or compared object by object.
+    """Number the ground-truth boxes that have positives, so that positives can be summed or compared for each box.
 
     Args:
         image: [M] index of each positive's image.
-        ground_truth: [M] index of its box within the image.
+        ground_truth: [M] index of each positive's ground-truth box within the image.
 
     Returns:
-        [M] int64 the number of each positive's object, from 0 by image and box, and how many objects there are.
+        [M] int64 number of each positive's box, counted from 0 in the order of images and boxes; and the number of boxes.
 
     Example:
         >>> numbers, count = number_objects(torch.tensor([0, 0, 1, 0]), torch.tensor([5, 2, 2, 5]))

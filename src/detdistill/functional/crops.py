@@ -1,4 +1,4 @@
-"""Objects cut out of images by a spatial transformer: differentiable with respect to the boxes.
+"""Crops of boxes from images by a spatial transformer, differentiable with respect to the boxes.
 
 Jaderberg et al., "Spatial Transformer Networks", NeurIPS 2015, with the affine map of an axis-aligned box.
 
@@ -17,18 +17,18 @@ Size = tuple[int, int]
 
 
 def crop_boxes(images: Tensor, boxes_xyxy: Tensor, image: Tensor, size: int, sizes_hw: Sequence[Size] | None = None) -> Tensor:
-    """Each box resampled to S x S: one bilinear sample in the middle of each of its S x S cells; the aspect is not kept.
+    """Resample each box to S x S: one bilinear sample in the middle of each of its S x S bins; the aspect is not kept.
 
-    Equals ``torchvision.ops.roi_align`` with ``aligned=True, sampling_ratio=1`` inside the image, but the gradient flows into
-    the boxes too. Beyond the image there are zeros. Large boxes are sampled, not averaged. One call of ``grid_sample`` for
-    each image, so that no image is copied for each of its boxes. Coordinates are float32 or more, whatever autocast says.
+    Equals ``torchvision.ops.roi_align`` with ``aligned=True, sampling_ratio=1`` inside the image, but the gradient also flows
+    to the boxes. Pixels beyond the image are zeros. Large boxes are sampled, not averaged. ``grid_sample`` is called once for
+    each image, so that an image is not copied for each of its boxes. Coordinates are at least float32, also under autocast.
 
     Args:
         images: [B, C, H, W].
         boxes_xyxy: [M, 4] pixels.
-        image: [M] the image of each box.
+        image: [M] index of each box's image.
         size: S.
-        sizes_hw: valid height and width of each image; what lies beyond counts as zeros. None: all of ``images``.
+        sizes_hw: valid height and width of each image; pixels beyond it count as zeros. None: all pixels of ``images``.
 
     Returns:
         [M, C, S, S], in the order of the boxes.
@@ -59,13 +59,14 @@ def crop_boxes(images: Tensor, boxes_xyxy: Tensor, image: Tensor, size: int, siz
 
 
 def clamp_boxes(boxes_xyxy: Tensor, image: Tensor, sizes_hw: Sequence[Size]) -> Tensor:
-    """Left and top at least 0, right and bottom at most the image's; no gradient on a side that was moved.
+    """Clip boxes to their images; a side that is moved has no gradient.
 
-    A box wholly outside comes out with a side of 0 or less, which tells it from all others.
+    Only left and top are raised to 0, and only right and bottom are lowered to the image's size. A box that lies wholly outside
+    therefore gets a width or height of 0 or less.
 
     Args:
         boxes_xyxy: [M, 4] pixels.
-        image: [M] the image of each box.
+        image: [M] index of each box's image.
         sizes_hw: valid height and width of each image.
 
     Example:

@@ -1,11 +1,11 @@
 """Multi-scale deformable attention in plain PyTorch, and the layers of Deformable DETR built on it.
 
-Zhu et al., "Deformable DETR", ICLR 2021, equation 3. Every query looks at a few points around its reference, on all
-levels; where, and how much each point counts, are learned. No compiled kernel: ``grid_sample`` on any device, and on a CPU
-sums of weighted cells, which give the same values in a quarter of the time.
+Zhu et al., "Deformable DETR", ICLR 2021, equation 3. Every query samples a few points around its reference, on all
+levels; the places of the points and their weights are learned. There is no compiled kernel: ``grid_sample`` is used on any
+device, and on a CPU weighted sums of cells, which give the same values in a quarter of the time.
 
-References are parts of the VALID image; ``valid_ratios`` say how much of each padded map that is, so that padding a batch
-further changes nothing.
+References are fractions of the VALID image. ``valid_ratios`` is the valid part of each padded map, so results do not depend on
+how far a batch is padded.
 
 Shape letters: B images, L levels, S = sum of H_l * W_l cells, Q queries, M heads, D channels of one head, P points.
 """
@@ -24,7 +24,7 @@ from detdistill.functional.positions import sine_positions
 from detdistill.functional.weighted_rows import weighted_rows
 
 LEAST_ROW = 16
-"""Channels of a head from which sums of weighted cells are faster on a CPU; with 8, ``grid_sample`` is."""
+"""Smallest number of channels of a head for which weighted sums of cells are used on a CPU; at 8, ``grid_sample`` is faster."""
 
 
 def deformable_attention(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _neighbours(coordinates: Tensor, count: Tensor) -> tuple[tuple[Tensor, Tenso
 
 
 def valid_ratios(padding: Sequence[Tensor]) -> Tensor:
-    """Which part of each padded map shows an image, in whole cells, as Deformable DETR counts it.
+    """Valid part of each padded map, counted in whole cells as in Deformable DETR.
 
     Args:
         padding: L masks [B, H_l, W_l] bool, True where a cell shows padding only.
@@ -126,7 +126,7 @@ def cell_centers(spatial_shapes: Sequence[tuple[int, int]], like: Tensor) -> Ten
 
 
 def places_of_cells(spatial_shapes: Sequence[tuple[int, int]], ratios: Tensor) -> Tensor:
-    """[B, S, 2] every cell's centre in parts of the valid image (beyond 1: padding); ``ratios`` [B, L, 2]."""
+    """[B, S, 2] x and y of every cell's centre as fractions of the valid image, above 1 in padding; ``ratios`` [B, L, 2]."""
     counts = torch.tensor([rows * columns for rows, columns in spatial_shapes], device=ratios.device)
     return cell_centers(spatial_shapes, like=ratios) / ratios.repeat_interleave(counts, dim=1)
 
@@ -137,16 +137,17 @@ def num_heads(channels: int, wanted: int = 8) -> int:
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at ``points`` places on every level, for each head.
+    """Deformable attention: for each head, a query samples ``points`` places on every level.
 
-    Initialised as in Deformable DETR: heads look in evenly spread directions, the k-th point k cells away, all equally.
+    Initialised as in Deformable DETR: the heads' directions are evenly spread, the k-th point is k cells away, and all points
+    have equal weights.
     """
 
     def __init__(self, channels: int, levels: int, heads: int, points: int = 4) -> None:
         """Build it.
 
         Args:
-            channels: of queries and of every level; a multiple of ``heads``.
+            channels: number of channels of queries and of every level; a multiple of ``heads``.
             levels: L.
             heads: M.
             points: P, for each head and level.
@@ -160,7 +161,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Deformable DETR's initialisation (appendix A.4)."""
+        """Initialise the weights as in Deformable DETR (appendix A.4)."""
         heads, levels, points = self.shape
         angles = torch.arange(heads) * (2 * math.pi / heads)
         directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
@@ -184,16 +185,16 @@ class DeformableAttention(nn.Module):
         ratios: Tensor,
         padding: Tensor | None = None,
     ) -> Tensor:
-        """Attend; no residual.
+        """Attend to the cells, without a residual connection.
 
         Args:
             queries: [B, Q, C].
-            references: [B, Q, 2] x and y, or [B, Q, 4] box as centre and size, in parts of the valid image. Offsets are
-                cells around a point, and parts of half the box for a box.
-            cells: [B, S, C] what is looked at.
+            references: [B, Q, 2] x and y, or [B, Q, 4] box as centre and size, as fractions of the valid image. Learned
+                offsets are in cells for a point, and in halves of the box's sides for a box.
+            cells: [B, S, C] cells that are sampled.
             spatial_shapes: L pairs (rows, columns).
             ratios: [B, L, 2] valid part of each map (x, y).
-            padding: [B, S] bool, True where there is nothing to see; or None.
+            padding: [B, S] bool, True for cells of padding, which count as zeros; or None.
 
         Returns:
             [B, Q, C].
@@ -233,7 +234,7 @@ def _feed_forward(channels: int, width: int | None) -> nn.Sequential:
 
 
 class DeformableEncoderLayer(nn.Module):
-    """The cells of a pyramid attend to its cells, then a feed-forward part; LayerNorm after each residual, no dropout."""
+    """Self-attention among the cells of a pyramid, then a feed-forward part; LayerNorm after each residual, no dropout."""
 
     def __init__(self, channels: int, levels: int, heads: int, points: int = 4, width: int | None = None) -> None:
         """Build it; ``width`` of the feed-forward part: 4 times ``channels`` when None."""
@@ -252,15 +253,15 @@ class DeformableEncoderLayer(nn.Module):
         ratios: Tensor,
         padding: Tensor | None = None,
     ) -> Tensor:
-        """Let the cells see each other.
+        """Apply the layer.
 
         Args:
             cells: [B, S, C].
-            positions: [B, S, C], added to what decides where to look, not to what is seen.
-            places: [B, S, 2] of the cells (``places_of_cells``).
-            spatial_shapes: as in ``DeformableAttention``.
-            ratios: likewise.
-            padding: likewise.
+            positions: [B, S, C] position embeddings, added to the queries of the attention but not to its values.
+            places: [B, S, 2] centres of the cells (``places_of_cells``).
+            spatial_shapes: as in ``DeformableAttention.forward``.
+            ratios: as in ``DeformableAttention.forward``.
+            padding: as in ``DeformableAttention.forward``.
 
         Returns:
             [B, S, C].
@@ -272,7 +273,7 @@ class DeformableEncoderLayer(nn.Module):
 
 
 class DeformableDecoderLayer(nn.Module):
-    """Queries attend to each other (if wanted), to a pyramid, then a feed-forward part; LayerNorm after each, no dropout."""
+    """Optional self-attention of queries, attention to a pyramid, a feed-forward part; LayerNorm after each, no dropout."""
 
     def __init__(
         self,
@@ -302,7 +303,7 @@ class DeformableDecoderLayer(nn.Module):
         padding: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """As ``DeformableAttention.forward``, with ``positions`` [B, Q, C] added wherever queries decide where to look."""
+        """Apply the layer: as ``DeformableAttention.forward``; ``positions`` [B, Q, C] are added to queries and keys only."""
         if self.self_attention is not None and self.self_attention_norm is not None:
             keys = queries if positions is None else queries + positions
             seen, _ = self.self_attention(keys, keys, queries, need_weights=False)
@@ -317,7 +318,7 @@ class DeformableDecoderLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Cells:
-    """A pyramid as attention reads it: its cells in a row, and where they lie."""
+    """A feature pyramid flattened for attention: all cells in one sequence, with the shapes of the levels."""
 
     cells: Tensor
     """[B, S, C]."""
@@ -326,11 +327,11 @@ class Cells:
     ratios: Tensor
     """[B, L, 2] valid part of each map."""
     padding: Tensor | None
-    """[B, S] bool."""
+    """[B, S] bool, True for cells of padding; or None."""
 
     @staticmethod
     def of(maps: Sequence[Tensor], padding: Sequence[Tensor] | None = None, ratios: Tensor | None = None) -> Cells:
-        """Flatten maps [B, C, H_l, W_l] and masks [B, H_l, W_l]; without ``ratios``, they are counted from the masks."""
+        """Flatten maps [B, C, H_l, W_l] and masks [B, H_l, W_l]; ``ratios`` None: computed from the masks."""
         shapes = tuple((level.shape[2], level.shape[3]) for level in maps)
         if ratios is None:
             like = maps[0]
@@ -339,14 +340,14 @@ class Cells:
         return Cells(torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1), shapes, ratios, hidden)
 
     def maps(self) -> list[Tensor]:
-        """Back to L maps [B, C, H_l, W_l]."""
+        """Convert back to L maps [B, C, H_l, W_l]."""
         levels = torch.split(self.cells, [rows * columns for rows, columns in self.spatial_shapes], dim=1)
         pairs = zip(levels, self.spatial_shapes, strict=True)
         return [level.transpose(1, 2).reshape(len(level), -1, *shape) for level, shape in pairs]
 
 
 class DeformableEncoder(nn.Module):
-    """The encoder of Deformable DETR on a pyramid of equal channels; padded cells are never seen."""
+    """The encoder of Deformable DETR on a pyramid of equal channels; padded cells count as zeros."""
 
     def __init__(
         self, channels: int, levels: int, layers: int, heads: int = 8, points: int = 4, width: int | None = None
@@ -354,12 +355,12 @@ class DeformableEncoder(nn.Module):
         """Build it.
 
         Args:
-            channels: of every level.
+            channels: number of channels of every level.
             levels: L.
-            layers: how many; 0 gives the identity.
-            heads: at most; the largest number up to it that divides ``channels`` is used.
-            points: sampled by each head on each level.
-            width: of the feed-forward parts; None: 4 times ``channels``.
+            layers: number of layers; 0 gives the identity.
+            heads: largest number of heads; the largest number up to it that divides ``channels`` is used.
+            points: number of points that each head samples on each level.
+            width: hidden width of the feed-forward parts; None: 4 times ``channels``.
         """
         super().__init__()
         self.layers = nn.ModuleList(
@@ -368,7 +369,7 @@ class DeformableEncoder(nn.Module):
         self.level_embedding = nn.Parameter(torch.randn(levels, channels)) if layers else None
 
     def forward(self, pyramid: Cells) -> Cells:
-        """Let the cells of all levels see each other."""
+        """Apply all layers to the cells of all levels."""
         if self.level_embedding is None:
             return pyramid
         shapes, cells = pyramid.spatial_shapes, pyramid.cells

@@ -1,8 +1,8 @@
-"""Predictions of dense detectors as maps and back, and the predictions of two detectors that stand at the same place.
+"""Convert dense predictions to maps and back, and pair the predictions of two detectors by level, cell and anchor.
 
-``Dense`` lists its predictions in a row of P; level, cell and anchor say where each stands. Methods that compare head outputs
-with feature maps need them as ``[B, A * R, H, W]`` for one level; methods that compare two heads need the partner of each
-prediction, whatever the order and the size of the canvas.
+``Dense`` lists its P predictions in any order, each with its level, cell and anchor. Methods that compare head outputs with
+feature maps need them as ``[B, A * R, H, W]`` for one level. Methods that compare two heads need the teacher's prediction for
+each of the student's; order and padding of the two may differ.
 
 Shape letters: B images, P predictions of an image, A anchors of a cell, R numbers of a prediction, H x W cells of a level.
 """
@@ -20,11 +20,11 @@ from detdistill.structures import Dense
 
 
 def prediction_grid(prediction: Dense, level: int) -> Tensor:
-    """The index along P of the prediction of each anchor and cell of one level.
+    """Index along P of the prediction of each anchor and cell of one level.
 
     Args:
-        prediction: in any order.
-        level: as ``prediction.levels`` counts.
+        prediction: predictions in any order.
+        level: number of the level in ``prediction.levels``.
 
     Returns:
         [A, H, W] int64.
@@ -47,16 +47,16 @@ def prediction_grid(prediction: Dense, level: int) -> Tensor:
 
 
 def to_map(values: Tensor, prediction: Dense, level: int) -> Tensor:
-    """Numbers of each prediction as a map of one level.
+    """Arrange numbers of each prediction as a map of one level.
 
     Args:
         values: [B, P, R] or [B, P], such as logits, class scores, boxes, or a weight for each prediction; gradient flows.
-        prediction: says where each stands.
-        level: as ``prediction.levels`` counts.
+        prediction: gives level, cell and anchor of each prediction.
+        level: number of the level in ``prediction.levels``.
 
     Returns:
-        [B, A * R, H, W], the channel of anchor a and number r is ``a * R + r``; [B, A, H, W] of [B, P]. A maximum over the
-        channels is the maximum over the anchors of a cell.
+        [B, A * R, H, W] for values [B, P, R]; the channel of anchor a and number r is ``a * R + r``. [B, A, H, W] for values
+        [B, P]; a maximum over its channels is the maximum over the anchors of a cell.
 
     Raises:
         DetdistillError: as ``prediction_grid``.
@@ -77,14 +77,14 @@ def from_map(level_map: Tensor, prediction: Dense, level: int) -> Tensor:
 
     Args:
         level_map: [B, A * R, H, W]; gradient flows.
-        prediction: says where each stands.
-        level: as ``prediction.levels`` counts.
+        prediction: gives level, cell and anchor of each prediction.
+        level: number of the level in ``prediction.levels``.
 
     Returns:
-        [B, P_l, R] for the P_l predictions of this level: the places of ``prediction.levels == level``.
+        [B, P_l, R] for the P_l predictions with ``prediction.levels == level``.
 
     Raises:
-        DetdistillError: as ``prediction_grid``, or the map is not of the level's cells and anchors.
+        DetdistillError: as ``prediction_grid``, or the map does not fit the level's cells and anchors.
     """
     count, height, width = prediction_grid(prediction, level).shape
     channels = level_map.shape[1]
@@ -100,12 +100,12 @@ def from_map(level_map: Tensor, prediction: Dense, level: int) -> Tensor:
 
 
 def at_cells(level_map: Tensor, prediction: Dense, level: int) -> Tensor:
-    """What a map says at the cell of each prediction of one level: the same for all anchors of a cell.
+    """Values of a map at the cell of each prediction of one level; all anchors of a cell get the same values.
 
     Args:
         level_map: [B, C, H, W], such as a mask with C = 1, or features; gradient flows.
-        prediction: says where each stands.
-        level: as ``prediction.levels`` counts.
+        prediction: gives level, cell and anchor of each prediction.
+        level: number of the level in ``prediction.levels``.
 
     Returns:
         [B, P_l, C] for the P_l predictions of this level, in the order of ``prediction``; P_l may be 0.
@@ -116,12 +116,12 @@ def at_cells(level_map: Tensor, prediction: Dense, level: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Partners:
-    """Which prediction of a teacher stands at the place of each of a student's predictions."""
+    """For each prediction of a student, the teacher's prediction at the same level, cell and anchor (its partner)."""
 
     index: Tensor
-    """[P] int64 along the teacher's predictions; 0 where there is none."""
+    """[P] int64 index of the partner among the teacher's predictions; 0 if there is no partner."""
     mask: Tensor
-    """[B, P] bool, False where a prediction has no partner, or either of the two is padding."""
+    """[B, P] bool, False if there is no partner, or if the prediction or its partner is padding."""
 
     def take(self, values: Tensor) -> Tensor:
         """The teacher's numbers [B, P_teacher, ...] in the student's order: [B, P, ...], 0 where ``mask`` is False."""
@@ -131,18 +131,18 @@ class Partners:
 
 
 def find_partners(student: Dense, teacher: Dense, levels: Sequence[tuple[int, int]] | None = None) -> Partners:
-    """Pair the predictions of two detectors that stand on the same level, cell and anchor.
+    """Pair the predictions of two detectors that have the same level, cell and anchor.
 
-    The order of the predictions may differ, and so may the size of the canvas: cells are counted from the top left corner.
-    Whether equal places mean equal anchors or points is not looked at.
+    The order of the predictions and the padding of the images may differ, because cells are counted from the top left corner.
+    The geometry of the anchors or points is not compared.
 
     Args:
         student: P predictions of B images.
         teacher: predictions of the same images.
-        levels: pairs (student's level, teacher's level); the others have no partner. None: equal numbers are a pair.
+        levels: pairs (student's level, teacher's level); other levels have no partner. None: levels of equal number are paired.
 
     Returns:
-        For each of the student's predictions the teacher's.
+        The partner of each of the student's predictions.
 
     Example:
         >>> def row(*columns):
@@ -167,7 +167,7 @@ def find_partners(student: Dense, teacher: Dense, levels: Sequence[tuple[int, in
     spread = torch.cat(places).amax(dim=0) + 1
 
     def number(place: Tensor) -> Tensor:
-        """Of each place; below 0 for those without a level."""
+        """A number for each place; below 0 for places without a level."""
         return ((place[:, 0] * spread[1] + place[:, 1]) * spread[2] + place[:, 2]) * spread[3] + place[:, 3]
 
     wanted, offered = (number(place) for place in places)

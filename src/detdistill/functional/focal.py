@@ -1,4 +1,4 @@
-"""Generalised focal loss: classes that know how good their box is, and box sides as distributions.
+"""Generalised focal loss (GFL): class scores that predict the IoU of the box, and box sides as distributions.
 
 Li et al., "Generalized Focal Loss: Learning Qualified and Distributed Bounding Boxes for Dense Object Detection",
 NeurIPS 2020.
@@ -20,8 +20,8 @@ def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Te
 
     Args:
         logits: [..., K].
-        quality: same shape: the IoU of a positive's box at its class, 0 elsewhere; treated as constant.
-        beta: how fast the weight of good predictions falls.
+        quality: [..., K] target y: for a positive, the IoU of its box at its class; 0 elsewhere. Treated as constant.
+        beta: exponent of the weight; larger values give well predicted classes less weight.
 
     Returns:
         Same shape.
@@ -34,10 +34,10 @@ def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Te
 
 
 def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy to the two bins around a distance, by nearness (equation 6), not reduced.
+    """Cross-entropy with the two bins next to a distance, weighted by nearness (equation 6), not reduced.
 
     Args:
-        logits: [N, D+1] of one side each.
+        logits: [N, D+1] logits of the distribution of one side each.
         target: [N] distance in bins, at least 0 and below D.
 
     Returns:
@@ -57,8 +57,8 @@ def distribution_mean(logits: Tensor, bins: int) -> Tensor:
     """The expected distance of each side (equation 3: the integral), in bins.
 
     Args:
-        logits: [..., S * bins], side by side.
-        bins: of a side, D + 1.
+        logits: [..., S * bins] logits of S sides, one side after the other.
+        bins: number of bins of a side, D + 1.
 
     Returns:
         [..., S], differentiable.

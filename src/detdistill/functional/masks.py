@@ -1,6 +1,6 @@
-"""Maps of weights: which cells are foreground, by boxes or by a teacher's predictions, and boxes drawn as maps.
+"""Foreground masks from boxes or from a teacher's predictions, and boxes drawn as maps.
 
-Which cells a box covers is a rule of ``functional.cells``. All masks are constants: no gradient flows into boxes or
+The rules for the cells that a box covers are in ``functional.cells``. All masks are constants: no gradient flows to boxes or
 predictions.
 
 Shape letters: B images, G boxes of an image, H x W cells of a map, K classes, P predictions of an image, A anchors of a cell.
@@ -25,7 +25,7 @@ def union_mask(cells: Sequence[BoxCells]) -> Tensor:
     """Cells that any box of their image covers, by any rule of ``functional.cells``.
 
     Args:
-        cells: one for each of B images, on maps of one size; an image without boxes has no foreground.
+        cells: covered cells of each of B images, on maps of equal size; an image without boxes has no foreground.
 
     Returns:
         [B, H, W] bool.
@@ -44,7 +44,7 @@ def foreground_mask(boxes_xyxy: Sequence[Tensor], image_hw: Sequence[tuple[float
 
     Args:
         boxes_xyxy: B tensors [G_b, 4]; an image without boxes has no foreground.
-        image_hw: B pairs, see ``floor_ceil_cells``.
+        image_hw: B pairs of height and width, see ``cells.floor_ceil_span``.
         map_hw: rows and columns of the map.
 
     Returns:
@@ -55,18 +55,18 @@ def foreground_mask(boxes_xyxy: Sequence[Tensor], image_hw: Sequence[tuple[float
 
 
 def gaussian_mask(boxes_xyxy: Sequence[Tensor], stride: float, map_hw: tuple[int, int], variance: float = 2.0) -> Tensor:
-    """A bell over each box, highest in its middle, and the largest value where boxes overlap: TADF's mask.
+    """TADF's mask: a Gaussian over each box with its maximum in the middle; where boxes overlap, the largest value.
 
     ``exp(-((x - x0) / (w / 2))^2 / variance) * exp(-((y - y0) / (h / 2))^2 / variance)`` on the cells of the box, 0 elsewhere.
-    Sun et al., "Distilling Object Detectors with Task Adaptive Regularization", 2020, discretised as in DeFeat's code: the
-    cells are those of ``cells.truncated_cells``; w columns counted from 0 have their middle at w / 2, so the first column is
-    further from it than the last; a box smaller than a cell has 1 in its one cell.
+    Sun et al., "Distilling Object Detectors with Task Adaptive Regularization", 2020, discretised as in DeFeat's code. The
+    cells are those of ``cells.truncated_cells``. The middle of w columns counted from 0 is w / 2, so the first column is
+    further from it than the last. A box smaller than a cell has the value 1 in its one cell.
 
     Args:
-        boxes_xyxy: B tensors [G_b, 4], pixels of the image; those of this level alone (``cells.level_of_box``), or all.
-        stride: pixels of one step on the map.
+        boxes_xyxy: B tensors [G_b, 4], pixels of the image; the boxes of this level only (``cells.level_of_box``), or all.
+        stride: stride of the map in pixels.
         map_hw: rows and columns of the map.
-        variance: the paper's sigma squared, in units of the half sides.
+        variance: the paper's sigma squared, in units of half the box's sides.
 
     Returns:
         [B, H, W] in the boxes' dtype, at least float32; 0..1, all 0 for an image without boxes.
@@ -98,15 +98,15 @@ def label_map(
     num_classes: int,
     intensity: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Ground truth drawn as one plane for each class: LabelEnc's input.
+    """Draw ground truth as one plane for each class: the input of LabelEnc.
 
     At pixel (x, y), whole numbers from 0, a box with centre (cx, cy) has the value ``1 - max(|x - cx| / w, |y - cy| / h)``: 1 in
-    its middle, falling to 0.5 on its border; 0 outside. Where boxes of a class overlap, the largest value counts. Hao et al.,
+    its middle, 0.5 on its border, 0 outside. Where boxes of a class overlap, the largest value is taken. Hao et al.,
     "LabelEnc: A New Intermediate Supervision Method for Object Detection", ECCV 2020, released code.
 
     Args:
-        boxes_xyxy: B tensors [G_b, 4], pixels. Boxes below one pixel of width or height are left out; in the released code one
-            of no width or height makes the whole map not a number.
+        boxes_xyxy: B tensors [G_b, 4], pixels. Boxes narrower or lower than one pixel are left out; in the released code a box
+            without area makes the whole map NaN.
         labels: B tensors [G_b] int64, 0 .. K-1.
         image_hw: height and width of the padded batch.
         num_classes: K.
@@ -145,17 +145,17 @@ def _largest_tent(boxes: Tensor, image_hw: tuple[int, int], factor: Tensor | Non
 
 
 def maximum_over_boxes(down: Tensor, across: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The largest value of G boxes on each cell, where a box's value is made of one number for its row and one for its column.
+    """Maximum over G boxes at each cell, where a box's value combines one number for the row and one for the column.
 
-    Boxes are taken in turns, so that a crowd on a fine map needs no [G, H, W].
+    Boxes are processed in chunks, so that many boxes on a fine map need no tensor [G, H, W].
 
     Args:
-        down: [G, H] at least 0, and 0 in rows without the box.
-        across: [G, W] likewise for columns.
+        down: [G, H] numbers for the rows: at least 0, and 0 in rows outside the box.
+        across: [G, W] numbers for the columns: at least 0, and 0 in columns outside the box.
         combine: ``torch.mul`` or ``torch.minimum``.
 
     Returns:
-        [H, W]; 0 where no box is.
+        [H, W]; 0 in cells without a box.
 
     Example:
         >>> down, across = torch.tensor([[0.0, 2.0], [1.0, 1.0]]), torch.tensor([[3.0, 0.0], [1.0, 1.0]])
@@ -178,7 +178,7 @@ def best_scores(logits: Tensor, softmax: bool = False) -> Tensor:
 
     Args:
         logits: [..., K] sigmoid logits, or [..., K+1] softmax logits with the background last; treated as constant.
-        softmax: which of the two.
+        softmax: the logits are softmax logits.
 
     Returns:
         [...] 0..1, at least float32.
@@ -193,15 +193,15 @@ def best_scores(logits: Tensor, softmax: bool = False) -> Tensor:
 
 
 def score_mask(prediction: Dense, level: int) -> Tensor:
-    """How sure a detector is of any object in each cell: the largest probability over classes and anchors.
+    """Largest class probability in each cell, over classes and anchors.
 
     The feature richness of FRS (Du et al., "Distilling Object Detectors with Feature Richness", NeurIPS 2021) and TBD's mask
-    for classes. Soft: never thresholded, and above 0 also without objects. Of a first stage (RPN) it is the
-    objectness. For softmax outputs, which FRS does not treat, the background column is left out.
+    for classes. The mask is soft: it is not thresholded, and is above 0 also in cells without objects. For a first stage (RPN)
+    it is the objectness. For softmax outputs, which FRS does not treat, the background column is left out.
 
     Args:
         prediction: treated as constant.
-        level: as ``prediction.levels`` counts.
+        level: number of the level in ``prediction.levels``.
 
     Returns:
         [B, H, W] 0..1, at least float32.
@@ -214,13 +214,13 @@ def score_mask(prediction: Dense, level: int) -> Tensor:
 
 
 def overlap_mask(prediction: Dense, level: int, boxes_xyxy: Sequence[Tensor]) -> Tensor:
-    """How well a detector locates any object from each cell: the largest IoU of its boxes there with a ground-truth box.
+    """Largest IoU in each cell between a predicted box of the cell and any ground-truth box.
 
     TBD's mask for boxes (a reconstruction: Tang et al., "Task-balanced distillation for object detection", 2023, has no code).
 
     Args:
         prediction: decoded boxes, treated as constant.
-        level: as ``prediction.levels`` counts.
+        level: number of the level in ``prediction.levels``.
         boxes_xyxy: B tensors [G_b, 4] of ground truth; an image without boxes has 0 everywhere.
 
     Returns:

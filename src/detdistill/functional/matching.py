@@ -20,18 +20,18 @@ from detdistill.functional.boxes import paired_giou
 from detdistill.structures import NEGATIVE
 
 LARGEST_COST = 1e6
-"""What an infinite or undefined cost counts as."""
+"""Cost that replaces infinite and undefined costs."""
 
 
 def focal_class_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """[..., N, G] what the focal loss of a ground truth's class would add if the query took it, less what it costs now.
+    """[..., N, G] classification cost: focal loss of the ground truth's class as a positive minus that as a negative.
 
-    With p the sigmoid of the class's logit: ``-alpha (1-p)^gamma log(p) + (1-alpha) p^gamma log(1-p)``. A cheap match
-    has a high score.
+    With p the sigmoid of the class's logit: ``-alpha (1-p)^gamma log(p) + (1-alpha) p^gamma log(1-p)``. A high score gives a
+    low cost.
 
     Args:
         logits: [..., N, K].
-        labels: [G] 0 .. K-1.
+        labels: [G] classes of the ground truth, 0 .. K-1.
         alpha: weight of the positive part.
         gamma: exponent of the focal factors.
     """
@@ -44,7 +44,7 @@ def focal_class_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma:
 def l1_cost(boxes: Tensor, targets: Tensor) -> Tensor:
     """[..., N, G] sum of the absolute differences of four coordinates.
 
-    DETR compares cxcywh, Sparse R-CNN and AdaMixer xyxy, all as parts of the image; the caller brings both in one form.
+    DETR compares cxcywh, Sparse R-CNN and AdaMixer xyxy, all as fractions of the image.
 
     Args:
         boxes: [..., N, 4].
@@ -65,10 +65,10 @@ def giou_cost(boxes_xyxy: Tensor, targets_xyxy: Tensor) -> Tensor:
 
 @torch.no_grad()
 def hungarian(cost: Tensor) -> Tensor:
-    """[..., N] int64, the ground truth of each query in the cheapest one-to-one matching, -1 for queries left over.
+    """[..., N] int64 index of each query's ground truth in the one-to-one matching of lowest cost; -1 for unmatched queries.
 
-    With fewer queries than boxes, boxes are left over. Without boxes all queries are. Costs that are no numbers count as
-    very high ones, so that a training that diverged is told by its loss and not by an error from here.
+    With fewer queries than boxes, some boxes are unmatched. Without boxes, all queries are unmatched. Undefined costs (NaN) are
+    replaced by ``LARGEST_COST``, so that a diverged training shows in its loss and does not fail here.
 
     Args:
         cost: [..., N, G].

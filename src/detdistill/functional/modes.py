@@ -1,4 +1,4 @@
-"""Modules in another state for a while: in evaluation mode, or frozen; afterwards exactly as they were."""
+"""Context managers that put modules into evaluation mode or freeze them, and restore their state afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class HasModules(Protocol):
-    """A ``torch.nn.Module``, or anything that lists its modules."""
+    """A ``torch.nn.Module``, or another object with ``modules()``."""
 
     def modules(self) -> Iterator[nn.Module]:
         """As ``torch.nn.Module``."""
@@ -19,13 +19,13 @@ class HasModules(Protocol):
 
 @contextmanager
 def evaluating(module: HasModules) -> Iterator[None]:
-    """Evaluation mode inside: no dropout, and no batch norm moves its statistics.
+    """Put a module into evaluation mode inside the context: no dropout, and batch norms keep their statistics.
 
-    Afterwards each module is in its own mode again. ``module.train()`` instead would also switch on the parts that their owner
-    keeps in evaluation mode, such as frozen batch norms.
+    Afterwards each submodule has its own mode again. ``module.train()`` would also change submodules that are always kept in
+    evaluation mode, such as frozen batch norms.
 
     Args:
-        module: any; its ``training`` flags are set directly, so that nothing but them has to be undone.
+        module: any module; only the ``training`` flags are changed, without calling ``train()`` or ``eval()``.
 
     Example:
         >>> network = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
@@ -47,13 +47,13 @@ def evaluating(module: HasModules) -> Iterator[None]:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """No gradient for the module's own parameters; gradients still flow through it to its inputs.
+    """Freeze a module's parameters inside the context; gradients still flow through the module to its inputs.
 
-    What is computed inside stays so: ``backward`` may be called after the end. Afterwards the parameters that had a gradient
-    before have one again. Unlike ``torch.no_grad``, which would also cut the inputs off.
+    ``torch.no_grad`` would stop these gradients, too. ``backward`` may be called after the context: parameters get no gradient
+    from results computed inside it. Afterwards the parameters that required a gradient before require it again.
 
     Args:
-        module: any; its mode (training or evaluation) is left alone.
+        module: any module; its mode (training or evaluation) is not changed.
 
     Example:
         >>> import torch

@@ -1,6 +1,6 @@
-"""Places and labelled boxes as vectors: sine codes of cells, and what methods tell a network about a ground-truth box.
+"""Vector codes of places and labelled boxes: sine position codes, and descriptors of ground-truth boxes.
 
-Each code has one definition, that of the paper or code it is named after; they differ in order, scale and where a cell lies.
+Each code follows the paper or code it is named after; the codes differ in order, scale and the place of a cell.
 
 Shape letters: B images, N boxes or queries of an image, D channels, H x W cells of a map, K classes.
 """
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 NO_CLASS = -1
-"""Label of a box that is no object: its class is told as all zeros."""
+"""Label of a box that is no object; its one-hot class is all zeros."""
 
 # ----------------------------------------------------------------------------------------------------------- sine codes
 
 
 def sine_positions(places: Tensor, channels: int) -> Tensor:
-    """Sine and cosine of places, y in the first half of the channels, x in the second; temperature 10000 (as in DETR).
+    """Sine and cosine code of places, y in the first half of the channels, x in the second; temperature 10000 (as in DETR).
 
     Channel 2k of a half is ``sin(2 pi y / 10000^(4k / D))``, channel 2k + 1 the cosine.
 
     Args:
-        places: [..., 2] x and y, 0..1; scaled to 0..2 pi, so the levels of one pyramid agree.
+        places: [..., 2] x and y, 0..1; scaled to 0..2 pi, so that equal places on different levels have equal codes.
         channels: D, any number.
 
     Returns:
@@ -41,19 +41,20 @@ def sine_positions(places: Tensor, channels: int) -> Tensor:
 
 
 def detr_positions(padding: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """DETR's code of each cell among the valid cells of its image.
+    """DETR's position code of each cell, relative to the valid cells of its image.
 
-    ``sine_positions`` of ``row / (valid rows + 1e-6)`` and ``column / (valid columns + 1e-6)``, both counted from 1 to the cell
-    itself; so the last valid row is at 1, where cell centres in parts of the map (``deformable.cell_centers``) would put it at
-    ``1 - 0.5 / H``. Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, released code; ICD's keys.
+    ``sine_positions`` of ``row / (valid rows + 1e-6)`` and ``column / (valid columns + 1e-6)``, with rows and columns counted
+    from 1. The last valid row is therefore at 1, and not at ``1 - 0.5 / H`` as for centres of cells
+    (``deformable.cell_centers``). Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, released code. Also
+    used for the keys of ICD.
 
     Args:
         padding: [B, H, W] bool, True where a cell shows padding only; valid cells are a rectangle from the top left corner.
         channels: D.
-        dtype: of the result.
+        dtype: type of the result.
 
     Returns:
-        [B, H, W, D]; what it says of padded cells means nothing.
+        [B, H, W, D]; the codes of padded cells have no meaning.
 
     Example:
         >>> one_row = torch.zeros(1, 1, 2, dtype=torch.bool)
@@ -67,7 +68,7 @@ def detr_positions(padding: Tensor, channels: int, dtype: torch.dtype = torch.fl
 
 
 def _angles(places: Tensor, count: int) -> Tensor:
-    """[..., 2] as [..., 2, count] angles, the k-th of them ``2 pi place / 10000^(k / count)``."""
+    """[..., 2, count] angles of places [..., 2]; angle k is ``2 pi place / 10000^(k / count)``."""
     exponents = torch.arange(count, device=places.device, dtype=places.dtype) / count
     return places[..., None] * (2 * math.pi / 10000**exponents)
 
@@ -76,9 +77,9 @@ def _angles(places: Tensor, count: int) -> Tensor:
 
 
 def relative_boxes(boxes_xyxy: Tensor, size_hw: Tensor | tuple[float, float]) -> Tensor:
-    """Boxes as centre and size in parts of an image: UniKD's descriptor, without the class.
+    """Boxes as centre and size, as fractions of the image: UniKD's descriptor without the class.
 
-    Lao et al., "UniKD", ICCV 2023, equation 3; also what DETRs learn boxes in.
+    Lao et al., "UniKD", ICCV 2023, equation 3. DETRs predict boxes in the same form.
 
     Args:
         boxes_xyxy: [..., 4] pixels.
@@ -97,17 +98,17 @@ def relative_boxes(boxes_xyxy: Tensor, size_hw: Tensor | tuple[float, float]) ->
 
 
 def point_descriptors(points_xy01: Tensor, sizes_wh: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """A class, a point, and the size of its box as ICD tells them: one-hot class, sines of the point, bins of the size.
+    """ICD's descriptor of an object: one-hot class, sine code of a point, one-hot bins of the box's width and height.
 
-    K numbers for the class; 128 for x and 128 for y, of each 64 sines and then 64 cosines of ``2 pi x / 10000^(k / 64)``
-    (not in turns, and x first, unlike ``sine_positions``); 5 bins for the width and 5 for the height, of which the one numbered
+    K numbers for the class. 128 for x and 128 for y: 64 sines, then 64 cosines, of ``2 pi x / 10000^(k / 64)``
+    (``sine_positions`` alternates sines and cosines, and begins with y). 5 bins for the width and 5 for the height; bin
     ``floor(clamp(1.44 ln(pixels) - 5, 0, 4))`` is 1. Kang et al., "Instance-Conditional Knowledge Distillation for Object
-    Detection", NeurIPS 2021, released PyTorch code, which takes the pixels of all images from the size of the last one.
+    Detection", NeurIPS 2021, released PyTorch code; that code computes the pixels of all images from the size of the last one.
 
     Args:
-        points_xy01: [..., 2] x and y in parts of the image; ICD draws them near the centre of a box.
-        sizes_wh: [..., 2] width and height of the box in pixels. A side of 0 has no bin, so that padded queries have none.
-        labels: [...] int64, 0 .. K-1.
+        points_xy01: [..., 2] x and y as fractions of the image; ICD draws them near the centre of a box.
+        sizes_wh: [..., 2] width and height of the box in pixels. For a side of 0 all bins are 0 (used for padded queries).
+        labels: [...] int64 class of the box, 0 .. K-1.
         num_classes: K.
 
     Returns:
@@ -128,7 +129,7 @@ def point_descriptors(points_xy01: Tensor, sizes_wh: Tensor, labels: Tensor, num
 
 
 def boxes_with_context(boxes_xyxy: Tensor, labels: Tensor, image_hw: tuple[int, int], context: bool) -> tuple[Tensor, Tensor]:
-    """The boxes that LGD describes: clamped to the first and last pixel, and one over the whole image after them.
+    """The boxes that LGD describes: boxes clamped to the pixels of the image, followed by a box over the whole image.
 
     Zhang et al., "LGD: Label-Guided Self-Distillation for Object Detection", AAAI 2022, released code.
 
@@ -139,8 +140,8 @@ def boxes_with_context(boxes_xyxy: Tensor, labels: Tensor, image_hw: tuple[int, 
         context: add the box over the whole image.
 
     Returns:
-        Boxes [N, 4], x in 0 .. width - 1 and y in 0 .. height - 1, and labels [N]; N is G, or G + 1 with ``context``, whose
-        label is ``NO_CLASS``. Without boxes there is one box (0, 0, 1, 1) of ``NO_CLASS``, and no context.
+        Boxes [N, 4], x in 0 .. width - 1 and y in 0 .. height - 1, and labels [N]. N is G, or G + 1 with ``context``; the label
+        of the context box is ``NO_CLASS``. If G is 0, the result is one box (0, 0, 1, 1) with label ``NO_CLASS``.
 
     Example:
         >>> boxes, labels = boxes_with_context(torch.tensor([[2.0, -1.0, 9.0, 3.0]]), torch.tensor([5]), (4, 8), context=True)
@@ -159,13 +160,13 @@ def boxes_with_context(boxes_xyxy: Tensor, labels: Tensor, image_hw: tuple[int, 
 
 
 def corner_descriptors(boxes_xyxy: Tensor, labels: Tensor, image_hw: tuple[int, int], num_classes: int) -> Tensor:
-    """A box and its class as LGD tells them: corners in parts of the image, then the one-hot class, all from -1 to 1.
+    """LGD's descriptor of a box: corners as fractions of the image, then the one-hot class, all scaled to -1..1.
 
-    ``2 d - 1`` of d = (x1 / width, y1 / height, x2 / width, y2 / height, one-hot class), so that "no" is -1. LGD (see
-    ``boxes_with_context``), released code.
+    ``2 d - 1`` with d = (x1 / width, y1 / height, x2 / width, y2 / height, one-hot class); classes other than the box's own are
+    -1. LGD (see ``boxes_with_context``), released code.
 
     Args:
-        boxes_xyxy: [N, 4] pixels, of ``boxes_with_context``.
+        boxes_xyxy: [N, 4] pixels, from ``boxes_with_context``.
         labels: [N] int64, 0 .. K-1, or ``NO_CLASS``.
         image_hw: height and width of the padded batch.
         num_classes: K.
@@ -183,5 +184,5 @@ def corner_descriptors(boxes_xyxy: Tensor, labels: Tensor, image_hw: tuple[int, 
 
 
 def _one_hot(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """[..., K]; all zeros for ``NO_CLASS``."""
+    """[..., K] one-hot classes; all zeros for ``NO_CLASS``."""
     return (labels[..., None] == torch.arange(num_classes, device=labels.device)).to(dtype)

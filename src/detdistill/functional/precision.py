@@ -1,4 +1,4 @@
-"""One switch for the arithmetic of losses: float32 (or float64), whatever precision the networks run in."""
+"""Full precision for the computation of losses, independent of the precision of the networks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 
 
 def full_precision(device: torch.device | str) -> torch.autocast:
-    """Inside, autocast is off on a device; what is computed of float32 tensors stays float32.
+    """Switch autocast off on a device inside the context, so that results of float32 tensors are float32.
 
-    Losses, and the layers that a method adds for them, are computed so: half precision has three digits, and sums over maps
-    need more. Networks that run inside, such as a second pass of the student's decoder, would lose autocast too: they
-    belong outside.
+    Losses, and the layers that a method adds for them, are computed in this context, because half precision has only three
+    digits and sums over maps need more. Run networks outside of it, for example a second pass of the student's decoder;
+    inside they would lose autocast, too.
 
     Example:
         >>> layer, row = torch.nn.Linear(2, 2), torch.ones(1, 2)

@@ -1,8 +1,8 @@
-"""Queries of one decoder for another: what a decoder begins from, what it reads of that, and maps for what differs.
+"""Transfer of initial queries between decoders: their format, missing parts, and learned layers that add these.
 
-A query begins with a content, in some families with a position embedding, and in some with a reference (a point or a box).
-Two DETRs whose widths and parts are equal can decode each other's queries as they are. Else ``QueryBridge`` makes what is
-missing with learned maps, which no paper on DETRs describes; ``query_gaps`` says what that would be.
+An initial query has a content, in some families a position embedding, and in some a reference (a point or a box). Two DETRs
+with the same width and parts can decode each other's queries unchanged. Otherwise ``QueryBridge`` computes the missing parts
+with learned layers, which no paper on DETRs describes; ``query_gaps`` lists the missing parts.
 
 Shape letters: B images, N queries, D width.
 """
@@ -22,9 +22,9 @@ from detdistill.functional.positions import sine_positions
 from detdistill.structures import Batch, Features, Queries, QuerySeed, Target, View
 
 CANVASES = (128, 256, 512, 1024, 2048)
-"""Pixels of the empty images that a decoder is tried on: the first with as many cells as it has queries."""
+"""Sides in pixels of the empty images that ``query_spec`` tries in turn, until there are enough cells for the queries."""
 SMALL_SIDE = -2.0
-"""Learned sizes of boxes begin at sigmoid(-2), about 0.12 of the image."""
+"""Initial bias of learned box sizes: sigmoid(-2), about 0.12 of the image."""
 
 
 class QueryDecoder(Protocol):
@@ -33,11 +33,11 @@ class QueryDecoder(Protocol):
     spec: Any
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
-        """Its own initial queries."""
+        """The decoder's own initial queries."""
         ...
 
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
-        """Decode any."""
+        """Decode the given initial queries."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -51,43 +51,45 @@ class QueryDecoder(Protocol):
 
 @dataclass(frozen=True)
 class QueryFormat:
-    """What the initial queries of a decoder are made of."""
+    """Parts of a decoder's initial queries, and their width."""
 
     width: int
     """D of content and position."""
     empty: bool
-    """The contents are all zeros; what makes queries differ is the rest."""
+    """All contents are zeros; queries differ only in their other parts."""
     position: bool
     """There is a position embedding."""
     reference: int
-    """Numbers of a reference: 0 (none), 2 (a point) or 4 (a box)."""
+    """Length of a reference: 0 (none), 2 (a point) or 4 (a box)."""
 
     @staticmethod
     def of(seed: QuerySeed) -> QueryFormat:
-        """Of given queries."""
+        """The format of given queries."""
         reference = 0 if seed.reference is None else seed.reference.shape[-1]
         return QueryFormat(seed.content.shape[-1], not bool(seed.content.any()), seed.position is not None, reference)
 
 
 @dataclass(frozen=True)
 class QuerySpec:
-    """What a query decoder's own queries have, what it reads of anybody's, and which attention maps it shows."""
+    """Formats of the queries that a decoder produces and reads, its size, and the attention maps it returns."""
 
     gives: QueryFormat
+    """Format of the decoder's own initial queries."""
     reads: QueryFormat
-    """The same, without a reference that changes nothing (Conditional DETR makes its own of the positions)."""
+    """Format that the decoder reads: as ``gives``, without a reference that does not change the result (Conditional DETR
+    computes its own references from the positions)."""
     layers: int
-    """Decoder layers."""
+    """Number of decoder layers."""
     width: int
     """Channels of the queries' embeddings."""
     heads: int
-    """Heads of the attention maps; 0 where none are shown."""
+    """Number of heads of the attention maps; 0 if no maps are returned."""
     self_attention: bool
-    """Maps of the queries among themselves are shown."""
+    """Self-attention maps of the queries are returned."""
     cross_attention: bool
-    """Maps over the cells of the detector's features are shown."""
+    """Cross-attention maps over the cells of the detector's features are returned."""
     no_attention: str = ""
-    """Why there are no maps, or no maps over the features' cells; in words."""
+    """Reason, in words, if self-attention or cross-attention maps are missing; else empty."""
 
     @staticmethod
     def from_plain(content: Mapping[str, Any]) -> QuerySpec:
@@ -98,13 +100,13 @@ class QuerySpec:
 
 @torch.no_grad()
 def query_spec(decoder: QueryDecoder) -> QuerySpec:
-    """Try a decoder on maps of noise, without its backbone.
+    """Find the ``QuerySpec`` of a decoder by running it on maps of noise, without its backbone.
 
     Args:
-        decoder: leaves as it came: mode, statistics and the global random state.
+        decoder: its mode, its statistics and the global random state are unchanged afterwards.
 
     Raises:
-        DetdistillError: it decodes nothing of the sizes tried.
+        DetdistillError: the decoder fails on all image sizes of ``CANVASES``.
     """
     refusal: DetdistillError | None = None
     with evaluating(decoder):
@@ -129,7 +131,7 @@ def query_spec(decoder: QueryDecoder) -> QuerySpec:
 
 
 def _attention(decoder: QueryDecoder, features: Features, seed: QuerySeed, batch: Batch) -> tuple[int, bool, bool, str]:
-    """Heads, whether self-attention and cross-attention are shown, and why not."""
+    """Number of heads, whether self-attention and cross-attention maps are returned, and the reason if one is missing."""
     try:
         decoded = decoder.decode(features, seed, batch, attention=True)
     except DetdistillError as error:
@@ -164,7 +166,7 @@ def _first(seed: QuerySeed, count: int) -> QuerySeed:
 
 
 def query_gaps(gives: QueryFormat, reads: QueryFormat) -> list[str]:
-    """What a decoder would read that somebody's queries do not have, in words; empty: it can decode them as they are."""
+    """Parts that a decoder reads but given queries lack, in words; empty if the decoder can decode the queries unchanged."""
     gaps = []
     if not gives.empty and gives.width != reads.width:
         gaps.append(f"contents of {reads.width} channels (these have {gives.width})")
@@ -178,19 +180,19 @@ def query_gaps(gives: QueryFormat, reads: QueryFormat) -> list[str]:
 
 
 class QueryBridge(nn.Module):
-    """Somebody's queries as a decoder reads them: parts it does not read are left out, boxes become points.
+    """Convert queries to the format that a decoder reads. Parts it does not read are dropped, boxes are reduced to points.
 
-    What ``query_gaps`` lists is made by learned layers: linear ones between widths; positions of a query that has only a
-    reference by two layers on the sines of its box; references, or the sizes of boxes, by one on content and position.
-    Without gaps there are no parameters. No gradient goes to the queries.
+    Learned layers compute the parts that ``query_gaps`` lists: a linear layer between widths; two layers from the sine code of
+    the reference (or from the content) to a position; one layer from content and position to a reference or to the size of a
+    box. Without gaps there are no parameters. No gradient flows to the queries.
     """
 
     def __init__(self, gives: QueryFormat, reads: QueryFormat) -> None:
         """Build the layers that are needed.
 
         Args:
-            gives: of the queries.
-            reads: of the decoder.
+            gives: format of the queries.
+            reads: format that the decoder reads.
         """
         super().__init__()
         self.gives, self.reads = gives, reads
@@ -210,7 +212,7 @@ class QueryBridge(nn.Module):
                 self.reference.bias[-2:] = SMALL_SIDE if reads.reference == 4 else 0.0
 
     def forward(self, seed: QuerySeed) -> QuerySeed:
-        """Content [B, N, D], position [B, N, D] or None, reference [B, N, 2 or 4] or None, as the decoder reads them."""
+        """Convert queries: content [B, N, D], position [B, N, D] or None, reference [B, N, 2 or 4] or None."""
         seed = QuerySeed(seed.content, seed.position, seed.reference).detach()
         if self.gives.empty:
             content = seed.content.new_zeros(*seed.content.shape[:2], self.reads.width)
@@ -239,21 +241,21 @@ class QueryBridge(nn.Module):
 
 
 def _sines(reference: Tensor, width: int) -> Tensor:
-    """[B, N, 2 or 4] as [B, N, width or 2 * width] sines and cosines of the centre, and of the size."""
+    """[B, N, width or 2 * width] sine code of the centre, and of the size, of references [B, N, 2 or 4]."""
     parts = [reference[..., start : start + 2] for start in range(0, reference.shape[-1], 2)]
     return torch.cat([sine_positions(part, width) for part in parts], dim=-1)
 
 
 def random_queries(wanted: QueryFormat, count: int, like: Tensor) -> QuerySeed:
-    """Queries from nowhere, one set for all images: normal contents (zeros where ``wanted`` has zeros) and positions.
+    """Draw random initial queries, the same for all images: contents (zeros if ``wanted.empty``) and positions are normal.
 
-    References are normal before the sigmoid. torch's global random numbers of the CPU are used, so that equal seeds give equal
-    queries on any device.
+    References are the sigmoid of normal numbers. torch's global random numbers of the CPU are used, so that equal seeds give
+    equal queries on any device.
 
     Args:
-        wanted: parts and width.
+        wanted: parts and width of the queries.
         count: N.
-        like: its device, floating-point type and first dimension (B) are taken.
+        like: tensor whose device, floating-point type and first dimension (B) the queries get.
     """
 
     def draw(width: int) -> Tensor:
@@ -265,9 +267,9 @@ def random_queries(wanted: QueryFormat, count: int, like: Tensor) -> QuerySeed:
 
 
 def giou_with_eps(first_cxcywh: Tensor, second_cxcywh: Tensor, eps: float = 1e-6) -> Tensor:
-    """[...] generalised IoU of boxes [..., 4], as released DETRs have it: ``eps`` is added to both denominators.
+    """[...] generalised IoU of boxes [..., 4] as in released DETRs: ``eps`` is added to both denominators.
 
-    ``functional.boxes`` bounds them from below instead; for boxes in parts of the image that differs in the fifth digit.
+    ``functional.boxes`` clamps the denominators instead; for boxes as fractions of the image the fifth digit differs.
     """
     first, second = _corners(first_cxcywh), _corners(second_cxcywh)
     areas = [(box[..., 2:] - box[..., :2]).prod(dim=-1) for box in (first, second)]

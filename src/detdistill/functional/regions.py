@@ -1,6 +1,6 @@
-"""Boxes as regions: proposing them from a dense prediction, sampling them by ground truth, pooling features, coding deltas.
+"""Regions of two-stage detectors: proposals from a dense prediction, sampling, RoI pooling, and coding of box deltas.
 
-Coordinates are constants here, but for ``encode_boxes`` and ``decode_boxes``: gradients flow to features, not to boxes.
+Gradients flow to features and not to boxes, except in ``encode_boxes`` and ``decode_boxes``.
 
 Shape letters: B images, P predictions of an image, K classes, R regions of the whole batch, S side of a pooled region.
 """
@@ -20,9 +20,9 @@ from detdistill.functional.assign import max_iou_assign
 from detdistill.structures import Dense, Features, Origin, Target
 
 LARGEST_GROWTH = math.log(1000 / 16)
-"""Largest logarithm of a width or height over its reference's in ``decode_boxes``, as in Faster R-CNN's released code."""
+"""Largest logarithm of the ratio of a side to the reference's side in ``decode_boxes``, as in Faster R-CNN's released code."""
 LEAST_SIDE = 1e-6
-"""Sides below it count as this much in ``encode_boxes``."""
+"""Smallest side of a box in ``encode_boxes``; shorter sides are set to it."""
 
 
 # ------------------------------------------------------------------------------------------------------------- pooling
@@ -31,12 +31,12 @@ LEAST_SIDE = 1e-6
 def canonical_levels(boxes_xyxy: Tensor, strides: Sequence[int]) -> Tensor:
     """The level of a pyramid that each box is pooled from: ``floor(4 + log2(sqrt(width * height) / 224))``.
 
-    Lin et al., "Feature Pyramid Networks for Object Detection", equation 1, as detectron2 rounds it. Level k of the formula is
-    the map of stride 2^k; boxes that are too small or too large for the pyramid take its first or last level.
+    Lin et al., "Feature Pyramid Networks for Object Detection", equation 1, rounded as in detectron2. Level k of the formula is
+    the map of stride 2^k; boxes that are too small or too large for the pyramid get its first or last level.
 
     Args:
         boxes_xyxy: [R, 4] pixels.
-        strides: of the pyramid, each twice the one before.
+        strides: strides of the pyramid, each twice the previous one.
 
     Returns:
         [R] int64 indices of levels.
@@ -60,23 +60,23 @@ def pool_boxes(
     sampling_ratio: int = 0,
     aligned: bool = True,
 ) -> Tensor:
-    """Each box cut out of one level of a pyramid (RoIAlign, He et al., "Mask R-CNN", section 3).
+    """Pool the features of each box from one level of a pyramid (RoIAlign, He et al., "Mask R-CNN", section 3).
 
-    A box without area gives zeros with the default sampling, and so does one beyond the map; a box that is not finite counts as
-    one without area. Half precision is pooled in float32.
+    Boxes beyond the map give zeros, and so do boxes without area with the default sampling. Boxes that are not finite are
+    treated as boxes without area. Half precision is pooled in float32.
 
     Args:
         features: maps of equal channels, and their strides; gradient flows.
         boxes_xyxy: B tensors [R_b, 4] in pixels, treated as constant; an image may have none.
         size: S.
-        levels: [R] index of each box's level, in the order of the boxes; None: ``canonical_levels``. (``level_of_box`` has
-            the rule of mmdet and others, which begins at 56 pixels.)
-        sampling_ratio: samples along each side of a bin; 0: as many as the bin has cells.
-        aligned: shift by half a cell, so that cell centres lie at half-integers; False: the first released RoIAlign, in which
+        levels: [R] index of each box's level, in the order of the boxes. None: ``canonical_levels``. (The rule of mmdet and
+            others, with a base of 56 pixels, is ``cells.level_of_box``.)
+        sampling_ratio: samples along each side of a bin; 0: the number of cells along that side.
+        aligned: shift by half a cell, so that cell centres lie at half-integers. False: the first released RoIAlign, in which
             boxes are also at least one cell wide and high.
 
     Returns:
-        [R, C, S, S], image by image in the order of the boxes; [0, C, S, S] with a graph when there are none.
+        [R, C, S, S], image by image in the order of the boxes; [0, C, S, S], still part of the graph, if there are no boxes.
 
     Raises:
         DetdistillError: the levels differ in their channels, or ``levels`` is not one existing level for each box.
@@ -112,16 +112,16 @@ def pool_boxes_on_all_levels(
     aligned: bool = True,
     scales: Sequence[float] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Each box cut out of every level of a pyramid; see ``pool_boxes``.
+    """Pool the features of each box from every level of a pyramid; see ``pool_boxes``.
 
     Args:
         features: maps and strides; gradient flows.
         boxes_xyxy: B tensors [R_b, 4] in pixels, treated as constant.
         size: S.
-        sampling_ratio: samples along each side of a bin; 0: as many as the bin has cells.
+        sampling_ratio: samples along each side of a bin; 0: the number of cells along that side.
         aligned: shift by half a cell.
-        scales: cells per pixel of each level; None: one over the strides. (DRKD takes the ratio of the maps' widths, which
-            differs where a stride does not divide the padded image.)
+        scales: cells per pixel of each level; None: 1 / stride. (DRKD uses the ratio of the maps' widths, which differs if a
+            stride does not divide the size of the padded image.)
 
     Returns:
         For each level [R, C_l, S, S], image by image in the order of the boxes.
@@ -134,7 +134,7 @@ def pool_boxes_on_all_levels(
 
 
 def _rois(boxes_xyxy: Sequence[Tensor], like: Tensor) -> Tensor:
-    """[R, 5] image and box. The kernel gives an error for boxes that are no numbers, which a diverged student has."""
+    """[R, 5] image and box. Boxes that are not finite (diverged student) become zeros, because the kernel fails on them."""
     boxes = _wide(torch.cat(list(boxes_xyxy)).detach().to(like.device))
     image = torch.cat([boxes.new_full((len(mine), 1), index) for index, mine in enumerate(boxes_xyxy)])
     finite = boxes.isfinite().all(dim=1, keepdim=True)
@@ -152,11 +152,11 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def features_at_origin(maps: Sequence[Tensor], origin: Origin) -> Tensor:
-    """The vectors of the cells that boxes came from; boxes that came from none are left out.
+    """Feature vectors at the cells that boxes came from; boxes without an origin cell are left out.
 
     Args:
-        maps: of each level that ``origin`` counts, [B, C, H_l, W_l]; gradient flows.
-        origin: of R boxes; those of level -1 (ground truth) have no vector.
+        maps: maps [B, C, H_l, W_l] of all levels that ``origin.level`` refers to; gradient flows.
+        origin: origin of R boxes; boxes of level -1 (ground truth) have no vector.
 
     Returns:
         [R', C] of the boxes with ``origin.level >= 0``, in their order.
@@ -183,9 +183,9 @@ class Proposals(NamedTuple):
     boxes_xyxy: list[Tensor]
     """[n_b, 4] clipped to the image."""
     origins: list[Origin]
-    """Of n_b boxes."""
+    """Origin of the n_b boxes."""
     scores: list[Tensor]
-    """[n_b]."""
+    """[n_b] scores that ranked the boxes."""
 
 
 @torch.no_grad()
@@ -200,20 +200,20 @@ def propose(
     across_levels: bool = False,
     min_side: float = 0.0,
 ) -> Proposals:
-    """Boxes of a dense prediction without regard to classes, by the procedure of a region proposal network.
+    """Class-agnostic proposals from a dense prediction, by the procedure of a region proposal network.
 
-    The best predictions of each level are clipped to the image, small ones dropped, and those kept that no better one of the
-    same level overlaps (Ren et al., "Faster R-CNN", section 3.3). Predictions in ``dense.padding`` take no part.
+    The best predictions of each level are clipped to the image, small boxes are dropped, and non-maximum suppression (NMS) is
+    applied within each level (Ren et al., "Faster R-CNN", section 3.3). Predictions in ``dense.padding`` are excluded.
 
     Args:
-        dense: of a first stage or of a one-stage detector.
+        dense: prediction of a first stage or of a one-stage detector.
         sizes_hw: [B, 2] valid height and width of each image.
-        scores: [B, P] what ranks the predictions; None: the highest class probability.
-        before: most predictions of a level that enter suppression.
-        nms: IoU above which the worse of two boxes is dropped.
-        after: most boxes of an image.
-        across_levels: all levels as one (GID): ``before`` counts all of them, and boxes suppress each other across levels.
-        min_side: both sides must be longer, in pixels, after clipping.
+        scores: [B, P] scores that rank the predictions; None: the highest class probability.
+        before: largest number of predictions of a level before NMS.
+        nms: IoU above which the box of lower score is dropped.
+        after: largest number of boxes of an image after NMS.
+        across_levels: treat all levels as one (as GID does): ``before`` counts all of them, and NMS works across levels.
+        min_side: both sides of a clipped box must be longer than this, in pixels.
 
     Returns:
         The proposals; an image may have none.
@@ -244,18 +244,18 @@ def propose(
 def propose_by_class(
     dense: Dense, sizes_hw: Tensor, *, before: int = 1000, nms: float = 0.5, after: int = 100, min_score: float = 0.0
 ) -> Proposals:
-    """Boxes of a dense prediction, one for each class that a prediction is good for: a detector's inference procedure.
+    """Class-wise proposals from a dense prediction, by the inference procedure of a one-stage detector.
 
-    The best pairs of prediction and class of each level are clipped to the image, and those kept that no better one of the
-    same class overlaps, whatever its level. Boxes without area and predictions in ``dense.padding`` take no part.
+    The best pairs of prediction and class of each level are clipped to the image, and non-maximum suppression (NMS) is applied
+    within each class, across levels. Boxes without area and predictions in ``dense.padding`` are excluded.
 
     Args:
-        dense: of a one-stage detector.
+        dense: prediction of a one-stage detector.
         sizes_hw: [B, 2] valid height and width of each image.
-        before: most pairs of a level that enter suppression.
-        nms: IoU above which the worse of two boxes of a class is dropped.
-        after: most boxes of an image.
-        min_score: class probabilities must be higher.
+        before: largest number of pairs of a level before NMS.
+        nms: IoU above which, of two boxes of a class, the one of lower score is dropped.
+        after: largest number of boxes of an image after NMS.
+        min_score: class probabilities must be higher than this.
 
     Returns:
         The proposals; a box may occur once for each class.
@@ -273,18 +273,18 @@ def propose_by_class(
 
 
 def _objectness(dense: Dense) -> Tensor:
-    """[B, P] logits, or probabilities for softmax outputs, whose logits cannot be compared between predictions."""
+    """[B, P] largest logit; for softmax outputs the largest probability, because logits of predictions are not comparable."""
     columns = dense.logits.softmax(dim=-1)[..., :-1] if dense.softmax else dense.logits
     return columns.amax(dim=-1)
 
 
 def _best_of_each(ranked: Tensor, groups: Tensor, most: int) -> list[Tensor]:
-    """For each image the indices of the best of each group, without those of -inf or NaN.
+    """For each image, the indices of the highest scores of each group, without scores of -inf or NaN.
 
     Args:
-        ranked: [B, N].
-        groups: [N].
-        most: of each group.
+        ranked: [B, N] scores.
+        groups: [N] group of each score.
+        most: largest number of indices of each group.
     """
     chosen = []
     for group in torch.unique(groups).tolist():
@@ -305,7 +305,7 @@ def _suppressed(
     min_side: float,
     after: int,
 ) -> tuple[Tensor, Origin, Tensor]:
-    """Boxes, origin and rank of those of an image's candidates ``index`` [n] that are large enough and best of their group."""
+    """Boxes, origin and score of an image's candidates ``index`` [n] that are large enough and survive NMS in their group."""
     height, width = size_hw.tolist()
     boxes = clip_boxes_to_image(dense.boxes_xyxy[image, index], (height, width))
     keep = torch.nonzero(((boxes[:, 2:] - boxes[:, :2]) > min_side).all(dim=1)).flatten()
@@ -324,7 +324,7 @@ class SampledRegions(NamedTuple):
     boxes_xyxy: list[Tensor]
     """[n_b, 4]."""
     origins: list[Origin]
-    """Of n_b boxes; inserted ground truth has level -1 and names its box."""
+    """Origin of the n_b boxes; for inserted ground truth the level is -1 and ``ground_truth`` is the index of the box."""
     matched: list[Tensor]
     """[n_b] int64 index of the ground truth within the image's ``Target`` (crowd boxes counted), -1 for negatives."""
 
@@ -343,19 +343,19 @@ def sample_regions(
 ) -> SampledRegions:
     """Draw regions of each image for the training of a second stage (Girshick, "Fast R-CNN", section 2.3).
 
-    A region is positive if its IoU with some ground truth is at least ``iou``, else negative. Of the positives at most
-    ``count * positive_fraction`` are drawn, and negatives up to ``count`` in all; fewer where there are fewer. Crowd boxes and
-    boxes without area are no ground truth. An image without ground truth has negatives only.
+    A region is positive if its IoU with some ground truth is at least ``iou``, else negative. At most
+    ``count * positive_fraction`` positives are drawn, then negatives up to ``count`` regions; fewer if there are not enough.
+    Crowd boxes and boxes without area do not count as ground truth. An image without ground truth has negatives only.
 
     Args:
         boxes_xyxy: B tensors [n, 4].
-        origins: of the boxes of each image.
+        origins: origin of the boxes of each image.
         targets: ground truth of each image.
-        count: regions of an image.
-        positive_fraction: most of ``count`` that may be positive.
-        iou: see above.
-        insert_ground_truth: the ground truth's own boxes take part, after the given ones.
-        generator: of the CPU, so that equal seeds draw the same regions on any device; None: torch's global one.
+        count: number of regions of an image.
+        positive_fraction: largest fraction of ``count`` that may be positive.
+        iou: smallest IoU of a positive region.
+        insert_ground_truth: append the ground-truth boxes to the given boxes before sampling.
+        generator: random generator of the CPU (equal seeds draw the same regions on any device); None: torch's global one.
 
     Returns:
         The sampled regions, in the order of the given boxes within positives and within negatives.
@@ -400,7 +400,8 @@ def encode_boxes(
     Args:
         boxes_xyxy: [..., 4]; gradient flows.
         references_xyxy: [..., 4] anchors or regions, of a shape that broadcasts.
-        weights: of the four numbers. What others call standard deviations of 0.1, 0.1, 0.2, 0.2 is (10, 10, 5, 5).
+        weights: factors on the four numbers. Standard deviations 0.1, 0.1, 0.2, 0.2, as other code bases give them, are the
+            weights (10, 10, 5, 5).
 
     Returns:
         [..., 4].
@@ -421,14 +422,14 @@ def decode_boxes(
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
     bound_shrinking: bool = False,
 ) -> Tensor:
-    """Boxes of deltas, the inverse of ``encode_boxes``; not clipped to an image.
+    """Decode boxes from deltas, the inverse of ``encode_boxes``; the boxes are not clipped to an image.
 
     Args:
         deltas: [..., 4]; gradient flows.
         references_xyxy: [..., 4] anchors or regions, of a shape that broadcasts (for [R, K, 4]: [R, 1, 4]).
-        weights: those of the encoding.
-        bound_shrinking: a box is never more than 1000 / 16 times as wide or high as its reference; with this (as mmdet has
-            it; torchvision and detectron2 do not) never less than 16 / 1000 times, either.
+        weights: the weights of the encoding.
+        bound_shrinking: also bound sides from below: at least 16 / 1000 of the reference's side (as in mmdet, unlike torchvision
+            and detectron2). The upper bound, 1000 / 16 times the reference's side, always applies.
 
     Returns:
         [..., 4].

@@ -1,7 +1,7 @@
-"""How rows resemble each other, and blocks that let all cells of a map speak to each other.
+"""Relations between feature vectors (rows) of objects, and blocks that relate the cells of a map.
 
-Rows are described regions or queries: their cosines (DSIG), their relative distances (GID), and the contrast of each with all
-others (G-DetKD, DETRDistill). Blocks are the learned relations of cells: non-local (FKD) and by a graph of a few nodes (DRKD).
+Rows describe regions or queries. Their relations are cosines (DSIG), relative distances (GID) and contrastive losses (G-DetKD,
+DETRDistill). The blocks learn relations of cells: non-local (FKD), or by a graph of a few nodes (DRKD).
 
 Shape letters: N rows, M rows of a bank, D width; B images, C channels, H, W rows and columns of a map.
 """
@@ -24,8 +24,8 @@ def cosine_gram(rows: Tensor, eps: float = 1e-12) -> Tensor:
     """[..., N, N] cosine of every row with every row, the diagonal included (the edges of DSIG's graph, ICCV 2021).
 
     Args:
-        rows: [..., N, D]; gradient flows. A row of zeros has cosine 0 with all, itself included.
-        eps: least length that a row is divided by.
+        rows: [..., N, D]; gradient flows. A row of zeros has cosine 0 with all rows, itself included.
+        eps: smallest length that a row is divided by.
 
     Example:
         >>> cosine_gram(torch.tensor([[3.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])).tolist()
@@ -38,12 +38,12 @@ def cosine_gram(rows: Tensor, eps: float = 1e-12) -> Tensor:
 def normalized_distances(rows: Tensor) -> Tensor:
     """[N, N] Euclidean distances of all pairs, divided by their mean; 0 on the diagonal.
 
-    Dai et al., "General Instance Distillation for Object Detection" (GID), CVPR 2021, as the authors' port has it: squared
-    distances are at least 1e-12, so that the gradient is finite for equal rows, and the mean is over the pairs of different
-    rows. The gradient flows through the mean, too. Scaling all rows, or adding one vector to all, changes nothing.
+    Dai et al., "General Instance Distillation for Object Detection" (GID), CVPR 2021, as in the authors' port: squared
+    distances are at least 1e-12, so that the gradient is finite for equal rows, and the mean is over all pairs of two different
+    rows. The gradient also flows through the mean. Scaling all rows, or adding one vector to all, does not change the result.
 
     Args:
-        rows: [N, D]; gradient flows. One row gives [[0]], none give [0, 0].
+        rows: [N, D]; gradient flows. For N = 1 the result is [[0]], for N = 0 a tensor of shape [0, 0].
 
     Example:
         >>> normalized_distances(torch.tensor([[0.0], [1.0], [4.0]])).tolist()
@@ -65,19 +65,20 @@ def info_nce(
     ignored: Tensor | None = None,
     positive_in_denominator: bool = True,
 ) -> Tensor:
-    """Contrastive loss of each row: its key should be the most similar of all keys.
+    """InfoNCE loss of each row (anchor): its own key should be the most similar of all keys.
 
-    ``log sum_j exp(a_i . k_j / T) - a_i . k_i / T`` with j over the own key and the negatives: the other keys and the bank.
+    ``log sum_j exp(a_i . k_j / T) - a_i . k_i / T`` with j over the own key and the negatives (the other keys and the bank).
     Van den Oord et al., "Representation Learning with Contrastive Predictive Coding", equation 4.
 
     Args:
         anchors: [N, D] of length 1 (``torch.nn.functional.normalize``); gradient flows.
-        keys: [N, D] of length 1, row i the positive of anchor i; gradient flows, so detach a teacher's.
+        keys: [N, D] of length 1, row i is the key of anchor i; gradient flows, so detach keys of a teacher.
         temperature: T, above 0.
         bank: [M, D] further negatives of length 1, treated as constant; see ``RowBank``.
-        ignored: [N, N] bool, keys that are no negatives of an anchor, such as overlapping boxes; the diagonal is not read.
-        positive_in_denominator: False leaves the own key out of the sum, so that the loss may be negative (a re-implementation
-            of G-DetKD has it so); an anchor without any negative then gives 0.
+        ignored: [N, N] bool, True for keys that are not negatives of an anchor, such as overlapping boxes; the diagonal is not
+            read.
+        positive_in_denominator: False: the sum does not contain the own key, as in a re-implementation of G-DetKD. The loss may
+            then be negative, and is 0 for an anchor without negatives.
 
     Returns:
         [N], not reduced.
@@ -100,11 +101,11 @@ def info_nce(
 
 
 def overlapping_pairs(boxes_xyxy: Sequence[Tensor], iou: float = 0.5) -> Tensor:
-    """[N, N] bool, pairs of different boxes of one image whose IoU is above ``iou`` (those that G-DetKD does not contrast).
+    """[N, N] bool, pairs of different boxes of the same image with an IoU above ``iou``; G-DetKD does not contrast them.
 
     Args:
         boxes_xyxy: B tensors [N_b, 4], in the order of the rows.
-        iou: see above.
+        iou: IoU above which two boxes overlap.
     """
     boxes = torch.cat(list(boxes_xyxy))
     image = torch.cat([torch.full((len(mine),), index, device=boxes.device) for index, mine in enumerate(boxes_xyxy)])
@@ -113,13 +114,13 @@ def overlapping_pairs(boxes_xyxy: Sequence[Tensor], iou: float = 0.5) -> Tensor:
 
 
 class RowBank(nn.Module):
-    """The rows of the last batches, newest first, without a graph: negatives for ``info_nce``. Kept in checkpoints."""
+    """Memory of the rows of the last batches, newest first and detached: negatives for ``info_nce``. Saved in checkpoints."""
 
     def __init__(self, batches: int) -> None:
-        """Begin with none.
+        """Create an empty bank.
 
         Args:
-            batches: how many batches are remembered.
+            batches: number of batches whose rows are kept.
         """
         super().__init__()
         self.rows: Tensor
@@ -129,14 +130,14 @@ class RowBank(nn.Module):
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
 
     def push(self, rows: Tensor) -> None:
-        """Remember a batch's rows [N, D] and forget the oldest batch's; a batch without rows changes nothing."""
+        """Add a batch's rows [N, D] and drop those of the oldest batch beyond ``batches``; no rows: no change."""
         if len(rows):
             self.counts = torch.cat([self.counts.new_tensor([len(rows)]), self.counts])[: self.batches]
             kept = self.rows[: int(self.counts[1:].sum())].reshape(-1, rows.shape[1])
             self.rows = torch.cat([rows.detach(), kept.to(rows)])
 
     def forward(self, like: Tensor) -> Tensor:
-        """[M, D] all rows, on the device and in the type of ``like`` [N, D]; [0, D] at first."""
+        """[M, D] all rows, on the device and in the type of ``like`` [N, D]; [0, D] for an empty bank."""
         return self.rows.reshape(-1, like.shape[1]).to(like)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -150,10 +151,10 @@ class RowBank(nn.Module):
 
 
 def relate_cells(theta: Tensor, phi: Tensor, values: Tensor) -> Tensor:
-    """Each cell's sum of other cells' values, weighted by dot product: ``values (theta^T phi / M)^T``.
+    """For each cell, the sum of all cells' values, weighted by dot product: ``values (theta^T phi / M)^T``.
 
-    There is no softmax between the products, so ``phi`` and ``values`` are multiplied first: [D, D] per image instead of
-    [N, M], which at stride 4 of an 800 x 1333 image would be 282 MB.
+    There is no softmax between the products, so ``phi`` and ``values`` are multiplied first. This needs a matrix [D, D] for each
+    image instead of [N, M], which would take 282 MB at stride 4 of an 800 x 1333 image.
 
     Args:
         theta: [B, D, N] queries.
@@ -168,16 +169,16 @@ def relate_cells(theta: Tensor, phi: Tensor, values: Tensor) -> Tensor:
 
 
 def _fold_normalization(maps: Tensor, out: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Weight [C, D] and bias [C] of a 1x1 convolution and the batch normalisation after it, as one convolution.
+    """Fold a 1x1 convolution and the batch normalisation after it into one convolution: weight [C, D] and bias [C].
 
-    Mean and variance of ``out(maps)`` follow from mean and covariance of ``maps``, so no C-channel map is kept for the
-    backward pass; and a single value, which ``nn.BatchNorm2d`` refuses, gives just the bias.
+    Mean and variance of ``out(maps)`` are computed from mean and covariance of ``maps``, so that no map of C channels is kept
+    for the backward pass. A single value, which ``nn.BatchNorm2d`` refuses, gives the bias of the normalisation.
 
     Args:
-        maps: [B, D, N] whose statistics are taken.
-        out: [C, D] of the convolution, which has no bias.
-        norm_weight: [C].
-        norm_bias: [C].
+        maps: [B, D, N] input of the convolution.
+        out: [C, D] weight of the convolution, which has no bias.
+        norm_weight: [C] weight of the normalisation.
+        norm_bias: [C] bias of the normalisation.
         eps: added to the variance.
     """
     mean = maps.mean(dim=(0, 2))
@@ -189,20 +190,20 @@ def _fold_normalization(maps: Tensor, out: Tensor, norm_weight: Tensor, norm_bia
 
 
 class NonLocalBlock(nn.Module):
-    """``maps + BN(conv(relations of maps))``, the relations by dot product with max-pooled cells (Wang et al., CVPR 2018).
+    """Non-local block ``maps + BN(conv(relate_cells(maps)))`` with max-pooled keys and values (Wang et al., CVPR 2018).
 
-    The normalisation always uses the batch's statistics and starts with weight 0, so at first the block is the identity.
+    The normalisation always uses the batch's statistics. Its weight starts at 0, so the block is initially the identity.
     """
 
     eps = 1e-5
 
     def __init__(self, channels: int, reduction: int = 2, pool: int = 2) -> None:
-        """Make the convolutions as mmcv does: normal of deviation 0.01, no bias after the relations.
+        """Make the convolutions as mmcv does: weights of standard deviation 0.01, no bias in the output convolution.
 
         Args:
-            channels: of the maps.
+            channels: number of channels of the maps.
             reduction: inner channels are ``channels // reduction``, at least 1.
-            pool: cells per side that keys and values are max-pooled over; 1: none. A map that is smaller is pooled whole.
+            pool: side in cells of the max pooling of keys and values; 1: no pooling. For smaller maps the shorter side is used.
         """
         super().__init__()
         inner = max(1, channels // reduction)
@@ -229,12 +230,12 @@ class NonLocalBlock(nn.Module):
 
 
 class GloReBlock(nn.Module):
-    """Global reasoning: cells are summed into a few nodes, the nodes exchange what they know, and the cells get it back.
+    """Global reasoning block: project cells to a few graph nodes, mix the nodes, and project back to the cells.
 
-    Chen et al., "Graph-Based Global Reasoning Networks", CVPR 2019, as DRKD (IJCAI 2023) uses it: for a map as columns X
-    with ``B = project(X)`` and ``V = reduce(X) B^T`` it is ``X + BN(extend(U B))``, where
-    ``U = mix_states(relu(V + mix_nodes(V)))``. The sum over cells is not divided by their number; the normalisation makes up
-    for that. It always uses the batch's statistics.
+    Chen et al., "Graph-Based Global Reasoning Networks", CVPR 2019, as DRKD (IJCAI 2023) uses it. For a map with cells as columns
+    of X, ``B = project(X)`` and ``V = reduce(X) B^T``, the result is ``X + BN(extend(U B))`` with
+    ``U = mix_states(relu(V + mix_nodes(V)))``. The sum over cells is not divided by their number, because the normalisation
+    rescales it. The normalisation always uses the batch's statistics.
     """
 
     eps = 1e-4
@@ -244,8 +245,8 @@ class GloReBlock(nn.Module):
 
         Args:
             channels: C of the maps.
-            nodes: of the graph.
-            states: width of a node; None: twice the nodes, as in DRKD.
+            nodes: number of nodes of the graph.
+            states: width of a node; None: twice the number of nodes, as in DRKD.
         """
         super().__init__()
         states = 2 * nodes if states is None else states

@@ -1,4 +1,4 @@
-"""How alike two pyramids are: a number to watch, not to train on."""
+"""Similarity of two pyramids, for monitoring."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @torch.no_grad()
 def mean_cosine(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Cosine of the two maps of each image and level, averaged over both: 1 same direction, 0 unrelated.
+    """Cosine similarity of student and teacher maps, averaged over images and levels.
 
     Args:
-        student: L maps [B, C, H, W], already aligned.
+        student: L maps [B, C, H, W], already adapted to the teacher's channels and size.
         teacher: L maps of the same shapes.
 
     Returns:
-        [] between -1 and 1, without a graph.
+        [] between -1 and 1, detached.
     """
     pairs = zip(student, teacher, strict=True)
     return torch.stack([F.cosine_similarity(mine.flatten(1), fixed.flatten(1)).mean() for mine, fixed in pairs]).mean()

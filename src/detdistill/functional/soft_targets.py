@@ -1,7 +1,7 @@
-"""Losses with probabilities as targets: divergences and cross-entropies between class scores of two models.
+"""Losses with soft targets: divergences and cross-entropies between the class scores of student and teacher.
 
 No function here averages over predictions; the caller does, as its paper says. The sum or mean over classes is part of a
-function's definition, and so is the square of a temperature. The teacher's side is a constant in all of them.
+function's definition, and so is the factor T^2 for a temperature T. The teacher's scores are always treated as constant.
 
 Shape letters: K classes (or bins of a distribution), ``...`` any leading dimensions.
 """
@@ -18,18 +18,19 @@ from torch import Tensor
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
     """Kullback-Leibler divergence of softmaxes, ``T^2 * sum_c p_c (log p_c - log q_c)``: the sum over classes.
 
-    ``p = softmax(teacher / T)`` and ``q = softmax(student / T)``; the factor T^2 keeps the gradient's size for all T (Hinton
-    et al., "Distilling the Knowledge in a Neural Network", section 2). Adding a number to all logits of a row changes nothing.
+    ``p = softmax(teacher / T)`` and ``q = softmax(student / T)``. The factor T^2 keeps the size of the gradient for all T
+    (Hinton et al., "Distilling the Knowledge in a Neural Network", section 2). Adding a number to all logits of a row does not
+    change the result.
 
-    The value is computed as the sum of ``q - p - p r`` with ``r = log q - log p``, which equals the formula because p and q
-    sum to 1, and whose terms are never negative. It keeps the digits that the formula loses for nearly equal rows: for random
+    The value is computed as the sum of ``q - p - p r`` with ``r = log q - log p``. This equals the formula because p and q
+    sum to 1, and its terms are never negative. It keeps the digits that the formula loses for nearly equal rows: for random
     logits 0.3 apart, T = 10 and float32 the formula is wrong by up to 0.1 %. The gradient is ``T (q - p)``.
 
     Args:
         student_logits: any shape; gradient flows.
         teacher_logits: the same shape or one that broadcasts to it, treated as constant.
         temperature: T, above 0.
-        dim: the dimension of the classes.
+        dim: dimension of the classes.
 
     Returns:
         The student's shape without ``dim``; at least 0, and exactly 0 for equal logits.
@@ -42,7 +43,7 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
 
 
 class _KLDivergence(torch.autograd.Function):
-    """A function of its own, because it keeps one tensor for the backward pass (``q - p``), where autograd keeps two."""
+    """Custom autograd function that keeps one tensor for the backward pass (``q - p``); autograd would keep two."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
@@ -62,7 +63,7 @@ class _KLDivergence(torch.autograd.Function):
 
 
 def mean_kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
-    """``kl_divergence`` divided by the number of classes: the mean over classes, as mmdet, LD and DSIG have it.
+    """``kl_divergence`` divided by the number of classes: the mean over classes, as in mmdet, LD and DSIG.
 
     Args:
         student_logits: any shape; gradient flows.
@@ -86,8 +87,8 @@ def soft_cross_entropy(
     """Cross-entropy with the teacher's softmax, ``-sum_c w_c p_c log q_c``; no factor T^2.
 
     Chen et al., "Learning Efficient Object Detection Models with Knowledge Distillation", NeurIPS 2017 (w is 1.5 for
-    the background and 1 for objects). Weights multiply, and nothing divides by their sum. Not 0 for equal logits: the
-    teacher's entropy remains, and with unequal weights a gradient too.
+    the background and 1 for objects). The result is not divided by the sum of the weights. For equal logits it is the teacher's
+    entropy and not 0; with unequal weights the gradient is not 0 there, either.
 
     Args:
         student_logits: any shape; gradient flows.
@@ -112,8 +113,8 @@ def soft_cross_entropy(
 def soft_binary_cross_entropy(logits: Tensor, targets: Tensor, power: float = 0.0) -> Tensor:
     """``|t - s|^power * BCE(s, t)`` of each class with ``s = sigmoid(logits)``, not reduced.
 
-    With power 0 it is the cross-entropy ``-t log s - (1 - t) log(1 - s)``, whose least value is the target's entropy and not
-    0. With a power it is 0 at the target: the loss of GFL's classes (power 2, see ``quality_focal_loss``) and of the
+    With power 0 it is the cross-entropy ``-t log s - (1 - t) log(1 - s)``; its smallest value is the target's entropy and not
+    0. With a power above 0 it is 0 at the target: the classification loss of GFL (power 2, see ``quality_focal_loss``) and the
     distillation of class scores in BCKD and CrossKD (power 1). The gradient flows through both factors.
 
     Args:
@@ -165,7 +166,7 @@ def focal_kl_divergence(student_logits: Tensor, teacher_logits: Tensor, power: f
     Args:
         student_logits: [..., K]; gradient flows.
         teacher_logits: [..., K], treated as constant.
-        power: of the gap between the scores.
+        power: exponent of the difference of the scores.
 
     Returns:
         [..., K], 0 for equal logits.

@@ -1,7 +1,7 @@
 """Weighted sums of a table's rows on a CPU, with gradients of the table and of the weights.
 
-What ``embedding_bag`` with weights per sample computes. Its own backward pass sorts all indices; here the table's gradient is
-one product with a sparse matrix, and so is that of the weights: several times as fast for the shapes of deformable attention.
+The result is that of ``embedding_bag`` with weights per sample, whose backward pass sorts all indices. Here each of the two
+gradients is one product with a sparse matrix, which is several times as fast for the shapes of deformable attention.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The nouns every room shares: frozen dataclasses of tensors, torch only, units in the names.
+"""Data structures that all packages share: frozen dataclasses of tensors. They import torch only; field names end in the unit.
 
 Shape letters: B images, L levels (or decoder layers), P dense predictions of an image, R regions of the whole batch,
 N queries of an image, M positives of the whole batch, K classes, D embedding width, G ground-truth boxes of an image.

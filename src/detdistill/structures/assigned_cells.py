@@ -1,4 +1,4 @@
-"""An assignment of dense predictions as a cache can hold it: the few cells that answer for a box, by their places."""
+"""Sparse form of an assignment of dense predictions, as caches store it: only positive and ignored cells are listed."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from detdistill.structures.targets import IGNORED, NEGATIVE, Assignment
 class AssignedCells(PerImage):
     """Positive and ignored predictions of each image by level, row, column and anchor; all others are negative.
 
-    Places are those of the image, so the assignment can be laid on the prediction of any detector with the same cells,
-    whatever the batch is padded to. The cells beyond an image's valid size are not listed.
+    Levels, rows and columns do not depend on the padding of the batch, so the assignment can be applied to the prediction of
+    any detector with the same strides and anchors. Cells beyond an image's valid size are not listed.
 
-    Shape letters: B images, M listed predictions of an image (rows of the others are -1 at the end), P predictions.
+    Shape letters: B images, M listed predictions (images with fewer are filled up with -1 at the end), P predictions.
     """
 
     places: Tensor
     """[B, M, 4] int64 level, row, column and anchor; -1 where an image has fewer."""
     ground_truth: Tensor
-    """[B, M] int64 index of the box within its image's ``Target``; -2 ignored; -1 nothing."""
+    """[B, M] int64 index of the box within its image's ``Target``; -2 ignored; -1 filling."""
     weights: Tensor | None
-    """[B, M], or None for all ones."""
+    """[B, M] loss weights; None: all 1."""
     padding_ignored: Tensor
-    """[B] bool: the cells beyond the image's valid size are ignored; False: they are negative."""
+    """[B] bool. True: cells beyond the image's valid size are ignored. False: they are negative."""
     strides: tuple[int, ...] = field(metadata=SHARED)
-    """Of the levels."""
+    """Stride of each level in pixels."""
 
     @staticmethod
     def of(assignment: Assignment, prediction: Dense, batch: Batch, strides: Sequence[int]) -> AssignedCells:
-        """List an assignment [B, P] of a dense prediction; its normaliser, which belongs to the batch, is left out.
+        """Convert an assignment [B, P] of a dense prediction. ``normalizer`` is dropped, because it depends on the batch.
 
         Args:
-            assignment: weights of negative predictions must be 1.
-            prediction: whose cells they are.
-            batch: its sizes are read.
-            strides: of the prediction's levels.
+            assignment: the weights of its negative predictions must be 1.
+            prediction: the prediction that was assigned.
+            batch: gives the valid sizes of the images.
+            strides: stride of each level of the prediction, in pixels.
         """
         inside = _inside(prediction, batch, strides)
         padding_ignored = ((assignment.matched == IGNORED) & ~inside).any(dim=1)
@@ -65,7 +65,7 @@ class AssignedCells(PerImage):
 
     @classmethod
     def stack(cls, pieces: Sequence[AssignedCells]) -> AssignedCells:
-        """The inverse of ``split``; images with fewer cells are filled up with -1."""
+        """Join the pieces of ``split`` again; images with fewer cells are filled up with -1."""
         longest = max(piece.ground_truth.shape[1] for piece in pieces)
 
         def filled(values: Sequence[Tensor], empty: float) -> Tensor:
@@ -85,7 +85,7 @@ class AssignedCells(PerImage):
         )
 
     def on(self, prediction: Dense, batch: Batch) -> Assignment:
-        """The assignment [B, P] of a prediction with the same cells; cells that it lacks are passed over."""
+        """Convert back to an assignment [B, P] of ``prediction``; listed cells that the prediction lacks are skipped."""
         count = len(batch)
         matched = torch.full(prediction.boxes_xyxy.shape[:2], NEGATIVE, dtype=torch.int64, device=prediction.cells.device)
         matched[self.padding_ignored[:, None] & ~_inside(prediction, batch, self.strides)] = IGNORED
@@ -106,13 +106,13 @@ class AssignedCells(PerImage):
 
 
 def _number(places: Tensor, spread: Tensor) -> Tensor:
-    """One number for each place [..., 4], different for different places below ``spread`` [4]."""
+    """A unique number for each place [..., 4] whose entries are below ``spread`` [4]."""
     level, row, column, anchor = places.unbind(dim=-1)
     return ((level * spread[1] + row) * spread[2] + column) * spread[3] + anchor
 
 
 def _inside(prediction: Dense, batch: Batch, strides: Sequence[int]) -> Tensor:
-    """[B, P] whether the first pixel of a prediction's cell is a pixel of the image."""
+    """[B, P] bool, True where the top left pixel of a prediction's cell lies inside the image's valid size."""
     stride = torch.tensor(strides, device=prediction.levels.device)[prediction.levels]
     first = prediction.cells * stride[:, None]
     return (first[None] < batch.sizes[:, None].to(first.device)).all(dim=-1)

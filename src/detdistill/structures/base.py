@@ -1,4 +1,4 @@
-"""Structures of tensors that move together, and structures that can be split by image and stacked again."""
+"""Base classes: ``Movable`` (all tensors move together) and ``PerImage`` (split by image and stacked again)."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Movable:
     """A structure whose tensors move, detach and cast together."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Copy to a device; tensors already there are shared."""
+        """Return a copy on a device; tensors that are already there are shared."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def detach(self) -> Self:
-        """The same values without a graph."""
+        """Return a copy whose tensors are detached from the autograd graph."""
         return map_tensors(self, torch.Tensor.detach)
 
     def float(self) -> Self:
-        """Floating-point tensors as float32 (float64 stays); integers and masks as they are."""
+        """Return a copy with floating-point tensors in float32; float64, integers and masks are unchanged."""
         return map_tensors(self, lambda t: t.float() if t.is_floating_point() and t.dtype != torch.float64 else t)
 
 
@@ -52,19 +52,20 @@ SHARED = {"axis": None}
 SECOND = {"axis": 1}
 """Metadata of a field whose images lie along its second dimension."""
 ADDED = {"omit_default": True}
-"""Metadata of a field that came after caches were written: records leave it out while it has its default."""
+"""Metadata of a field that was added after caches had been written: a record omits it while it has its default value."""
 
 
 @dataclass(frozen=True)
 class PerImage(Movable):
-    """Anything a batch yields that can be split by image, stacked again, cast and saved.
+    """Base of data about a batch that can be split by image, stacked again, cast and saved.
 
-    Fields are tensors with the images first, tuples of such tensors (one for each level), other ``PerImage`` values,
-    or None. A field marked ``SECOND`` has its images second; one marked ``SHARED`` belongs to the batch.
+    A field is a tensor with the images along its first dimension, a tuple of such tensors (one for each level), another
+    ``PerImage``, or None. In a field marked ``SECOND`` the images lie along the second dimension. A field marked ``SHARED``
+    is the same for all images.
     """
 
     def split(self, count: int) -> list[Self]:
-        """One value for each of the ``count`` images; images keep a leading dimension of 1."""
+        """Split into one structure for each of the ``count`` images; the dimension of the images is kept with length 1."""
         pieces: list[Self] = []
         for index in range(count):
             cut: dict[str, Any] = {}
@@ -77,7 +78,7 @@ class PerImage(Movable):
 
     @classmethod
     def stack(cls, pieces: Sequence[Self]) -> Self:
-        """The inverse of ``split``; what differs in size is zero-padded at its end: maps on the right and at the bottom."""
+        """Join the pieces of ``split`` again. Tensors that differ in size are zero-padded at their ends (maps: right, bottom)."""
         first = pieces[0]
         joined: dict[str, Any] = {}
         for f in dataclasses.fields(first):
@@ -116,6 +117,6 @@ def _join(values: Sequence[Any], axis: int) -> Any:
 
 
 def _padded(value: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zeros (False) at the end of every dimension but the first."""
+    """Pad every dimension except the first at its end with zeros (False)."""
     missing = [(0, wanted - has) for has, wanted in zip(value.shape[1:], shape[1:], strict=True)]
     return torch.nn.functional.pad(value, [number for pair in reversed(missing) for number in pair])

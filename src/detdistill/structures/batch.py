@@ -1,4 +1,4 @@
-"""The input: images, the views they are, and the ground truth."""
+"""Input of detectors and methods: ``Batch`` (images), ``View`` (how an image was made) and ``Target`` (ground truth)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from detdistill.structures.base import Movable, map_tensors
 
 @dataclass(frozen=True)
 class View:
-    """Which version of an image a tensor shows: enough to undo its geometry, and half of the cache's key.
+    """Resize, shift, flip and colour change that made a batch's image from the original; with the image id, a cache's key.
 
-    A pixel ``(x, y)`` of the original lies at ``(x * scale_xy[0] + offset_xy[0], y * scale_xy[1] + offset_xy[1])``;
-    after that, if ``flip``, ``x`` becomes ``size_hw[1] - x``.
+    A point ``(x, y)`` of the original lies at ``(x * scale_xy[0] + offset_xy[0], y * scale_xy[1] + offset_xy[1])``.
+    If ``flip``, ``x`` then becomes ``size_hw[1] - x``.
     """
 
     original_hw: tuple[int, int]
@@ -25,13 +25,13 @@ class View:
     offset_xy: tuple[float, float] = (0.0, 0.0)
     flip: bool = False
     photometric: tuple[float, ...] = ()
-    """Factors of brightness, contrast, saturation and hue; empty when the colours are the file's."""
+    """Factors of brightness, contrast, saturation and hue; empty when the colours are unchanged."""
     mosaic: tuple[int, ...] = ()
-    """Ids of the images that make up a mosaic; empty for a single image. A mosaic has no way back."""
+    """Ids of the images that make up a mosaic; empty for a single image. ``to_original`` does not support mosaics."""
 
     @property
     def key(self) -> str:
-        """A short text, equal for equal views of one image."""
+        """A short text that is equal for equal views of the same image."""
         parts = [f"{self.size_hw[0]}x{self.size_hw[1]}"]
         if self.scale_xy != (1.0, 1.0) or self.offset_xy != (0.0, 0.0):
             parts.append(",".join(f"{number:.6g}" for number in (*self.scale_xy, *self.offset_xy)))
@@ -44,7 +44,7 @@ class View:
         return "-".join(parts)
 
     def to_original(self, boxes_xyxy: Tensor) -> Tensor:
-        """Boxes ``[N, 4]`` in pixels of this view, in pixels of the original image (not clipped).
+        """Map boxes ``[N, 4]`` from pixels of this view to pixels of the original image, without clipping.
 
         Raises:
             ValueError: the view is a mosaic, which has no single original.
@@ -68,15 +68,15 @@ class Target(Movable):
     labels: Tensor
     """[G] int64, 0 .. K-1."""
     crowd: Tensor
-    """[G] bool; crowd boxes are ignored by training and handled by COCO's rule in evaluation."""
+    """[G] bool; training ignores crowd boxes, and evaluation handles them by COCO's rule."""
     masks: Tensor | None = None
-    """[G, H, W] bool, when the data has masks and the detector wants them."""
+    """[G, H, W] bool if the data has masks and the detector uses them, else None."""
 
     def __len__(self) -> int:
         return self.boxes_xyxy.shape[0]
 
     def without_crowd(self) -> Target:
-        """The boxes that training may use."""
+        """The ground truth without crowd boxes, which training must not use."""
         if not bool(self.crowd.any()):
             return self
         return map_tensors(self, lambda tensor: tensor[~self.crowd])
@@ -84,7 +84,7 @@ class Target(Movable):
 
 @dataclass(frozen=True)
 class Batch(Movable):
-    """What detectors and methods are given: images and all that belongs to them."""
+    """A batch of images with their sizes, targets, ids and views: the input of detectors and methods."""
 
     images: Tensor
     """[B, 3, H, W] RGB in 0..1, zero-padded on the right and at the bottom, NOT normalised."""
@@ -95,13 +95,16 @@ class Batch(Movable):
     """Image ids as in the data set's annotations."""
     views: tuple[View, ...]
     canvases_hw: tuple[tuple[int, int], ...] | None = None
-    """Height and width that each image would be padded to in a batch of its own; None: those of ``images`` for all."""
+    """Padded height and width that each image would have in a batch of its own. None: the padded size of ``images`` for all."""
 
     def __len__(self) -> int:
         return self.images.shape[0]
 
     def by_canvas(self) -> list[tuple[list[int], Batch]]:
-        """The images (their indices) and a batch for each canvas, on which nothing shows what else was in this batch."""
+        """Group the images by canvas: the indices of each group, and a batch of them padded to that canvas only.
+
+        Computed from such a group, a teacher's output for an image does not depend on the other images of this batch.
+        """
         groups: dict[tuple[int, int], list[int]] = {}
         for index, canvas in enumerate(self.canvases_hw or [self.padding_hw] * len(self)):
             groups.setdefault(canvas, []).append(index)
@@ -122,10 +125,10 @@ class Batch(Movable):
         )
 
     def with_targets(self, targets: Sequence[Target]) -> Batch:
-        """The same images with other boxes (SSD-Det refines them inside the step).
+        """The same images with other ground truth (SSD-Det refines boxes inside a training step).
 
         Raises:
-            ValueError: not one target for each image.
+            ValueError: the number of targets differs from the number of images.
         """
         if len(targets) != len(self):
             raise ValueError(f"with_targets: {len(self)} images need {len(self)} targets, got {len(targets)}")
@@ -133,7 +136,7 @@ class Batch(Movable):
 
     @property
     def padding_hw(self) -> tuple[int, int]:
-        """Height and width of the padded tensor."""
+        """Height and width of the padded image tensor."""
         return self.images.shape[-2], self.images.shape[-1]
 
     def padding_mask(self) -> Tensor:

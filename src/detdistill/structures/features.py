@@ -1,4 +1,4 @@
-"""A pyramid of maps."""
+"""Feature pyramid of a batch."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from detdistill.structures.base import SHARED, PerImage
 
 @dataclass(frozen=True)
 class Features(PerImage):
-    """A pyramid: the neck's maps (DETR families: the encoder's), or the backbone's."""
+    """Feature pyramid: maps of the neck (of the encoder in DETR families), or of the backbone."""
 
     maps: tuple[Tensor, ...]
     """L tensors [B, C_l, H_l, W_l], finest first."""
     strides: tuple[int, ...] = field(metadata=SHARED)
-    """Pixels of the image tensor for one step on each map."""
+    """Stride of each level in pixels of the image tensor."""
     padding: tuple[Tensor, ...] | None = None
     """L masks [B, H_l, W_l] bool, True where a cell shows padding only; None when nothing is padded."""
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Channels of each map."""
+        """Number of channels of each level."""
         return tuple(level.shape[1] for level in self.maps)
 
     def take(self, levels: Sequence[int]) -> Features:
-        """The pyramid of some levels (indices), in the order given."""
+        """The pyramid of the given levels (indices), in the given order."""
         padding = None if self.padding is None else tuple(self.padding[level] for level in levels)
         return Features(tuple(self.maps[level] for level in levels), tuple(self.strides[level] for level in levels), padding)
 
     def split(self, count: int) -> list[Self]:
-        """One pyramid for each image; without masks where the image fills its maps, whatever the others do."""
+        """Split into one pyramid for each image; ``padding`` is None for an image that fills its maps."""
         pieces = super().split(count)
         return [piece if _masks_something(piece) else replace(piece, padding=None) for piece in pieces]
 
     @classmethod
     def stack(cls, pieces: Sequence[Self]) -> Self:
-        """The inverse of ``split``; where maps of different sizes are zero-padded, the mask says so."""
+        """Join the pieces of ``split`` again; cells that zero-padding adds to smaller maps are True in ``padding``."""
         joined = super().stack([replace(piece, padding=None) for piece in pieces])
         sizes = {tuple(level.shape[-2:] for level in piece.maps) for piece in pieces}
         if len(sizes) == 1 and all(piece.padding is None for piece in pieces):

@@ -1,4 +1,4 @@
-"""One pass of a detector: which parts are looked at, and what they showed."""
+"""Intermediate results of one forward pass: which are requested (``Look``), and their values (``Observation``)."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from detdistill.structures.features import Features
 from detdistill.structures.predictions import Prediction, Queries
 
 WHOLE_TOWER = -1
-"""Depth of a tower: all of its blocks, however many the detector has."""
+"""Depth of a tower that stands for all of its blocks."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """Parts of a detector that one pass shows, beside ``features``, which every pass shows."""
+    """The parts of a forward pass that are returned besides ``features``, which are always returned."""
 
     backbone: bool = False
-    """The backbone's maps, before the neck (``HasBackboneFeatures``)."""
+    """Maps of the backbone, before the neck (``HasBackboneFeatures``)."""
     towers: tuple[int, ...] = ()
-    """Depths at which the inside of a dense head is shown (``HasTowers``); ``WHOLE_TOWER``: after all blocks."""
+    """Depths at which the maps inside a dense head are returned (``HasTowers``); ``WHOLE_TOWER``: after all blocks."""
     prediction: bool = False
     """The raw prediction."""
     attention: bool = False
-    """The prediction, with the attention maps of the query decoder (``HasQueries``)."""
+    """The raw prediction with the attention maps of the query decoder (``HasQueries``)."""
 
     def __or__(self, other: Look) -> Look:
-        """All that either of them shows."""
+        """The union of both."""
         return Look(
             self.backbone or other.backbone,
             tuple(sorted({*self.towers, *other.towers})),
@@ -39,37 +39,37 @@ class Look:
 
 @dataclass(frozen=True)
 class Tower(PerImage):
-    """The inside of a dense head after ``depth`` of its convolution blocks, which all levels share."""
+    """Maps inside a dense head after its first ``depth`` convolution blocks; all levels share the blocks."""
 
     classification: tuple[Tensor, ...]
     """L maps [B, C, H_l, W_l]."""
     regression: tuple[Tensor, ...]
     """L maps [B, C, H_l, W_l]."""
     depth: int = field(metadata=SHARED)
-    """0: the neck's maps, on both sides."""
+    """Number of blocks passed; at 0 both fields hold the neck's maps."""
     strides: tuple[int, ...] = field(metadata=SHARED)
 
 
 @dataclass(frozen=True)
 class Taught(PerImage):
-    """What the teacher says about a batch. A method with more to say than ``Observation`` derives its own dataclass."""
+    """Base of what ``Method.teach`` returns for a batch: ``Observation``, or a dataclass of the method's own."""
 
 
 @dataclass(frozen=True)
 class Observation(Taught):
-    """What one forward pass of a detector showed: the student's as ``seen``, the teacher's as the default ``taught``."""
+    """Intermediate results of one forward pass: the student's are called ``seen``, the teacher's are the default ``taught``."""
 
     features: Features
     backbone_features: Features | None = None
     prediction: Prediction | None = None
     towers: tuple[Tower, ...] = field(default=(), metadata=ADDED)
-    """In order of depth."""
+    """The requested towers, in order of depth."""
 
     def tower(self, depth: int = WHOLE_TOWER) -> Tower:
-        """The head's inside at a depth that was looked at.
+        """The tower of the given depth.
 
         Raises:
-            KeyError: it was not.
+            KeyError: ``Look.towers`` did not contain this depth.
         """
         if depth == WHOLE_TOWER and self.towers:
             return self.towers[-1]
@@ -79,7 +79,10 @@ class Observation(Taught):
         raise KeyError(f"no tower of depth {depth} was looked at, only {[tower.depth for tower in self.towers]}")
 
     def only(self, look: Look) -> Observation:
-        """The parts that ``look`` names: what a method is taught must not depend on what others looked at."""
+        """The observation reduced to the parts that ``look`` requests.
+
+        ``Teacher.observe`` uses it so that a method receives the same parts alone and in a composition.
+        """
         prediction = self.prediction if look.prediction or look.attention else None
         if isinstance(prediction, Queries) and not look.attention:
             prediction = replace(prediction, attention=None, self_attention=None)
@@ -93,6 +96,6 @@ class Observation(Taught):
 
 @dataclass(frozen=True)
 class TaughtTogether(Taught):
-    """What the methods of a composition were taught, in their order."""
+    """The results of ``teach`` of a composition's methods, in the order of the methods."""
 
     parts: tuple[Taught | None, ...]

@@ -1,4 +1,4 @@
-"""Predictions by family (dense, on regions, of queries); every box keeps its origin.
+"""Predictions by family of detectors: ``Dense``, ``Regions`` and ``Queries``. ``Origin`` records the cell a box came from.
 
 Shape letters: B images, L levels (or decoder layers), P dense predictions of an image, R regions of the whole batch,
 N queries of an image, K classes, D embedding width.
@@ -21,7 +21,7 @@ D = TypeVar("D", bound="Dense")
 
 
 NO_OBJECT = -20.0
-"""Sigmoid logit of what cannot be there: a probability of 2e-9, and still a number to calculate with."""
+"""Sigmoid logit of a padded prediction: finite, with a probability of 2e-9."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Dense(PerImage):
     logits: Tensor
     """[B, P, K] sigmoid logits, or [B, P, K+1] softmax logits with the background last."""
     deltas: Tensor
-    """[B, P, R] the regression as the detector encodes it (4, or bins of a distribution)."""
+    """[B, P, R] box regression as the detector encodes it: 4 numbers, points, or the bins of all sides."""
     boxes_xyxy: Tensor
     """[B, P, 4] decoded, in pixels, not clipped; differentiable with respect to ``deltas``."""
     priors_xyxy: Tensor
@@ -39,24 +39,24 @@ class Dense(PerImage):
     levels: Tensor = field(metadata=SHARED)
     """[P] level of each prediction."""
     cells: Tensor = field(metadata=SHARED)
-    """[P, 2] row and column on its level."""
+    """[P, 2] row and column of each prediction's cell on its level."""
     anchors: Tensor = field(metadata=SHARED)
-    """[P] which anchor of the cell."""
+    """[P] index of each prediction's anchor within its cell."""
     quality: Tensor | None = None
-    """[B, P] logits of centerness or IoU, where the detector has them."""
+    """[B, P] logits of centerness or IoU; None if the detector predicts neither."""
     softmax: bool = field(default=False, metadata=SHARED)
     own: Any = field(default=None, metadata=SHARED)
-    """The adapter's own outputs, for its own loss and decoding. Nobody else reads them; they are not saved."""
+    """Further outputs that only the detector's own loss and decoding read. They are not saved."""
     padding: Tensor | None = None
-    """[B, P] bool, True where ``stack`` added a cell beyond an image's own maps: no object, an empty box; None: nowhere."""
+    """[B, P] bool, True where ``stack`` added a cell beyond an image's own maps (no object, empty box). None: no such cell."""
 
     def split(self, count: int) -> list[Self]:
-        """One value for each image, without the adapter's own outputs."""
+        """Split into one prediction for each image; ``own`` is dropped."""
         return super(Dense, replace(self, own=None)).split(count)
 
     @classmethod
     def stack(cls, pieces: Sequence[Self]) -> Self:
-        """The inverse of ``split``; predictions on maps of different sizes are laid on the smallest maps that hold them all."""
+        """Join the pieces of ``split`` again. If map sizes differ, all are padded to the smallest maps that contain them."""
         first = pieces[0]
         if all(torch.equal(piece.cells, first.cells) and torch.equal(piece.levels, first.levels) for piece in pieces):
             return super().stack([_with_padding(piece) for piece in pieces] if _any_padding(pieces) else pieces)
@@ -74,7 +74,7 @@ def _with_padding(piece: D) -> D:
 
 
 def _on_common_cells(pieces: Sequence[D]) -> list[D]:
-    """The same predictions on maps of one size, in the order level, row, column, anchor."""
+    """Pad predictions to maps of equal sizes; the result is in the order level, row, column, anchor."""
     places = [torch.stack([p.levels, *p.cells.unbind(1), p.anchors], dim=1) for p in pieces]
     depth = max(int(place[:, 0].max()) for place in places) + 1
     wanted = []
@@ -87,7 +87,7 @@ def _on_common_cells(pieces: Sequence[D]) -> list[D]:
     spread = grid.amax(dim=0) + 1
 
     def number(place: Tensor) -> Tensor:
-        """Of each place, rising in the order of ``grid``."""
+        """A number for each place, ascending in the order of ``grid``."""
         return ((place[:, 0] * spread[1] + place[:, 1]) * spread[2] + place[:, 2]) * spread[3] + place[:, 3]
 
     numbers = number(grid)
@@ -125,22 +125,22 @@ def _on_common_cells(pieces: Sequence[D]) -> list[D]:
 
 @dataclass(frozen=True)
 class Origin(Movable):
-    """Where boxes came from, through ranking, NMS, sampling and the insertion of ground truth."""
+    """Image, level, cell and anchor that each box came from; kept through ranking, NMS, sampling and inserted ground truth."""
 
     image: Tensor
     """[R] index of the image in the batch."""
     level: Tensor
-    """[R] level, -1 for an inserted ground-truth box or a box given by the caller."""
+    """[R] level; -1 for an inserted ground-truth box or a box given by the caller."""
     cell: Tensor
-    """[R, 2] row and column, -1 likewise."""
+    """[R, 2] row and column; -1 where ``level`` is -1."""
     anchor: Tensor
-    """[R] anchor of the cell, -1 likewise."""
+    """[R] anchor of the cell; -1 where ``level`` is -1."""
     ground_truth: Tensor
-    """[R] index of the ground-truth box this box IS, -1 for all others."""
+    """[R] index of the ground-truth box for an inserted ground-truth box; -1 for all other boxes."""
 
     @staticmethod
     def given(counts: Sequence[int], device: torch.device | str = "cpu") -> Origin:
-        """The origin of boxes that came from the caller: only their image is known."""
+        """The origin of ``counts[b]`` boxes of each image b that the caller gives: only their image is known."""
         image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
         nowhere = torch.full_like(image, -1)
         return Origin(image, nowhere, nowhere[:, None].repeat(1, 2), nowhere, nowhere)
@@ -150,14 +150,14 @@ class Origin(Movable):
 
     @staticmethod
     def cat(origins: Sequence[Origin]) -> Origin:
-        """Several origins in a row."""
+        """Concatenate origins."""
         names = [f.name for f in dataclasses.fields(Origin)]
         return Origin(*(torch.cat([getattr(origin, name) for origin in origins]) for name in names))
 
 
 @dataclass(frozen=True)
 class Regions(PerImage):
-    """Predictions on boxes: the second stage of two-stage detectors, or any box somebody asks about. Flat over the batch."""
+    """Predictions for boxes, flat over the batch: the second stage of two-stage detectors, or boxes that a method gives."""
 
     boxes_xyxy: Tensor
     """[R, 4] the boxes the region features were pooled from, no gradient."""
@@ -165,21 +165,21 @@ class Regions(PerImage):
     logits: Tensor
     """[R, K+1] softmax logits, background last."""
     deltas: Tensor
-    """[R, K, 4] or class-agnostic [R, 1, 4], as the detector encodes them."""
+    """[R, K, 4], or class-agnostic [R, 1, 4]: box regression as the detector encodes it."""
     refined_xyxy: Tensor
     """[R, K, 4] or [R, 1, 4] decoded boxes in pixels, not clipped; differentiable with respect to ``deltas``."""
     pooled: Tensor | None = None
     """[R, C, h, w] region features."""
     hidden: tuple[Tensor, ...] = ()
-    """[R, D] outputs of the head's fully connected layers, in their order; the predictor reads the last."""
+    """[R, D] outputs of the head's fully connected layers, in order; the output layers read the last one."""
     first: Dense | None = None
-    """The first stage's prediction (objectness: K = 1), when there was one."""
+    """Prediction of the first stage (objectness: K = 1), or None."""
     first_assignment: Assignment | None = None
-    """Which anchors the first stage's loss is taken over: those that ``predict`` sampled in training mode, others ignored."""
+    """Assignment for the first stage's loss: anchors that ``predict`` did not sample in training mode are ignored."""
     previous: Regions | None = None
-    """The stage before, for cascades."""
+    """Prediction of the previous stage of a cascade."""
     own: Any = field(default=None, metadata=SHARED)
-    """As in ``Dense``."""
+    """Further outputs that only the detector's own loss and decoding read. They are not saved."""
 
     @property
     def embedding(self) -> Tensor | None:
@@ -187,7 +187,7 @@ class Regions(PerImage):
         return self.hidden[-1] if self.hidden else None
 
     def split(self, count: int) -> list[Self]:
-        """One value for each image; ``origin.image`` is 0 in each of them. The first stage's samples stay behind."""
+        """Split into one prediction for each image, with ``origin.image`` 0; ``first_assignment`` and ``own`` are dropped."""
         first = [None] * count if self.first is None else self.first.split(count)
         previous = [None] * count if self.previous is None else self.previous.split(count)
         alone = replace(self, first=None, first_assignment=None, previous=None, own=None)
@@ -201,7 +201,7 @@ class Regions(PerImage):
 
     @classmethod
     def stack(cls, pieces: Sequence[Self]) -> Self:
-        """The inverse of ``split``; image indices count through the pieces."""
+        """Join the pieces of ``split`` again; ``origin.image`` becomes the index of the piece."""
         leading = pieces[0]
         joined: dict[str, Any] = {}
         for name in ("boxes_xyxy", "logits", "deltas", "refined_xyxy", "pooled"):
@@ -216,14 +216,14 @@ class Regions(PerImage):
 
 @dataclass(frozen=True)
 class QuerySeed(PerImage):
-    """Where a query decoder starts: enough for another detector of the family to decode somebody else's queries."""
+    """Initial queries of a decoder. Another detector of the family can decode them, too."""
 
     content: Tensor
     """[B, N, D] initial query embedding."""
     position: Tensor | None = None
-    """[B, N, D] positional embedding, where the family adds one."""
+    """[B, N, D] positional embedding; None in families without one."""
     reference: Tensor | None = None
-    """[B, N, 2] or [B, N, 4] reference points or boxes (cxcywh, 0..1 of the valid image)."""
+    """[B, N, 2] or [B, N, 4] reference points or boxes (cxcywh, 0..1 of the valid image); None in families without them."""
 
 
 @dataclass(frozen=True)
@@ -233,19 +233,19 @@ class Queries(PerImage):
     logits: Tensor = field(metadata=SECOND)
     """[L, B, N, K] sigmoid logits, or [L, B, N, K+1] softmax logits with the background last."""
     boxes_cxcywh01: Tensor = field(metadata=SECOND)
-    """[L, B, N, 4] in parts of the valid image."""
+    """[L, B, N, 4] boxes as fractions of the valid image."""
     embedding: Tensor = field(metadata=SECOND)
-    """[L, B, N, D]."""
+    """[L, B, N, D] output of each decoder layer."""
     seed: QuerySeed
     attention: Tensor | None = field(default=None, metadata=SECOND)
-    """[L, B, heads, N, S] cross-attention, on request."""
+    """[L, B, heads, N, S] cross-attention over S cells, if requested (``Look.attention``)."""
     softmax: bool = field(default=False, metadata=SHARED)
     own: Any = field(default=None, metadata=SHARED)
     self_attention: Tensor | None = field(default=None, metadata=SECOND)
-    """[L, B, heads, N, N] of the queries among themselves, with ``attention``."""
+    """[L, B, heads, N, N] self-attention of the queries, if requested (``Look.attention``)."""
 
     def split(self, count: int) -> list[Self]:
-        """One value for each image, without the adapter's own outputs."""
+        """Split into one prediction for each image; ``own`` is dropped."""
         return super(Queries, replace(self, own=None)).split(count)
 
 

@@ -1,4 +1,4 @@
-"""What a step of training yields, and where training stands."""
+"""Losses of a training step (``Losses``), and progress of training (``Clock``)."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Losses:
-    """Loss terms, already weighted: ALL of ``terms`` are summed. ``monitors`` are shown and never trained on."""
+    """Loss terms, already weighted: all of ``terms`` are summed. ``monitors`` are logged only."""
 
     terms: Mapping[str, Tensor]
     monitors: Mapping[str, Tensor] = field(default_factory=dict)
     distilled: frozenset[str] = frozenset()
-    """Names of the terms that come from distillation: those that the run's ``distill_weight`` scales."""
+    """Names of the distillation terms, which the run's ``distill_weight`` scales."""
 
     def total(self) -> Tensor:
         """[] the sum of all terms."""
         return torch.stack([term.float() if term.dtype != torch.float64 else term for term in self.terms.values()]).sum()
 
     def as_distilled(self) -> Losses:
-        """The same, with every term counted as distillation."""
+        """The same losses with every term marked as distillation."""
         return replace(self, distilled=frozenset(self.terms))
 
     def with_distilled_scaled(self, factor: float) -> Losses:
-        """The same, with the terms of the distillation times ``factor``."""
+        """The same losses with the distillation terms multiplied by ``factor``."""
         if factor == 1.0:
             return self
         scaled = {name: factor * term if name in self.distilled else term for name, term in self.terms.items()}
         return replace(self, terms=scaled)
 
     def prefixed(self, prefix: str) -> Losses:
-        """The same with ``prefix/`` before every name."""
+        """The same losses with ``prefix/`` before every name."""
         return Losses(
             {f"{prefix}/{name}": value for name, value in self.terms.items()},
             {f"{prefix}/{name}": value for name, value in self.monitors.items()},
@@ -43,10 +43,10 @@ class Losses:
 
     @staticmethod
     def merge(losses: Sequence[Losses]) -> Losses:
-        """All terms and monitors side by side.
+        """Join the terms and monitors of several losses.
 
         Raises:
-            ValueError: two of them use the same name.
+            ValueError: two losses use the same name.
         """
         terms: dict[str, Tensor] = {}
         monitors: dict[str, Tensor] = {}
@@ -61,12 +61,12 @@ class Losses:
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training stands. Warm-up, decay and phases are functions of this, never state in the loop."""
+    """Progress of a training stage. Warm-up, decay and phases are functions of it; the loop keeps no state for them."""
 
     step: int
-    """Optimizer steps done, from 0."""
+    """Number of optimizer steps done."""
     total: int
-    """Optimizer steps of the whole stage."""
+    """Number of optimizer steps of the whole stage."""
     epoch: int = 0
 
     @property

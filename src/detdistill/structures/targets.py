@@ -1,4 +1,4 @@
-"""Targets of predictions as values: an assignment may come from anyone.
+"""Assignments of predictions to ground truth, the positives they select, and final detections.
 
 Shape letters: B images, L decoder layers, P dense predictions of an image, R regions of the batch, N queries of an image,
 M positives of the batch, K classes, D detections of an image.
@@ -25,39 +25,39 @@ IGNORED = -2
 
 @dataclass(frozen=True)
 class Assignment(Movable):
-    """Which prediction answers for which ground-truth box. A value, so that it can come from anyone."""
+    """Assignment of predictions to ground-truth boxes. It may come from the detector itself, a teacher or a cache."""
 
     matched: Tensor
-    """int64; index of the ground-truth box within its image's ``Target`` (crowd boxes counted), -1 negative, -2 ignored.
+    """int64 index of the ground-truth box within its image's ``Target`` (crowd boxes counted); -1 negative, -2 ignored.
     [B, P] for ``Dense``, [R] for ``Regions``, [L, B, N] for ``Queries``."""
     weights: Tensor | None = None
-    """Same shape, or None for all ones."""
+    """Loss weights of the shape of ``matched``; None: all 1."""
     normalizer: Tensor | None = None
-    """[] what the losses are divided by, or None for the detector's own rule."""
+    """[] divisor of the losses; None: the detector's own rule."""
 
     def as_ignored(self, where: Tensor) -> Assignment:
-        """The same with the predictions of a bool mask taken out of every loss."""
+        """The same assignment with the predictions of a bool mask (shape of ``matched``) ignored by every loss."""
         return replace(self, matched=self.matched.masked_fill(where, IGNORED))
 
 
 @dataclass(frozen=True)
 class Positives(Movable):
-    """The predictions that an assignment made responsible for a box, flat over the batch (and over decoder layers)."""
+    """Predictions that an assignment matched to a ground-truth box, flat over the batch (and over decoder layers)."""
 
     image: Tensor
     """[M] index of the image."""
     ground_truth: Tensor
-    """[M] index of the box within its image."""
+    """[M] index of the ground-truth box within its image."""
     index: Tensor
-    """[M] index of the prediction: along P, R or N."""
+    """[M] index of the prediction along P, R or N."""
     layer: Tensor
     """[M] decoder layer; 0 for other families."""
     labels: Tensor
-    """[M] class of the box."""
+    """[M] class of the ground-truth box."""
     targets_xyxy: Tensor
-    """[M, 4] the box itself, pixels."""
+    """[M, 4] ground-truth box in pixels."""
     logits: Tensor
-    """[M, K] (sigmoid) or [M, K+1] (softmax, background last)."""
+    """[M, K] sigmoid logits, or [M, K+1] softmax logits with the background last."""
     boxes_xyxy: Tensor
     """[M, 4] predicted box in pixels, differentiable."""
     softmax: bool = False
@@ -73,9 +73,9 @@ class Detections(Movable):
     boxes_xyxy: Tensor
     """[D, 4] pixels of the batch's image tensor."""
     scores: Tensor
-    """[D] 0..1."""
+    """[D] scores, 0..1."""
     labels: Tensor
-    """[D] 0 .. K-1."""
+    """[D] class labels, 0 .. K-1."""
     origin: Origin | None = None
 
     def __len__(self) -> int:

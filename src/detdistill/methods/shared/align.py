@@ -1,6 +1,6 @@
-"""Bring two pyramids together: which levels are compared, at which size, in how many channels.
+"""Align the pyramids of student and teacher: pairs of levels, channels and map sizes.
 
-One shared answer for all methods; a method has its own only where its paper does.
+All methods use this alignment, unless a method's paper defines its own.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def pair_levels(
 ) -> tuple[LevelPair, ...]:
     """Pair levels by stride, finest first.
 
-    Every student level is compared with the teacher level of the nearest stride, if that is within a factor of 1.5
-    (SSD's strides are not powers of two); other levels have no partner and are left out.
+    Every student level is paired with the teacher level of the nearest stride, if the strides differ by at most a factor of 1.5
+    (SSD's strides are not powers of two). Levels without a partner are left out.
 
     Args:
-        slug: the method, for messages.
-        student: its ``channels`` and ``strides``.
-        teacher: likewise.
-        levels: student levels (indices) to keep; None keeps all that have a partner. Negative indices count from the end.
+        slug: the method's slug, for messages.
+        student: gives ``channels`` and ``strides`` of the student.
+        teacher: gives ``channels`` and ``strides`` of the teacher.
+        levels: student levels (indices) to keep; negative indices count from the end. None: all that have a partner.
 
     Raises:
-        PairError: no level has a partner, or ``levels`` names one that does not exist or has none.
+        PairError: no level has a partner, or ``levels`` contains a level that does not exist or has no partner.
     """
     pairs: dict[int, LevelPair] = {}
     taken: set[int] = set()
@@ -70,16 +70,16 @@ def pair_levels(
 
 
 def resize_like(student: Tensor, teacher: Tensor) -> Tensor:
-    """The student's map [B, C, h, w] at the teacher's height and width (bilinear, corners not aligned)."""
+    """Resize the student's map [B, C, h, w] to the teacher's height and width (bilinear, corners not aligned)."""
     if student.shape[-2:] == teacher.shape[-2:]:
         return student
     return F.interpolate(student, size=teacher.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class LevelAdapters(nn.ModuleList):
-    """A convolution for each pair of levels, from the student's channels to the teacher's, with bias.
+    """Convolutions with bias that map the student's channels to the teacher's, one for each pair of levels.
 
-    Pairs of equal channels have none unless ``always``.
+    Pairs of equal channels get the identity, unless ``always``.
     """
 
     def __init__(
@@ -92,15 +92,15 @@ class LevelAdapters(nn.ModuleList):
         activation: Callable[[], nn.Module] | None = None,
         initialize: Callable[[nn.Conv2d], None] | None = None,
     ) -> None:
-        """Build them.
+        """Build the adapters.
 
         Args:
-            pairs: levels that are compared.
-            always: adapt equal channels too.
+            pairs: the pairs of levels.
+            always: use a convolution for pairs of equal channels, too.
             kernel: side of the convolution, odd; the map keeps its size.
-            shared: one convolution serves all pairs of equal channels on both sides.
-            activation: made after each convolution, e.g. ``nn.ReLU``; None: nothing.
-            initialize: draws a convolution's weights; None: PyTorch's default.
+            shared: pairs with the same student channels and the same teacher channels share one convolution.
+            activation: makes a module that follows each convolution, e.g. ``nn.ReLU``; None: no activation.
+            initialize: initialises a convolution's weights; None: PyTorch's default.
         """
         super().__init__()
         made: dict[tuple[int, int], nn.Module] = {}
@@ -117,23 +117,23 @@ class LevelAdapters(nn.ModuleList):
             self.append(made[channels])
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Each student map [B, Cs, h, w] with the channels of its partner, [B, Ct, h, w]."""
+        """Map each student map [B, Cs, h, w] to the channels of its partner, [B, Ct, h, w]."""
         return [adapter(level) for adapter, level in zip(self, maps, strict=True)]
 
 
 @dataclass(frozen=True)
 class PairedMaps:
-    """Maps of both sides, brought together: paired levels, in the teacher's channels, and at its size if asked."""
+    """Align two pyramids: paired levels, the student's maps in the teacher's channels and, with ``resize``, at its size."""
 
     pairs: Sequence[LevelPair]
     adapters: nn.Module
-    """Turns the student's maps, in the order of ``pairs``, into the teacher's channels. It belongs to the method: this is no
-    module, so that its parameters have one name."""
+    """Maps the student's maps, in the order of ``pairs``, to the teacher's channels. The method registers it as its submodule;
+    ``PairedMaps`` is not a module, so that the parameters have only one name."""
     resize: bool = False
     """Resize the student's maps to the teacher's height and width after the adapter (``resize_like``)."""
 
     def __call__(self, student: Features, teacher: Features) -> tuple[list[Tensor], list[Tensor]]:
-        """The student's maps [B, C, h, w], with gradient, and the teacher's [B, C, H, W], level by level."""
+        """Return the student's maps [B, C, h, w], with gradient, and the teacher's maps [B, C, H, W], level by level."""
         theirs = [teacher.maps[pair.teacher] for pair in self.pairs]
         mine: list[Tensor] = self.adapters([student.maps[pair.student] for pair in self.pairs])
         if self.resize:

@@ -1,4 +1,4 @@
-"""From text to methods: ``fgd,temperature=0.8+pkd``."""
+"""Build methods from text such as ``fgd,temperature=0.8+pkd``."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ METHODS = Path(__file__).parent.parent
 
 @cache
 def method_slugs() -> tuple[str, ...]:
-    """All methods: the files of the folder ``methods``, and its folders with a ``method.py``."""
+    """Slugs of all methods: names of the files in the folder ``methods``, and of its folders with a ``method.py``."""
     files = (path.stem for path in METHODS.glob("*.py") if path.stem != "__init__")
     return tuple(sorted((*files, *(path.parent.name for path in METHODS.glob("*/method.py")))))
 
 
 def method_class(slug: str) -> type[Method[Any]]:
-    """The class in the method's file.
+    """The class of the method with a given slug.
 
     Raises:
-        MethodError: no such method.
+        MethodError: there is no such method.
     """
     if slug not in method_slugs():
         raise MethodError(f"no method {slug!r}{nearest(slug, method_slugs())}; methods: {', '.join(method_slugs())}")
@@ -39,10 +39,10 @@ def method_class(slug: str) -> type[Method[Any]]:
 
 
 def parse_methods(text: str) -> list[tuple[type[Method[Any]], dict[str, Any]]]:
-    """Classes of each method in ``text``, and values of all of its hyper-parameters.
+    """The class of each method in ``text``, and the values of all of its hyper-parameters.
 
     Raises:
-        MethodError: unknown method or hyper-parameter (with the nearest name), or a value of the wrong kind.
+        MethodError: unknown method or hyper-parameter (with the nearest name), or a value of the wrong type.
     """
     parsed = []
     for part in re.split(r"\+(?!\d)", text):  # the + of 1e+2 joins nothing
@@ -59,16 +59,16 @@ def parse_methods(text: str) -> list[tuple[type[Method[Any]], dict[str, Any]]]:
 
 
 def build_method(text: str, teacher: Teacher | None, student: Detector) -> Method[Any]:
-    """The method of ``text`` for this pair; several become a ``Composition``.
+    """Build the method of ``text`` for a pair of detectors; several methods become a ``Composition``.
 
     Args:
         text: slugs joined by ``+``, each with ``,key=value`` settings; lists as ``levels=0/1/2``.
-        teacher: frozen, or None for teacher-free methods.
-        student: the detector that learns.
+        teacher: the frozen teacher; None for teacher-free methods.
+        student: the detector that is trained.
 
     Raises:
         MethodError: see ``parse_methods``.
-        PairError: the pair cannot work with this method.
+        PairError: teacher or student lacks something that the method needs.
     """
     methods = []
     for found, values in parse_methods(text):
@@ -78,7 +78,7 @@ def build_method(text: str, teacher: Teacher | None, student: Detector) -> Metho
 
 
 def serving_methods(teacher: Teacher | None, student: Detector) -> list[str]:
-    """Methods that, with their defaults, need nothing that a pair lacks."""
+    """Slugs of the methods that, with default hyper-parameters, can be used with a pair."""
     found = []
     for slug in method_slugs():
         kind = method_class(slug)

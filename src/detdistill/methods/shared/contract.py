@@ -1,10 +1,10 @@
-"""What a distillation method is: teach (frozen, cacheable) and learn (everything that trains).
+"""Base classes of distillation methods: ``teach`` (frozen, cacheable) and ``learn`` (everything that is trained).
 
     taught = method.teach(batch)
     losses = method.learn(student, seen, taught, batch, clock)
 
-The loop knows no method by name. A method is one file with a pure function and a subclass of ``Method``; the class's
-constructor takes the teacher and the student, then its hyper-parameters as keyword arguments with the paper's defaults.
+A method is one file with a pure function and a subclass of ``Method``. The class's constructor takes the teacher and the
+student, then the hyper-parameters as keyword arguments with the paper's defaults. The training loop knows no method by name.
 """
 
 from __future__ import annotations
@@ -24,48 +24,48 @@ from detdistill.structures import Batch, Clock, Features, Look, Losses, Observat
 T = TypeVar("T", bound=Taught | None)
 StageStep = Callable[[Batch, Any, Clock], Losses]
 Source = Callable[["Method[Any]", Batch], Taught | None]
-"""Where a step gets what a method is taught about a batch: from the teacher (``teach_by_canvas``) or from a cache."""
+"""A function that returns a method's ``taught`` for a batch: from the teacher (``teach_by_canvas``) or from a cache."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of training. Most methods have one; UniKD, LabelEnc and DICOD train something of their own first."""
+    """A part of a training run. Most methods have one; UniKD, LabelEnc and DICOD first train networks of their own."""
 
     name: str
     step: StageStep
-    """A batch, what ``learns_from`` was taught about it, and the clock in; all losses out."""
+    """Computes all losses from a batch, ``taught`` of ``learns_from`` for it, and the clock."""
     trains: Callable[[Clock], Sequence[nn.Module]]
-    """Modules that get gradients at this moment; the rest of student and method is frozen."""
+    """Modules that are trained at a given time; all other modules of student and method are frozen."""
     evaluates: Detector | None
-    """The detector whose AP is followed, or None."""
+    """The detector that is evaluated during the stage, or None."""
     learns_from: Method[Any] | None = None
-    """The method whose ``teach`` the loop asks for each batch, online or from a cache; None: the step is given None."""
+    """The method whose ``taught`` the loop passes to ``step``, from the teacher or from a cache. None: ``step`` gets None."""
     share: float = 1.0
-    """Length as a multiple of the run's ``epochs``, or of its ``steps`` when those are given."""
+    """Length as a multiple of the run's ``epochs``, or of its ``steps`` if these are given."""
     depends_on: str = ""
-    """Fingerprint of all its result depends on beside data and schedule; a finished stage with the same one is reused.
-    Empty: never reused."""
+    """Fingerprint of everything the result depends on besides data and schedule. A finished stage with the same fingerprint is
+    reused. Empty: never reused."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Training settings of this stage that differ from the run's: ``{"optimizer": "adamw", "lr": 2e-4}``."""
     before: Callable[[], None] | None = None
-    """Called once when the stage starts, not when it is resumed: hands weights over from the stage before."""
+    """Called once at the start of the stage, but not when it is resumed; used to copy weights from the previous stage."""
 
 
 class Method(nn.Module, Generic[T]):
-    """One distillation method for one pair. ``T`` is what its ``teach`` returns.
+    """A distillation method for a pair of teacher and student. ``T`` is the type that its ``teach`` returns.
 
-    Trainable parts (adapters, attention) are submodules; the teacher is not, because ``Teacher`` is no module.
+    Trainable parts (adapters, attention) are submodules. The teacher is not a submodule, because ``Teacher`` is not a module.
     """
 
     slug: ClassVar[str]
-    """The method's name on the command line and its file's name."""
+    """Name of the method on the command line, and of its file."""
     title: ClassVar[str]
     """Title of the paper, with venue and year."""
     bibtex: ClassVar[str]
     """The text that ``detdistill cite`` prints."""
     teach_settings: ClassVar[tuple[str, ...] | None] = None
     """Names of the hyper-parameters that change what ``teach`` returns; only these enter a cache's identity.
-    None: all, if the class overrides ``teach``; those that change ``needs``, if it inherits it."""
+    None: all, if the class overrides ``teach``; those that change ``needs``, if it inherits ``teach``."""
     settings: dict[str, Any]
     """Values of all hyper-parameters, checked against the types of the constructor before it runs."""
 
@@ -73,7 +73,7 @@ class Method(nn.Module, Generic[T]):
         """Check the hyper-parameters.
 
         Raises:
-            MethodError: one is unknown, or its value is not of its type.
+            MethodError: a hyper-parameter is unknown, or its value is not of its type.
         """
         method = super().__new__(cls)
         method.settings = checked_settings(cls.slug, cls, given)
@@ -92,53 +92,60 @@ class Method(nn.Module, Generic[T]):
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
-        """What the method asks of both sides.
+        """Requirements on teacher and student.
 
         Args:
-            settings: all hyper-parameters, by name.
+            settings: values of all hyper-parameters, by name.
         """
         return Needs()
 
     @property
     def teacher(self) -> Teacher:
-        """The frozen teacher (an ``AssertionError`` in a method that has none)."""
+        """The frozen teacher.
+
+        Raises:
+            AssertionError: the method has no teacher.
+        """
         assert self._teacher is not None, f"{self.slug} has no teacher"
         return self._teacher
 
     def teach(self, batch: Batch) -> T:
-        """What the teacher says about a batch: no gradient, depends on the batch and on frozen weights only.
+        """Compute the teacher's part for a batch, without gradient, from the batch and frozen weights only.
 
-        Plain per-image data, so it may come from a cache instead. Randomness is seeded by image id and view. By default the
-        teacher is observed as ``needs`` says.
+        The result can be split by image, so that a cache can store it. Random numbers must be seeded by image id and view. By
+        default the result is the teacher's ``Observation`` of the parts in ``needs(...).teacher``; None without a teacher.
         """
         if self._teacher is None or self.requirements.teacher is None:
             return cast(T, None)
         return cast(T, self._teacher.observe(batch, self.requirements.teacher))
 
     def learn(self, student: Detector, seen: Observation, taught: T, batch: Batch, clock: Clock) -> Losses:
-        """Losses that make the student (and this method's modules) follow what was taught.
+        """Compute the distillation losses of the student and of this method's modules.
 
-        Runs in the precision of the caller, so that parts of the networks may be run again; ``seen`` and ``taught`` are
-        float32. The arithmetic of losses belongs into ``with full_precision(batch.images.device)``.
+        ``learn`` runs in the precision of the caller, so that it may run parts of the networks again. ``seen`` and ``taught``
+        are float32. Compute losses inside ``with full_precision(batch.images.device)``.
         """
         raise TypeError(f"{type(self).__name__} must define learn()")
 
     def supervise(self, student: Detector, seen: Observation, taught: T, batch: Batch) -> Losses:
-        """The student's own detection loss, in full precision. A composition holds at most one override."""
+        """Compute the student's detection loss, in full precision. At most one method of a composition may override this."""
         assert seen.prediction is not None
         return student.loss(seen.prediction, batch)
 
     def relabel(self, student: Detector, features: Features, batch: Batch, clock: Clock) -> tuple[Batch, Losses]:
-        """Other targets for the batch, chosen between the student's features and its prediction, and the losses of choosing.
+        """Replace the targets of the batch, after the student's features and before its prediction.
 
-        A composition holds at most one override.
+        At most one method of a composition may override this. By default the batch is returned unchanged.
+
+        Returns:
+            The batch with its new targets, and losses of computing them.
         """
         return batch, Losses({})
 
     def step(self, student: Detector, batch: Batch, taught: T, clock: Clock) -> Losses:
-        """One student pass, supervise, learn: the step of the stage ``distill``.
+        """Run the step of the stage ``distill``: the student's forward pass, ``relabel``, ``supervise`` and ``learn``.
 
-        The networks run in the caller's precision. The student's pass and ``taught`` are turned into float32.
+        The networks run in the caller's precision. ``seen`` and ``taught`` are converted to float32.
         """
         look, relabelled = PREDICTION | self.requirements.student, Losses({})
         if self._relabels():
@@ -157,11 +164,11 @@ class Method(nn.Module, Generic[T]):
         return type(self).relabel is not Method.relabel
 
     def stages(self, student: Detector) -> tuple[Stage, ...]:
-        """By default one. The last stage is always ``step`` with the student: earlier stages are the method's own."""
+        """The stages of training; by default only ``distill``, which runs ``step`` and is always the last stage."""
         return (self.distill_stage(student, (student, self)),)
 
     def distill_stage(self, student: Detector, trains: Sequence[nn.Module]) -> Stage:
-        """The last stage, in which some modules train."""
+        """The last stage, ``distill``, in which the modules ``trains`` are trained."""
         return Stage(
             "distill",
             step=lambda batch, taught, clock: self.step(student, batch, taught, clock),
@@ -171,35 +178,35 @@ class Method(nn.Module, Generic[T]):
         )
 
     def teachers(self) -> tuple[Teacher, ...]:
-        """All frozen teachers, for moving them to a device."""
+        """All frozen teachers; the training loop moves them to its device."""
         return () if self._teacher is None else (self._teacher,)
 
 
 class TeacherFree(Method[T]):
-    """A method without a teacher: labels, or networks of its own, take the teacher's place."""
+    """A method without a teacher; it learns from labels or from networks of its own."""
 
     def __init__(self, teacher: Teacher | None, student: Detector) -> None:
-        """Check the student; a teacher, which the other methods of a composition may have, is not looked at."""
+        """Check the student. ``teacher`` is ignored; other methods of a composition may use it."""
         super().__init__(None, student)
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
-        """No teacher."""
+        """Requirements on the student; no teacher is needed."""
         return Needs(teacher=None)
 
 
 class Composition(Method[TaughtTogether]):
-    """Several methods at once: ``fgd+pkd``. Their losses are added under their names."""
+    """Several methods at once, such as ``fgd+pkd``. All losses are added; names of the terms begin with the method's slug."""
 
     slug = "composition"
     title = "several methods at once"
     bibtex = ""
 
     def __init__(self, methods: Sequence[Method[Any]], student: Detector) -> None:
-        """Put methods together.
+        """Combine methods.
 
         Raises:
-            PairError: two of them replace the student's own loss or its targets, or a method is named twice.
+            PairError: two methods replace the student's own loss or its targets, or a method is named twice.
         """
         super().__init__(None, student)
         slugs = [method.slug for method in methods]
@@ -219,37 +226,37 @@ class Composition(Method[TaughtTogether]):
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
-        """Each member has asked for itself."""
+        """No requirements: each method has already checked its own."""
         return Needs(teacher=None)
 
     @property
     def methods(self) -> tuple[Method[Any], ...]:
-        """In the order they were named."""
+        """The methods, in the order in which they were named."""
         return tuple(self.parts.values())  # type: ignore[arg-type]
 
     def look_at_teachers(self, batch: Batch) -> None:
-        """One pass of each teacher that shows all that the members will look at."""
+        """Run each teacher once with everything that the methods request; their ``teach`` then reuses this pass."""
         for teacher, look in self._teacher_looks.items():
             teacher.observe(batch, look)
 
     def teach(self, batch: Batch) -> TaughtTogether:
-        """What each method was taught, in order."""
+        """The result of ``teach`` of each method, in order."""
         self.look_at_teachers(batch)
         return TaughtTogether(tuple(method.teach(batch) for method in self.methods))
 
     def learn(self, student: Detector, seen: Observation, taught: TaughtTogether, batch: Batch, clock: Clock) -> Losses:
-        """All losses, each under ``<slug>/``."""
+        """The losses of all methods; names begin with ``<slug>/``."""
         pairs = zip(self.methods, taught.parts, strict=True)
         return Losses.merge([m.learn(student, seen, part, batch, clock).prefixed(m.slug) for m, part in pairs])
 
     def supervise(self, student: Detector, seen: Observation, taught: TaughtTogether, batch: Batch) -> Losses:
-        """The override of the one method that has one, else the student's own loss."""
+        """``supervise`` of the method that overrides it, else the student's own loss."""
         if self._supervisor is None:
             return super().supervise(student, seen, taught, batch)
         return self.methods[self._supervisor].supervise(student, seen, taught.parts[self._supervisor], batch)
 
     def relabel(self, student: Detector, features: Features, batch: Batch, clock: Clock) -> tuple[Batch, Losses]:
-        """That of the one method that has one."""
+        """``relabel`` of the method that overrides it."""
         assert self._relabeler is not None
         method = self.methods[self._relabeler]
         changed, losses = method.relabel(student, features, batch, clock)
@@ -259,7 +266,7 @@ class Composition(Method[TaughtTogether]):
         return self._relabeler is not None
 
     def stages(self, student: Detector) -> tuple[Stage, ...]:
-        """The methods' own earlier stages, one after the other, then everybody's last stage together."""
+        """The earlier stages of all methods, one after the other, then one last stage for all methods together."""
         earlier = [stage for method in self.methods for stage in method.stages(student)[:-1]]
         last = [method.stages(student)[-1] for method in self.methods]
 
@@ -275,15 +282,15 @@ class Composition(Method[TaughtTogether]):
         return (*earlier, replace(together, before=before) if any(stage.before for stage in last) else together)
 
     def teachers(self) -> tuple[Teacher, ...]:
-        """Of all methods, each once."""
+        """The teachers of all methods, without duplicates."""
         return tuple(dict.fromkeys(teacher for method in self.methods for teacher in method.teachers()))
 
 
 def _only_one(methods: Sequence[Method[Any]], does: Callable[[Method[Any]], bool], what: str) -> int | None:
-    """Index of the only method that replaces something of the student's; None: no method does.
+    """Index of the only method for which ``does`` is true; None if there is no such method.
 
     Raises:
-        PairError: several do.
+        PairError: there are several.
     """
     found = [index for index, method in enumerate(methods) if does(method)]
     if len(found) > 1:
@@ -293,7 +300,10 @@ def _only_one(methods: Sequence[Method[Any]], does: Callable[[Method[Any]], bool
 
 
 def part_of(taught: Taught, root: Method[Any], member: Method[Any]) -> Taught | None:
-    """What one method was taught, of what the whole composition ``root`` was taught; all of it where they are one."""
+    """The part of ``taught`` that belongs to ``member``, where ``taught`` was computed by ``root``.
+
+    ``root`` is the composition that contains ``member``, or ``member`` itself; then the part is all of ``taught``.
+    """
     if member is root:
         return taught
     assert isinstance(root, Composition)
@@ -302,10 +312,10 @@ def part_of(taught: Taught, root: Method[Any], member: Method[Any]) -> Taught | 
 
 
 def teach_by_canvas(method: Method[Any], batch: Batch) -> Taught | None:
-    """What a method is taught about a batch, each image on the canvas that it has in a batch of its own.
+    """Run ``method.teach`` on a batch, with each image padded as in a batch of its own.
 
-    The knowledge about an image then does not depend on the others of its batch, so online and offline training learn the
-    same. With ``letterbox`` all canvases are equal.
+    The result for an image then does not depend on the other images of the batch, so training from a cache and from the teacher
+    itself give the same losses. With ``letterbox`` all padded sizes are equal, and the batch is used as it is.
     """
     groups = batch.by_canvas()
     if len(groups) == 1 and groups[0][1] is batch:

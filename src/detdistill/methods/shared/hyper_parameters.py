@@ -14,12 +14,12 @@ from detdistill.values import check, read
 
 
 class MethodError(DetdistillError):
-    """No such method, or a hyper-parameter it does not have or cannot take."""
+    """Unknown method, unknown hyper-parameter, or a value that is not of the hyper-parameter's type."""
 
 
 @dataclass(frozen=True)
 class HyperParameter:
-    """One keyword-only argument."""
+    """Type and default of a hyper-parameter."""
 
     kind: Any
     """Its type, with limits (``detdistill.values``)."""
@@ -28,7 +28,7 @@ class HyperParameter:
 
 @cache
 def hyper_parameters(method: type) -> Mapping[str, HyperParameter]:
-    """All of a method, in the order of its constructor."""
+    """All hyper-parameters of a method, in the order of its constructor."""
     hints = typing.get_type_hints(method.__init__, include_extras=True)  # type: ignore[misc]
     parameters = inspect.signature(method.__init__).parameters.values()  # type: ignore[misc]
     keywords = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -36,10 +36,10 @@ def hyper_parameters(method: type) -> Mapping[str, HyperParameter]:
 
 
 def hyper_parameter(slug: str, method: type, name: str) -> HyperParameter:
-    """One of a method's, by name.
+    """The hyper-parameter of a method with a given name.
 
     Raises:
-        MethodError: there is none of that name; with the nearest one.
+        MethodError: the method has no such hyper-parameter; the message gives the nearest name.
     """
     known = hyper_parameters(method)
     if name not in known:
@@ -48,10 +48,10 @@ def hyper_parameter(slug: str, method: type, name: str) -> HyperParameter:
 
 
 def checked_settings(slug: str, method: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of all hyper-parameters: those given, the defaults of the others.
+    """Values of all hyper-parameters: the given ones, and defaults for the others.
 
     Raises:
-        MethodError: an unknown name, or a value that is not of its type.
+        MethodError: a name is unknown, or a value is not of its type.
     """
     values = {name: parameter.default for name, parameter in hyper_parameters(method).items()}
     for name, value in given.items():
@@ -64,10 +64,10 @@ def checked_settings(slug: str, method: type, given: Mapping[str, Any]) -> dict[
 
 
 def read_setting(slug: str, method: type, name: str, text: str) -> Any:
-    """A hyper-parameter from the command line.
+    """Parse the value of a hyper-parameter from the command line.
 
     Raises:
-        MethodError: as ``checked_settings``.
+        MethodError: the name is unknown, the text is empty, or it is not a value of the type.
     """
     parameter = hyper_parameter(slug, method, name)
     if not text:
@@ -79,10 +79,10 @@ def read_setting(slug: str, method: type, name: str, text: str) -> Any:
 
 
 def check_some(slug: str, **weights: float) -> None:
-    """Refuse weights of a method's terms that are all 0.
+    """Check that not all weights of a method's loss terms are 0.
 
     Raises:
-        MethodError: naming them.
+        MethodError: all are 0; the message names them.
     """
     if not any(weights.values()):
         raise MethodError(f"{slug}: {', '.join(weights)} are all 0; nothing would be distilled")

@@ -1,4 +1,4 @@
-"""What a method asks of both sides, and why a pair cannot give it: said before the first image."""
+"""Requirements of a method on teacher and student (``Needs``), and their check before training."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from detdistill.structures import Look
 
 
 class PairError(DetdistillError):
-    """This teacher, this student and this method cannot work together; the message says why and what would."""
+    """A method cannot be used with this teacher and student; the message gives the reason and methods that can be used."""
 
     def __init__(self, reason: str, others: Sequence[str] = ()) -> None:
-        """Say why.
+        """Compose the message.
 
         Args:
-            reason: in one line.
-            others: slugs of methods that could serve the pair.
+            reason: the reason, in one line.
+            others: slugs of methods that can be used with the pair.
         """
         super().__init__(reason + (f"; methods that could serve this pair: {', '.join(others)}" if others else ""))
         self.reason = reason
@@ -36,32 +36,32 @@ class PairError(DetdistillError):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks of both sides, for given hyper-parameters."""
+    """Requirements of a method on teacher and student, for given hyper-parameters."""
 
     teacher: Look | None = FEATURES
-    """What ``teach`` looks at, beside the features; None: the method has no teacher."""
+    """Parts of the teacher's pass that ``teach`` requests besides the features. None: the method has no teacher."""
     student: Look = FEATURES
-    """What ``learn`` looks at in the student's pass, beside features and prediction."""
+    """Parts of the student's pass that ``learn`` requests besides features and prediction."""
     teacher_families: tuple[str, ...] = ()
-    """Families that can teach; empty: any."""
+    """Families that the teacher may belong to; empty: any."""
     student_families: tuple[str, ...] = ()
-    """Families that can learn; empty: any."""
+    """Families that the student may belong to; empty: any."""
     student_capabilities: tuple[type, ...] = ()
-    """Protocols of parts of the student that ``learn`` calls itself."""
+    """Protocols that the student must have because ``learn`` calls its parts."""
     teacher_capabilities: tuple[type, ...] = ()
-    """Protocols of parts of the teacher that ``learn`` calls itself; a cache does not hold them."""
+    """Protocols that the teacher must have because ``learn`` calls its parts; a cache cannot replace them."""
     live_teacher: str = ""
-    """Why ``learn`` needs the teacher itself, so that a cache of what was taught is not enough; empty: it is enough."""
+    """Reason why ``learn`` needs the teacher itself and a cache is not enough; empty: a cache is enough."""
     same_classes: bool = False
-    """Class scores are compared: the teacher must know every class of the student by name."""
+    """The teacher must have every class of the student, by name, because class scores are compared."""
     outputs: Literal["any", "same", "sigmoid"] = "any"
-    """How classes are scored: anyhow, by the same function on both sides, or by a sigmoid for each class on both sides."""
+    """Required class scores: ``any``; ``same``: sigmoid or softmax, but the same on both sides; ``sigmoid``: on both sides."""
     same_cells: bool = False
-    """Dense predictions are compared one by one: each level of the student has one of the teacher's with the same stride and
-    as many anchors of a cell."""
+    """For each level of the student the teacher must have a level with the same stride and the same number of anchors of a cell,
+    because dense predictions are compared one by one."""
 
     def why_live(self) -> str:
-        """Why a cache is not enough; empty: it is."""
+        """Reason why a cache is not enough; empty if it is enough."""
         if self.live_teacher or not self.teacher_capabilities:
             return self.live_teacher
         names = ", ".join(CAPABILITIES[capability] for capability in self.teacher_capabilities)
@@ -69,10 +69,10 @@ class Needs:
 
 
 def check_pair(slug: str, needs: Needs, teacher: Teacher | None, student: Detector) -> None:
-    """Say what is missing before the first image.
+    """Check that teacher and student meet the requirements of a method.
 
     Raises:
-        PairError: naming the side, its detector, what is missing, and the methods that need nothing that this pair lacks.
+        PairError: they do not; the message names the detector, the missing part, and the methods that can be used with the pair.
     """
     reason = why_not(needs, teacher, student)
     if not reason:
@@ -83,7 +83,7 @@ def check_pair(slug: str, needs: Needs, teacher: Teacher | None, student: Detect
 
 
 def why_not(needs: Needs, teacher: Teacher | None, student: Detector) -> str:
-    """What a pair lacks, in words; empty: nothing."""
+    """The first requirement that a pair does not meet, in words; empty if it meets all."""
     return next(_reasons(needs, teacher, student), "")
 
 
@@ -142,7 +142,7 @@ def _lacking(side: str, detector: Detector, capabilities: tuple[type, ...], fami
 
 
 def _capabilities(look: Look) -> Iterator[type]:
-    """Protocols that a detector must have to show what is looked at."""
+    """Protocols that a detector must have to return the parts of ``look``."""
     if look.backbone:
         yield HasBackboneFeatures
     if look.towers:
