@@ -131,7 +131,7 @@ class CWD(Method[Observation]):
             temperature: of the softmax; 1 for detection, 4 for segmentation.
             levels: indices of the student levels to use; None: all that have a partner (mmdetection-distiller: the first four).
             channels: divisor of the sum: ``compared``, the number of compared channels (mmrazor); ``student``, the student's
-                channels before its adapter (mmdetection-distiller). With ``logits`` both are equal.
+                channels before its adapter (mmdetection-distiller). No effect with ``logits``.
             resize_student: resize the student's maps to the teacher's size; False: maps of different sizes are an error, as
                 in the released codes.
 
