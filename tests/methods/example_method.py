@@ -21,17 +21,17 @@ from detdistill.values import Weight
 
 
 def attention_map(maps: Tensor) -> Tensor:
-    """[B, H, W] mean over channels of the squares of [B, C, H, W]."""
+    """Mean over channels of the squared values of maps [B, C, H, W]: [B, H, W]."""
     return maps.square().mean(dim=1)
 
 
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: float = 1.0) -> Tensor:
-    """Squared distance of attention maps of unit length, ``2 - 2 cos``: mean over images, sum over levels.
+    """Squared distance of attention maps scaled to unit length (``2 - 2 cos``): mean over images, sum over levels.
 
     Args:
-        student: L maps [B, h, w]; gradient flows. Resized to the teacher's size where sizes differ.
+        student: L maps [B, h, w]; gradient flows. Maps of another size are resized to the teacher's.
         teacher: L maps [B, H, W], treated as constant.
-        weight: of every level.
+        weight: factor of every level.
 
     Returns:
         [] the loss; each level is between 0 and ``2 * weight``.
@@ -50,14 +50,14 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weight:
 
 @dataclass(frozen=True)
 class AttentionTaught(Taught):
-    """The teacher's attention maps: one channel where the features have hundreds, so a cache of them is small."""
+    """The teacher's attention maps. They have one channel instead of hundreds, so a cache of them is small."""
 
     maps: tuple[Tensor, ...]
-    """[B, H, W] of each of the teacher's levels."""
+    """One map [B, H, W] for each level of the teacher."""
 
 
 class AttentionTransfer(Method[AttentionTaught]):
-    """Attention transfer between necks, paired by stride."""
+    """Attention transfer between the feature maps of two necks; levels are paired by stride."""
 
     slug = "attention"
     title = "Paying More Attention to Attention (ICLR 2017)"
@@ -70,22 +70,22 @@ class AttentionTransfer(Method[AttentionTaught]):
         Args:
             teacher: any detector.
             student: any detector.
-            weight: of every level.
-            levels: student levels to use, as indices; None: all that have a partner.
+            weight: factor of every level.
+            levels: indices of the student levels to use; None: all that have a partner.
         """
-        super().__init__(teacher, student)  # checks the pair against `needs`; hyper-parameters were checked before
+        super().__init__(teacher, student)  # checks the pair against `needs`; hyper-parameters are checked already
         self.weight = weight
         self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels)
 
     @torch.no_grad()
     def teach(self, batch: Batch) -> AttentionTaught:
-        """The attention maps of all levels: which of them are compared depends on the student."""
+        """Compute the attention maps of all levels, because the levels that are compared depend on the student."""
         features = self.teacher.observe(batch).features
         with full_precision(batch.images.device):
             return AttentionTaught(tuple(attention_map(level.float()) for level in features.maps))
 
     def learn(self, student: Detector, seen: Observation, taught: AttentionTaught, batch: Batch, clock: Clock) -> Losses:
-        """One term, ``attention``."""
+        """Compute the term ``attention``."""
         with full_precision(batch.images.device):
             mine = [attention_map(seen.features.maps[pair.student]) for pair in self.pairs]
             theirs = [taught.maps[pair.teacher] for pair in self.pairs]

@@ -1,4 +1,4 @@
-"""CWD: each channel of the student should look where the teacher's channel looks.
+"""CWD: each channel of the student should be strong at the same positions as the teacher's channel.
 
 Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021.
 """
@@ -35,17 +35,17 @@ def cwd_loss(
     """KL divergence between softmaxes over the positions of each channel, summed over levels (equations 3 and 4).
 
     For each level ``weight * temperature^2 / (B * C) * sum p * (log p - log q)`` with p the teacher's and q the student's
-    softmax over H*W: a mean over images and channels, a sum over positions. Padding takes part as any other cell; boxes
+    softmax over H*W: a mean over images and channels, a sum over positions. Padded cells count like all others; boxes
     are not used. Follows mmrazor.
 
     Args:
         student: L maps [B, C, H, W], already in the teacher's channels; gradient flows.
         teacher: L maps of the same shapes, treated as constant.
-        weight: of every level.
+        weight: factor of every level's loss.
         temperature: of both softmaxes, above 0.
-        divisors: one number for each level instead of C. mmdetection-distiller divides by the student's channels before
-            its adapter.
-        cross_entropy: leave out the teacher's entropy, as mmdetection-distiller: the same gradient, but not 0 at the optimum.
+        divisors: L numbers that replace C. mmdetection-distiller divides by the student's channels before its adapter.
+        cross_entropy: compute the cross-entropy instead of the divergence, as mmdetection-distiller does. The gradient is the
+            same, but the minimum is not 0.
 
     Returns:
         [] the loss.
@@ -79,11 +79,11 @@ def cwd_loss(
 
 
 def cwd_logit_map(prediction: Dense, level: int, classes: Sequence[int] | None = None) -> Tensor:
-    """One level's class logits as a map with one channel for each anchor and class.
+    """Class logits of one level as a map with one channel for each anchor and class.
 
     Args:
         prediction: of a dense detector; logits [B, P, K].
-        level: which of its levels.
+        level: index of the level.
         classes: columns of the logits to take, in this order; None: all.
 
     Returns:
@@ -97,7 +97,7 @@ def cwd_logit_map(prediction: Dense, level: int, classes: Sequence[int] | None =
 
 
 class CWD(Method[Observation]):
-    """CWD between necks, or between the class logits of dense detectors, paired by stride."""
+    """CWD between the necks' maps, or between the class logits of dense detectors; levels are paired by stride."""
 
     slug = "cwd"
     title = "Channel-wise Knowledge Distillation for Dense Prediction (ICCV 2021)"
@@ -125,18 +125,20 @@ class CWD(Method[Observation]):
         Args:
             teacher: any detector; for ``logits`` a dense one that knows the student's classes.
             student: any detector; for ``logits`` a dense one.
-            on: ``features`` compares necks, ``logits`` the class logits with one channel for each anchor and class.
-            weight: of every level; 5 in mmdetection-distiller, 10 in mmrazor (five levels).
+            on: what is compared: ``features``, the necks' maps; ``logits``, class logits with one channel for each anchor and
+                class.
+            weight: factor of every level's loss; 5 in mmdetection-distiller, 10 in mmrazor (five levels).
             temperature: of the softmax; 1 for detection, 4 for segmentation.
-            levels: student levels to use, as indices; None: all that have a partner (mmdetection-distiller: the first four).
-            channels: what the sum is divided by: the channels ``compared`` (mmrazor), or the ``student``'s own before its
-                adapter (mmdetection-distiller); they differ on ``features`` only.
-            resize_student: where sizes differ, resize the student's map to the teacher's; False refuses them, as the
-                released codes do.
+            levels: indices of the student levels to use; None: all that have a partner (mmdetection-distiller: the first four).
+            channels: divisor of the sum: ``compared``, the number of compared channels (mmrazor); ``student``, the student's
+                channels before its adapter (mmdetection-distiller). No effect with ``logits``.
+            resize_student: resize the student's maps to the teacher's size; False: maps of different sizes are an error, as
+                in the released codes.
 
         Raises:
             MethodError: a hyper-parameter is out of range.
-            PairError: no common level; for ``logits`` also other families, unknown classes, or softmax against sigmoid.
+            PairError: no common level; with ``logits`` also a detector that is not dense, a class that the teacher lacks,
+                softmax on one side and sigmoid on the other, or different numbers of anchors.
         """
         super().__init__(teacher, student)
         self.on, self.weight, self.temperature, self.resize_student = on, weight, temperature, resize_student
@@ -153,7 +155,7 @@ class CWD(Method[Observation]):
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
-        """For ``logits`` dense predictions of equal classes; for ``features`` nothing beside them."""
+        """Features of any detectors for ``features``; predictions of dense detectors with equal classes for ``logits``."""
         if settings["on"] == "features":
             return Needs()
         families = ("dense",)
@@ -166,10 +168,10 @@ class CWD(Method[Observation]):
         )
 
     def _check_anchors(self, mine: DetectorSpec, theirs: DetectorSpec) -> None:
-        """Both sides have as many predictions in a cell of the levels that are compared.
+        """Check that both sides have the same number of anchors in a cell of each compared level.
 
         Raises:
-            PairError: they do not.
+            PairError: the numbers differ.
         """
         for pair in self.pairs:
             if mine.anchors[pair.student] != theirs.anchors[pair.teacher]:
@@ -179,7 +181,7 @@ class CWD(Method[Observation]):
                 )
 
     def learn(self, student: Detector, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
-        """One term, ``cwd``, and the ``cosine`` of the maps as a monitor."""
+        """Compute the term ``cwd``; the monitor ``cosine`` is the mean cosine of the compared maps."""
         with full_precision(batch.images.device):
             if self.on == "features":
                 mine, theirs = self.paired_maps(seen.features, taught.features)

@@ -1,4 +1,4 @@
-"""FGD: foreground and background apart, weighted by the teacher's attention, plus the relation between cells.
+"""FGD: imitate foreground and background separately, weighted by the teacher's attention, and the relation between cells.
 
 Yang et al., "Focal and Global Knowledge Distillation for Detectors", CVPR 2022, arXiv 2111.11837.
 
@@ -26,7 +26,7 @@ from detdistill.values import Positive, Weight
 
 
 class FGDTerms(NamedTuple):
-    """The four losses of one level, unweighted; each [] is a sum over channels and cells, divided by B."""
+    """The four unweighted losses of one level, [] each: sums over channels and cells, divided by B."""
 
     foreground: Tensor
     background: Tensor
@@ -37,18 +37,19 @@ class FGDTerms(NamedTuple):
 def fgd_masks(
     boxes_xyxy: Sequence[Tensor], image_hw: Sequence[tuple[float, float]], map_hw: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Weights of foreground and background cells (Eq. 2 to 4): every box, and all background, adds up to about 1.
+    """Weights of foreground and background cells (Eq. 2 to 4): each box, and the background, sums to about 1.
 
-    A foreground cell has 1 / (rows * columns) of the smallest box region that covers it (the region as ``floor_ceil_span``
-    counts it, before clipping by the map's edge), a background cell 1 / their number. Every box counts on every level.
+    The weight of a foreground cell is 1 / (rows * columns) of the smallest box region that covers it
+    (``floor_ceil_span``, before it is clipped to the map). The weight of a background cell is 1 / (number of background
+    cells). Every box counts on every level.
 
     Args:
-        boxes_xyxy: B tensors [G, 4] in pixels. Without a box all cells are background.
-        image_hw: B pairs, height and width in pixels of what the map shows.
+        boxes_xyxy: B tensors [G, 4] in pixels. In an image without boxes all cells are background.
+        image_hw: B pairs: height and width in pixels of the area that the map covers.
         map_hw: rows and columns of the map.
 
     Returns:
-        Foreground and background, [B, H, W] each, in the boxes' dtype, at least float32.
+        Weights of the foreground and of the background, [B, H, W] each, in the boxes' dtype, at least float32.
 
     Example:
         >>> foreground, background = fgd_masks([torch.tensor([[0.0, 0.0, 7.0, 7.0]])], [(32, 32)], (4, 4))
@@ -61,12 +62,12 @@ def fgd_masks(
 
 
 def _smallest_region(boxes: Tensor, image_hw: tuple[float, float], map_hw: tuple[int, int]) -> Tensor:
-    """[H, W] the largest 1 / area of the regions of boxes [G, 4] that cover a cell, else 0."""
+    """[H, W] for each cell 1 / area of the smallest region of boxes [G, 4] that covers it; 0 if none does."""
     span, cells = floor_ceil_span(boxes, image_hw, map_hw), floor_ceil_cells(boxes, image_hw, map_hw)
     wmin, hmin, wmax, hmax = span[:, :, None].to(torch.promote_types(boxes.dtype, torch.float32)).unbind(1)
     value = 1 / (hmax + 1 - hmin) / (wmax + 1 - wmin)  # [G, 1]
     down, across = (torch.where(inside, value, value.new_zeros(())) for inside in cells)
-    return maximum_over_boxes(down, across, torch.minimum)  # the value where both have it, else 0
+    return maximum_over_boxes(down, across, torch.minimum)  # the value inside both ranges, else 0
 
 
 def fgd_terms(
@@ -78,20 +79,24 @@ def fgd_terms(
     teacher_context: Tensor,
     temperature: float = 0.5,
 ) -> FGDTerms:
-    """The losses of one level (Eq. 5 to 11), unweighted.
+    """The unweighted losses of one level (Eq. 5 to 11).
 
-    With ``D = (student - teacher)^2 * spatial attention * channel attention`` (both the teacher's), sums over channels
-    and cells, all divided by B: foreground ``sum D * foreground``; background ``sum D * background``; attention the L1
-    distances between both attentions of student and teacher (gradient through the student's); relation
-    ``sum ((student + student_context) - (teacher + teacher_context))^2``.
+    Let ``D = (student - teacher)^2 * spatial attention * channel attention``, with both attentions of the teacher. All
+    losses are sums over images, channels and cells, divided by B:
+
+    - foreground: ``sum D * foreground``;
+    - background: ``sum D * background``;
+    - attention: L1 distance between the spatial attentions of student and teacher, plus that between their channel
+      attentions (gradient flows through the student's);
+    - relation: ``sum ((student + student_context) - (teacher + teacher_context))^2``.
 
     Args:
         student: [B, C, H, W] in the teacher's channels; gradient flows.
         teacher: [B, C, H, W], treated as constant.
-        foreground: [B, H, W] weights, see ``fgd_masks``.
-        background: [B, H, W] likewise.
-        student_context: [B, C] what the student's ``ContextBlock`` adds to every cell.
-        teacher_context: [B, C] what the teacher's adds; gradient flows to that block.
+        foreground: [B, H, W] weights of foreground cells (``fgd_masks``).
+        background: [B, H, W] weights of background cells.
+        student_context: [B, C] output of the student's ``ContextBlock``; gradient flows to the block.
+        teacher_context: [B, C] output of the teacher's ``ContextBlock``; gradient flows to the block.
         temperature: of both attentions.
     """
     fixed = teacher.detach()
@@ -113,15 +118,15 @@ def fgd_terms(
 def fgd_loss(
     terms: FGDTerms, foreground: float = 1e-3, background: float = 5e-4, attention: float = 5e-4, relation: float = 5e-6
 ) -> Tensor:
-    """[] the weighted sum (Eq. 12); the letters of the paper are alpha, beta, gamma and lambda."""
+    """Weighted sum of the four losses (Eq. 12), []; the paper calls the weights alpha, beta, gamma and lambda."""
     return foreground * terms.foreground + background * terms.background + attention * terms.attention + relation * terms.relation
 
 
 class ContextBlock(nn.Module):
-    """What the whole map says to every cell (GcBlock of Eq. 10, without its residual).
+    """A global context vector that is added to every cell (GcBlock of Eq. 10, without its residual).
 
-    Cells are pooled with a learned softmax, then go through a bottleneck of half the channels. The last convolution
-    starts at zero, so at first nothing is added.
+    The cells are pooled with a learned softmax, then pass a bottleneck of half the channels. The last convolution is
+    initialised to zero, so the first outputs are zero.
     """
 
     def __init__(self, channels: int) -> None:
@@ -137,7 +142,7 @@ class ContextBlock(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C], to be added to every cell."""
+        """Compute the vectors [B, C] to add to every cell of maps [B, C, H, W]."""
         attention = self.mask(maps).flatten(1).softmax(dim=1)
         context = torch.einsum("bcn,bn->bc", maps.flatten(2), attention)
         added: Tensor = self.transform(context[:, :, None, None])
@@ -152,10 +157,10 @@ _PROFILES = {
 
 
 class FGD(Method[Observation]):
-    """FGD between necks, paired by stride. Backbones and heads may differ; crowd boxes are not foreground.
+    """FGD between the necks' maps; levels are paired by stride. Backbones and heads may differ; crowd boxes are not foreground.
 
-    Departs from the released code in the masks of padded images, see ``box_norm``, and in boxes that begin outside the
-    image, which are clamped there and counted from the map's far side in the code.
+    Two departures from the released code: the masks of padded images (see ``box_norm``), and boxes that begin outside the
+    image. Such boxes are clamped to the image here; the code counts their negative cells from the map's far side.
     """
 
     slug = "fgd"
@@ -186,16 +191,17 @@ class FGD(Method[Observation]):
         Args:
             teacher: any detector.
             student: any detector.
-            profile: the released weights for anchor-based one-stage, two-stage, or anchor-free students.
-            foreground_weight: alpha; None: the profile's.
-            background_weight: beta; None: the profile's.
-            attention_weight: gamma; None: the profile's (the configs'; the paper prints 1e-3 and 8e-3).
-            relation_weight: lambda; None: the profile's.
+            profile: which released weights to use: those for anchor-based one-stage, two-stage, or anchor-free students.
+            foreground_weight: factor of the foreground loss (alpha); None: the profile's.
+            background_weight: factor of the background loss (beta); None: the profile's.
+            attention_weight: factor of the attention loss (gamma); None: the profile's, from the released configs (the paper
+                prints 1e-3 and 8e-3).
+            relation_weight: factor of the relation loss (lambda); None: the profile's.
             temperature: of the attention (the released FCOS config uses 0.8, the paper 0.5 everywhere).
-            box_norm: what a map is taken to show when boxes are laid on it: ``padded``, the whole tensor, which is
-                right; ``image``, the part without padding, as in the released code, which stretches the masks of images
-                that are smaller than their batch.
-            levels: student levels to use, as indices; None: all that have a partner (the paper leaves out a pooled P6).
+            box_norm: the size in pixels that corresponds to a whole map when boxes are converted to cells. ``padded``: the
+                size with padding, which is correct. ``image``: the size without padding, as in the released code; it
+                stretches the masks of images that are smaller than their batch.
+            levels: indices of the student levels to use; None: all that have a partner (the paper leaves out a pooled P6).
 
         Raises:
             MethodError: a hyper-parameter is out of range, or all weights are 0.
@@ -215,7 +221,7 @@ class FGD(Method[Observation]):
     def learn(self, student: Detector, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
         """Terms ``fgd_foreground``, ``fgd_background``, ``fgd_attention`` and ``fgd_relation``, summed over levels.
 
-        None where its weight is 0.
+        Terms with weight 0 are left out.
         """
         boxes = [target.without_crowd().boxes_xyxy for target in batch.targets]
         sizes = [batch.padding_hw] * len(batch) if self.box_norm == "padded" else [(h, w) for h, w in batch.sizes.tolist()]

@@ -1,12 +1,12 @@
 """FitNet: the student's maps should equal the teacher's.
 
-Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, in the three forms detector papers compare with:
+Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, in the three forms that detector papers use as a baseline:
 
-- ``plain``: mean squared difference, the baseline of most papers;
-- ``normalized``: each image's map scaled to unit length first, the baseline of mmrazor and United-Perception;
-- ``modified``: Lao et al., "UniKD", ICCV 2023: foreground cells only, and an adapter with deformable attention over all levels.
+- ``plain``: mean squared difference (most papers);
+- ``normalized``: each image's map is scaled to unit length first (mmrazor and United-Perception);
+- ``modified``: foreground cells only, and an adapter with deformable attention over all levels (Lao et al., "UniKD", ICCV 2023).
 
-Results called "FitNet" differ between papers because the form, the levels and the weight do: say which.
+Results called "FitNet" differ between papers because form, levels and weight differ, so state all three with a result.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ def fitnet_loss(
     """Squared difference of the maps, summed over levels.
 
     Args:
-        student: L maps [B, C, H, W], already in the teacher's channels; gradient flows. Resized where sizes differ.
+        student: L maps [B, C, H, W], already in the teacher's channels; gradient flows. Maps of another size are
+            resized to the teacher's.
         teacher: L maps [B, C, H, W], treated as constant.
-        weight: of every level.
-        reduction: ``mean`` over images, channels and cells; ``batch``: sum divided by B; ``dist``: square root of the sum,
-            not divided (where the maps are equal its gradient is 0; mmrazor's is NaN). Weights differ by millions
-            between them.
-        half: the factor 1/2 of the 2015 paper (equation 3).
+        weight: factor of every level's loss.
+        reduction: of the squared differences. ``mean``: over images, channels and cells; ``batch``: sum divided by B;
+            ``dist``: square root of the sum (for equal maps its gradient is 0; mmrazor's is NaN). Values of the three differ
+            by factors up to millions, so each needs its own weight.
+        half: multiply by 1/2, as in the 2015 paper (equation 3).
 
     Returns:
         [] the loss.
@@ -65,14 +66,14 @@ def fitnet_normalized_loss(
     reduction: str = "batch",
     mean_over_levels: bool = False,
 ) -> Tensor:
-    """Squared difference of maps of unit length: for each image and level 2 - 2 cos(student, teacher), so in 0..4.
+    """Squared difference of maps scaled to unit length: 2 - 2 cos(student, teacher) for each image and level, 0 to 4.
 
     Args:
         student: as in ``fitnet_loss``.
         teacher: as in ``fitnet_loss``.
-        weight: of every level.
-        reduction: as in ``fitnet_loss``; here both released codes use ``batch``.
-        mean_over_levels: divide by the number of levels (United-Perception); False adds them (mmrazor).
+        weight: factor of every level's loss.
+        reduction: as in ``fitnet_loss``; both released codes use ``batch``.
+        mean_over_levels: take the mean over levels (United-Perception); False: the sum (mmrazor).
 
     Returns:
         [] the loss.
@@ -95,14 +96,14 @@ def fitnet_modified_loss(
 ) -> Tensor:
     """Mean squared difference over the foreground cells of each level, summed over levels (UniKD, section 4.1).
 
-    UniKD only says that the foreground is FGD's; dividing by channels times foreground cells, without FGD's weights by box
-    size, is our choice. Without any foreground cell the loss is 0, still connected to the student.
+    UniKD states only that the foreground is that of FGD. The division by channels times foreground cells, without FGD's
+    weights by box size, is our choice. Without any foreground cell the loss is 0 and still connected to the student.
 
     Args:
         student: as in ``fitnet_loss``.
         teacher: as in ``fitnet_loss``.
         foreground: L masks [B, H, W] bool at the teacher's size (``detdistill.functional.masks.foreground_mask``).
-        weight: of every level.
+        weight: factor of every level's loss.
 
     Returns:
         [] the loss.
@@ -129,7 +130,7 @@ def _unit_length(maps: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, C*H*W], each image divided by its Euclidean norm; an all-zero map stays zero."""
     flat = maps.flatten(1)
     norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    # No epsilon elsewhere, as in the released codes. A tiny one for zero maps would make their gradient enormous.
+    # No epsilon, as in the released codes. For zero maps the divisor is 1: a tiny one would make the gradient enormous.
     unit: Tensor = flat / norm.masked_fill(norm == 0, 1.0)
     return unit
 
@@ -141,17 +142,17 @@ def _added(losses: Sequence[Tensor]) -> Tensor:
 class FitNetAttentionAdapter(nn.Module):
     """UniKD's stronger adapter: a 1x1 convolution for each level, then deformable self-attention over all levels together.
 
-    The paper says "fully connected layers and deformable self-attention layers"; the encoder layers of Deformable DETR
-    (8 heads or as many as divide the channels, 4 points, feed-forward 4 times as wide) are our reading.
+    The paper only names "fully connected layers and deformable self-attention layers". We use the encoder layers of
+    Deformable DETR: at most 8 heads (a number that divides the channels), 4 points, a feed-forward part 4 times as wide.
     """
 
     def __init__(self, pairs: Sequence[LevelPair], layers: int = 2) -> None:
-        """Build it.
+        """Build the layers.
 
         Args:
-            pairs: the levels. Where the teacher's channels differ between levels, attention runs at the widest, and
-                one more 1x1 convolution leads to the others.
-            layers: of attention; 0 leaves the convolutions.
+            pairs: the paired levels. If the teacher's channels differ between levels, attention runs at the largest
+                number, and another 1x1 convolution reduces the output of the narrower levels.
+            layers: number of attention layers; with 0 only the convolutions are left.
         """
         super().__init__()
         width = max(pair.teacher_channels for pair in pairs)
@@ -160,13 +161,13 @@ class FitNetAttentionAdapter(nn.Module):
         self.leave = LevelAdapters([replace(pair, student_channels=width) for pair in pairs])
 
     def forward(self, maps: Sequence[Tensor], padding: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Student maps [B, Cs, h, w] (and masks [B, h, w] of padded cells) to [B, Ct, h, w]."""
+        """Adapt student maps [B, Cs, h, w], with masks [B, h, w] of their padded cells, to [B, Ct, h, w]."""
         adapted: list[Tensor] = self.leave(self.attention(Cells.of(self.project(maps), padding)).maps())
         return adapted
 
 
 class FitNet(Method[Observation]):
-    """FitNet between necks, paired by stride."""
+    """FitNet between the necks' maps; levels are paired by stride."""
 
     slug = "fitnet"
     title = "FitNets: Hints for Thin Deep Nets (ICLR 2015); modified as in UniKD (ICCV 2023)"
@@ -201,17 +202,17 @@ class FitNet(Method[Observation]):
             student: any detector.
             variant: form of the loss. ``plain``: mean squared difference; ``normalized``: each image's map is scaled to unit
                 length first; ``modified``: foreground cells only, with deformable attention over all levels in the adapter.
-            weight: of every level (1 is our choice for ``plain`` and ``modified``).
-            levels: student levels to use, as indices; None: all that have a partner.
+            weight: factor of every level's loss (1 is our choice for ``plain`` and ``modified``).
+            levels: indices of the student levels to use; None: all that have a partner.
             reduction: of the squared differences. ``mean`` over images, channels and cells; ``batch``: sum divided by the images;
                 ``dist``: square root of the sum. None: ``mean`` for plain, ``batch`` for normalized. ``modified`` has none.
-            half: the factor 1/2 of the 2015 paper; ``plain`` only.
-            mean_over_levels: divide by the number of levels (United-Perception) instead of adding them; ``normalized`` only.
-            always_adapt: a 1x1 convolution for equal channels too (``modified`` always has one).
-            attention_layers: layers of deformable attention in the adapter of ``modified``.
+            half: multiply the loss by 1/2, as in the 2015 paper; ``plain`` only.
+            mean_over_levels: take the mean over levels (United-Perception) instead of the sum; ``normalized`` only.
+            always_adapt: add a 1x1 convolution for equal channels too (``modified`` always has one).
+            attention_layers: number of deformable attention layers in the adapter of ``modified``.
             warm_iters: steps over which the weight rises linearly from 0 (United-Perception).
-            hint_share: above 0, train on this loss alone first, for that multiple of the run's epochs, and without it
-                afterwards: the 2015 paper's two stages. 0: together with the detection loss.
+            hint_share: 0: train on this loss and the detection loss together. Above 0: two stages, as in the 2015 paper: first
+                on this loss alone, for ``hint_share`` times the run's epochs, then on the detection loss alone.
 
         Raises:
             MethodError: a hyper-parameter is out of range or does not belong to the variant.
@@ -238,11 +239,11 @@ class FitNet(Method[Observation]):
             self.adapters = LevelAdapters(self.pairs, always=always_adapt)
 
     def learn(self, student: Detector, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
-        """One term, ``fitnet``; none after a stage of hints."""
+        """Compute the term ``fitnet``; no term if ``hint_share`` is above 0, because the hint stage has used it already."""
         return Losses({}) if self.hint_share > 0 else self.hint(seen, taught, batch, clock)
 
     def hint(self, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
-        """The loss of the chosen variant, and the ``cosine`` of the maps as a monitor."""
+        """Compute the loss of the chosen variant; the monitor ``cosine`` is the mean cosine of the compared maps."""
         theirs = [taught.features.maps[pair.teacher] for pair in self.pairs]
         with full_precision(batch.images.device):
             mine = self._adapt(seen.features.take([pair.student for pair in self.pairs]))
@@ -265,13 +266,13 @@ class FitNet(Method[Observation]):
 
     @staticmethod
     def _foreground(maps: Sequence[Tensor], batch: Batch) -> list[Tensor]:
-        """[B, H, W] for each map: maps show the padded tensor, so boxes are placed relative to its size."""
+        """Foreground masks [B, H, W], one for each map. Maps cover the padded images, so boxes are scaled by the padded size."""
         boxes = [target.without_crowd().boxes_xyxy for target in batch.targets]
         sizes = [batch.padding_hw] * len(batch)
         return [foreground_mask(boxes, sizes, (level.shape[2], level.shape[3])) for level in maps]
 
     def stages(self, student: Detector) -> tuple[Stage, ...]:
-        """One; with ``hint_share`` a stage of hints before it."""
+        """Return the stage ``distill``; with ``hint_share`` above 0 the stage ``hint`` before it."""
         last = super().stages(student)
         if self.hint_share == 0:
             return last

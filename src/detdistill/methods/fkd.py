@@ -1,8 +1,8 @@
-"""FKD: imitate where teacher or student attend, and the relations between cells.
+"""FKD: imitate cells and channels where teacher or student have high attention, and the relations between cells.
 
 Zhang, Ma, "Improve Object Detection with Feature-based Knowledge Distillation: Towards Accurate and Efficient Detectors",
 ICLR 2021; extended as "Structured Knowledge Distillation for Accurate and Efficient Object Detection", TPAMI 2023. Also
-known as FBKD. No code of the TPAMI version could be had; this is the form of MMRazor and of the ICLR code.
+known as FBKD. No code of the TPAMI version was available; this is the form of MMRazor and of the ICLR code.
 
 Shape letters: B images, C channels, H x W cells of one level, N = H*W, M pooled cells, D inner channels of a relation.
 """
@@ -27,7 +27,7 @@ from detdistill.values import Count, Positive, Weight
 
 
 class FKDTerms(NamedTuple):
-    """The four losses of one level, unweighted; each [] is a Euclidean norm over the whole batch, divided by nothing."""
+    """The four unweighted losses of one level, [] each: Euclidean norms over the whole batch, not divided by anything."""
 
     feature: Tensor
     channel: Tensor
@@ -36,15 +36,15 @@ class FKDTerms(NamedTuple):
 
 
 def fkd_feature_loss(adapted: Tensor, teacher: Tensor, cells: Tensor, channels: Tensor | None = None) -> Tensor:
-    """``sqrt(sum (teacher - adapted)^2 * cells [* channels])`` over images, channels and cells.
+    """Attention-weighted distance, ``sqrt(sum (teacher - adapted)^2 * cells [* channels])`` over images, channels and cells.
 
-    The gradient is zero, not NaN, where both agree exactly.
+    For equal maps the gradient is zero, not NaN.
 
     Args:
         adapted: [B, C, H, W] the student's map after its adapter; gradient flows.
         teacher: [B, C, H, W], treated as constant.
-        cells: [B, H, W] attention, treated as constant.
-        channels: [B, C] likewise; None in the two-stage form.
+        cells: [B, H, W] spatial attention, treated as constant.
+        channels: [B, C] channel attention, treated as constant; None (two-stage form): all channels count equally.
     """
     squared = (teacher.detach() - adapted).square()
     if channels is None:
@@ -58,31 +58,31 @@ def fkd_feature_loss(adapted: Tensor, teacher: Tensor, cells: Tensor, channels: 
 
 
 def fkd_channel_loss(adapted: Tensor, teacher: Tensor) -> Tensor:
-    """Euclidean distance of the means over cells: ``adapted`` [B, C] and those of ``teacher`` [B, C, H, W]."""
+    """Euclidean distance between ``adapted`` [B, C] and the means over cells of ``teacher`` [B, C, H, W]."""
     return _norm(teacher.detach().mean(dim=(2, 3)) - adapted)
 
 
 def fkd_spatial_loss(adapted: Tensor, teacher: Tensor) -> Tensor:
-    """Euclidean distance of the means over channels: ``adapted`` [B, 1, H, W] and those of ``teacher`` [B, C, H, W]."""
+    """Euclidean distance between ``adapted`` [B, 1, H, W] and the means over channels of ``teacher`` [B, C, H, W]."""
     return _norm(teacher.detach().mean(dim=1, keepdim=True) - adapted)
 
 
 def fkd_relation_loss(adapted: Tensor, teacher_relation: Tensor) -> Tensor:
-    """Euclidean distance of two relation maps [B, C, H, W]; gradient flows to both (the teacher's block is trained)."""
+    """Euclidean distance between two relation maps [B, C, H, W]; gradient flows to both (the teacher's block is trained)."""
     return _norm(teacher_relation - adapted)
 
 
 def _norm(difference: Tensor) -> Tensor:
-    """Euclidean, [], with gradient zero at zero (a plain square root has NaN there)."""
+    """Euclidean norm, []. Its gradient at zero is zero, where that of a plain square root is NaN."""
     norm: Tensor = torch.linalg.vector_norm(difference)
     return norm
 
 
 class FKDLevel(nn.Module):
-    """The learnable parts of one level: four adapters of the student and a non-local block for each side."""
+    """The trainable modules of one level: four adapters of the student and a non-local block for each side."""
 
     def __init__(self, channels: int, reduction: int = 2, pool: int = 2) -> None:
-        """Make them; see ``NonLocalBlock`` for ``reduction`` and ``pool``."""
+        """Build the modules; see ``NonLocalBlock`` for ``reduction`` and ``pool``."""
         super().__init__()
         self.adapt_feature = nn.Conv2d(channels, channels, 1)
         self.adapt_channel = nn.Linear(channels, channels)
@@ -92,13 +92,13 @@ class FKDLevel(nn.Module):
         self.teacher_nonlocal = NonLocalBlock(channels, reduction, pool)
 
     def forward(self, student: Tensor, teacher: Tensor, cells: Tensor, channels: Tensor | None = None) -> FKDTerms:
-        """The losses of one level.
+        """Compute the losses of one level.
 
         Args:
             student: [B, C, H, W] in the teacher's channels; gradient flows.
-            teacher: [B, C, H, W], treated as constant; its non-local block gets a gradient.
-            cells: [B, H, W] attention, see ``fkd_attention``.
-            channels: [B, C] likewise, or None.
+            teacher: [B, C, H, W], treated as constant; gradient flows to the teacher's non-local block.
+            cells: [B, H, W] spatial attention (``fkd_attention``).
+            channels: [B, C] channel attention, or None.
         """
         fixed = teacher.detach()
         return FKDTerms(
@@ -113,13 +113,13 @@ class FKDLevel(nn.Module):
 def fkd_attention(
     student: Tensor, teacher: Tensor, spatial_temperature: float = 0.5, channel_temperature: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """Mean attention of student and teacher over cells [B, H, W] and over channels [B, C]; constants (section 3.1).
+    """Mean of the student's and the teacher's attention: over cells [B, H, W], over channels [B, C] (section 3.1); no gradient.
 
     Args:
         student: [B, C, H, W].
         teacher: [B, C, H, W].
-        spatial_temperature: of the cells' softmax.
-        channel_temperature: of the channels' softmax.
+        spatial_temperature: of the softmax over cells.
+        channel_temperature: of the softmax over channels.
     """
     cells = (spatial_attention(teacher, spatial_temperature) + spatial_attention(student, spatial_temperature)) / 2
     channels = (channel_attention(teacher, channel_temperature) + channel_attention(student, channel_temperature)) / 2
@@ -129,7 +129,7 @@ def fkd_attention(
 def fkd_loss(
     terms: FKDTerms, feature: float = 7e-5, channel: float = 4e-3, spatial: float = 4e-3, relation: float = 7e-5
 ) -> Tensor:
-    """[] the weighted sum of one level's terms; the default weights are those for two-stage detectors."""
+    """Weighted sum of the four losses of one level, []; the default weights are those for two-stage detectors."""
     return feature * terms.feature + channel * terms.channel + spatial * terms.spatial + relation * terms.relation
 
 
@@ -146,11 +146,11 @@ _PROFILES = {
 
 
 class FKD(Method[Observation]):
-    """FKD between necks, paired by stride.
+    """FKD between the necks' maps; levels are paired by stride.
 
-    The norms are over the whole local batch: doubling it multiplies the loss by sqrt(2). The published weights are for 2
-    images per device. Padding and images without boxes count as any other. Departs from MMRazor, whose code pools keys and
-    values twice (by 2 and by ``maxpool_stride``), in the default ``pools``, which are the authors'.
+    The norms are over the whole local batch, so a batch of twice the size multiplies the loss by sqrt(2). The published
+    weights are for 2 images per device. Padded cells and images without boxes count like all others. The default ``pools``
+    are the authors'; MMRazor's code pools keys and values twice (by 2 and by ``maxpool_stride``).
     """
 
     slug = "fkd"
@@ -186,18 +186,20 @@ class FKD(Method[Observation]):
         Args:
             teacher: any detector.
             student: any detector.
-            profile: the released settings for two-stage or one-stage students (smaller temperature, six times the weights).
-            feature_weight: of the attention-guided distance; None: the profile's.
-            channel_weight: of the distance of the means over cells; None: the profile's.
-            spatial_weight: of the distance of the means over channels; None: the profile's.
-            relation_weight: of the distance of the non-local blocks' outputs; None: the profile's.
+            profile: which released settings to use. Those for one-stage students have a smaller temperature and six times the
+                weights.
+            feature_weight: factor of the attention-weighted distance; None: the profile's.
+            channel_weight: factor of the distance of the means over cells; None: the profile's.
+            spatial_weight: factor of the distance of the means over channels; None: the profile's.
+            relation_weight: factor of the distance of the non-local blocks' outputs; None: the profile's.
             spatial_temperature: of the attention over cells; None: the profile's.
             channel_temperature: of the attention over channels; None: the profile's.
-            channel_mask: weigh channels by attention too; None: only in the profile ``one_stage``, as released.
-            reductions: by what the non-local blocks divide the channels, for each student level from the finest on; the
-                last value serves all further levels.
-            pools: likewise, cells per side that their keys and values are pooled over; 1: none.
-            levels: student levels to use, as indices; None: all that have a partner.
+            channel_mask: multiply by the channel attention too; None: only in the profile ``one_stage``, as released.
+            reductions: factors by which the non-local blocks reduce the channels, one for each student level, finest first;
+                the last value holds for all further levels.
+            pools: sides, in cells, of the max-pooling of their keys and values, one for each student level like
+                ``reductions``; 1: no pooling.
+            levels: indices of the student levels to use; None: all that have a partner.
 
         Raises:
             MethodError: a hyper-parameter is out of range, or all weights are 0.
@@ -226,7 +228,7 @@ class FKD(Method[Observation]):
     def learn(self, student: Detector, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
         """Terms ``fkd_feature``, ``fkd_channel``, ``fkd_spatial`` and ``fkd_relation``, summed over levels.
 
-        None where its weight is 0.
+        Terms with weight 0 are left out.
         """
         levels = []
         with full_precision(batch.images.device):

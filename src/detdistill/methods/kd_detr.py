@@ -1,10 +1,13 @@
-"""KD-DETR: teacher and student decode the same queries, the teacher's own and random ones, and should say the same.
+"""KD-DETR: teacher and student decode the same queries (the teacher's and random ones) and should predict the same.
 
 Wang et al., "KD-DETR: Knowledge Distillation for Detection Transformer with Consistent Distillation Points Sampling", CVPR
-2024, arXiv 2211.08071. Defaults are those of the code released for DAB-DETR. In it the class loss is a sum over images and
-queries, so it grows with the batch, while the box losses are weighted means.
+2024, arXiv 2211.08071. Defaults are those of the code released for DAB-DETR. Its class loss is a sum over images and
+queries, which grows with the batch; its box losses are weighted means.
 
-Shape letters: B images, L decoder layers, N queries of a group (distillation points), C class outputs, D width.
+The paper calls the decoded queries distillation points: specific points are the teacher's own queries, general points are
+random queries.
+
+Shape letters: B images, L decoder layers, N queries of a group, C class outputs, D width.
 """
 
 from __future__ import annotations
@@ -35,11 +38,11 @@ from detdistill.values import Index, Positive, Weight
 
 ClassReduction = Literal["sum", "weighted_mean"]
 GENERAL_POINTS = 300
-"""How many by default; the paper tried 10 to 900."""
+"""Default number of random queries; the paper tried 10 to 900."""
 
 
 class KDDETRTerms(NamedTuple):
-    """The unweighted losses of one group, [L] each: every student layer against the teacher's last."""
+    """The unweighted losses of one group of queries, [L] each: every student layer against the teacher's last layer."""
 
     cls: Tensor
     l1: Tensor
@@ -47,11 +50,11 @@ class KDDETRTerms(NamedTuple):
 
 
 def kd_detr_weights(teacher_logits: Tensor, softmax: bool = False) -> Tensor:
-    """[B, N] how much each query counts (foreground rebalance): the teacher's highest class score, no gradient.
+    """Weight of each query, [B, N] (foreground rebalance): the teacher's highest class score, without gradient.
 
     Args:
         teacher_logits: [B, N, C] of the teacher's last layer.
-        softmax: the outputs are softmax logits with the background last (ours; the paper's DETRs have sigmoid outputs).
+        softmax: the outputs are softmax logits with the background last (our addition; the paper's DETRs use sigmoids).
     """
     scores = teacher_logits.softmax(dim=-1)[..., :-1] if softmax else teacher_logits.sigmoid()
     return scores.amax(dim=-1).detach()
@@ -66,21 +69,21 @@ def kd_detr_terms(
     temperature: float = 10.0,
     cls_reduction: ClassReduction = "sum",
 ) -> KDDETRTerms:
-    """Losses of one group of distillation points in every student layer.
+    """Losses of one group of queries in every student layer.
 
-    With w the weights, p and s the softmax over all C outputs of teacher and student at the temperature T:
+    With the weights w, and the softmax over all C outputs at temperature T of teacher (p) and student (s):
     ``cls = sum w * T^2 / C * sum_c p (log p - log s)``, ``l1 = sum w * mean_4 |b - b_T| / sum w`` and
     ``giou = sum w * (1 - GIoU) / sum w``, all sums over images and queries.
 
     Args:
         student_logits: [L, B, N, C]; gradient flows.
         student_boxes_cxcywh01: [L, B, N, 4]; gradient flows.
-        teacher_logits: [B, N, C] of its last layer, treated as constant.
-        teacher_boxes_cxcywh01: [B, N, 4], likewise.
-        weights: [B, N], treated as constant.
-        temperature: of the class distributions.
-        cls_reduction: ``sum``: as released. ``weighted_mean``: the sum over classes, averaged by the weights like the boxes
-            (C / sum w times the other).
+        teacher_logits: [B, N, C] of the teacher's last layer, treated as constant.
+        teacher_boxes_cxcywh01: [B, N, 4] of the teacher's last layer, treated as constant.
+        weights: [B, N] weights of the queries (``kd_detr_weights``), treated as constant.
+        temperature: of both class distributions.
+        cls_reduction: ``sum``: the formula above, as released. ``weighted_mean``: divided by ``sum w`` instead of C, like the
+            box losses.
 
     Example:
         >>> logits, boxes = torch.tensor([[[[2.0, 0.0]]]]), torch.tensor([[[[0.5, 0.5, 0.2, 0.2]]]])
@@ -102,27 +105,28 @@ def kd_detr_terms(
 
 
 def kd_detr_loss(terms: KDDETRTerms, cls_weight: float = 1.0, l1_weight: float = 5.0, giou_weight: float = 2.0) -> Tensor:
-    """[] of one group: the weighted sum over terms and layers."""
+    """Loss of one group of queries, []: the weighted sum over terms and layers."""
     return cls_weight * terms.cls.sum() + l1_weight * terms.l1.sum() + giou_weight * terms.giou.sum()
 
 
 @dataclass(frozen=True)
 class KDDETRTaught(Taught):
-    """The teacher's queries and what its last layer makes of them: the specific points."""
+    """A group of the teacher's queries with the predictions of its last layer."""
 
     logits: Tensor
     """[B, N, C]."""
     boxes_cxcywh01: Tensor
     """[B, N, 4]."""
     seed: QuerySeed
+    """The initial queries."""
 
 
 class KDDETR(Method[KDDETRTaught | None]):
     """KD-DETR between two DETRs; their backbones, encoders, depths and numbers of queries may differ.
 
-    Both decode two groups beside the student's own queries: the teacher's initial queries (specific points), and random ones,
-    drawn anew in each step and shared by all images (general points). No group attends to another. What differs in the
-    queries of two families (widths, positions, points or boxes) can be bridged, see ``project``.
+    Both detectors decode two further groups of queries. Specific points are the teacher's initial queries. General points are
+    random queries, drawn anew in each step and shared by all images. Groups do not attend to each other. ``project`` bridges
+    differences between the queries of two families (widths, positions, points or boxes).
     """
 
     slug = "kd_detr"
@@ -156,22 +160,23 @@ class KDDETR(Method[KDDETRTaught | None]):
         Args:
             teacher: a DETR.
             student: a DETR with the same kind of class outputs.
-            temperature: T, of both class distributions.
-            cls_weight: of the class loss, in both groups of points.
-            l1_weight: of the L1 loss, in both groups.
-            giou_weight: of the GIoU loss, in both groups.
-            specific_points: decode the teacher's queries. What the teacher says about them can come from a cache.
-            general_points: how many random queries; 0 turns them off. They need the live teacher in each step.
-            rebalance: weigh queries by the teacher's highest score; off: all alike.
-            cls_reduction: of the class loss. ``sum`` over images and queries, divided by the class outputs, as released;
-                ``weighted_mean``: averaged by the queries' weights, as the box losses are. The class terms' names end in it.
-            project: learn maps for what the student's decoder reads and the teacher's queries lack (``QueryBridge``; not in
-                the paper, which stays within one family, or bridges to a CNN in a similar way).
+            temperature: of both class distributions (T).
+            cls_weight: factor of the class loss, in both groups of queries.
+            l1_weight: factor of the L1 loss, in both groups.
+            giou_weight: factor of the GIoU loss, in both groups.
+            specific_points: decode the teacher's queries. Its predictions for them can come from a cache.
+            general_points: number of random queries; 0 turns them off. They need the live teacher in each step.
+            rebalance: weight queries by the teacher's highest class score; False: all queries count equally.
+            cls_reduction: reduction of the class loss. ``sum``: over images and queries, divided by the number of class outputs,
+                as released; ``weighted_mean``: weighted mean over queries, like the box losses. It is part of the terms' names.
+            project: train projections for the parts that the student's decoder reads and the teacher's queries lack
+                (``QueryBridge``). Not in the paper, which uses one family, or a similar bridge to a CNN.
 
         Raises:
             MethodError: a hyper-parameter is out of range, or all weights are 0.
-            PairError: no points; softmax against sigmoid classes; one class, of which a softmax says nothing; queries that do
-                not fit; no live teacher for the general points.
+            PairError: neither specific nor general points; softmax classes on one side and sigmoid on the other; a class loss
+                with one class only, whose softmax is always 1; queries that the student cannot decode; general points
+                without a live teacher.
         """
         super().__init__(teacher, student)
         check_some(self.slug, cls_weight=cls_weight, l1_weight=l1_weight, giou_weight=giou_weight)
@@ -196,7 +201,7 @@ class KDDETR(Method[KDDETRTaught | None]):
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
-        """Two DETRs of equal classes; for the general points the living teacher, which a cache does not hold."""
+        """Two DETRs with equal classes; the general points also need the live teacher, which a cache cannot replace."""
         general_points = settings["general_points"]
         why = (
             "the general points are random queries that the live teacher decodes anew in each step, which a cache does not hold "
@@ -214,10 +219,10 @@ class KDDETR(Method[KDDETRTaught | None]):
         )
 
     def _check_general(self, own: QuerySpec) -> None:
-        """Both sides must place a random query alike.
+        """Check that both sides give a random query the same reference point.
 
         Raises:
-            PairError: the teacher makes its points of the positions, and the student wants to be told them.
+            PairError: the teacher derives reference points from positions, and the student reads them as an input.
         """
         if self.reads.reference and own.gives.reference and not own.reads.reference:
             raise PairError(
@@ -226,10 +231,10 @@ class KDDETR(Method[KDDETRTaught | None]):
             )
 
     def _bridge(self) -> QueryBridge:
-        """The teacher's queries as the student reads them.
+        """Build the conversion of the teacher's queries to the student's format.
 
         Raises:
-            PairError: the student reads something that they lack, and nothing may be learned.
+            PairError: the student reads a part that these queries lack, and ``project`` is off.
         """
         gaps = query_gaps(self.gives, self.reads)
         if gaps and not self.project:
@@ -242,7 +247,7 @@ class KDDETR(Method[KDDETRTaught | None]):
 
     @torch.no_grad()
     def teach(self, batch: Batch) -> KDDETRTaught | None:
-        """The specific points; None without them."""
+        """Return the specific points with the teacher's predictions; None if ``specific_points`` is off."""
         if not self.specific_points:
             return None
         prediction = self.teacher.observe(batch, Look(prediction=True)).prediction
@@ -251,7 +256,7 @@ class KDDETR(Method[KDDETRTaught | None]):
         return KDDETRTaught(prediction.logits[-1], prediction.boxes_cxcywh01[-1], seed)
 
     def learn(self, student: Detector, seen: Observation, taught: KDDETRTaught | None, batch: Batch, clock: Clock) -> Losses:
-        """Terms ``specific_*`` and ``general_*``, none where its weight is 0; monitors the mean weight of each group."""
+        """Compute the terms ``specific_*`` and ``general_*``, without those of weight 0; monitors: mean weight of each group."""
         assert isinstance(student, HasQueries)
         terms: dict[str, Tensor] = {}
         monitors: dict[str, Tensor] = {}
@@ -282,7 +287,7 @@ class KDDETR(Method[KDDETRTaught | None]):
 
     @torch.no_grad()
     def _general(self, batch: Batch) -> KDDETRTaught:
-        """Fresh random queries and what the live teacher says about them."""
+        """Draw random queries and decode them with the live teacher."""
         decoder = self.teacher.detector
         assert isinstance(decoder, HasQueries)
         features = self.teacher.observe(batch).features.float()

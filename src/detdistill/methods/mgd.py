@@ -1,4 +1,4 @@
-"""MGD: from a student's map with most cells dropped, a small network must generate the teacher's whole map.
+"""MGD: a small network generates the teacher's whole map from a student map with most cells dropped.
 
 Yang et al., "Masked Generative Distillation", ECCV 2022.
 """
@@ -20,16 +20,16 @@ from detdistill.values import Fraction, Weight
 
 
 def mgd_keep(uniform: Tensor, dropped: float = 0.65) -> Tensor:
-    """Which cells survive: each is dropped with probability ``dropped``.
+    """Mask of the cells to keep: each cell is dropped with probability ``dropped``.
 
-    ``dropped`` is the share that goes, the paper's and the code's lambda (0.65: about a third stays).
+    ``dropped`` is lambda in the paper and in its code (with 0.65 about a third of the cells is kept).
 
     Args:
-        uniform: draws from 0..1, [B, 1, H, W] (whole cells) or [B, C, 1, 1] (whole channels).
-        dropped: 0..1.
+        uniform: uniform random numbers from 0 to 1: [B, 1, H, W] drops cells, [B, C, 1, 1] drops channels.
+        dropped: probability, 0 to 1.
 
     Returns:
-        bool, the shape of ``uniform``; True where the map is kept.
+        bool, of the shape of ``uniform``; True where the map is kept.
 
     Example:
         >>> mgd_keep(torch.tensor([0.1, 0.3, 0.4, 0.9]), dropped=0.65).tolist()
@@ -42,9 +42,10 @@ def mgd_loss(generated: Sequence[Tensor], teacher: Sequence[Tensor], weight: flo
     """Squared difference, summed over channels and ALL cells (dropped and kept alike), divided by B, summed over levels (eq. 4).
 
     Args:
-        generated: L maps [B, C, H, W], what ``MGDGeneration`` made of the student's maps.
+        generated: L maps [B, C, H, W], outputs of ``MGDGeneration``; gradient flows.
         teacher: L maps of the same shapes, treated as constant.
-        weight: of every level, the paper's alpha. It belongs to a sum: it was tuned for 256 channels and 800 x 1333 pixels.
+        weight: factor of every level's loss, alpha in the paper. As the loss is a sum, its scale depends on channels and image
+            size; the published values belong to 256 channels and 800 x 1333 pixels.
 
     Returns:
         [] the loss.
@@ -58,10 +59,10 @@ def mgd_loss(generated: Sequence[Tensor], teacher: Sequence[Tensor], weight: flo
 
 
 class MGDGeneration(nn.Module):
-    """One level's generator: align, drop, 3x3 convolution, ReLU, 3x3 convolution."""
+    """Generator of one level: 1x1 convolution, mask, 3x3 convolution, ReLU, 3x3 convolution."""
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
-        """Build it; equal channels have no ``align`` layer."""
+        """Build the layers; with equal channels ``align``, the 1x1 convolution, is left out."""
         super().__init__()
         self.align = nn.Conv2d(student_channels, teacher_channels, 1) if student_channels != teacher_channels else nn.Identity()
         self.generation = nn.Sequential(
@@ -75,7 +76,7 @@ class MGDGeneration(nn.Module):
 
         Args:
             student: [B, Cs, H, W].
-            keep: [B, 1, H, W] or [B, Ct, 1, 1] bool (``mgd_keep``). Kept values are not scaled up.
+            keep: [B, 1, H, W] or [B, Ct, 1, 1] bool (``mgd_keep``). Kept values are not rescaled.
 
         Returns:
             [B, Ct, H, W].
@@ -85,7 +86,7 @@ class MGDGeneration(nn.Module):
 
 
 class MGD(Method[Observation]):
-    """MGD between necks, paired by stride."""
+    """MGD between the necks' maps; levels are paired by stride."""
 
     slug = "mgd"
     title = "Masked Generative Distillation (ECCV 2022)"
@@ -106,17 +107,17 @@ class MGD(Method[Observation]):
         drop_channels: bool = False,
         levels: Sequence[int] | None = None,
     ) -> None:
-        """Pair the levels; each gets a generator of its own.
+        """Pair the levels and build one generator for each pair.
 
-        Where sizes differ, the student's map is resized to the teacher's before anything is dropped (not in the paper).
+        A student map of another size is resized to the teacher's before cells are dropped (not in the paper).
 
         Args:
             teacher: any detector.
             student: any detector.
-            weight: of every level, the paper's alpha; 2e-5 for one-stage and 5e-7 for two-stage students.
-            dropped: share of dropped cells, the paper's lambda; 0.65 one-stage, 0.45 two-stage.
+            weight: factor of every level's loss (alpha); 2e-5 for one-stage and 5e-7 for two-stage students.
+            dropped: share of the cells to drop (lambda); 0.65 for one-stage and 0.45 for two-stage students.
             drop_channels: drop whole channels instead of cells (mmrazor's option for classification).
-            levels: student levels to use, as indices; None: all that have a partner.
+            levels: indices of the student levels to use; None: all that have a partner.
 
         Raises:
             MethodError: a hyper-parameter is out of range.
@@ -128,9 +129,9 @@ class MGD(Method[Observation]):
         self.generators = nn.ModuleList(MGDGeneration(pair.student_channels, pair.teacher_channels) for pair in self.pairs)
 
     def learn(self, student: Detector, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
-        """One term, ``mgd``, and the ``cosine`` of generated and teacher's maps as a monitor.
+        """Compute the term ``mgd``; the monitor ``cosine`` is the mean cosine of generated and teacher's maps.
 
-        Drops cells whenever it is called, in eval mode too; the draw is the global generator's, on the maps' device.
+        Every call drops cells, also in eval mode. The random numbers come from the global generator of the maps' device.
         """
         theirs, generated = [taught.features.maps[pair.teacher] for pair in self.pairs], []
         with full_precision(batch.images.device):

@@ -1,4 +1,4 @@
-"""PKD: the student's maps should correlate with the teacher's, channel by channel; their scale is free.
+"""PKD: each channel of the student's maps should correlate with the teacher's channel; scale and offset are free.
 
 Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient", NeurIPS 2022.
 """
@@ -19,11 +19,11 @@ from detdistill.values import Weight
 
 
 def standardize_channels(maps: Tensor, eps: float = 1e-6) -> Tensor:
-    """Zero mean and unit (unbiased) deviation for each channel over batch and positions together.
+    """Scale each channel to zero mean and unit (unbiased) standard deviation over batch and positions together.
 
     Args:
         maps: [B, C, H, W].
-        eps: added to the deviation; a constant channel becomes all zeros.
+        eps: added to the standard deviation, so that a constant channel becomes all zeros.
     """
     mean = maps.mean(dim=(0, 2, 3), keepdim=True)
     std = maps.std(dim=(0, 2, 3), keepdim=True)
@@ -33,15 +33,15 @@ def standardize_channels(maps: Tensor, eps: float = 1e-6) -> Tensor:
 def pkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: float = 6.0, resize_student: bool = True) -> Tensor:
     """Half the mean squared difference of standardised maps, summed over levels (section 3.2: 1 - Pearson correlation).
 
-    For each level, ``weight * (M - 1) / M * (1 - mean over channels of their Pearson correlation)`` with M = B*H*W, so
-    between 0 and ``2 * weight``. Statistics are those of the local batch; padding and images without boxes count as
-    any other. Unlike the released code, widths are compared too before deciding to resize.
+    Each level gives ``weight * (M - 1) / M * (1 - mean over channels of the Pearson correlation)`` with M = B*H*W, so
+    between 0 and ``2 * weight``. Mean and standard deviation are those of the local batch; padded cells and images without
+    boxes count like all others. Maps are resized if height or width differs; the released code compares heights only.
 
     Args:
-        student: maps [B, C, h, w]; gradient flows, through mean and deviation too.
+        student: maps [B, C, h, w]; gradient flows, also through mean and standard deviation.
         teacher: maps [B, C, H, W], treated as constant.
-        weight: of every level.
-        resize_student: where sizes differ, resize the student's map to the teacher's size; False: the other way.
+        weight: factor of every level's loss.
+        resize_student: resize student maps to the teacher's size; False: resize teacher maps to the student's size.
 
     Returns:
         [] the loss.
@@ -66,7 +66,7 @@ def pkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: float
 
 
 class PKD(Method[Observation]):
-    """PKD between necks, paired by stride."""
+    """PKD between the necks' maps; levels are paired by stride."""
 
     slug = "pkd"
     title = "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient (NeurIPS 2022)"
@@ -91,9 +91,9 @@ class PKD(Method[Observation]):
         Args:
             teacher: any detector.
             student: any detector.
-            weight: of every level; the paper uses 6 for two-stage and 10 for one-stage students.
-            levels: student levels to use, as indices; None: all that have a partner (the paper leaves the last out).
-            resize_student: where sizes differ, resize the student's map to the teacher's size; False: the other way.
+            weight: factor of every level's loss; the paper uses 6 for two-stage and 10 for one-stage students.
+            levels: indices of the student levels to use; None: all that have a partner (the paper leaves the last out).
+            resize_student: resize student maps to the teacher's size; False: resize teacher maps to the student's size.
         """
         super().__init__(teacher, student)
         self.weight, self.resize_student = weight, resize_student
@@ -102,7 +102,7 @@ class PKD(Method[Observation]):
         self.paired_maps = PairedMaps(self.pairs, self.adapters)
 
     def learn(self, student: Detector, seen: Observation, taught: Observation, batch: Batch, clock: Clock) -> Losses:
-        """One term, ``pkd``."""
+        """Compute the term ``pkd``."""
         with full_precision(batch.images.device):
             mine, theirs = self.paired_maps(seen.features, taught.features)
             return Losses({"pkd": pkd_loss(mine, theirs, self.weight, self.resize_student)})
