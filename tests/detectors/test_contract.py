@@ -511,17 +511,17 @@ def test_teacher_without_backbone_features_says_so():
         def features(self, batch):
             return TinyDense().features(batch)
 
-    with pytest.raises(ModelError, match=r"^tinydense:patches shows no backbone features$"):
+    with pytest.raises(ModelError, match=r"^tinydense:patches has no backbone features$"):
         Teacher(Bare()).observe(tiny_batch(1), Look(backbone=True))
 
 
 def test_parts_that_a_detector_does_not_show_are_named():
     batch = tiny_batch(1)
-    with pytest.raises(ModelError, match=r"^tinyregions:patches shows no towers$"):
+    with pytest.raises(ModelError, match=r"^tinyregions:patches has no towers$"):
         TinyRegions().observe(batch, Look(towers=(1,)))
-    with pytest.raises(ModelError, match=r"^tinydense:patches shows no attention maps$"):
+    with pytest.raises(ModelError, match=r"^tinydense:patches has no attention maps$"):
         TinyDense().observe(batch, Look(attention=True))
-    with pytest.raises(ModelError, match=r"^tinydense:patches has no decoder of queries that can be entered again$"):
+    with pytest.raises(ModelError, match=r"^tinydense:patches has no query decoder that accepts other queries$"):
         _ = Teacher(TinyDense()).queries
 
 

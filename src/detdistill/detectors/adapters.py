@@ -1,19 +1,19 @@
-"""Adapters, found by looking: every file of a family's folder that defines ``build(backbone, classes, options)`` is one.
+"""Find the adapters: an adapter is a file in a family's folder that defines ``build(backbone, classes, options)``.
 
-The families are the folders ``dense``, ``single_shot``, ``two_stage``, ``queries`` and ``torchvision``; the adapter's name is
-the file's. It also defines
+The families' folders are ``dense``, ``single_shot``, ``two_stage``, ``queries`` and ``torchvision``. The name of the file is
+the name of the adapter. An adapter also defines
 
-    OPTIONS = RetinaNetOptions                         what a model string may say after the backbone, a ``ModelOptions``
+    OPTIONS = RetinaNetOptions                         options after the backbone in a model string, a ``ModelOptions``
 
 and may define
 
-    OPTIONS_OF_BACKBONE = {"vgg16": VGGOptions}        other options in place of these, with these backbones
+    OPTIONS_OF_BACKBONE = {"vgg16": VGGOptions}        options that replace ``OPTIONS`` for the given backbones
     MODEL_CLASS, wrap_model(model, classes, name, columns, description)    wraps torchvision's models of that class
-    load(backbone, classes, options)                   reads a model string that brings weights and classes (classes: or None)
-    load_exported(folder, classes, name)               reads a student's folder without ``model.json``
-    MODEL_TYPE = "rt_detr"                             reads transformers' models of that ``model_type``; see ``queries.hf``
-    TINY = "resnet10t,queries=10"                      is the smallest useful model, after ``NAME:``; see ``probe``.
-                                                       None: the adapter only loads models, with their weights
+    load(backbone, classes, options)                   loads a model string that names weights; classes None: the weights' own
+    load_exported(folder, classes, name)               loads a student folder without ``model.json``
+    MODEL_TYPE = "rt_detr"                             loads transformers' models of that ``model_type``; see ``queries.hf``
+    TINY = "resnet10t,queries=10"                      smallest useful model: the model string after ``NAME:``; see ``probe``.
+                                                       None: the adapter only loads models with their weights
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ FAMILIES = Path(__file__).parent
 
 @cache
 def _files() -> Mapping[str, tuple[Path, str]]:
-    """Path and text of every file of the families' folders, by name, in order of name."""
+    """Path and text of every file in the families' folders, keyed and sorted by name."""
     found = {path.stem: path for path in FAMILIES.glob("*/*.py") if path.stem != "__init__"}
     return {name: (found[name], found[name].read_text(encoding="utf-8")) for name in sorted(found)}
 
 
 @cache
 def adapter_names(function: str = "build") -> tuple[str, ...]:
-    """Names of the adapters that define a function, found without importing them."""
+    """Sorted names of the adapters that define ``function``, found without importing them."""
     texts = {name: text for name, (_, text) in _files().items() if re.search(r"^def build\(backbone", text, flags=re.MULTILINE)}
     return tuple(name for name, text in texts.items() if re.search(rf"^def {function}\(", text, flags=re.MULTILINE))
 
 
 @cache
 def adapters_with(constant: str) -> Mapping[str, str]:
-    """Adapters by the text that each gives a constant (``MODEL_TYPE = "rt_detr"``), found without importing them."""
+    """Map each value of a string constant (``MODEL_TYPE = "rt_detr"``) to its adapter, found without importing the adapters."""
     found = {}
     for name in adapter_names():
         named = re.search(rf'^{constant} = "(.+)"$', _files()[name][1], flags=re.MULTILINE)
@@ -61,11 +61,11 @@ def adapters_with(constant: str) -> Mapping[str, str]:
 
 
 def adapter(name: str) -> ModuleType:
-    """An adapter's module.
+    """Import an adapter's module.
 
     Raises:
-        KeyError: there is no such file.
-        ModelError: it needs transformers, which is not installed.
+        KeyError: there is no adapter of this name.
+        ModelError: the adapter needs transformers, which is not installed.
     """
     path, _ = _files()[name]
     try:
@@ -77,10 +77,10 @@ def adapter(name: str) -> ModuleType:
 
 
 def read_model(text: str) -> tuple[ModelName, ModelOptions]:
-    """A model string in parts, and the options that it gives to its adapter.
+    """Parse a model string and read the options for its adapter.
 
     Raises:
-        ModelError: it is malformed, there is no such adapter, or the adapter does not have an option, or not that value.
+        ModelError: the string is malformed, the adapter or an option is unknown, or an option's value is invalid.
 
     Example:
         >>> read_model("fcos:resnet10t,levels=3-5")[1].levels
@@ -104,16 +104,23 @@ def wrap_torchvision(
     columns: Sequence[int] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> Detector:
-    """A torchvision detector in the adapter made for its class (``MODEL_CLASS`` and ``wrap_model`` in its file).
+    """Wrap a torchvision detector in the adapter for its class (``MODEL_CLASS`` and ``wrap_model`` in the adapter's file).
+
+    Args:
+        model: the torchvision model.
+        classes: names of the classes in label order.
+        name: name of the detector.
+        columns: output column of each class; None: 1 .. K.
+        description: description from which the exported loading script rebuilds the model; None: not exported.
 
     Raises:
-        ModelError: no adapter is.
+        ModelError: there is no adapter for the class of ``model``.
     """
     modules = [adapter(found) for found in adapter_names("wrap_model")]
     exact = [module for module in modules if type(model) is module.MODEL_CLASS]
     fitting = exact or [module for module in modules if isinstance(model, module.MODEL_CLASS)]
     if not fitting:
         known = ", ".join(module.MODEL_CLASS.__name__ for module in modules)
-        raise ModelError(f"{name}: no adapter for a {type(model).__name__}; there are some for {known}")
+        raise ModelError(f"{name}: no adapter for a {type(model).__name__}; there are adapters for {known}")
     detector: Detector = fitting[0].wrap_model(model, classes, name, columns, description)
     return detector

@@ -1,7 +1,7 @@
-"""From a model string to a fresh detector.
+"""Build a new detector from a model string.
 
 fcos:resnet10t,levels=3-5          an adapter on a timm backbone
-torchvision:fcos_resnet50_fpn      a detector of torchvision by its own name
+torchvision:fcos_resnet50_fpn      a torchvision detector by torchvision's name
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from detdistill.errors import ModelError
 
 
 def build_detector(name: str, classes: Sequence[str]) -> Detector:
-    """A fresh detector from a model string.
+    """Build a new detector from a model string.
+
+    Args:
+        name: model string ``detector:backbone[,option=value]...``.
+        classes: names of the classes in label order, at least one.
 
     Raises:
-        ModelError: the detector, backbone or an option is unknown, or they do not fit each other.
+        ModelError: the detector, the backbone or an option is unknown, they do not fit together, or ``classes`` is empty.
     """
     model, options = read_model(name)
     if not classes:

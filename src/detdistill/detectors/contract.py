@@ -1,4 +1,4 @@
-"""A detector in stages, and the further capabilities that some methods ask for.
+"""The contract of a detector: its stages, and the capabilities that some methods need in addition.
 
     features   = detector.features(batch)
     prediction = detector.predict(features, batch)
@@ -7,8 +7,8 @@
     detections = detector.detect(prediction, batch)
     positives  = detector.positives(prediction, assignment, batch)
 
-``observe`` runs the stages as far as a ``Look`` asks. Everything else is a small protocol below; a method names the
-protocols it needs and is refused, when it is built, by a sentence that says which are missing.
+``observe`` runs the stages that a ``Look`` selects. Each further capability is a small protocol below. A method names the
+protocols it needs. When the method is built on a detector that lacks some of them, an error lists the missing ones.
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ PREDICTION = Look(prediction=True)
 
 @dataclass(frozen=True)
 class Pyramid:
-    """What a pyramid's maps look like."""
+    """Channels and strides of a feature pyramid."""
 
     channels: tuple[int, ...]
-    """Of each level, finest first."""
+    """Channels of each level, finest first."""
     strides: tuple[int, ...]
-    """Of each level."""
+    """Stride of each level in pixels of the image tensor, finest first."""
 
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """What a detector says of itself. Consumers ask; nobody guesses."""
+    """Fixed properties of a detector: name, classes, outputs, image normalisation."""
 
     name: str
-    """As the command line writes it, e.g. ``fcos:resnet18``."""
+    """Model string as written on the command line, e.g. ``fcos:resnet18``."""
     family: Family
-    """Which prediction it makes; ``features`` for a wrapped model that shows features only."""
+    """Kind of prediction; ``features`` for a wrapped model, which exposes feature maps only."""
     classes: tuple[str, ...]
     """Names of the K classes, in label order."""
     channels: tuple[int, ...]
@@ -83,19 +83,19 @@ class DetectorSpec:
     needs_masks: bool = False
     """Training needs instance masks (Mask R-CNN)."""
     fixed_size_hw: tuple[int, int] | None = None
-    """The only input size the detector was made for (SSD), or None."""
+    """The fixed input size (SSD); None: any size."""
     backbone: Pyramid | None = None
-    """Of ``backbone_features``, or None where the detector does not show them."""
+    """Channels and strides of ``backbone_features``; None: the detector has no ``backbone_features``."""
     anchors: tuple[int, ...] = ()
-    """Dense predictions of a cell on each level (of the first stage in two-stage detectors); empty: there are none."""
+    """Dense predictions of one cell, for each level (of the first stage in two-stage detectors); empty: no dense predictions."""
     box_bins: int = 0
-    """Bins of the distribution that each side of a box is predicted as (GFL 17, D-FINE 33); 0: sides are single numbers."""
+    """Bins of the distribution predicted for each side of a box (GFL 17, D-FINE 33); 0: each side is a single number."""
     queries: QuerySpec | None = None
-    """Of the query decoder, where it was asked for (``Teacher.queries``): a cache keeps it beside the knowledge."""
+    """Format of the decoder's queries, as a cache stores it (from ``Teacher.queries``); None: not determined."""
 
     @staticmethod
     def from_plain(content: Mapping[str, Any]) -> DetectorSpec:
-        """The inverse of ``dataclasses.asdict`` after JSON; fields that an older version did not have keep their defaults."""
+        """Rebuild a spec from the JSON form of ``dataclasses.asdict``; fields missing from ``content`` take their defaults."""
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
         if values.get("backbone") is not None:
             values["backbone"] = Pyramid(**{name: tuple(value) for name, value in content["backbone"].items()})
@@ -105,107 +105,111 @@ class DetectorSpec:
 
 
 _NOT_IDENTITY = ("backbone", "anchors", "box_bins", "queries")
-"""Fields that follow from the weights and the other fields."""
+"""Fields left out of a teacher's fingerprint: they follow from the weights and the other fields."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A detector's modules by what they do. Together they hold all of its parameters, and none twice."""
+    """Modules of a detector, grouped by function. Every parameter of the detector is in exactly one group."""
 
     backbone: tuple[nn.Module, ...]
     neck: tuple[nn.Module, ...]
-    """DETR families: projection and encoder."""
+    """In DETR families: projection and encoder."""
     head: tuple[nn.Module, ...]
 
     @staticmethod
     def parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-        """Parameters of some of the modules, each once."""
+        """Parameters of the given modules, each listed once."""
         return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
 
     def names(self, detector: nn.Module, modules: Iterable[nn.Module]) -> tuple[str, ...]:
-        """State-dict names, within ``detector``, of the parameters and buffers of some of the modules."""
+        """State-dict names in ``detector`` of the parameters and buffers of the given modules."""
         mine = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
         return tuple(name for name, tensor in detector.state_dict(keep_vars=True).items() if id(tensor) in mine)
 
 
 class DetectionHead(nn.Module, ABC):
-    """A head: it runs on any pyramid of the right channels and strides, with the caller's targets.
+    """A detection head, which runs on any feature pyramid of matching channels and strides, with the caller's targets.
 
-    A whole detector is one; so is what ``copy_head`` takes out of it. Heads of two-stage detectors have ``HasRegions`` too.
+    A whole detector is a ``DetectionHead``, and so is the result of ``copy_head``. Heads of two-stage detectors also
+    implement ``HasRegions``.
     """
 
     spec: DetectorSpec
 
     @abstractmethod
     def predict(self, features: Features, batch: Batch) -> Prediction:
-        """Raw predictions.
+        """Compute the raw prediction.
 
-        In training mode two-stage detectors sample their regions here, by ``batch.targets``; the regions keep their
-        origin. DETR families run the decoder from their own ``seed``.
+        In training mode, two-stage detectors sample their regions here by ``batch.targets``; each region keeps its
+        ``Origin``. DETR families run the decoder on their own initial queries (``seed``).
         """
 
     @abstractmethod
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """The detector's own rule, as a value.
+        """Assign predictions to ground-truth boxes by the detector's own rule.
 
-        Draws no random numbers: it may be called with other targets (``batch.with_targets``) on the same prediction.
-        Two-stage detectors take their first stage's prediction (``Regions.first``) as well.
+        Draws no random numbers, so it may be called with other targets (``batch.with_targets``) on the same prediction.
+        Two-stage detectors also accept the prediction of their first stage (``Regions.first``).
         """
 
     @abstractmethod
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
-        """The detector's own loss, under its own or a foreign assignment. Terms are the library's, weighted as there.
+        """Compute the detector's own losses under a given assignment, by default its own.
 
-        For two-stage detectors a foreign assignment of ``Regions`` is that of the regions, and the first stage keeps its own;
-        with the first stage's ``Dense`` prediction it is that of the anchors, and the losses are the first stage's alone.
+        The terms have the names and weights of the library the detector comes from.
+
+        Two-stage detectors: with a ``Regions`` prediction, ``assignment`` applies to the regions, and the first stage
+        uses its own assignment. With the first stage's ``Dense`` prediction, ``assignment`` applies to the anchors, and
+        only the losses of the first stage are returned.
         """
 
     @abstractmethod
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
-        """Final boxes, clipped to each image's valid size, in pixels of the batch, one entry for each image."""
+        """Decode the final boxes: one entry for each image, in pixels of the batch, clipped to the image's valid size."""
 
     @abstractmethod
     def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
-        """The predictions responsible for a box; their boxes are differentiable."""
+        """Gather the predictions that ``assignment`` matches to a ground-truth box; their boxes are differentiable."""
 
 
 class Detector(DetectionHead):
-    """A detector whose parts can be called one after the other.
+    """A detector with stages that can be called one after the other.
 
-    ``forward(batch)`` runs features and prediction, so that a wrapper such as DDP sees one call. Images come as in
-    ``Batch``; each detector normalises by its own ``spec`` (``normalized``).
+    ``forward(batch)`` runs ``features`` and ``predict`` in one call, as wrappers such as DDP require. Images are passed
+    unnormalised, as in ``Batch``; each detector normalises them by the mean and std of its ``spec`` (``normalized``).
     """
 
     @abstractmethod
     def features(self, batch: Batch) -> Features:
-        """Backbone and neck (DETR families: and encoder). Channels and strides are those of ``spec``."""
+        """Run backbone and neck (in DETR families also the encoder). Channels and strides are those of ``spec``."""
 
     @abstractmethod
     def export(self, folder: Path) -> None:
-        """Write the detector into an existing folder in its own library's form, loadable without this package."""
+        """Write the detector into an existing folder, in the format of its own library, loadable without this package."""
 
     def parts(self) -> Parts:
-        """The modules of backbone, neck and head.
+        """Group the modules into backbone, neck and head.
 
         Raises:
-            ModelError: the detector does not know them (a wrapped model).
+            ModelError: the detector does not define the groups (wrapped models).
         """
         raise ModelError(f"{self.spec.name} does not say which of its modules are backbone, neck and head; define parts()")
 
     def forward(self, batch: Batch, look: Look = PREDICTION) -> Observation:
-        """As ``observe``."""
+        """Call ``observe``."""
         return self.observe(batch, look)
 
     def observe(self, batch: Batch, look: Look = PREDICTION) -> Observation:
-        """One pass, as far as ``look`` asks; its parts are what every method of a composition shares.
+        """Run one forward pass and return the parts that ``look`` selects. All methods of a composition share the result.
 
         Raises:
-            ModelError: a part is wanted that the detector does not show.
+            ModelError: ``look`` selects a part that the detector cannot return.
         """
         return self.observe_head(self.observe_features(batch, look), batch, look)
 
     def observe_features(self, batch: Batch, look: Look) -> Observation:
-        """The first half of ``observe``: the features, and the backbone's where they are looked at.
+        """Run the first half of ``observe``: the features, and the backbone's features if ``look`` selects them.
 
         Raises:
             ModelError: as ``observe``.
@@ -213,12 +217,12 @@ class Detector(DetectionHead):
         if not look.backbone:
             return Observation(self.features(batch))
         if not isinstance(self, HasBackboneFeatures):
-            raise ModelError(f"{self.spec.name} shows no backbone features")
+            raise ModelError(f"{self.spec.name} has no backbone features")
         below = self.backbone_features(batch)
         return Observation(self.neck(below, batch), below)
 
     def observe_head(self, seen: Observation, batch: Batch, look: Look) -> Observation:
-        """The second half of ``observe``: towers and prediction on the features that were seen; those there are kept.
+        """Run the second half of ``observe``: the towers and the prediction that ``look`` selects and ``seen`` lacks.
 
         Raises:
             ModelError: as ``observe``.
@@ -226,13 +230,13 @@ class Detector(DetectionHead):
         towers = {tower.depth: tower for tower in seen.towers}
         if look.towers:
             if not isinstance(self, HasTowers):
-                raise ModelError(f"{self.spec.name} shows no towers")
+                raise ModelError(f"{self.spec.name} has no towers")
             for depth in sorted({self.tower_depth if depth == WHOLE_TOWER else depth for depth in look.towers} - towers.keys()):
                 towers[depth] = self.tower(seen.features, depth)
         prediction = seen.prediction
         if look.attention and (not isinstance(prediction, Queries) or prediction.attention is None):
             if not isinstance(self, HasQueries):
-                raise ModelError(f"{self.spec.name} shows no attention maps")
+                raise ModelError(f"{self.spec.name} has no attention maps")
             prediction = self.predict(seen.features, batch, attention=True)
         elif look.prediction and prediction is None:
             if towers and isinstance(self, HasTowers):
@@ -242,7 +246,7 @@ class Detector(DetectionHead):
         return dataclasses.replace(seen, prediction=prediction, towers=tuple(towers[depth] for depth in sorted(towers)))
 
     def normalized(self, batch: Batch) -> Tensor:
-        """[B, 3, H, W] images by this detector's mean and std; padding is zero AFTER normalising, as the libraries do."""
+        """[B, 3, H, W] images normalised by ``spec.mean`` and ``spec.std``; padding is zero AFTER that, as in the libraries."""
         mean = torch.tensor(self.spec.mean, device=batch.images.device, dtype=batch.images.dtype)[:, None, None]
         std = torch.tensor(self.spec.std, device=batch.images.device, dtype=batch.images.dtype)[:, None, None]
         images = (batch.images - mean) / std
@@ -257,20 +261,20 @@ class Detector(DetectionHead):
 
 @runtime_checkable
 class HasBackboneFeatures(Protocol):
-    """Shows the backbone's maps, before the neck. ``neck(backbone_features(batch), batch)`` equals ``features(batch)``."""
+    """Separate backbone and neck: ``neck(backbone_features(batch), batch)`` equals ``features(batch)``."""
 
     def backbone_features(self, batch: Batch) -> Features:
-        """Maps of the backbone, finest first, with the channels and strides of ``spec.backbone``."""
+        """Compute the backbone's maps, finest first, with the channels and strides of ``spec.backbone``."""
         ...
 
     def neck(self, features: Features, batch: Batch) -> Features:
-        """The neck (DETR families: and the encoder) on the backbone's maps, or on others of their channels and strides."""
+        """Run the neck (in DETR families also the encoder) on the backbone's maps, or on others of equal channels and strides."""
         ...
 
 
 @runtime_checkable
 class HasTowers(Protocol):
-    """A dense head that can be left at an inner layer and resumed there, by its owner or by another detector."""
+    """A dense head that can stop at an inner layer and resume there, on its own maps or on those of another detector."""
 
     @property
     def tower_depth(self) -> int:
@@ -278,11 +282,11 @@ class HasTowers(Protocol):
         ...
 
     def tower(self, features: Features, upto: int | None = None) -> Tower:
-        """The inner maps after ``upto`` blocks (all when None; 0: the features themselves, on both sides)."""
+        """Compute the inner maps of both branches after ``upto`` blocks (None: all blocks; 0: the features themselves)."""
         ...
 
     def finish(self, hidden: Tower, batch: Batch) -> Dense:
-        """Resume after ``hidden.depth`` blocks. ``finish(tower(f))`` equals ``predict(f)`` exactly.
+        """Run the blocks after ``hidden.depth`` and the output layers. ``finish(tower(f))`` equals ``predict(f)`` exactly.
 
         ``hidden`` may come from another detector with the same channels at that depth (CrossKD).
         """
@@ -291,48 +295,54 @@ class HasTowers(Protocol):
 
 @runtime_checkable
 class HasRegions(Protocol):
-    """A region head that answers about anybody's boxes."""
+    """A region head that predicts on any given boxes."""
 
     def regions(self, features: Features, boxes_xyxy: Sequence[Tensor], batch: Batch) -> Regions:
-        """Pool and predict on given boxes, one [n_i, 4] tensor of pixels for each image, in that order; no sampling."""
+        """Pool and predict on the given boxes, without sampling.
+
+        Args:
+            features: neck features of the batch.
+            boxes_xyxy: one [n_i, 4] tensor for each image, in pixels; the order of the boxes is kept.
+            batch: the images.
+        """
         ...
 
     def proposals(self, features: Features, batch: Batch) -> tuple[list[Tensor], list[Origin]]:
-        """The first stage's boxes, [n_i, 4] for each image after NMS, and the ``Origin`` of each image's boxes."""
+        """Compute the proposals of the first stage after NMS, [n_i, 4] for each image, and their ``Origin`` for each image."""
         ...
 
 
 @runtime_checkable
 class HasQueries(Protocol):
-    """A query decoder that can be entered again."""
+    """A query decoder that can decode any initial queries, the detector's own or others."""
 
     def predict(self, features: Features, batch: Batch, attention: bool = False) -> Queries:
-        """As ``Detector.predict``; with ``attention`` the maps of the detector's own queries are in the result."""
+        """Predict as ``Detector.predict``; with ``attention`` the result holds the attention maps of the detector's queries."""
         ...
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
-        """The detector's own initial queries for these features."""
+        """Compute the detector's own initial queries for these features."""
         ...
 
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
-        """Decode from any seed.
+        """Decode the initial queries ``seed`` on ``features`` (the encoder's memory).
 
-        Reuses ``features`` (the encoder's memory); a foreign group never attends to the detector's own queries, and
-        decoding it leaves the own result bit-identical.
+        Queries from elsewhere never attend to the detector's own queries. Decoding them leaves the detector's own
+        prediction bit-identical.
         """
         ...
 
 
 @runtime_checkable
 class HasCopies(Protocol):
-    """Heads and necks as modules that can be taken out, with their weights or made anew."""
+    """Head and neck that can be copied into separate modules, with their weights or newly initialised."""
 
     def copy_head(self, fresh: bool = False) -> DetectionHead:
-        """A new head of this kind, on its own parameters: equal to this one's, or freshly initialised."""
+        """Copy the head into a module with parameters of its own; ``fresh``: newly initialised instead of equal."""
         ...
 
     def copy_neck(self, fresh: bool = False) -> nn.Module:
-        """A new neck of this kind: maps backbone ``Features`` to neck ``Features``."""
+        """Copy the neck into a module that maps backbone ``Features`` to neck ``Features``; ``fresh``: newly initialised."""
         ...
 
 
@@ -340,10 +350,10 @@ CAPABILITIES: dict[type, str] = {
     HasBackboneFeatures: "backbone features",
     HasTowers: "towers (a dense head that can be resumed)",
     HasRegions: "regions (a region head on given boxes)",
-    HasQueries: "queries (a decoder that can be entered again)",
+    HasQueries: "queries (a decoder that accepts other queries)",
     HasCopies: "copies of neck and head",
 }
-"""The capability protocols and how messages name them."""
+"""The capability protocols and their names in messages."""
 
 
 # ------------------------------------------------------------------------------------------------ shared by adapters
@@ -376,7 +386,7 @@ def region_positives(prediction: Regions, assignment: Assignment, batch: Batch) 
 
 
 def query_positives(prediction: Queries, assignment: Assignment, batch: Batch) -> Positives:
-    """``Detector.positives`` for any ``Queries`` prediction, all decoder layers."""
+    """``Detector.positives`` for any ``Queries`` prediction, over all decoder layers."""
     layer, image, index = torch.nonzero(assignment.matched >= 0, as_tuple=True)
     center_x, center_y, width, height = prediction.boxes_cxcywh01[layer, image, index].unbind(-1)
     size = batch.sizes[image].to(center_x.dtype)
@@ -422,10 +432,10 @@ def _gather(batch: Batch, image: Tensor, matched: Tensor) -> tuple[Tensor, Tenso
 
 
 class Teacher:
-    """A frozen detector: eval mode, no gradients, and never in anybody's state dict (it is no ``nn.Module``)."""
+    """A frozen detector: eval mode, no gradients. It is not an ``nn.Module``, so no state dict contains it."""
 
     present = True
-    """The detector can be run; False: a cache's description stands in for it."""
+    """Whether the detector itself can be run; False: only its description from a cache is there."""
 
     def __init__(self, detector: Detector) -> None:
         self.detector = detector.eval().requires_grad_(False)
@@ -433,12 +443,12 @@ class Teacher:
 
     @property
     def spec(self) -> DetectorSpec:
-        """The detector's own."""
+        """Properties of the detector."""
         return self.detector.spec
 
     @functools.cached_property
     def queries(self) -> QuerySpec:
-        """What the query decoder's queries are made of, tried once; a cache's teacher has it in its ``spec``.
+        """Format of the decoder's queries: from ``spec`` if a cache stored it, else from one trial run of the decoder.
 
         Raises:
             ModelError: the detector has no query decoder.
@@ -446,12 +456,12 @@ class Teacher:
         if self.spec.queries is not None:
             return self.spec.queries
         if not isinstance(self.detector, HasQueries):
-            raise ModelError(f"{self.spec.name} has no decoder of queries that can be entered again")
+            raise ModelError(f"{self.spec.name} has no query decoder that accepts other queries")
         return query_spec(self.detector)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of all weights and buffers (their names, types, shapes and values) and of the ``spec``."""
+        """SHA-256 of all weights and buffers (names, types, shapes and values) and of the ``spec``."""
         spec = {name: value for name, value in dataclasses.asdict(self.spec).items() if name not in _NOT_IDENTITY}
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
         for name, tensor in sorted(self.detector.state_dict().items()):
@@ -466,21 +476,21 @@ class Teacher:
 
     @torch.no_grad()
     def observe(self, batch: Batch, look: Look = FEATURES) -> Observation:
-        """Run the teacher as far as asked. Several methods that ask about the same batch share one run.
+        """Run the teacher and return the parts that ``look`` selects. Calls with the same batch share one forward pass.
 
-        The parts are shared if the first to ask looks at all of them: a composition asks for the union of its members' looks.
+        The pass is fully shared if the first call selects all parts: a composition passes the union of its methods' looks.
 
         Raises:
-            ModelError: a part is wanted that the detector does not show.
+            ModelError: ``look`` selects a part that the detector cannot return.
         """
         seen = self._seen[1] if self._seen is not None and self._seen[0] is batch else None
         if seen is None or (look.backbone and seen.backbone_features is None):
             seen = self.detector.observe_features(batch, look)
         seen = self.detector.observe_head(seen, batch, look)
         self._seen = (batch, seen)
-        # Only what was asked: the knowledge of a method (and its size in a cache) must not depend on the other methods.
+        # Only the selected parts: the knowledge of a method (and its size in a cache) must not depend on the other methods.
         return seen.only(look)
 
     def forget(self) -> None:
-        """Let go of the last batch's observation (the loop calls this after each step)."""
+        """Release the observation of the last batch (the training loop calls this after each step)."""
         self._seen = None

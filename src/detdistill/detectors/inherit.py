@@ -1,4 +1,4 @@
-"""Head inheritance: the student starts with the teacher's neck and head, wherever their tensors have the same shape."""
+"""Head inheritance: copy the teacher's neck and head into the student wherever the tensors have the same shape."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from detdistill.detectors.contract import Detector
 
 @runtime_checkable
 class HasClassRows(Protocol):
-    """Knows which rows of its tensors belong to which class."""
+    """A detector that maps the rows of its output tensors to classes."""
 
     def class_rows(self, name: str) -> Tensor | None:
-        """Rows of the state-dict tensor ``name`` (indices along its first dimension) that belong to each class.
+        """Find the rows (indices along the first dimension) of the state-dict tensor ``name`` that belong to each class.
 
         Returns:
-            [K, m] int64; the rows not named in it belong to the background. None: the tensor does not depend on classes.
+            [K, m] int64 row indices; all other rows belong to the background. None: the tensor does not depend on classes.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Inherited:
-    """What a student took over."""
+    """Result of ``inherit_head``."""
 
     copied: tuple[str, ...]
-    """State-dict names of the student's tensors that now hold the teacher's values (of the shared classes, at least)."""
+    """State-dict names of the student's tensors that hold the teacher's values, at least for the shared classes."""
     skipped: tuple[tuple[str, str], ...]
-    """Names of neck and head that were left as they were, and why."""
+    """State-dict names of neck and head that were not changed, each with the reason."""
 
     def __str__(self) -> str:
-        """One line."""
+        """Summarise in one line."""
         if not self.copied and len(self.skipped) == 1:
             return f"nothing inherited: {self.skipped[0][1]}"
         skipped = f"; {len(self.skipped)} skipped, the first is {': '.join(self.skipped[0])}" if self.skipped else ""
@@ -45,12 +45,15 @@ class Inherited:
 def inherit_head(student: Detector, teacher: Detector) -> Inherited:
     """Copy the teacher's neck and head into the student, tensor by tensor, where name and shape agree.
 
-    Values are copied, not shared. With different class lists the outputs are copied class by class, matched by name;
+    Values are copied, not shared. If the class lists differ, the outputs are copied class by class, matched by name;
     the student's other classes keep their values.
 
     Args:
-        student: changed in place, in its neck and head (``parts``).
-        teacher: a detector of the same kind, on any backbone.
+        student: detector; its neck and head (``parts``) are changed in place.
+        teacher: detector of the same Python class, on any backbone. With another class, nothing is copied.
+
+    Returns:
+        Names of the copied tensors, and the skipped ones with reasons.
     """
     if type(student) is not type(teacher):
         reason = f"the student {student.spec.name} and the teacher {teacher.spec.name} are different kinds of detector"
@@ -76,7 +79,7 @@ def inherit_head(student: Detector, teacher: Detector) -> Inherited:
 
 
 def _copy(name: str, mine: Tensor, theirs: Tensor, student: Detector, teacher: Detector) -> str:
-    """Copy one tensor; the reason when that cannot be, else nothing."""
+    """Copy one tensor if possible; return the reason if not, else an empty string."""
     # Pretrained models may have more outputs than classes (COCO's 91), so equal classes do not mean equal rows.
     if isinstance(student, HasClassRows) and isinstance(teacher, HasClassRows):
         my_rows, their_rows = student.class_rows(name), teacher.class_rows(name)
@@ -91,7 +94,7 @@ def _copy(name: str, mine: Tensor, theirs: Tensor, student: Detector, teacher: D
 def _copy_classes(
     mine: Tensor, theirs: Tensor, my_rows: Tensor, their_rows: Tensor, classes: tuple[str, ...], known: tuple[str, ...]
 ) -> str:
-    """Copy the rows of the classes that both know, and those of the background."""
+    """Copy the rows of the shared classes, and those of the background; return the reason if not possible, else ''."""
     if mine.shape[1:] != theirs.shape[1:] or my_rows.shape[1] != their_rows.shape[1]:
         return f"its shape is {list(mine.shape)}, the teacher's {list(theirs.shape)}"
     shared = [name for name in classes if name in known]

@@ -1,4 +1,4 @@
-"""Detectors with their weights: from a student's folder, a run folder, a checkpoint, or a model string that names weights."""
+"""Load detectors with their weights from a student folder, a run folder, a checkpoint, or a model string that names weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from detdistill.errors import ClassCountError, ModelError
 
 
 def load_detector(name: str | Path, classes: Sequence[str] | None = None) -> Detector:
-    """A detector with its weights: a student's folder, a run folder, a checkpoint, or a model string.
+    """Load a detector with its weights from a student folder, a run folder, a checkpoint, or a model string.
 
     Args:
         name: path or model string.
-        classes: for a model string without classes of its own; else checked against the detector's.
+        classes: class names for a model string without classes of its own. A detector that has classes must have as many.
 
     Raises:
-        ModelError: there is no such thing, or it does not hold what it should.
+        ModelError: ``name`` is neither a path nor a model string, or files are missing or broken.
+        ClassCountError: the detector has another number of classes than ``classes``.
     """
     path = Path(name)
     if path.is_file():
@@ -56,16 +57,17 @@ def load_detector(name: str | Path, classes: Sequence[str] | None = None) -> Det
 
 
 def load_student(folder: Path, classes: Sequence[str] | None = None) -> Detector:
-    """The detector of a student's folder.
+    """Load the detector of a student folder.
 
-    Adapters whose library has its own way of loading define ``load_exported(folder, classes, name)``.
+    Folders without ``model.json`` are read by the adapter's ``load_exported(folder, classes, name)``.
 
     Args:
-        folder: with ``student.json``.
-        classes: as many as the detector must have; None: any.
+        folder: folder with ``student.json``.
+        classes: class names; the detector must have as many. None: any number.
 
     Raises:
         ModelError: files are missing, broken, or belong to another model.
+        ClassCountError: the detector has another number of classes than ``classes``.
     """
     about = _read_json(folder / "student.json")
     try:
@@ -87,12 +89,17 @@ def load_student(folder: Path, classes: Sequence[str] | None = None) -> Detector
 
 
 def load_checkpoint(path: Path, classes: Sequence[str] | None = None) -> Detector:
-    """The student of a training checkpoint inside its run folder (``checkpoints/best.ckpt``).
+    """Load the student of a training checkpoint inside its run folder (``checkpoints/best.ckpt``).
 
-    What the student is comes from the run's ``student/`` if it has finished, else from its ``config.yaml``.
+    The student's model is read from ``student/`` of the run folder if the run has finished, else from ``config.yaml``.
+
+    Args:
+        path: the checkpoint.
+        classes: class names, required while the run is unfinished; else the student must have as many.
 
     Raises:
-        ModelError: the run folder does not tell, or the checkpoint is not its.
+        ModelError: the run folder does not define the student, or the checkpoint is unreadable or of another model.
+        ClassCountError: the student has another number of classes than ``classes``.
     """
     run = path.parent.parent
     if (run / "student" / "student.json").is_file():
@@ -107,7 +114,7 @@ def load_checkpoint(path: Path, classes: Sequence[str] | None = None) -> Detecto
         raise ModelError(f"{path}: a checkpoint is read inside its run folder, with config.yaml and student/ two levels up")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises pickle's, zip's and its own
+    except Exception as error:  # torch raises errors of pickle, of zip and of its own
         raise ModelError(f"{path}: no readable checkpoint: {str(error).splitlines()[0]}") from error
     state = content.get("state_dict", content)
     prefix = "average.module." if any(key.startswith("average.module.") for key in state) else "student."
@@ -117,7 +124,13 @@ def load_checkpoint(path: Path, classes: Sequence[str] | None = None) -> Detecto
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> None:
-    """Load all of a state dict, or nothing.
+    """Load a state dict completely, or raise and change nothing.
+
+    Args:
+        module: the module to load into.
+        state: tensors by name.
+        path: file that ``state`` was read from, for messages.
+        name: name of the model, for messages.
 
     Raises:
         ModelError: keys or shapes differ.
@@ -139,10 +152,15 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path, name:
 
 
 def check_class_count(where: object, own: Sequence[str], wanted: Sequence[str] | None) -> None:
-    """Refuse a detector with another number of classes.
+    """Check that a detector has as many classes as wanted.
+
+    Args:
+        where: file or model string, for the message.
+        own: class names of the detector.
+        wanted: class names that are needed; None: any number.
 
     Raises:
-        ClassCountError: naming both.
+        ClassCountError: the numbers differ; the message lists both.
     """
     if wanted is not None and len(own) != len(wanted):
         raise ClassCountError(f"{where}: has {len(own)} classes ({_few(own)}), but {len(wanted)} are wanted ({_few(wanted)})")

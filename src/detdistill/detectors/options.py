@@ -1,7 +1,7 @@
 """Model strings, ``detector:backbone[,option=value]...``: their grammar, and how an adapter's options are read from them.
 
-Which options there are is said by the adapters: each has a dataclass ``OPTIONS``, a ``ModelOptions`` whose fields are typed by
-``detdistill.values`` and documented by the strings below them. Lists are written ``16-32-64-128``, ranges ``3-7``.
+Each adapter defines its options as a dataclass ``OPTIONS``, a subclass of ``ModelOptions``. ``detdistill.values`` provides
+the types of the fields; the string below a field documents it. Lists are written ``16-32-64-128``, ranges ``3-7``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from detdistill.errors import ModelError, nearest
 from detdistill.values import read
 
 SEPARATOR = "-"
-"""Between the numbers of a list or of a range."""
+"""Separates the numbers of a list or of a range."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Base of the options of all adapters; by itself the options of an adapter that has none."""
+    """Base class of all adapters' options; adapters without options use it directly."""
 
     commas_in_backbone: ClassVar[bool] = False
-    """Whether the backbone is a path or a name that may contain commas: options are then those known ones that end the string."""
+    """Whether the backbone may contain commas (a path). Only known options at the end of the string then count as options."""
 
     name: str = ""
-    """The whole model string, which becomes the detector's name; empty: the adapter makes one. It is no option."""
+    """The whole model string, used as the detector's name; empty: the adapter chooses a name. Not an option itself."""
 
 
 Options = TypeVar("Options", bound=ModelOptions)
@@ -35,25 +35,25 @@ Options = TypeVar("Options", bound=ModelOptions)
 
 @dataclass(frozen=True)
 class ModelName:
-    """A model string in parts."""
+    """A model string split into its parts."""
 
     text: str
-    """As it was written: the detector's name everywhere."""
+    """The whole string as written; it becomes the detector's name."""
     detector: str
     backbone: str
     given: Mapping[str, str]
-    """Text of each option that was given, by name, as it was written."""
+    """Text of each given option as written, by the option's name."""
 
 
 def parse_model(text: str, kind: type[ModelOptions] = ModelOptions) -> ModelName:
-    """Cut a model string into its parts; whether its options exist is not looked at.
+    """Split a model string into its parts, without checking that its options exist.
 
     Args:
         text: the model string.
-        kind: the adapter's options. They matter only where ``commas_in_backbone`` is true.
+        kind: the adapter's options, used only if ``commas_in_backbone`` is true.
 
     Raises:
-        ModelError: there is no detector or no backbone, or an option has no value or is given twice.
+        ModelError: the detector or the backbone is missing, or an option has no value or is given twice.
 
     Example:
         >>> parse_model("fcos:resnet10t,channels=16-32-64-128,levels=3-5").given
@@ -77,7 +77,7 @@ def parse_model(text: str, kind: type[ModelOptions] = ModelOptions) -> ModelName
 
 
 def _pieces(text: str, kind: type[ModelOptions]) -> list[str]:
-    """A model string cut at the commas between its options."""
+    """Split a model string at the commas between its options."""
     pieces, first = text.split(","), 1
     if kind.commas_in_backbone:
         first, known = len(pieces), option_types(kind)
@@ -87,7 +87,7 @@ def _pieces(text: str, kind: type[ModelOptions]) -> list[str]:
 
 
 def option_types(kind: type[ModelOptions]) -> Mapping[str, Any]:
-    """Type of each option (with limits, ``detdistill.values``) by its name, in the order of the fields.
+    """Types of the options by name, with their limits (``detdistill.values``), in the order of the fields.
 
     Example:
         >>> option_types(ModelOptions)
@@ -98,15 +98,15 @@ def option_types(kind: type[ModelOptions]) -> Mapping[str, Any]:
 
 
 def read_options(kind: type[Options], model: ModelName, whose: str | None = None) -> Options:
-    """The options that a model string gives, as an adapter's dataclass; those that it does not give have their defaults.
+    """Read the options of a model string into an adapter's dataclass; options not given have their defaults.
 
     Args:
-        kind: the dataclass.
-        model: the model string in parts.
-        whose: the detector as messages name it; None: ``model.detector``.
+        kind: the adapter's dataclass.
+        model: the parsed model string.
+        whose: name of the detector in messages; None: ``model.detector``.
 
     Raises:
-        ModelError: an option is unknown, or its value is not of its type.
+        ModelError: an option is unknown, or its value does not have the option's type.
     """
     types, values = option_types(kind), dict[str, Any]()
     for key, text in model.given.items():

@@ -1,8 +1,8 @@
-"""What each detector can do, found by doing it: every adapter on a tiny backbone, every part of the contract called.
+"""Probe the detectors: build every adapter's tiny model and call every part of the contract.
 
-An adapter's tiny model is the string ``NAME:TINY``, where ``TINY`` is a constant of the adapter's file, or ``GENERIC``.
-Adapters that only load models with their weights say ``TINY = None``; there is nothing to try without weights.
-Whatever does not work is reported with its reason; nothing is left out, nothing is taken from a list.
+An adapter's tiny model has the model string ``NAME:TINY``; ``TINY`` is a constant in the adapter's file, by default
+``GENERIC``. Adapters that only load models with their weights set ``TINY = None`` and are not run. Every failure is reported
+with its reason. All adapters are found in their folders, not listed by hand.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from detdistill.errors import DetdistillError
 from detdistill.structures import Batch, Features, Prediction, QuerySeed, Regions, Target, View, map_tensors
 
 GENERIC = "resnet10t,channels=8-16-32-64,stem=8,neck=32"
-"""The tiny model of adapters that do not say otherwise, after ``NAME:``."""
+"""Model string after ``NAME:`` of the tiny model, for adapters without a ``TINY`` of their own."""
 STAGES = "all stages"
 """Name of the check that every detector must pass: features, predict, assign, loss, backward, detect, positives."""
 CHECKS = (STAGES, *(words.partition(" (")[0] for words in CAPABILITIES.values()))
-"""What is asked of every detector, in the order of the tables."""
+"""Names of all checks, in the order of the tables' columns."""
 
 
 class ProbeError(Exception):
-    """Something ran, but its result breaks the contract."""
+    """A part of a detector ran, but its result breaks the contract."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What was found out about one adapter."""
+    """Results of probing one adapter."""
 
     name: str
     about: str
-    """First line of its file."""
+    """First line of the adapter's file."""
     family: str = "-"
-    """Which prediction it makes; ``-`` unknown because it could not be built."""
+    """Kind of prediction; ``-``: unknown, the detector could not be built; ``as loaded``: depends on the loaded model."""
     results: Mapping[str, bool] = field(default_factory=dict)
-    """For each of ``CHECKS`` whether it works; False also where the detector makes no claim to it."""
+    """Whether each of ``CHECKS`` works; False also if the detector does not implement the capability. Empty: not run."""
     reasons: Mapping[str, str] = field(default_factory=dict)
-    """Why something that should work does not, in one line."""
+    """Reason of each failed check, in one line."""
 
     def cell(self, check: str) -> str:
-        """``yes``, ``no`` (not claimed), ``FAILS``, or nothing where nothing was asked."""
+        """Table cell: ``yes``, ``no`` (not implemented), ``FAILS``, or empty if the detector was not run."""
         if check in self.reasons:
             return "FAILS"
         if not self.results and not self.reasons:
@@ -74,7 +74,7 @@ class Probed:
 
 
 def has_tiny(name: str) -> bool:
-    """Whether an adapter builds models of its own; False for those that only load them."""
+    """Whether an adapter can build a tiny model; False for adapters that only load models."""
     return getattr(adapter(name), "TINY", GENERIC) is not None
 
 
@@ -82,17 +82,17 @@ def tiny_name(name: str) -> str:
     """The model string of an adapter's tiny model.
 
     Raises:
-        ImportError: the adapter's file needs a package that is missing or too old.
+        ImportError: the adapter needs a package that is missing or too old.
     """
     return f"{name}:{getattr(adapter(name), 'TINY', GENERIC)}"
 
 
 def tiny_detector(name: str, classes: Sequence[str] = ("one", "two")) -> Detector:
-    """An adapter's tiny model with random weights (seeded), in training mode.
+    """Build an adapter's tiny model with random weights (seeded), in training mode.
 
     Raises:
         ImportError: as ``tiny_name``.
-        ModelError: its own tiny string does not fit it.
+        ModelError: the adapter does not accept its own ``TINY``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -100,10 +100,10 @@ def tiny_detector(name: str, classes: Sequence[str] = ("one", "two")) -> Detecto
 
 
 def probe_all(follow: Callable[[int, int], None] | None = None) -> list[Probed]:
-    """All adapters of the folder, in order of name.
+    """Probe all adapters in order of name.
 
     Args:
-        follow: called with how many are done, and how many there are.
+        follow: called with the number of adapters done and the number of all adapters.
     """
     names, found = adapter_names(), []
     for index, name in enumerate(names):
@@ -116,7 +116,7 @@ def probe_all(follow: Callable[[int, int], None] | None = None) -> list[Probed]:
 
 
 def probe_adapter(name: str) -> Probed:
-    """One adapter: built, run and asked; never raises because of the adapter."""
+    """Build one adapter's tiny model and run every check. Errors of the adapter are reported, never raised."""
     try:
         about = (adapter(name).__doc__ or "").strip().splitlines()[0].rstrip(".")
     except Exception as error:  # a missing or too old package, or any fault of the file
@@ -131,7 +131,7 @@ def probe_adapter(name: str) -> Probed:
 
 
 def probe_detector(detector: Detector) -> Probed:
-    """Run a small detector through every part of the contract; its gradients and statistics do not survive."""
+    """Run every check on a small detector. Its gradients and its BatchNorm statistics are changed."""
     probes: dict[type, Callable[[Any, Batch], None]] = {
         HasBackboneFeatures: _backbone_features,
         HasTowers: _towers,
@@ -150,7 +150,7 @@ def probe_detector(detector: Detector) -> Probed:
             try:
                 if claimed:
                     run(detector, batch)
-            except Exception as error:  # whatever a library raises is the answer
+            except Exception as error:  # any error of a library counts as a failed check
                 reasons[check] = _one_line(error)
             results[check] = claimed and check not in reasons
     name, _, _ = detector.spec.name.partition(":")
@@ -158,7 +158,12 @@ def probe_detector(detector: Detector) -> Probed:
 
 
 def probe_batch(classes: int = 2, size: int = 64) -> Batch:
-    """Two noise images of different height with boxes (and masks) of one size or another, and one without any box."""
+    """Make a batch of three noise images: two of different heights with boxes and masks, and one without boxes.
+
+    Args:
+        classes: number of classes.
+        size: height and width of the padded images in pixels.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(3, 3, size, size, generator=generator)
     heights, targets = (size, size * 3 // 4, size), []
@@ -230,10 +235,10 @@ def _regions(detector: Any, batch: Batch) -> None:
     features = detector.eval().features(batch)
     boxes = [torch.tensor([[4.0, 4.0, 40.0, 30.0], [10.0, 8.0, 50.0, 44.0]]), torch.zeros(0, 4), torch.tensor([[0.0, 0, 20, 20]])]
     found = detector.regions(features, boxes, batch)
-    while found.previous is not None:  # a cascade's first stage looks at the boxes that were given
+    while found.previous is not None:  # the first stage of a cascade predicts on the given boxes
         found = found.previous
-    _check(torch.equal(found.boxes_xyxy, torch.cat(boxes)), "regions are not those asked about, in their order")
-    _check(found.origin.image.tolist() == [0, 0, 2], "regions lost their image")
+    _check(torch.equal(found.boxes_xyxy, torch.cat(boxes)), "regions differ from the given boxes or their order")
+    _check(found.origin.image.tolist() == [0, 0, 2], "regions have the wrong image")
     _check(found.logits.shape[1] == len(detector.spec.classes) + 1, "regions have other classes than the detector")
     proposals, origins = detector.proposals(features, batch)
     _check([len(rows) for rows in proposals] == [len(rows.image) for rows in origins], "proposals without their origin")
@@ -246,7 +251,7 @@ def _queries(detector: Any, batch: Batch) -> None:
     own = detector.decode(features, seed, batch)
     predicted = detector.predict(features, batch)
     _check(torch.allclose(own.logits, predicted.logits, atol=1e-5), "decode(seed) differs from predict")
-    foreign = QuerySeed(  # what another detector would give: without fields that only this one's seeds have
+    foreign = QuerySeed(  # as from another detector: without the fields that only this detector's seeds have
         content=seed.content.flip(1)[:, :3] + 0.1,
         position=None if seed.position is None else seed.position[:, :3],
         reference=None if seed.reference is None else seed.reference[:, :3],
@@ -286,7 +291,7 @@ def _check(holds: bool, otherwise: str) -> None:
 
 
 def _check_same(found: Prediction, expected: Prediction, otherwise: str) -> None:
-    """Bit by bit, in logits and boxes."""
+    """Raise ``ProbeError`` unless logits and boxes are equal bit by bit."""
     names = ("logits", "refined_xyxy") if isinstance(expected, Regions) else ("logits", "boxes_xyxy", "boxes_cxcywh01")
     for name in names:
         theirs = getattr(expected, name, None)

@@ -1,7 +1,7 @@
-"""A student's folder: the detector in its own library's form, and ``student.json``, which says what it is.
+"""Save a student folder: the detector in the format of its own library, and ``student.json``, which describes it.
 
-For torchvision's detectors and ours the form is ``model.safetensors``, ``model.json`` and the script ``load_student.py``,
-which needs no other file of ours.
+For torchvision's detectors and the models of this package the format is ``model.safetensors``, ``model.json`` and the script
+``load_student.py``, which loads them without this package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ PACKAGES = ("detdistill", "torch", "torchvision", "timm", "transformers", "safet
 
 
 def save_student(detector: Detector, folder: str | Path) -> Path:
-    """Write a detector's folder (made if need be); files are replaced one by one, each whole.
+    """Write a detector into a student folder. Each file is replaced atomically.
+
+    Args:
+        detector: the detector to save.
+        folder: created if it does not exist.
 
     Returns:
         The folder.
@@ -39,7 +43,7 @@ def save_student(detector: Detector, folder: str | Path) -> Path:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that a detector's behaviour hangs on, those that are installed."""
+    """Versions of the installed packages that a detector's behaviour depends on, by name."""
     found = {}
     for name in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Somebody's own model as a detector, in five lines: enough for every method that works on features.
+"""Wrap a user's own model as a detector in a few lines; every method on features can then use it.
 
 student = wrap(
     model,
@@ -57,25 +57,25 @@ def wrap(
     name: str | None = None,
     probe_hw: tuple[int, int] = (256, 256),
 ) -> WrappedModel:
-    """Make a detector of any module that takes images [B, 3, H, W]. The model runs once per step.
+    """Make a detector from any module that takes images [B, 3, H, W]. The model runs once per step.
 
     Args:
         model: called as ``model(images)``; kept, not copied.
-        taps: names of the submodules whose outputs are the maps [B, C, h, w] (an output may be a tensor, or a list,
-            tuple or dict of tensors); or a function ``(model, images) -> maps`` that runs the model itself, whose
-            result is then the model's output for ``loss`` and ``detect``.
-        strides: of the maps in the taps' order; None: found by one forward pass on an empty image.
-        channels: likewise.
+        taps: names of the submodules that output the feature maps [B, C, h, w] (an output may be a tensor, or a list,
+            tuple or dict of tensors). Or a function ``(model, images) -> maps`` that runs the model itself; ``loss`` and
+            ``detect`` then receive its result as the model's output.
+        strides: strides of the maps in the order of the taps; None: measured by one forward pass on an empty image.
+        channels: channels of the maps in the order of the taps; None: measured likewise.
         loss: ``(model output, batch) -> {name: scalar tensor}``, the model's own losses; None: a teacher only.
         detect: ``(model output, batch) -> one Detections for each image``; None: cannot be evaluated.
-        classes: names in label order, where the model has classes.
-        mean: the model's own normalisation of images in 0..1; (0, 0, 0) if it does that itself.
-        std: likewise; (1, 1, 1).
-        name: for messages and tables; None: the class's name.
-        probe_hw: size of the empty image, for models that do not take every size.
+        classes: names in label order; empty for a model without classes.
+        mean: mean by which images in 0..1 are normalised for the model; (0, 0, 0) if the model normalises itself.
+        std: standard deviation likewise; (1, 1, 1) if the model normalises itself.
+        name: name for messages and tables; None: the name of the model's class.
+        probe_hw: height and width of the empty image, for models that do not take every size.
 
     Raises:
-        ModelError: a tap does not exist or gives no maps, or ``strides`` or ``channels`` contradict the maps.
+        ModelError: a tap does not exist or outputs no maps, or ``strides`` or ``channels`` contradict the maps.
 
     Example:
         >>> import torch
@@ -93,7 +93,7 @@ def wrap(
 
 @dataclass(frozen=True)
 class WrappedFeatures(Features):
-    """The maps together with the output of the run that made them, so that ``predict`` need not run the model again."""
+    """Feature maps with the model's output from the same forward pass, so that ``predict`` need not run the model again."""
 
     output: Any = field(default=None, metadata=SHARED)
 
@@ -104,38 +104,38 @@ class WrappedFeatures(Features):
 
 @dataclass(frozen=True)
 class ModelOutput(PerImage):
-    """What the model returned. Only the user's own ``loss`` and ``detect`` read it; it is not saved."""
+    """Output of the model. Only the user's own ``loss`` and ``detect`` read it; it is not saved."""
 
     own: Any = field(default=None, metadata=SHARED)
 
     def split(self, count: int) -> list[ModelOutput]:
-        """Nothing for each image."""
+        """``count`` empty outputs: the model's output cannot be split by image."""
         return [ModelOutput()] * count
 
 
 class Tap:
-    """A forward hook that keeps what one submodule returned until it is taken."""
+    """A forward hook that keeps the outputs of one submodule until ``take`` is called."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._outputs: list[Any] = []
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """Called by the tapped module; more than once in a pass if it serves several levels."""
+        """Keep an output of the tapped module; a module that serves several levels calls this several times in one pass."""
         self._outputs.append(output)
 
     def clear(self) -> None:
-        """Forget what a run left behind."""
+        """Drop all outputs kept from earlier passes."""
         self._outputs = []
 
     def take(self) -> list[Any]:
-        """The outputs of the last run, in the order of the calls; they are not kept."""
+        """Return the outputs of the last pass in the order of the calls, and drop them."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
 
 class WrappedModel(Detector):
-    """See ``wrap``."""
+    """The detector that ``wrap`` returns."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class WrappedModel(Detector):
         loss: LossFunction | None,
         detect: DetectFunction | None,
     ) -> None:
-        """Register the hooks, once.
+        """Register a forward hook on each tap.
 
         Raises:
             ModelError: a tap does not exist.
@@ -166,17 +166,22 @@ class WrappedModel(Detector):
 
     @torch.no_grad()
     def measure(self, probe_hw: tuple[int, int], channels: Sequence[int] | None, strides: Sequence[int] | None) -> None:
-        """Complete ``spec`` by a forward pass on an empty image, and check it against what was given (in taps' order).
+        """Measure channels and strides by a forward pass on an empty image, and enter them in ``spec``.
+
+        Args:
+            probe_hw: height and width of the empty image.
+            channels: expected channels of the maps in the order of the taps; None: not checked.
+            strides: expected strides likewise. They are entered in place of the measured ones.
 
         Raises:
-            ModelError: there are no maps, or they are not as given.
+            ModelError: there are no maps, or they differ from ``channels`` or ``strides``.
         """
         like = next(self.model.parameters(), torch.empty(0))
         with evaluating(self.model):
             maps, _ = self._run(torch.zeros(1, 3, *probe_hw, device=like.device, dtype=like.dtype))
         where = f"wrap({self.spec.name})"
         if not maps:
-            raise ModelError(f"{where}: the taps gave no maps; are these submodules used in forward()?")
+            raise ModelError(f"{where}: the taps output no maps; name submodules that forward() calls")
         found = [max(1, round(math.sqrt(probe_hw[0] / level.shape[-2] * probe_hw[1] / level.shape[-1]))) for level in maps]
         found_channels = [level.shape[1] for level in maps]
         if channels is not None and list(channels) != found_channels:
@@ -195,68 +200,80 @@ class WrappedModel(Detector):
         )
 
     def features(self, batch: Batch) -> WrappedFeatures:
-        """The tapped maps, finest first; runs the model."""
+        """Run the model and return the tapped maps, finest first.
+
+        Raises:
+            ModelError: the number of maps differs from that of the measuring pass.
+        """
         maps, output = self._run(self.normalized(batch))
         assert self._order is not None
         if len(maps) != len(self._order):
-            raise ModelError(f"wrap({self.spec.name}): {len(maps)} maps, where the first pass gave {len(self._order)}")
+            raise ModelError(f"wrap({self.spec.name}): {len(maps)} maps, but the first pass output {len(self._order)}")
         padded = with_padding(tuple(maps[level] for level in self._order), self.spec.strides, batch)
         return WrappedFeatures(padded.maps, padded.strides, padded.padding, output)
 
     def predict(self, features: Features, batch: Batch) -> Prediction:
-        """The output of the run that gave ``features``.
+        """Return the model's output from the pass that computed ``features``.
 
         Raises:
-            ModelError: the features are not this model's own; it cannot be entered behind its neck.
+            ModelError: ``features`` come from another model; a wrapped model cannot run on given features.
         """
         if not isinstance(features, WrappedFeatures):
-            raise ModelError(f"{self.spec.name} is a wrapped model: it cannot predict from somebody else's features")
+            raise ModelError(f"{self.spec.name} is a wrapped model: it cannot predict from the features of another model")
         return cast(Prediction, ModelOutput(features.output))
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
-        """The user's own losses.
+        """Compute the user's own losses.
 
         Raises:
-            ModelError: wrapped without ``loss``, or a foreign assignment is given, or the result is no dict of scalars.
+            ModelError: wrapped without ``loss``, or an ``assignment`` is given, or the result is not a dict of scalars.
         """
         if self._loss is None:
             raise ModelError(f"{self.spec.name} was wrapped without a loss, so it can only teach; give wrap(..., loss=...)")
         if assignment is not None:
-            self._refuse("a loss under another assignment")
+            self._refuse("loss under another assignment")
         terms = self._loss(cast(ModelOutput, prediction).own, batch)
         if not isinstance(terms, Mapping) or not all(isinstance(term, Tensor) and term.numel() == 1 for term in terms.values()):
             raise ModelError(f"{self.spec.name}: the loss given to wrap must return a dict of scalar tensors")
         return Losses({key: term.reshape(()) for key, term in terms.items()})
 
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
-        """The user's own decoding.
+        """Decode by the user's own function.
 
         Raises:
-            ModelError: wrapped without ``detect``, or it does not return one entry for each image.
+            ModelError: wrapped without ``detect``, or the function does not return one entry for each image.
         """
         if self._detect is None:
             raise ModelError(f"{self.spec.name} was wrapped without decoding; to evaluate it give wrap(..., detect=...)")
         detections = self._detect(cast(ModelOutput, prediction).own, batch)
         if len(detections) != len(batch):
-            raise ModelError(f"{self.spec.name}: detect gave {len(detections)} entries for {len(batch)} images")
+            raise ModelError(f"{self.spec.name}: detect returned {len(detections)} entries for {len(batch)} images")
         return detections
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """Not known of a wrapped model (ModelError)."""
-        self._refuse("an assignment")
+        """Not available for a wrapped model.
+
+        Raises:
+            ModelError: always.
+        """
+        self._refuse("assignment")
 
     def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
-        """Not known of a wrapped model (ModelError)."""
+        """Not available for a wrapped model.
+
+        Raises:
+            ModelError: always.
+        """
         self._refuse("positives")
 
     def export(self, folder: Path) -> None:
-        """``model.safetensors`` under the model's own names, and a README that says how to load it."""
+        """Write ``model.safetensors`` under the model's own names, and a README on how to load it."""
         write_atomically(folder / "model.safetensors", lambda path: save_model(self.model, str(path)))
         text = f'Load into your own {type(self.model).__name__}: safetensors.torch.load_model(model, "model.safetensors")\n'
         write_atomically(folder / "README.txt", lambda path: path.write_text(text, encoding="utf-8"))
 
     def _run(self, images: Tensor) -> tuple[list[Tensor], Any]:
-        """Maps in the taps' order, and the model's output."""
+        """Run the model: its maps in the order of the taps, and its output."""
         if self._maps_of is not None:
             output = self._maps_of(self.model, images)
             return self._flat(output, "the taps function"), output
@@ -277,7 +294,7 @@ class WrappedModel(Detector):
 
     def _refuse(self, what: str) -> NoReturn:
         raise ModelError(
-            f"{self.spec.name} is a wrapped model and shows features only, {what} cannot be had; use a method on features"
+            f"{self.spec.name} is a wrapped model, which exposes features only and has no {what}; use a method on features"
         )
 
 

@@ -11,7 +11,7 @@ from detdistill.structures import Look
 from tests.tiny import TinyDense, TinyQueries, TinyRegions
 
 TOWERS = "towers (a dense head that can be resumed)"
-QUERIES = "queries (a decoder that can be entered again)"
+QUERIES = "queries (a decoder that accepts other queries)"
 
 
 def softmax(student):
