@@ -437,7 +437,7 @@ def test_head_is_inherited_by_class_name(detector):
         ("dim=40", "dim=40 must be a multiple of 32"),
         ("dim=32,heads=3", "cannot be cut into heads=3 equal parts"),
         ("dim=32,groups=5", "cannot be cut into groups=5 equal parts"),
-        ("levels=2-6", "levels end at 5, the highest of resnet10t"),
+        ("levels=2-6", "levels must end at 5 or below, the deepest level of resnet10t"),
         ("neck=64", "adamixer has no option 'neck'"),
     ],
 )

@@ -189,10 +189,10 @@ def test_rf_detr_equals_the_library(student, tmp_path):
 
 
 def test_what_cannot_be_built():
-    with pytest.raises(ModelError, match="has backbones of its own: vit_nano"):
+    with pytest.raises(ModelError, match="take one of its own: vit_nano"):
         build_detector("lw_detr:resnet18", CLASSES)
     with pytest.raises(ModelError, match="must lie within 3-5"):
         build_detector("lw_detr:vit_tiny,levels=3-6", CLASSES)
-    with pytest.raises(ModelError, match="RF-DETR lives on pretrained weights"):
+    with pytest.raises(ModelError, match="RF-DETR needs its pretrained weights"):
         build_detector("rf_detr:dinov2", CLASSES)
     assert rf_detr.TINY is None

@@ -1,4 +1,4 @@
-"""AdaMixer: queries that sample and mix the backbone's maps, without encoder and feature pyramid; an own model in stages.
+"""AdaMixer: queries sample and mix the backbone's maps, without encoder and feature pyramid; this package's own model.
 
 Gao et al., "AdaMixer: A Fast-Converging Query-Based Object Detector", CVPR 2022. The network is in ``models/adamixer.py``;
 matching and losses are here.
@@ -50,13 +50,13 @@ TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,de
 
 @dataclass(frozen=True, kw_only=True)
 class AdaMixerOptions(SelectionOptions, QueryOptions, BackboneOptions, LevelOptions):
-    """Options of AdaMixer; levels end at the backbone's deepest."""
+    """Options of AdaMixer. The last level is at most the backbone's deepest."""
 
     levels: Levels = (2, 5)
     score: Fraction = 0.0
     queries: Count = 100
     groups: Count = 4
-    """Groups of channels that are sampled and mixed apart."""
+    """Groups of channels; each group is sampled and mixed on its own."""
     points: Count = 32
     """Points that a query samples for each group."""
 
@@ -64,7 +64,7 @@ class AdaMixerOptions(SelectionOptions, QueryOptions, BackboneOptions, LevelOpti
 OPTIONS = AdaMixerOptions
 
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0
-"""Of the matching's costs and of the losses alike (section 4.1)."""
+"""Weights of both the matching costs and the losses (section 4.1)."""
 
 
 def build(backbone: str, classes: Sequence[str], options: AdaMixerOptions) -> AdaMixerDetector:
@@ -78,9 +78,10 @@ def build(backbone: str, classes: Sequence[str], options: AdaMixerOptions) -> Ad
     for name, parts in (("heads", options.heads), ("groups", options.groups)):
         if options.dim % parts:
             raise ModelError(f"adamixer: dim={options.dim} cannot be cut into {name}={parts} equal parts")
-    pyramid = pyramid_description(backbone, options, options.levels, neck=256)  # it adds no level that would be so wide
+    # neck: the width of levels above the backbone, which are refused below
+    pyramid = pyramid_description(backbone, options, options.levels, neck=256)
     if pyramid["extra"]:
-        raise ModelError(f"adamixer: levels end at {pyramid['extra'][0] - 1}, the highest of {backbone}; it adds none above")
+        raise ModelError(f"adamixer: levels must end at {pyramid['extra'][0] - 1} or below, the deepest level of {backbone}")
     pyramid = {key: value for key, value in pyramid.items() if key != "top"} | {"call": "TimmLevels"}
     mean, std = image_statistics(backbone, options)
     description = {
@@ -112,7 +113,7 @@ def wrap_model(
     columns: Sequence[int] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> AdaMixerDetector:
-    """A model of ``models/adamixer.py``."""
+    """Wrap a model of ``models/adamixer.py`` as a detector; arguments as in ``TorchvisionDetector``."""
     channels = model.generator.content.shape[1]
     below = Pyramid(tuple(model.backbone.out_channels), model.strides)
     pyramids = (Pyramid((channels,) * len(model.strides), model.strides), below)
@@ -120,7 +121,7 @@ def wrap_model(
 
 
 class AdaMixerDetector(TorchvisionDetector):
-    """AdaMixer with queries, copies and backbone features. Its features are the channel mapper's maps.
+    """AdaMixer as a detector with queries, copies and backbone features. Its features are the channel mapper's maps.
 
     A seed's ``position`` is not used: AdaMixer computes the positional embedding from the reference boxes. It has no
     attention maps over the features.
@@ -129,13 +130,13 @@ class AdaMixerDetector(TorchvisionDetector):
     model: AdaMixer
 
     def parts(self) -> Parts:
-        """The backbone, the channel mapper, and the initial queries with the stages."""
+        """Backbone: the backbone. Neck: the channel mapper. Head: the initial queries and the stages."""
         return Parts((self.model.backbone,), (self.model.neck,), (self.model.generator, self.model.stages))
 
     # ------------------------------------------------------------------------------------------------------- prediction
 
     def features(self, batch: Batch) -> Features:
-        """The backbone's maps behind the channel mapper."""
+        """The channel mapper's maps."""
         return self.neck(self.backbone_features(batch), batch)
 
     def backbone_features(self, batch: Batch) -> Features:
@@ -149,26 +150,26 @@ class AdaMixerDetector(TorchvisionDetector):
         return with_padding(tuple(maps.values()), self.spec.strides, batch)
 
     def predict(self, features: Features, batch: Batch, attention: bool = False) -> Queries:
-        """All stages, from the detector's own queries."""
+        """Run all stages on the detector's own queries."""
         return self.decode(features, self.seed(features, batch), batch, attention)
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
-        """The learned contents; every query starts from the whole image."""
+        """The learned contents; the reference box of every query is the whole image."""
         content, reference = self.model.generator(len(batch), batch.images.dtype)
         return QuerySeed(content, None, reference)
 
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
-        """Decode any queries, alone: they attend to each other only.
+        """Decode from any seed; its queries attend only to each other.
 
         Args:
-            features: of ``features``.
-            seed: content [B, N, D]; references of four numbers are boxes, of two the centres of boxes as large as the image,
+            features: the channel mapper's maps.
+            seed: content [B, N, D]. References [B, N, 4] are boxes; [B, N, 2] are centres of boxes as large as the image;
                 None: the whole image.
-            batch: for the sizes.
-            attention: is refused.
+            batch: gives the image sizes.
+            attention: must be False.
 
         Raises:
-            ModelError: attention maps are wanted, or the content has another width than the decoder.
+            ModelError: ``attention`` is True, or the content has another width than the decoder.
         """
         if attention:
             raise ModelError(f"{self.spec.name}: AdaMixer samples points and has no attention maps; take a DETR for this method")
@@ -191,7 +192,7 @@ class AdaMixerDetector(TorchvisionDetector):
 
     @torch.no_grad()
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """In each stage the Hungarian matching by class (focal), L1 on xyxy in parts of the image, and GIoU."""
+        """Hungarian matching in each stage. Costs: class (focal), L1 on xyxy as fractions of the image, and GIoU."""
         queries = cast(Queries, prediction)
         logits, boxes = queries.logits, to_corners(queries.boxes_cxcywh01)
         matched = torch.full(logits.shape[:3], NEGATIVE, device=logits.device)
@@ -241,7 +242,7 @@ class AdaMixerDetector(TorchvisionDetector):
         )
 
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
-        """The last stage's best pairs of query and class, without suppression; ``origin.anchor`` is the query."""
+        """The best pairs of query and class of the last stage, without NMS; ``origin.anchor`` is the query's index."""
         queries = cast(Queries, prediction)
         found = []
         results = self.model.select(queries.logits[-1], queries.boxes_cxcywh01[-1], batch.sizes)
@@ -252,20 +253,20 @@ class AdaMixerDetector(TorchvisionDetector):
         return found
 
     def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
-        """By the assignment, of all stages."""
+        """The positives of the assignment in all stages."""
         return query_positives(cast(Queries, prediction), assignment, batch)
 
     # ----------------------------------------------------------------------------------------------------------- copies
 
     def copy_neck(self, fresh: bool = False) -> Neck:
-        """The channel mapper alone, on its own parameters."""
+        """A copy of the channel mapper with its own parameters; ``fresh``: newly initialised."""
         mapper = copy.deepcopy(self.model.neck)
         if fresh:
             mapper.reset_parameters()
         return Neck(mapper, self.spec.strides).requires_grad_(True).train()
 
     def copy_head(self, fresh: bool = False) -> AdaMixerDetector:
-        """Initial queries and stages: a copy that can do all but compute features."""
+        """A copy of the detector without backbone and channel mapper; ``fresh``: newly initialised."""
         nothing: dict[int, Any] = {id(part): nn.Identity() for part in (self.model.backbone, self.model.neck)}
         head = copy.deepcopy(self, nothing).requires_grad_(True).train()
         if fresh:
@@ -273,7 +274,7 @@ class AdaMixerDetector(TorchvisionDetector):
         return head
 
     def class_rows(self, name: str) -> Tensor | None:
-        """Rows of the class outputs; see ``inherit``."""
+        """Rows of a class output by class; None for other parameters. See ``inherit``."""
         return self.columns[:, None] - 1 if ".classifier." in name else None
 
 

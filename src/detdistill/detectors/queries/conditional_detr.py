@@ -1,4 +1,4 @@
-"""Conditional DETR: transformers' model in stages.
+"""Conditional DETR: transformers' model, run stage by stage.
 
 Meng et al., "Conditional DETR for Fast Training Convergence", ICCV 2021, as in ``transformers.models.conditional_detr``.
 """
@@ -54,14 +54,15 @@ def load_pretrained(
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
-    """A student's folder."""
+    """Load an exported student folder; see ``transformers_files.load_exported``."""
     return files.load_exported(ConditionalDetrDetector, folder, classes, name)
 
 
 class ConditionalDetrDetector(shared.TransformersDetector):
     """Conditional DETR. Features are the encoder's one map, of stride 32; sigmoid outputs.
 
-    Queries start from zero; their learned positions say the reference points, so a foreign seed's ``reference`` is not read.
+    The content of the queries starts at zero. The decoder computes the reference points from a seed's ``position`` and does
+    not read its ``reference``.
     """
 
     model_class = ConditionalDetrForObjectDetection
@@ -72,7 +73,7 @@ class ConditionalDetrDetector(shared.TransformersDetector):
     image_processor = "ConditionalDetrImageProcessor"
 
     def backbone_maps(self, images: Tensor, pixel_mask: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """The last map."""
+        """The backbone's last map."""
         return self.model.model.backbone(images, pixel_mask)[-1:]
 
     def encode(self, features: Features) -> Features:
@@ -80,7 +81,7 @@ class ConditionalDetrDetector(shared.TransformersDetector):
         return single_scale.encode_single_scale(self.model.model, features, self.positions(features))
 
     def positions(self, features: Features) -> Tensor:
-        """[B, S, D] embeddings of the cells' places in the valid image."""
+        """[B, S, D] position embeddings of the cells, relative to the valid image."""
         return single_scale.single_scale_positions(self.model.model.position_embedding, features)
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
@@ -89,11 +90,11 @@ class ConditionalDetrDetector(shared.TransformersDetector):
         return QuerySeed(torch.zeros_like(position), position, self.reference(position))
 
     def reference(self, position: Tensor) -> Tensor:
-        """[B, N, 2] centres in parts of the valid image."""
+        """[B, N, 2] reference points (x, y) as fractions of the valid image."""
         return shared.full_precision(self.model.model.decoder.ref_point_head(position)).sigmoid()
 
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
-        """Decode from any seed; without a position it is zero."""
+        """Decode from any seed; a missing ``position`` counts as zeros."""
         position = torch.zeros_like(seed.content) if seed.position is None else seed.position
         decoded = single_scale.decode_single_scale(self, features, self.positions(features), seed.content, position, attention)
         center = shared.inverse_sigmoid(shared.full_precision(decoded.outputs.reference_points).transpose(0, 1))
@@ -103,5 +104,5 @@ class ConditionalDetrDetector(shared.TransformersDetector):
         return Queries(logits, boxes, decoded.hidden, seed, decoded.attention, self_attention=decoded.self_attention)
 
     def criterion(self) -> Any:
-        """The library's, with its matching costs."""
+        """The library's criterion, with the matching costs of the model's config."""
         return shared.focal_criterion(self.config, DeformableDetrHungarianMatcher, DeformableDetrImageLoss)

@@ -1,4 +1,4 @@
-"""D-FINE: transformers' model in stages.
+"""D-FINE: transformers' model, run stage by stage.
 
 Peng et al., "D-FINE: Redefine Regression Task of DETRs as Fine-grained Distribution Refinement", ICLR 2025, as in
 ``transformers.models.d_fine``.
@@ -46,15 +46,15 @@ def load_pretrained(
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
-    """A student's folder."""
+    """Load an exported student folder; see ``transformers_files.load_exported``."""
     return files.load_exported(DFineDetector, folder, classes, name)
 
 
 class DFineDetector(FineDetector):
-    """D-FINE. Every decoder layer shows its outputs, in training and after it (the library: in training only)."""
+    """D-FINE. ``Queries`` holds the outputs of every decoder layer, in eval mode too (the library: in training mode only)."""
 
     model_class = DFineForObjectDetection
 
     def criterion(self) -> DFineLoss:
-        """The library's."""
+        """The library's criterion."""
         return DFineLoss(self.config)

@@ -1,4 +1,4 @@
-"""DAB-DETR: transformers' model in stages.
+"""DAB-DETR: transformers' model, run stage by stage.
 
 Liu et al., "DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR", ICLR 2022, as in ``transformers.models.dab_detr``.
 """
@@ -56,22 +56,22 @@ def load_pretrained(
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
-    """A student's folder."""
+    """Load an exported student folder; see ``transformers_files.load_exported``."""
     return files.load_exported(DabDetrDetector, folder, classes, name)
 
 
 @dataclass(frozen=True)
 class AnchorSeed(QuerySeed):
-    """DAB-DETR's own seed: ``reference`` and the logits it came from, so that nothing is lost on the way back."""
+    """DAB-DETR's own seed: ``reference`` and the logits it was computed from, so that decoding needs no inverse sigmoid."""
 
     anchors: Tensor | None = None
-    """[B, N, 4] before the sigmoid."""
+    """[B, N, 4] the reference boxes before the sigmoid."""
 
 
 class DabDetrDetector(shared.TransformersDetector):
     """DAB-DETR. Features are the encoder's one map, of stride 32; sigmoid outputs.
 
-    Queries are anchor boxes (``reference``) with zero content, or with learned patterns; they have no positions of their own.
+    Queries are anchor boxes (``reference``) whose content is zero or a learned pattern. Seeds have no ``position``.
     """
 
     model_class = DabDetrForObjectDetection
@@ -83,11 +83,11 @@ class DabDetrDetector(shared.TransformersDetector):
 
     @property
     def width(self) -> int:
-        """Channels of the map."""
+        """Channels of the encoder's map."""
         return int(self.config.hidden_size)
 
     def backbone_maps(self, images: Tensor, pixel_mask: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """The last map."""
+        """The backbone's last map."""
         return self.model.model.backbone.conv_encoder(images, pixel_mask)[-1:]
 
     def encode(self, features: Features) -> Features:
@@ -102,13 +102,13 @@ class DabDetrDetector(shared.TransformersDetector):
         return Features((shared.as_map(encoded.last_hidden_state, level),), features.strides[-1:], padding)
 
     def positions(self, features: Features) -> Tensor:
-        """[B, S, D] embeddings of the cells' places in the valid image."""
+        """[B, S, D] position embeddings of the cells, relative to the valid image."""
         level, mask = features.maps[-1], shared.valid_masks(features)[-1]
         embedded = self.model.model.backbone.position_embedding(level, mask)
         return shared.flat_map(embedded.to(shared.full_precision(level).dtype))
 
     def seed(self, features: Features, batch: Batch) -> AnchorSeed:
-        """The learned anchors; with patterns, each anchor once for every pattern."""
+        """The learned anchors. With P patterns, every anchor occurs P times, once with each pattern as its content."""
         model, count = self.model.model, max(1, self.model.model.num_patterns)
         anchors = model.query_refpoint_embeddings.weight.unsqueeze(0).repeat(len(batch), count, 1)
         if model.num_patterns:
@@ -118,7 +118,7 @@ class DabDetrDetector(shared.TransformersDetector):
         return AnchorSeed(content, None, anchors.sigmoid(), anchors)
 
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
-        """Decode from any seed with a reference: boxes, or points, which get the own anchors' mean size.
+        """Decode from any seed that has a reference: boxes, or points, which are given the mean size of the learned anchors.
 
         Raises:
             ValueError: the seed has no reference.
@@ -154,5 +154,5 @@ class DabDetrDetector(shared.TransformersDetector):
         return torch.cat([points, size.expand_as(points)], dim=-1)
 
     def criterion(self) -> Any:
-        """The library's, with its matching costs."""
+        """The library's criterion, with the matching costs of the model's config."""
         return shared.focal_criterion(self.config, DeformableDetrHungarianMatcher, DeformableDetrImageLoss)

@@ -1,4 +1,4 @@
-"""Deformable DETR: transformers' model in stages; plain, with box refinement, or in two stages.
+"""Deformable DETR: transformers' model, run stage by stage; plain, with box refinement, or two-stage.
 
 Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection", ICLR 2021, as in
 ``transformers.models.deformable_detr``.
@@ -37,7 +37,7 @@ from detdistill.values import Count
 
 MODEL_TYPE = "deformable_detr"
 PRIOR = 0.01
-"""Every class's score at the start, as in the authors' code; transformers starts at one half, which hardly trains."""
+"""Initial score of every class, as in the authors' code. transformers starts at 0.5, from which training hardly improves."""
 
 TINY = "resnet10t,channels=8-16-32-64,stem=8,dim=32,heads=4,ffn=64,queries=10,encoder=1,decoder=2"
 """The smallest useful model, for ``probe``."""
@@ -50,7 +50,7 @@ class DeformableDetrOptions(DetrSelectionOptions, SamplingOptions, QueryOptions,
     levels: Levels = (3, 6)
     ffn: Count = 1024
     refine: bool = False
-    """Each decoder layer moves the boxes of the layer before."""
+    """Each decoder layer refines the boxes of the previous layer."""
     two_stage: bool = False
     """Queries are chosen from the encoder's cells; includes ``refine``."""
 
@@ -109,13 +109,13 @@ def load_pretrained(
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
-    """A student's folder."""
+    """Load an exported student folder; see ``transformers_files.load_exported``."""
     return files.load_exported(DeformableDetrDetector, folder, classes, name)
 
 
 @torch.no_grad()
 def start_as_published(model: Any) -> Any:
-    """Begin with low scores and, in the box outputs, with the reference point and a small box, as the authors' code does."""
+    """Initialise the outputs as the authors' code does: low class scores, and small boxes at the reference points."""
     for number, (class_head, box_head) in enumerate(zip(model.class_embed, model.bbox_embed, strict=True)):
         class_head.bias.fill_(-math.log((1 - PRIOR) / PRIOR))
         box_head.layers[-1].weight.zero_()
@@ -128,10 +128,12 @@ def start_as_published(model: Any) -> Any:
 class DeformableDetrDetector(shared.TransformersDetector):
     """Deformable DETR. Features are the encoder's maps of all levels.
 
-    Boxes and references are parts of the valid image as the library has it: the share of valid cells of each level, so where
-    padding ends inside of a cell they are off by a part of that cell. Two-stage queries are the encoder cells of the highest
-    first class score; transformers trains the encoder's outputs with nothing, so the paper's loss on them (appendix A.4) is
-    added as ``loss_*_enc``, like the authors' code with all boxes of one class.
+    Boxes and references are fractions of the valid image. As in the library, the valid image is measured in whole cells of
+    each level, so boxes are off by a fraction of a cell where padding begins inside a cell.
+
+    Two-stage queries are the encoder cells with the highest score of the first class. transformers has no loss on the
+    encoder's outputs, so the paper's loss (appendix A.4) is added as ``loss_*_enc``; as in the authors' code, all boxes count
+    as the first class.
     """
 
     model_class = DeformableDetrForObjectDetection
@@ -147,21 +149,21 @@ class DeformableDetrDetector(shared.TransformersDetector):
     image_processor = "DeformableDetrImageProcessor"
 
     def parts(self) -> Parts:
-        """As in the base; the embeddings of the levels are the neck's."""
+        """As in the base; the level embeddings belong to the neck."""
         found = super().parts()
         return replace(found, neck=(*found.neck, nn.ParameterList([self.model.model.level_embed])))
 
     # --------------------------------------------------------------------------------------------------------- features
 
     def neck_strides(self) -> tuple[int, ...]:
-        """The backbone's, then twice the one before."""
+        """The backbone's strides; every added level doubles the stride of the previous one."""
         strides = list(self.backbone_strides)
         while len(strides) < self.config.num_feature_levels:
             strides.append(2 * strides[-1])
         return tuple(strides)
 
     def backbone_maps(self, images: Tensor, pixel_mask: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """The library's backbone."""
+        """The maps of the library's backbone."""
         return self.model.model.backbone(images, pixel_mask)
 
     def neck(self, features: Features, batch: Batch) -> Features:
@@ -199,7 +201,7 @@ class DeformableDetrDetector(shared.TransformersDetector):
     # ----------------------------------------------------------------------------------------------------------- queries
 
     def propose(self, features: Features) -> tuple[QuerySeed, Outputs | None]:
-        """Initial queries, and in two stages what the encoder's outputs say about every cell.
+        """Initial queries, and in a two-stage model the class and box outputs of the encoder for every cell (else None).
 
         Raises:
             ModelError: the images have fewer cells than the detector has queries.
@@ -226,7 +228,7 @@ class DeformableDetrDetector(shared.TransformersDetector):
         return QuerySeed(content, position, chosen.sigmoid()), outputs
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
-        """Learned queries with reference points [B, N, 2]; in two stages those made of proposals, with boxes [B, N, 4]."""
+        """Learned queries with reference points [B, N, 2]; two-stage: queries made of proposals, with boxes [B, N, 4]."""
         return self.propose(features)[0]
 
     def predict(self, features: Features, batch: Batch, attention: bool = False) -> Queries:
@@ -235,12 +237,12 @@ class DeformableDetrDetector(shared.TransformersDetector):
         return replace(self.decode(features, seed, batch, attention), own=encoder)
 
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
-        """Decode from any seed; references may be points or boxes, and without any they are made of the positions.
+        """Decode from any seed. References may be points or boxes; missing ones are computed from the positions.
 
         ``attention``: [L, B, heads, N, S] cross-attention, spread over the S cells of all levels (``dense_attention``).
 
         Raises:
-            ValueError: the seed has neither reference nor what this detector makes one of.
+            ValueError: the seed has no reference, and none can be computed: no position, or a two-stage model.
         """
         memory, masks = deformable.flatten(features.maps), shared.valid_masks(features)
         decoder, hidden, reference = self.model.model.decoder, seed.content, seed.reference
@@ -279,18 +281,18 @@ class DeformableDetrDetector(shared.TransformersDetector):
     # ------------------------------------------------------------------------------------------------------------ training
 
     def criterion(self) -> Any:
-        """The library's, with its matching costs."""
+        """The library's criterion, with the matching costs of the model's config."""
         return shared.focal_criterion(self.config, DeformableDetrHungarianMatcher, DeformableDetrImageLoss)
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
-        """As in the base; in two stages with the encoder's own losses, which keep their own matching."""
+        """As in the base; two-stage: plus the encoder's losses, which always use their own matching."""
         losses = super().loss(prediction, batch, assignment)
         if not isinstance(prediction.own, Outputs):
             return losses
         return Losses({**losses.terms, **self.encoder_losses(prediction.own, batch)}, losses.monitors)
 
     def encoder_losses(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Focal, L1 and GIoU loss of every encoder cell, all boxes being of the first class (appendix A.4)."""
+        """Focal, L1 and GIoU loss of the encoder's outputs in all cells; every box counts as the first class (appendix A.4)."""
         labels = [entry | {"class_labels": torch.zeros_like(entry["class_labels"])} for entry in self.labels(batch)]
         whole = [
             entry | {"class_labels": torch.zeros_like(entry["class_labels"])}
@@ -308,7 +310,7 @@ class DeformableDetrDetector(shared.TransformersDetector):
         return {f"{name}_enc": value / divisor * weights[name] for name, value in found.items()}
 
     def without(self, modules: Sequence[str], fresh: bool) -> shared.TransformersDetector:
-        """As in the base; fresh outputs begin as published."""
+        """As in the base; fresh outputs are initialised as published (``start_as_published``)."""
         other = super().without(modules, fresh)
         if "model.encoder" in modules:
             other.model.model.level_embed = None

@@ -1,4 +1,4 @@
-"""DEIMv2: transformers' model in stages, on a convolutional backbone.
+"""DEIMv2: transformers' model, run stage by stage, on a convolutional backbone.
 
 Huang et al., "Real-Time Object Detection Meets DINOv3", arXiv 2509.20787, as in ``transformers.models.deimv2``.
 """
@@ -60,35 +60,41 @@ def load_pretrained(
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
-    """A student's folder."""
+    """Load an exported student folder; see ``transformers_files.load_exported``."""
     return files.load_exported(Deimv2Detector, folder, classes, name)
 
 
 class Deimv2Detector(FineDetector):
-    """DEIMv2: D-FINE with other layers, a matching-aware class loss, and boxes trained on the matches of all sets together."""
+    """DEIMv2: D-FINE with other layers and a matching-aware class loss.
+
+    With ``use_dense_one_to_one`` the box losses of every set of outputs use the union of the matches of all sets.
+    """
 
     model_class = Deimv2ForObjectDetection
     backbone_modules = ("model.conv_encoder.model",)
     neck_modules = ("model.conv_encoder.encoder_input_proj", "model.encoder")
 
     def backbone_maps(self, images: Tensor, pixel_mask: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """The library's backbone, before its projection; masks as its relatives make them."""
+        """The maps of the library's backbone before its projection, with masks computed as in the related families."""
         maps = self.model.model.conv_encoder.model(images).feature_maps
         return [(level, F.interpolate(pixel_mask[None].float(), size=level.shape[-2:])[0].bool()) for level in maps]
 
     def encode(self, features: Features) -> Features:
-        """Projection and hybrid encoder; the maps before the decoder's own projection."""
+        """Projection and hybrid encoder. Returns the encoder's maps, before the decoder's own projection."""
         core = self.model.model
         projections = core.conv_encoder.encoder_input_proj
         projected = [project(level) for project, level in zip(projections, features.maps, strict=True)]
         return replace(features, maps=tuple(core.encoder(projected).feature_maps))
 
     def criterion(self) -> Deimv2Loss:
-        """The library's."""
+        """The library's criterion."""
         return Deimv2Loss(self.config)
 
     def place_rows(self, rows: Sequence[Tensor], boxes: Any) -> tuple[Sequence[Tensor], Any]:
-        """The library's union: each query answers for the box that most sets gave it; divided by their number."""
+        """The union of the matches of all sets, as in the library: each query gets the box that most sets match it to.
+
+        The box losses are divided by the number of pairs in the union. Without ``use_dense_one_to_one``: as in the base.
+        """
         if not self.config.use_dense_one_to_one:
             return rows, boxes
         sets = []
@@ -106,7 +112,7 @@ class Deimv2Detector(FineDetector):
         return places, max(1, sum(len(query) for query, _ in found))
 
     def class_losses(self, outputs: Outputs, pairs: deformable.Pairs, normalizer: Any) -> dict[str, Tensor]:
-        """Matching-aware loss: the matched class wants the IoU to the power of gamma."""
+        """Matching-aware loss: the target of the matched class is the IoU to the power of gamma."""
         config = self.config
         gamma, alpha = config.focal_loss_gamma, 1.0 if config.mal_alpha is None else config.mal_alpha
         iou = deformable.overlaps(outputs.boxes[pairs.image, pairs.query].detach(), pairs.boxes)[0]

@@ -1,4 +1,4 @@
-"""DETR: transformers' model in stages.
+"""DETR: transformers' model, run stage by stage.
 
 Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, as in ``transformers.models.detr``.
 """
@@ -65,12 +65,12 @@ def load_pretrained(
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
-    """A student's folder."""
+    """Load an exported student folder; see ``transformers_files.load_exported``."""
     return files.load_exported(DetrDetector, folder, classes, name)
 
 
 class DetrDetector(shared.TransformersDetector):
-    """DETR. Features are the encoder's one map, of stride 32; queries have learned positions and start from zero."""
+    """DETR. Features are the encoder's one map, of stride 32; queries have learned positions and start with zero content."""
 
     model_class = DetrForObjectDetection
     backbone_modules = ("model.backbone",)
@@ -81,7 +81,7 @@ class DetrDetector(shared.TransformersDetector):
     top_k = None
 
     def backbone_maps(self, images: Tensor, pixel_mask: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """The last map."""
+        """The backbone's last map."""
         return self.model.model.backbone(images, pixel_mask)[-1:]
 
     def encode(self, features: Features) -> Features:
@@ -89,7 +89,7 @@ class DetrDetector(shared.TransformersDetector):
         return single_scale.encode_single_scale(self.model.model, features, self.positions(features))
 
     def positions(self, features: Features) -> Tensor:
-        """[B, S, D] embeddings of the cells' places in the valid image."""
+        """[B, S, D] position embeddings of the cells, relative to the valid image."""
         return single_scale.single_scale_positions(self.model.model.position_embedding, features)
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
@@ -98,7 +98,7 @@ class DetrDetector(shared.TransformersDetector):
         return QuerySeed(torch.zeros_like(position), position)
 
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
-        """Decode from any seed; without a position it is zero."""
+        """Decode from any seed; a missing ``position`` counts as zeros."""
         position = torch.zeros_like(seed.content) if seed.position is None else seed.position
         decoded = single_scale.decode_single_scale(self, features, self.positions(features), seed.content, position, attention)
         boxes = shared.full_precision(self.model.bbox_predictor(decoded.hidden)).sigmoid()
@@ -110,18 +110,18 @@ class DetrDetector(shared.TransformersDetector):
     # ------------------------------------------------------------------------------------------------------------ training
 
     def criterion(self) -> Any:
-        """The library's, with its matching costs."""
+        """The library's criterion, with the matching costs of the model's config."""
         config = self.config
         matcher = HungarianMatcher(class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost)
         return ImageLoss(matcher, config.num_labels, config.eos_coefficient, ["labels", "boxes", "cardinality"])
 
     def class_loss(self, logits: Tensor, wanted: Tensor, overlap: Tensor) -> Tensor:
-        """Cross-entropy; queries without a box count by the library's ``eos_coefficient``."""
+        """Cross-entropy; queries without a box are weighted by the config's ``eos_coefficient``."""
         return F.cross_entropy(logits.transpose(1, 2), wanted, self.empty_weights(logits), reduction="none")
 
     def class_normalizer(self, wanted: Tensor, counted: Tensor, boxes: Tensor) -> Tensor:
-        """The sum of the class weights of all queries, as torch's weighted mean has it."""
-        return (self.empty_weights(boxes)[wanted] * counted).sum().clamp(min=1e-6)  # all may be ignored
+        """The sum of the class weights of all counted queries, as in torch's weighted mean."""
+        return (self.empty_weights(boxes)[wanted] * counted).sum().clamp(min=1e-6)  # every query may be ignored
 
     def empty_weights(self, like: Tensor) -> Tensor:
         """[K+1] weight of each class, the background last."""

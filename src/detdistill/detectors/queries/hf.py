@@ -1,10 +1,10 @@
 """Any DETR of transformers with its weights, hf:NAME_OR_FOLDER, from the hub or a save_pretrained folder.
 
-    hf:facebook/detr-resnet-50            a name of the hub (or of its cache on this machine)
+    hf:facebook/detr-resnet-50            a model on the hub (or in the hub's cache on this machine)
     hf:path/to/folder,score=0.3           a folder; options: score, dets
 
-The config's ``model_type`` says which adapter reads it: every adapter of this folder that names one as ``MODEL_TYPE``.
-Weights come from safetensors files only. Classes are the config's; the model's own names are kept.
+The config's ``model_type`` selects the adapter: the adapter of this folder that has the same ``MODEL_TYPE``.
+Weights are read from safetensors files only. The class names are those of the config.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 from detdistill.errors import ModelError
 
 TINY = None
-"""It loads models of other kinds; there is none of its own to try."""
+"""No tiny model for ``probe``: this adapter only loads models of the other adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HFOptions(DetrSelectionOptions):
-    """Options of a model with weights; all else is in its config."""
+    """Options of a model loaded with its weights; everything else is in its config."""
 
     commas_in_backbone = True
 
@@ -35,23 +35,23 @@ OPTIONS = HFOptions
 
 
 def build(backbone: str, classes: Sequence[str], options: HFOptions) -> Detector:
-    """As ``load``: such a model string always brings its weights."""
+    """Same as ``load``: an ``hf`` model always comes with its weights."""
     return load(backbone, classes, options)
 
 
 def load(backbone: str, classes: Sequence[str] | None, options: HFOptions) -> Detector:
-    """The detector of a folder or of a name of the hub.
+    """Load a detector from a ``save_pretrained`` folder or from the hub.
 
     Args:
-        backbone: folder or name.
-        classes: as many as the detector must have; None: any.
+        backbone: the folder, or the model's name on the hub.
+        classes: the detector must have this many classes; None: any number. The detector keeps its own class names.
         options: ``score`` and ``dets``.
 
     Raises:
-        ModelError: there is no such thing, it is no detector known here, or its files are missing or broken.
+        ModelError: no such folder or model, no adapter for its ``model_type``, or files are missing or broken.
     """
     name = options.name or f"hf:{backbone}"
-    if not Path(backbone).is_dir():  # then it has no commas, and what stands behind one is an option, unknown
+    if not Path(backbone).is_dir():  # hub names contain no commas: text after one is an option, and here an unknown one
         given = dict(piece.split("=", 1) for piece in backbone.split(",")[1:] if "=" in piece)
         read_options(HFOptions, ModelName(name, "hf", backbone, given))
     config = files.read_config(backbone)

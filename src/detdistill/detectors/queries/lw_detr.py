@@ -1,4 +1,4 @@
-"""LW-DETR: transformers' model in stages, with its own ViT.
+"""LW-DETR: transformers' model, run stage by stage, with its own ViT.
 
 Chen et al., "LW-DETR: A Transformer Replacement to YOLO for Real-Time Detection", arXiv 2406.03459, as in
 ``transformers.models.lw_detr``.
@@ -31,14 +31,14 @@ except ImportError as error:
 MODEL_TYPE = "lw_detr"
 TINY = "vit_nano,levels=3-3,dim=32,heads=4,ffn=64,queries=10,decoder=2"
 VITS = {"vit_nano": (64, 4), "vit_tiny": (192, 10), "vit_small": (384, 10), "vit_base": (768, 10)}
-"""Its backbones: width and layers; ``vit_nano`` is ours, for small data."""
+"""Width and number of layers of each backbone. ``vit_nano`` is not in the paper; it is meant for small data."""
 SCALES = {3: 2.0, 4: 1.0, 5: 0.5}
-"""What the projector does for each level; the ViT's own is 4."""
+"""The projector's scale factor for each level; the ViT's own map is level 4 (stride 16)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LwDetrOptions(DetrSelectionOptions, SamplingOptions, QueryOptions, LevelOptions):
-    """Options of LW-DETR: its backbones have none, and it has no encoder beside them."""
+    """Options of LW-DETR. There are none of the backbone, and none of an encoder (the ViT is the encoder)."""
 
     levels: Levels = (4, 4)
     decoder: Count = 3
@@ -49,13 +49,13 @@ OPTIONS = LwDetrOptions
 
 
 def build(backbone: str, classes: Sequence[str], options: LwDetrOptions) -> LwDetrDetector:
-    """A fresh LW-DETR on its own ViT (``VITS``): level 4, 300 queries, 3 decoder layers, 13 groups.
+    """A fresh LW-DETR on one of its own ViTs (``VITS``): level 4, 300 queries, 3 decoder layers, 13 groups.
 
     Raises:
-        ModelError: another backbone, or options that do not fit.
+        ModelError: the backbone is not in ``VITS``, or the options do not fit each other.
     """
     if backbone not in VITS:
-        raise ModelError(f"{MODEL_TYPE} has backbones of its own: {', '.join(VITS)}; {backbone} is none of them")
+        raise ModelError(f"{MODEL_TYPE}: unknown backbone {backbone}; take one of its own: {', '.join(VITS)}")
     width, heads = options.dim, options.heads
     if width % (2 * heads):
         raise ModelError(f"{MODEL_TYPE}: dim={width} must be a multiple of twice heads={heads}")
@@ -96,13 +96,16 @@ def load_pretrained(
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
-    """A student's folder."""
+    """Load an exported student folder; see ``transformers_files.load_exported``."""
     return files.load_exported(LwDetrDetector, folder, classes, name)
 
 
 @torch.no_grad()
 def start_as_published(model: Any) -> Any:
-    """Queries begin at the boxes of their cells; transformers draws the learned boxes from a normal distribution."""
+    """Set the learned box offsets to zero, so that queries start at the boxes of their cells.
+
+    transformers draws the offsets from a normal distribution.
+    """
     model.model.reference_point_embed.weight.zero_()
     return model
 
@@ -114,10 +117,10 @@ class LwDetrDetector(family.GroupDetector):
 
     @property
     def step(self) -> int:  # type: ignore[override]
-        """Patch times windows on a side."""
+        """Patch size times the number of windows along a side, in pixels."""
         vit = self.config.backbone_config
         return int(vit.patch_size * math.isqrt(vit.num_windows))
 
     def neck_strides(self) -> tuple[int, ...]:
-        """The ViT's by the projector's scales."""
+        """The ViT's stride divided by each of the projector's scale factors."""
         return tuple(int(self.backbone_strides[0] / scale) for scale in self.config.projector_scale_factors)

@@ -1,4 +1,4 @@
-"""RF-DETR: transformers' model in stages, with its own DINOv2.
+"""RF-DETR: transformers' model, run stage by stage, with its own DINOv2.
 
 Robinson et al., "RF-DETR: Neural Architecture Search for Real-Time Detection Transformers", arXiv 2511.09554, as in
 ``transformers.models.rf_detr``.
@@ -24,16 +24,16 @@ except ImportError as error:
 MODEL_TYPE = "rf_detr"
 OPTIONS = ModelOptions
 TINY = None
-"""It is loaded, never built."""
+"""No tiny model for ``probe``: RF-DETR is only loaded, never built."""
 
 
 def build(backbone: str, classes: Sequence[str], options: ModelOptions) -> RfDetrDetector:
-    """RF-DETR stands on a pretrained DINOv2 and is never built from nothing.
+    """Refuse to build: RF-DETR is only loaded with its weights, since it needs its pretrained DINOv2.
 
     Raises:
-        ModelError: always; it says what to do instead.
+        ModelError: always; the message says how to load one.
     """
-    raise ModelError(f"{MODEL_TYPE}:{backbone}: RF-DETR lives on pretrained weights; load it: hf:<name or folder of an RF-DETR>")
+    raise ModelError(f"{MODEL_TYPE}:{backbone}: RF-DETR needs its pretrained weights; load it: hf:<name or folder of an RF-DETR>")
 
 
 def load_pretrained(
@@ -44,7 +44,7 @@ def load_pretrained(
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
-    """A student's folder."""
+    """Load an exported student folder; see ``transformers_files.load_exported``."""
     return files.load_exported(RfDetrDetector, folder, classes, name)
 
 
@@ -56,10 +56,10 @@ class RfDetrDetector(family.GroupDetector):
 
     @property
     def step(self) -> int:  # type: ignore[override]
-        """Patch times windows on a side."""
+        """Patch size times the number of windows along a side, in pixels."""
         vit = self.config.backbone_config
         return int(vit.patch_size * vit.num_windows)
 
     def neck_strides(self) -> tuple[int, ...]:
-        """The DINOv2's."""
+        """The stride of the DINOv2's maps."""
         return self.backbone_strides[:1]

@@ -1,4 +1,4 @@
-"""RT-DETR: transformers' model in stages.
+"""RT-DETR: transformers' model, run stage by stage.
 
 Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024, as in ``transformers.models.rt_detr``.
 """
@@ -43,11 +43,11 @@ def load_pretrained(
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
-    """A student's folder."""
+    """Load an exported student folder; see ``transformers_files.load_exported``."""
     return files.load_exported(RTDetrDetector, folder, classes, name)
 
 
 class RTDetrDetector(family.RefiningDetector):
-    """RT-DETR. Features are the hybrid encoder's maps; queries are chosen from its cells, and each layer moves their boxes."""
+    """RT-DETR. Features are the hybrid encoder's maps; queries start at its best cells, and each layer refines their boxes."""
 
     model_class = RTDetrForObjectDetection

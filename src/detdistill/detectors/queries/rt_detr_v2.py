@@ -1,4 +1,4 @@
-"""RT-DETRv2: transformers' model in stages.
+"""RT-DETRv2: transformers' model, run stage by stage.
 
 Lv et al., "RT-DETRv2: Improved Baseline with Bag-of-Freebies for Real-Time Detection Transformer", arXiv 2407.17140, as in
 ``transformers.models.rt_detr_v2``.
@@ -46,11 +46,11 @@ def load_pretrained(
 
 
 def load_exported(folder: Path, classes: Sequence[str], name: str) -> shared.TransformersDetector:
-    """A student's folder."""
+    """Load an exported student folder; see ``transformers_files.load_exported``."""
     return files.load_exported(RTDetrV2Detector, folder, classes, name)
 
 
 class RTDetrV2Detector(family.RefiningDetector):
-    """RT-DETRv2: RT-DETR with another sampling of points in the decoder."""
+    """RT-DETRv2: RT-DETR with a different point sampling in the decoder's deformable attention."""
 
     model_class = RTDetrV2ForObjectDetection

@@ -210,7 +210,7 @@ class Outputs(Movable):
     logits: Tensor
     """[B, N, K] sigmoid logits."""
     boxes: Tensor
-    """[B, N, 4] cxcywh in parts of the frame."""
+    """[B, N, 4] cxcywh as fractions of the frame."""
 
     def take(self, start: int, stop: int | None) -> Self:
         """A range of the queries."""
@@ -228,7 +228,7 @@ class Pairs(Movable):
     labels: Tensor
     """[M]."""
     boxes: Tensor
-    """[M, 4] cxcywh in parts of the frame."""
+    """[M, 4] cxcywh as fractions of the frame."""
     weights: Tensor
     """[M]."""
     counted: Tensor

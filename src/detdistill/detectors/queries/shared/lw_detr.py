@@ -194,7 +194,7 @@ class GroupDetector(shared.TransformersDetector):
     # ------------------------------------------------------------------------------------------------------------ training
 
     def criterion(self) -> LwDetrImageLoss:
-        """The library's, with its matching costs."""
+        """The library's criterion, with the matching costs of the model's config."""
         config = self.config
         matcher = LwDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
         losses = ["labels", "boxes", "cardinality"]

@@ -1,4 +1,4 @@
-"""Options that detectors with queries share, in groups that an adapter's ``OPTIONS`` combines by inheritance."""
+"""Options shared by detectors with queries, in groups that an adapter's ``OPTIONS`` inherits from."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from detdistill.values import Count, Fraction
 
 @dataclass(frozen=True, kw_only=True)
 class QueryOptions(ModelOptions):
-    """Queries and their decoder."""
+    """Options of the queries and the decoder."""
 
     dim: Count = 256
     """Channels of the queries and of the features they read."""
     queries: Count = 300
-    """Queries of an image."""
+    """Number of queries per image."""
     decoder: Count = 6
-    """Decoder layers."""
+    """Number of decoder layers."""
     heads: Count = 8
-    """Heads of the attention."""
+    """Number of attention heads."""
     ffn: Count = 2048
     """Inner width of the feed-forward layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions(ModelOptions):
-    """An encoder between backbone and decoder."""
+    """Options of an encoder between backbone and decoder."""
 
     encoder: Count = 6
-    """Encoder layers."""
+    """Number of encoder layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(ModelOptions):
-    """Deformable attention."""
+    """Options of deformable attention."""
 
     points: Count = 4
     """Points that a query samples for each head and level."""
@@ -42,7 +42,7 @@ class SamplingOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DetrSelectionOptions(ModelOptions):
-    """Which queries of one of transformers' models become detections."""
+    """Options that select which queries of a transformers model become detections."""
 
     score: Fraction = 0.0
     """Detections below this score are dropped."""

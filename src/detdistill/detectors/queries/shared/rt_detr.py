@@ -45,7 +45,7 @@ class Chosen(Movable):
     content: Tensor
     """[B, N, D], no gradient."""
     reference: Tensor
-    """[B, N, 4] cxcywh in parts of the frame, no gradient."""
+    """[B, N, 4] cxcywh as fractions of the frame, no gradient."""
     outputs: Outputs
     """What the encoder's heads say about them; trained as one more set."""
 
@@ -57,7 +57,7 @@ class Denoising(Movable):
     content: Tensor
     """[B, M, D] embedded noisy labels."""
     reference: Tensor
-    """[B, M, 4] noisy boxes in parts of the frame."""
+    """[B, M, 4] noisy boxes as fractions of the frame."""
     mask: Tensor
     """[M + N, M + N] added to the self-attention: nobody sees another group."""
     labels: tuple[dict[str, Tensor], ...]
@@ -142,7 +142,7 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         return (self.frames(batch) / batch.sizes).flip(1).repeat(1, 2)[:, None]
 
     def labels(self, batch: Batch, only_trainable: bool = True) -> list[dict[str, Tensor]]:
-        """As in the base, but boxes in parts of the frame."""
+        """As in the base, but boxes as fractions of the frame."""
         height, width = self.frame_hw(batch)
         found = []
         for target in batch.targets:
@@ -287,7 +287,7 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         Args:
             memory: what it reads.
             content: [B, N, D].
-            reference: [B, N, 4] cxcywh in parts of the frame.
+            reference: [B, N, 4] cxcywh as fractions of the frame.
             mask: [N, N] added to the self-attention, or None.
         """
 

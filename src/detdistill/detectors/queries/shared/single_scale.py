@@ -1,4 +1,4 @@
-"""What DETR, Conditional DETR and DAB-DETR share: one map, and a decoder that attends to all of its cells."""
+"""Shared code of DETR, Conditional DETR and DAB-DETR: one feature map, and a decoder that attends to all of its cells."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class SingleScaleOptions(DetrSelectionOptions, QueryOptions, EncoderOptions, Bac
 
 
 def single_scale_arguments(detector: str, options: SingleScaleOptions) -> dict[str, Any]:
-    """A config's arguments from the options of a family with one map.
+    """Arguments of a library config, from the options of the model string.
 
     Args:
-        detector: as messages name it.
-        options: of the model string.
+        detector: name of the detector, for error messages.
+        options: options of the model string.
 
     Raises:
-        ModelError: the width is no multiple of twice the heads.
+        ModelError: ``dim`` is not a multiple of twice ``heads``.
     """
     if options.dim % (2 * options.heads):
         raise ModelError(f"{detector}: dim={options.dim} must be a multiple of twice heads={options.heads}")
@@ -53,14 +53,14 @@ def single_scale_arguments(detector: str, options: SingleScaleOptions) -> dict[s
 
 
 def single_scale_positions(embedding: Any, features: Features) -> Tensor:
-    """[B, S, D] the position embeddings of DETR and Conditional DETR, which see the map's shape and mask only."""
+    """[B, S, D] position embeddings of DETR and Conditional DETR; they depend only on the map's shape and mask."""
     level, mask = features.maps[-1], valid_masks(features)[-1]
     dtype = full_precision(level).dtype
     return flat_map(embedding(shape=level.shape, device=level.device, dtype=dtype, mask=mask))
 
 
 def encode_single_scale(model: Any, features: Features, positions: Tensor) -> Features:
-    """Projection and encoder of DETR and Conditional DETR on the last map."""
+    """Apply projection and encoder of DETR or Conditional DETR to the last map."""
     level, mask = features.maps[-1], valid_masks(features)[-1]
     encoded = model.encoder(
         inputs_embeds=flat_map(model.input_projection(level)),
@@ -73,16 +73,16 @@ def encode_single_scale(model: Any, features: Features, positions: Tensor) -> Fe
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a decoder made of its queries."""
+    """The decoder's results."""
 
     hidden: Tensor
-    """[L, B, N, D] normalised, what the outputs read."""
+    """[L, B, N, D] normalised embeddings, the input of the class and box outputs."""
     attention: Tensor | None
-    """[L, B, heads, N, S], if asked for."""
+    """[L, B, heads, N, S] cross-attention; None unless requested."""
     self_attention: Tensor | None
-    """[L, B, heads, N, N], likewise."""
+    """[L, B, heads, N, N]; None unless requested."""
     outputs: Any
-    """The library's."""
+    """The output object of the library's decoder."""
 
 
 def decode_single_scale(
@@ -93,10 +93,11 @@ def decode_single_scale(
     position: Tensor,
     attention: bool,
 ) -> Decoded:
-    """Every layer of the decoder of DETR and Conditional DETR.
+    """Run the decoder of DETR or Conditional DETR and collect the outputs of all layers.
 
-    With ``auxiliary_loss`` the library normalises between the layers, too, and the last layer's output twice; without, it
-    shows the inner layers' outputs before the norm, which is then applied here. The last layer is the library's output.
+    With ``auxiliary_loss`` the library returns normalised outputs of the inner layers and normalises the last layer's output
+    twice. Without it, the inner layers' outputs come before the norm, which is then applied here. The last layer's output is
+    the library's in both cases.
     """
     model = detector.model.model
     auxiliary = bool(detector.config.auxiliary_loss)

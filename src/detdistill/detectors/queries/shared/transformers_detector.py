@@ -366,7 +366,7 @@ class TransformersDetector(Detector):
         return Losses(terms)
 
     def labels(self, batch: Batch, only_trainable: bool = True) -> list[dict[str, Tensor]]:
-        """Targets in the library's form: ``class_labels`` [G], ``boxes`` [G, 4] as cxcywh in parts of the valid image.
+        """Targets in the library's form: ``class_labels`` [G], ``boxes`` [G, 4] as cxcywh as fractions of the valid image.
 
         Args:
             batch: its targets are read.

@@ -1,4 +1,4 @@
-"""Detectors of transformers' DETR families from ``save_pretrained`` folders and from the hub: safetensors only."""
+"""Load detectors of transformers' DETR families from ``save_pretrained`` folders and the hub (safetensors only)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from detdistill.detectors.queries.shared.transformers_models import label_maps, 
 from detdistill.errors import ClassCountError, ModelError
 
 NO_CLASS = "N/A"
-"""What hub models that count COCO's categories to 90 call those that do not exist."""
+"""Class name of unused category ids in hub models that have one output for each of COCO's 90 ids."""
 
 
 def load_pretrained(
@@ -31,17 +31,18 @@ def load_pretrained(
     name: str,
     options: DetrSelectionOptions,
 ) -> TransformersDetector:
-    """A detector from a ``save_pretrained`` folder or a name of the hub, with its weights (safetensors only).
+    """Load a detector with its weights from a ``save_pretrained`` folder or the hub (safetensors only).
 
     Args:
         detector_class: the family's adapter.
-        source: folder or name. Outputs of classes called ``N/A`` (COCO's unused numbers) are taken out of the model.
-        classes: as many as the detector must have; None: any. The detector keeps its own names.
-        name: that the detector gets.
-        options: of the model string.
+        source: the folder, or the model's name on the hub. Outputs of classes called ``N/A`` (COCO's unused ids) are removed.
+        classes: the detector must have this many classes; None: any number. The detector keeps its own class names.
+        name: name of the detector.
+        options: options of the model string.
 
     Raises:
-        ModelError: files are missing or broken, hold something else, or want a package that is not installed.
+        ClassCountError: the detector has another number of classes.
+        ModelError: files are missing or broken, hold another kind of model, or need a package that is not installed.
     """
     config = read_config(source)
     own = [label for label in class_names(config) if label != NO_CLASS]
@@ -69,9 +70,9 @@ def load_pretrained(
 
 
 def drop_unused_classes(model: Any, class_outputs: Sequence[str]) -> None:
-    """Take the outputs of classes called ``N/A`` out of a model, so that its classes are those that exist.
+    """Remove the outputs of classes called ``N/A`` from a model.
 
-    Sigmoid scores stay as they are; softmax scores lose the share of the unused classes, which no image ever had.
+    Sigmoid scores do not change. Softmax scores are renormalised over the remaining classes and the background.
     """
     names = class_names(model.config)
     kept = [index for index, label in enumerate(names) if label != NO_CLASS]
@@ -87,33 +88,43 @@ def drop_unused_classes(model: Any, class_outputs: Sequence[str]) -> None:
                 layer.out_features = len(rows)
     for key, value in label_maps([names[index] for index in kept]).items():
         setattr(model.config, key, value)
-    model.tie_weights()  # outputs that the family shares between decoder layers are one again
+    model.tie_weights()  # restore the sharing of outputs between decoder layers
 
 
 def load_exported(
     detector_class: type[TransformersDetector], folder: Path, classes: Sequence[str], name: str
 ) -> TransformersDetector:
-    """A student that ``export`` wrote; its options are those of its name, its classes those of ``student.json``."""
+    """Load a student folder that ``export`` wrote.
+
+    Args:
+        detector_class: the family's adapter.
+        folder: the student folder.
+        classes: class names from ``student.json``.
+        name: the student's name. If it is a model string, its options apply; otherwise the defaults.
+
+    Raises:
+        ModelError: as ``load_pretrained``.
+    """
     try:
         _, options = read_model(name)
     except ModelError:
         options = ModelOptions()
-    if not isinstance(options, DetrSelectionOptions):  # somebody gave the student another name
+    if not isinstance(options, DetrSelectionOptions):  # the student has been renamed
         options = DetrSelectionOptions()
     return load_pretrained(detector_class, folder, classes, name, options)
 
 
 def read_config(source: str | Path) -> Any:
-    """The library's config of a folder or a name of the hub.
+    """Read the library's config from a folder or the hub.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no config, or it cannot be read.
     """
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{source}: no config.json in it; give a folder that save_pretrained wrote")
+        raise ModelError(f"{source}: no config.json in this folder; give a folder that save_pretrained wrote")
     if not path.is_dir() and (path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2):
-        raise ModelError(f"{source}: no such folder")  # names of the hub have one slash at most
+        raise ModelError(f"{source}: no such folder")  # names on the hub have one slash at most
     with quiet():
         try:
             return AutoConfig.from_pretrained(source, local_files_only=is_offline(source), trust_remote_code=False)
@@ -122,10 +133,10 @@ def read_config(source: str | Path) -> Any:
 
 
 def read_statistics(source: str | Path) -> dict[str, Any]:
-    """Mean and deviation from ``preprocessor_config.json``; ImageNet's where there is none.
+    """Mean and standard deviation of images from ``preprocessor_config.json``; empty (ImageNet's) if there is no such file.
 
     Raises:
-        ModelError: the file is broken.
+        ModelError: the file cannot be read as JSON.
     """
     with quiet():
         found = cached_file(
@@ -148,7 +159,7 @@ def read_statistics(source: str | Path) -> dict[str, Any]:
 
 
 def is_offline(source: str | Path) -> bool:
-    """True for a folder, and when the hub does not answer: the library would ask it for minutes before it gives up."""
+    """True for a folder, and when the hub does not answer within 5 s. (The library would retry for minutes.)"""
     if Path(source).is_dir():
         return True
     try:
@@ -159,17 +170,17 @@ def is_offline(source: str | Path) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """An error of the library in one line; a missing package is named."""
+    """One line that says why the library failed; names a missing package."""
     if isinstance(error, ImportError):
         package = getattr(error, "name", None)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"the package {package} is missing; install it" if package else f"a package is missing: {lines[0]}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, OSError) and lines and ("connect" in lines[0] or "cached" in lines[0]):
-        return "is no folder, and the hub cannot be reached to look for the name; give a folder that save_pretrained wrote"
+        return "not a folder, and the hub cannot be reached to look the name up; give a folder that save_pretrained wrote"
     return lines[0] if lines else type(error).__name__
 
 
 def few(names: Sequence[str]) -> str:
-    """The first names of a list."""
+    """The first four names of a list, with ``...`` for the rest."""
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -1,4 +1,4 @@
-"""Fresh models of transformers' DETR families from the options of a model string: backbones and their traps."""
+"""Build new models of transformers' DETR families from the options of a model string, with working backbones."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from detdistill.errors import ModelError
 
 
 def backbone_config(backbone: str, options: BackboneOptions, strides: Sequence[int]) -> PreTrainedConfig:
-    """The library's config of a timm backbone that yields the maps of some strides.
+    """The library's config of a timm backbone that returns the maps of the given strides.
 
-    A resnet that is scaled (``width``, ``channels``, ``stem``) becomes transformers' own ResNet of the same depths, widths
-    and kind of block, because a ``TimmBackboneConfig`` holds no keyword arguments of timm: RT-DETR's with the deep stem
-    for timm's deep stems where the stem ends in as many channels as the first stage has, else the plain one (7x7).
+    A scaled resnet (``width``, ``channels``, ``stem``) becomes transformers' own ResNet of the same depths, widths and kind
+    of block, because a ``TimmBackboneConfig`` cannot hold keyword arguments of timm. It becomes RT-DETR's ResNet (deep stem)
+    if timm's stem is deep and either the blocks are bottlenecks or the stem is as wide as the first stage; otherwise it
+    becomes the plain ResNet (7x7 stem).
 
     Raises:
-        ModelError: the backbone is unknown, cannot be scaled, lacks a stride, or needs what the library cannot say.
+        ModelError: the backbone is unknown, cannot be scaled, lacks a stride, or needs timm options that transformers cannot
+            store.
     """
     timm_options = timm_description(backbone, options)
     scaled = timm_options.keys() & {"channels", "stem_width", "plain_stem"}
@@ -62,14 +64,14 @@ def backbone_config(backbone: str, options: BackboneOptions, strides: Sequence[i
 def fresh_model(
     model_class: Callable[[Any], Any], config: Any, backbone_modules: Sequence[str], backbone: str, options: BackboneOptions
 ) -> Any:
-    """A library model with random weights (the backbone's from timm, if pretrained), all of it trainable.
+    """A library model with random weights (with ``pretrained``: the backbone's from timm) whose parameters all train.
 
     Args:
         model_class: the library's ``...ForObjectDetection``.
-        config: its config; ``backbone_norm`` is noted in it, so that a saved model can be trained on as it was.
+        config: its config. ``backbone_norm`` is written into it, so that a saved model trains with the same norms later.
         backbone_modules: dotted names of the backbone inside the model.
         backbone: name of the timm model.
-        options: of the model string; ``norm`` and ``pretrained`` are read.
+        options: options of the model string; ``norm`` and ``pretrained`` are read.
 
     Raises:
         ModelError: the library would break the backbone, or there are no pretrained weights.
@@ -85,7 +87,7 @@ def fresh_model(
 
 
 def ready_model(model: Any, backbone_modules: Sequence[str]) -> Any:
-    """Make a library model trainable as its config's ``backbone_norm`` says (absent: the library's own norms stay)."""
+    """Make all parameters trainable; if the config's ``backbone_norm`` is ``bn``, the backbone's BatchNorms train, too."""
     model.requires_grad_(True)
     if getattr(model.config, "backbone_norm", None) == "bn":
         for name in backbone_modules:
@@ -94,7 +96,7 @@ def ready_model(model: Any, backbone_modules: Sequence[str]) -> Any:
 
 
 def trainable_norms(module: nn.Module) -> None:
-    """Turn the library's constant norms back into BatchNorm that trains, with the same values and epsilon."""
+    """Replace the library's frozen norms by trainable BatchNorm with the same values and epsilon."""
     for name, child in list(module.named_children()):
         if is_constant_norm(child):
             constant = cast(Any, child)
@@ -107,12 +109,12 @@ def trainable_norms(module: nn.Module) -> None:
 
 
 def is_constant_norm(module: nn.Module) -> bool:
-    """True for the ``...FrozenBatchNorm2d`` that a family of transformers puts in place of BatchNorm."""
+    """True for the ``...FrozenBatchNorm2d`` by which transformers replaces BatchNorm in some families."""
     return type(module).__name__.endswith("FrozenBatchNorm2d") and type(module).__module__.startswith("transformers.")
 
 
 def saved_state(model: Any) -> dict[str, Tensor]:
-    """A model's state as the library knows it: without the counters of norms that are constants there."""
+    """A model's state dict in the library's form: frozen norms have no ``num_batches_tracked`` there."""
     state = model.state_dict()
     if (
         getattr(model.config, "backbone_norm", None) != "bn"
@@ -137,16 +139,16 @@ def backbone_body(model: Any, backbone_modules: Sequence[str]) -> Any:
 
 
 def refuse_lost_activations(body: nn.Module, backbone: str) -> None:
-    """Refuse backbones whose norms hold their activation: replaced by the library's constants, they would lose it.
+    """Refuse backbones whose norm layers include the activation: the library's frozen norms would drop it.
 
     Raises:
-        ModelError: it is such a backbone.
+        ModelError: the backbone has such norms.
     """
     if any(isinstance(module, BatchNormAct2d) for module in probe(backbone, {}).modules()) and any(
         is_constant_norm(module) for module in body.modules()
     ):
         raise ModelError(
-            f"backbone {backbone}: transformers would replace its norms, which hold the activations; take a resnet, or rt_detr"
+            f"backbone {backbone}: transformers would replace its norms and lose the activations in them; take a resnet, or rt_detr"
         )
 
 
@@ -154,7 +156,7 @@ def load_timm_weights(body: nn.Module, backbone: str, indices: Sequence[int]) ->
     """Copy timm's pretrained weights into the backbone of a library model.
 
     Raises:
-        ModelError: there are none, or they cannot be fetched.
+        ModelError: there are no pretrained weights, or they cannot be downloaded.
     """
     try:
         source = timm.create_model(backbone, features_only=True, pretrained=True, out_indices=tuple(indices))
@@ -166,24 +168,24 @@ def load_timm_weights(body: nn.Module, backbone: str, indices: Sequence[int]) ->
 
 
 def label_maps(classes: Sequence[str]) -> dict[str, Any]:
-    """A config's arguments that name the classes."""
+    """Arguments of a library config that set the class names."""
     return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
 
 
 def selection(options: DetrSelectionOptions) -> dict[str, Any]:
-    """The constructor's arguments that come from a model string."""
+    """Arguments of ``TransformersDetector`` for the selection of detections."""
     return {"score": options.score, "dets": options.dets}
 
 
 def statistics(backbone: str, options: BackboneOptions) -> dict[str, Any]:
-    """The constructor's arguments that say how images are normalised."""
+    """Arguments of ``TransformersDetector`` for the normalisation of images."""
     mean, std = image_statistics(backbone, options)
     return {"mean": mean, "std": std}
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, the library shows no progress bars and no advice."""
+    """Context in which the library prints no progress bars and no warnings."""
     verbosity, bars = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
     hub_verbosity = hub_logging.get_verbosity()
     library_logging.set_verbosity_error()
