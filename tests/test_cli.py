@@ -205,7 +205,7 @@ def test_a_mistake_is_one_line_with_the_nearest_name(capsys, line, expected):
     [
         ("epohs: 3\n", "no key 'epohs' (did you mean 'epochs'?)"),
         ("on: features\n", "no key True"),
-        ("epochs: [3\n", "is no YAML: while parsing a flow sequence"),
+        ("epochs: [3\n", "is not valid YAML: while parsing a flow sequence"),
         ("- 1\n", "holds no settings; write lines such as `epochs: 12`"),
         ("", "holds no settings"),
         (None, "No such file or directory"),

@@ -1,6 +1,6 @@
-"""``detdistill VERB``: every verb is a thin twin of a Python function; flags and YAML through jsonargparse.
+"""The command line, ``detdistill COMMAND``: each command reads flags and YAML with jsonargparse and calls a Python function.
 
-Nothing heavy is imported before a verb runs, so ``--help`` is quick.
+Heavy modules are imported only when a command runs, so ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ALIASES = {"distill_model": "teacher", "distill-model": "teacher", **RENAMED}
-"""Names that other tools, or earlier versions, use for our flags."""
+"""Names of flags in other tools or earlier versions, and our name for each."""
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""What the disk says when it cannot take more: the user's to mend, wherever it happens."""
+"""Errors of a disk that is full or not writable. They are reported as user errors, wherever they occur."""
 
 
 class Parser(ArgumentParser):
-    """One line for each mistake, with the nearest name."""
+    """A parser that reports each mistake in one line, with the nearest known name."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong and leave with 2."""
+        """Print the mistake in one line and exit with code 2."""
         text = " ".join(str(message).split()) or "wrong arguments"
         text = re.sub(r"^the following arguments are required:", "missing, but required:", text)
         hint = ""
@@ -48,7 +48,7 @@ class Parser(ArgumentParser):
         if value:
             name, given = value.group(1), value.group(2).strip("[]")
             kind = next(getattr(action, "_typehint", None) for action in self._actions if action.dest == name)
-            if len(get_args(kind)) == 2 and get_args(kind)[1] is Ellipsis:  # of a list, the item is shown
+            if len(get_args(kind)) == 2 and get_args(kind)[1] is Ellipsis:  # for a list, the message shows the type of an item
                 kind = get_args(kind)[0]
             text = f"{name}: {given!r} is not {in_words(kind)}"
             hint = nearest(given, choices(kind))
@@ -61,12 +61,16 @@ class Parser(ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a verb; user errors end with one line and exit code 2, Ctrl-C with 130."""
+    """Run a command. User errors end with one line and exit code 2, Ctrl-C with 130.
+
+    Args:
+        arguments: the words after ``detdistill``; None: those of this process.
+    """
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
     except DetdistillError as error:
         _fail(str(error))
-    except BrokenPipeError:  # the reader of a pipe has seen enough; nothing may be flushed to it at the end
+    except BrokenPipeError:  # the reader closed the pipe; without this, Python would fail when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in DISK:
@@ -101,7 +105,7 @@ def _run(given: list[str]) -> None:
 
 
 def overview() -> str:
-    """What ``detdistill --help`` prints."""
+    """The text that ``detdistill --help`` prints."""
     width = max(len(verb) for verb in VERBS) + 2
     lines = [f"  {verb.replace('-', ' '):{width}}{summary}" for verb, (_, _, summary) in VERBS.items()]
     return "\n".join(
@@ -124,11 +128,11 @@ def _fail(text: str) -> NoReturn:
 
 
 def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
-    """What people type as jsonargparse wants it.
+    """Rewrite the typed arguments into the form that jsonargparse reads.
 
-    ``key=value`` as ``--key=value``, ``--baseline`` as ``--baseline=true``, ``--seeds 0,1,2`` as ``--seeds=[0,1,2]``, other
-    tools' names, dashes inside names, and ``--recipe NAME`` as the file it names. Files come first: what is typed wins
-    over what a file says, wherever it stands.
+    ``key=value`` becomes ``--key=value``, ``--baseline`` becomes ``--baseline=true``, ``--seeds 0,1,2`` becomes
+    ``--seeds=[0,1,2]``, and ``--recipe NAME`` becomes ``--config=FILE``. Names of other tools and dashes inside names are
+    replaced. Files are moved to the front, so that a typed value overrides a file's, wherever it is typed.
     """
     types = {action.dest: getattr(action, "_typehint", str) for action in parser._actions}
     positional = any(not action.option_strings for action in parser._actions)
@@ -146,7 +150,7 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
         name, value = ALIASES.get(match.group(1), match.group(1)).replace("-", "_"), match.group(2)
         wanted = types.get(name)
         flag = wanted is bool
-        # After a flag, only a truth value is surely not the positional argument that may follow.
+        # In a command with positional arguments, the word after a flag is the flag's value only if it is true or false.
         alone = flag and positional and waiting[:1] not in (["true"], ["false"])
         if value is None and waiting and not waiting[0].startswith("--") and not alone:
             value = waiting.pop(0)
@@ -166,10 +170,13 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
 
 
 def _checked_config(parser: Parser, path: Path) -> str:
-    """A settings file as jsonargparse wants it: its path, or its text under today's names.
+    """Check a settings file.
+
+    Returns:
+        What jsonargparse reads: the path of the file, or, if the file has names of earlier versions, its text with today's names.
 
     Raises:
-        DetdistillError: missing, no YAML, no settings in it, or a key that the command does not have.
+        DetdistillError: the file is missing, is not YAML, holds no settings, or has a key that the command does not have.
     """
     import yaml
 
@@ -178,7 +185,7 @@ def _checked_config(parser: Parser, path: Path) -> str:
     except OSError as error:
         raise DetdistillError(f"config: cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DetdistillError(f"config: {path} is no YAML: {error}") from error
+        raise DetdistillError(f"config: {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict) or not content:
         raise DetdistillError(f"config: {path} holds no settings; write lines such as `epochs: 12`")
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config", "recipe")]
@@ -189,10 +196,10 @@ def _checked_config(parser: Parser, path: Path) -> str:
     return str(path) if today == content else yaml.safe_dump(today)
 
 
-# ------------------------------------------------------------------------------------------------------- the verbs
+# ---------------------------------------------------------------------------------------------------- the commands
 
 
-FRACTIONS = "; AP and the other scores are fractions 0..1 there, -1 where undefined"
+FRACTIONS = "; in it, AP and the other scores are fractions 0..1, and -1 where undefined"
 
 
 def _json_flag(parser: Parser, more: str = "") -> None:
@@ -206,7 +213,7 @@ def _show(
     document: Callable[[T], dict[str, Any]],
     out: Path | None = None,
 ) -> None:
-    """Make a result and print it: for people, or with ``--json`` as one document, which is also written to ``out``."""
+    """Compute a result and print it: as text, or with ``--json`` as one JSON document. ``out`` always gets the JSON document."""
     if chosen.json:
         with contextlib.redirect_stdout(sys.stderr):  # libraries print there too, e.g. when they download weights
             made = make()
@@ -223,7 +230,9 @@ def _show(
 def _train_flags(parser: Parser) -> None:
     parser.add_argument("--model", type=str, required=True, help="detector:backbone[,key=value ...] or torchvision:NAME")
     parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
-    parser.add_argument("--role", type=Literal["train", "teacher", "baseline"], default="train", help="what reports call it")
+    parser.add_argument(
+        "--role", type=Literal["train", "teacher", "baseline"], default="train", help="name of the run in reports"
+    )
     parser.add_class_arguments(TrainSettings, None)
 
 
@@ -240,11 +249,11 @@ def _distill_flags(parser: Parser) -> None:
         "--teacher",
         type=str | None,
         default=None,
-        help="run folder, checkpoint, or torchvision:NAME,weights=...; not with --cache, nor for dicod",
+        help="run folder, checkpoint, or torchvision:NAME,weights=...; leave it out with --cache and for dicod",
     )
     parser.add_argument("--student", type=str, required=True, help="detector:backbone[,key=value ...] or torchvision:NAME")
     parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
-    parser.add_argument("--recipe", type=str | None, default=None, help="start from these settings; see `detdistill recipes`")
+    parser.add_argument("--recipe", type=str | None, default=None, help="name of ready-made settings; see `detdistill recipes`")
     parser.add_class_arguments(DistillSettings, None)
 
 
@@ -261,9 +270,11 @@ def _distill(chosen: Namespace) -> None:
 
 def _cache_flags(parser: Parser) -> None:
     parser.add_argument("--teacher", type=str, required=True, help="run folder, checkpoint, or torchvision:NAME,weights=...")
-    parser.add_argument("--out", type=str, required=True, help="folder or URL (s3://...) of the cache; an unfinished one goes on")
+    parser.add_argument(
+        "--out", type=str, required=True, help="folder or URL (s3://...) of the cache; an unfinished cache is continued"
+    )
     parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
-    parser.add_argument("--student", type=str | None, default=None, help="that of the run; needed where a method asks for one")
+    parser.add_argument("--student", type=str | None, default=None, help="student of the later runs; some methods need it")
     parser.add_class_arguments(CacheSettings, None, skip=set(names_where(CacheSettings, "cache", False)))
 
 
@@ -274,15 +285,17 @@ def _cache(chosen: Namespace) -> None:
     if not chosen.dry_run:
         _say(
             f"cache {made.folder}: {made.records} records as {made.store}"
-            + ("" if made.complete else "; others are still written")
+            + ("" if made.complete else "; other processes are still writing")
         )
 
 
 def _verify_flags(parser: Parser) -> None:
     parser.add_argument("out", type=str, help="folder or URL of a cache")
-    parser.add_argument("--teacher", type=str | None, default=None, help="compare with this teacher; none: checksums only")
-    parser.add_argument("--data", type=str | None, default=None, help="the training data, where it is not where it was")
-    parser.add_argument("--records", type=int, default=20, help="how many are compared")
+    parser.add_argument("--teacher", type=str | None, default=None, help="compare with this teacher; none: only checksums")
+    parser.add_argument(
+        "--data", type=str | None, default=None, help="the training data, if it was moved since the cache was made"
+    )
+    parser.add_argument("--records", type=int, default=20, help="number of records that are compared")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
 
 
@@ -296,8 +309,8 @@ def _eval_flags(parser: Parser) -> None:
     parser.add_argument("--model", type=str, required=True, help="run folder, student folder, or torchvision:NAME,weights=...")
     parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
     parser.add_argument("--split", type=Literal["val", "test", "train"], default="val")
-    parser.add_argument("--batch", type=int, default=8, help="images at a time")
-    parser.add_argument("--size", type=int | None, default=None, help="side of the images; none: that of the run")
+    parser.add_argument("--batch", type=int, default=8, help="images per batch")
+    parser.add_argument("--size", type=int | None, default=None, help="side of the images in pixels; none: the run's size")
     parser.add_argument("--resize", type=Literal["letterbox", "stretch", "short_side"] | None, default=None)
     parser.add_argument("--max_size", type=int | None, default=None)
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
@@ -322,21 +335,21 @@ def _predict_flags(parser: Parser) -> None:
     parser.add_argument("--model", type=str, required=True, help="run folder, student folder, or torchvision:NAME,weights=...")
     parser.add_argument("--images", type=Path, required=True, help="an image or a folder of images")
     parser.add_argument("--out", type=Path, required=True, help="folder for drawn images and detections.json")
-    parser.add_argument("--score", type=float, default=0.3, help="least score drawn")
-    parser.add_argument("--size", type=int | None, default=None, help="side of the images; none: that of the run")
+    parser.add_argument("--score", type=float, default=0.3, help="boxes below this score are neither drawn nor written")
+    parser.add_argument("--size", type=int | None, default=None, help="side of the images in pixels; none: the run's size")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
 
 
 def _predict(chosen: Namespace) -> None:
     from detdistill import api
 
-    _say(f"drawn in {api.predict(**_plain(chosen))}")
+    _say(f"drawn images and detections.json are in {api.predict(**_plain(chosen))}")
 
 
 def _compare_flags(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", type=str, help="run folders, or folders that hold them")
     parser.add_argument("--metric", type=str, default="AP", help="one of the 12 COCO numbers")
-    parser.add_argument("--allow_unequal", type=bool, default=False, help="compare although budgets differ")
+    parser.add_argument("--allow_unequal", type=bool, default=False, help="compare runs whose budgets differ")
     parser.add_argument("--out", type=Path | None, default=None, help="also write the result to this JSON file")
     _json_flag(parser, FRACTIONS)
 
@@ -350,7 +363,7 @@ def _compare(chosen: Namespace) -> None:
 
 def _report_flags(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", type=str, help="run folders, or folders that hold them")
-    parser.add_argument("--out", type=Path | None, default=None, help="the page; none: report.html in the first folder")
+    parser.add_argument("--out", type=Path | None, default=None, help="path of the page; none: report.html in the first folder")
 
 
 def _report(chosen: Namespace) -> None:
@@ -361,12 +374,14 @@ def _report(chosen: Namespace) -> None:
 
 def _demo_flags(parser: Parser) -> None:
     parser.add_argument("--out", type=Path | None, default=None, help="folder; none: a new one under runs/")
-    parser.add_argument("--seeds", type=tuple[int, ...], default=(0,), help="seeds of the students; 0,1,2 prove the gain")
-    parser.add_argument("--method", type=str, default="pkd", help="any method, or several: fgd+pkd")
+    parser.add_argument(
+        "--seeds", type=tuple[int, ...], default=(0,), help="seeds of the students; a proof of the gain needs several, e.g. 0,1,2"
+    )
+    parser.add_argument("--method", type=str, default="pkd", help="one method, or several: fgd+pkd")
     parser.add_argument("--train_images", type=int, default=2000)
     parser.add_argument("--val_images", type=int, default=400)
     parser.add_argument("--teacher_epochs", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=3, help="of the students")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of the students")
 
 
 def _demo(chosen: Namespace) -> None:
@@ -376,12 +391,12 @@ def _demo(chosen: Namespace) -> None:
 
 
 def _methods_flags(parser: Parser) -> None:
-    build = "without --{}: for one of the same build"
+    build = "without --{0}: with a {0} of the same build"
     parser.add_argument(
-        "--teacher", type=str | None, default=None, help=f"say which methods serve this teacher; {build.format('student')}"
+        "--teacher", type=str | None, default=None, help=f"show which methods work with this teacher; {build.format('student')}"
     )
     parser.add_argument(
-        "--student", type=str | None, default=None, help=f"say which methods serve this student; {build.format('teacher')}"
+        "--student", type=str | None, default=None, help=f"show which methods work with this student; {build.format('teacher')}"
     )
     _json_flag(parser)
 
@@ -448,29 +463,29 @@ def _inspect(chosen: Namespace) -> None:
 Describe = Callable[[Parser], None]
 Act = Callable[[Namespace], None]
 VERBS: dict[str, tuple[Describe, Act, str]] = {
-    "demo": (_demo_flags, _demo, "the embedded example, from data to report, in minutes on a CPU"),
+    "demo": (_demo_flags, _demo, "run the built-in example, from data to report, in minutes on a CPU"),
     "train": (_train_flags, _train, "train a detector alone: a teacher or a baseline"),
-    "distill": (_distill_flags, _distill, "distil a teacher into a student, and prove what it gave"),
-    "cache": (_cache_flags, _cache, "write down what a teacher says, so that runs need not run it"),
+    "distill": (_distill_flags, _distill, "distil a teacher into a student, and measure the gain"),
+    "cache": (_cache_flags, _cache, "store a teacher's outputs, so that later runs need no teacher"),
     "cache-verify": (_verify_flags, _verify, "check a cache's checksums, and compare it with its teacher"),
-    "eval": (_eval_flags, _eval, "the 12 COCO numbers and the AP of each class"),
-    "predict": (_predict_flags, _predict, "draw what a detector finds"),
+    "eval": (_eval_flags, _eval, "compute the 12 COCO numbers and the AP of each class"),
+    "predict": (_predict_flags, _predict, "draw a detector's boxes on images"),
     "compare": (_compare_flags, _compare, "pair runs by seed: gain, 95 % interval, verdict"),
-    "report": (_report_flags, _report, "one self-contained HTML page about runs"),
-    "methods": (_methods_flags, _methods, "the distillation methods, and which serve a pair"),
-    "detectors": (_json_flag, _detectors, "the detectors and what they can do"),
-    "recipes": (_json_flag, _recipes, "ready-made settings for --recipe"),
-    "cite": (_cite_flags, _cite, "BibTeX of a method"),
-    "data-inspect": (_inspect_flags, _inspect, "counts, sizes, class balance and every defect of a data set"),
+    "report": (_report_flags, _report, "write one self-contained HTML page about runs"),
+    "methods": (_methods_flags, _methods, "list the methods, and which of them work with a pair"),
+    "detectors": (_json_flag, _detectors, "list the detectors and their capabilities"),
+    "recipes": (_json_flag, _recipes, "list the ready-made settings for --recipe"),
+    "cite": (_cite_flags, _cite, "print the BibTeX of a method"),
+    "data-inspect": (_inspect_flags, _inspect, "show counts, sizes, class balance and every defect of a data set"),
 }
-"""Each verb: its flags, what it does, one line about it."""
+"""Each command: the function that adds its flags, the function that runs it, and its summary in one line."""
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe.
+    """Path of a recipe's YAML file.
 
     Raises:
-        DetdistillError: no such recipe.
+        DetdistillError: there is no recipe of this name.
     """
     folder = Path(__file__).parent / "recipes"
     names = sorted(path.stem for path in folder.glob("*.yaml"))
@@ -482,10 +497,10 @@ def recipe_path(name: str) -> Path:
 
 
 def _plain(chosen: Namespace) -> dict[str, Any]:
-    """The values as keyword arguments."""
+    """The chosen values as keyword arguments for a Python function."""
     return {key: value for key, value in vars(chosen).items() if key not in ("config", "json", "recipe", "__path__")}
 
 
 def _say(text: str) -> None:
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the further processes of a distributed run keep quiet
-        print(text, flush=True)  # here, where a closed pipe is no error
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # only the first process of a distributed run prints
+        print(text, flush=True)  # flushed here, where ``main`` still catches a closed pipe

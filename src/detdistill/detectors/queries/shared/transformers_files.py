@@ -159,7 +159,7 @@ def read_statistics(source: str | Path) -> dict[str, Any]:
 
 
 def is_offline(source: str | Path) -> bool:
-    """True for a folder, and when the hub does not answer within 5 s. (The library would retry for minutes.)"""
+    """True for a folder, and when the hub does not answer within 5 s (the library would retry for minutes)."""
     if Path(source).is_dir():
         return True
     try:

@@ -148,7 +148,8 @@ def refuse_lost_activations(body: nn.Module, backbone: str) -> None:
         is_constant_norm(module) for module in body.modules()
     ):
         raise ModelError(
-            f"backbone {backbone}: transformers would replace its norms and lose the activations in them; take a resnet, or rt_detr"
+            f"backbone {backbone}: transformers would replace its norms and lose the activations in them; "
+            "take a resnet, or rt_detr"
         )
 
 
