@@ -1,19 +1,21 @@
 """Reader of YOLO data: a ``data.yaml``, and for each image a text file of rows ``class cx cy width height``.
 
-Coordinates are fractions of the image size. Rows with more than five values are polygons: their tight box is the object's
-box, and the polygon is kept as its mask. An image without a label file, or with an empty one, has no objects. This is not a
-defect.
+Coordinates are fractions of the image size. What longer rows hold is decided for the whole data set (``yolo_rows``): polygons
+give their tight box, and the polygon is kept as the object's mask. An image without a label file, or with an empty one, has no
+objects. This is not a defect. An image whose rows cannot be read, or whose label file may be one of another name, is left out:
+it would be trained on as an image without objects.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from detdistill.data.records import (
     IMAGE_SUFFIXES,
@@ -27,15 +29,21 @@ from detdistill.data.records import (
     listed,
     relative,
 )
-from detdistill.errors import DataError
+from detdistill.data.text import read_text, read_yaml
+from detdistill.data.yolo_labels import Labels, label_path, spellings
+from detdistill.data.yolo_rows import TASKS, Row, RowForm, Task, form_of, parse_rows
+from detdistill.errors import DataError, nearest
 
 KEYS: dict[SplitName, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+MAX_CLASSES = 50_000
+NOTHING = frozenset({"", "~", "null", "Null", "NULL"})
+"""Plain YAML texts that say that a key has no value."""
 
 
 def find_yolo(path: Path) -> Path | None:
     """Find the YOLO YAML file of a folder, or return ``path`` if it is such a file; None if there is none.
 
-    A YOLO file has the key ``train`` or ``val`` and the key ``names`` or ``nc``.
+    A YOLO file has the key of a split (``train``, ``val``, ``test``) and the key ``names`` or ``nc``.
 
     Raises:
         DataError: the folder has several such files.
@@ -50,10 +58,14 @@ def find_yolo(path: Path) -> Path | None:
 
 def _looks_like_yolo(file: Path) -> bool:
     """Look for the keys at the beginnings of lines, without parsing, so that a broken YAML file is recognised too."""
-    if file.stat().st_size > 10_000_000:
+    if not file.is_file() or file.stat().st_size > 10_000_000:
         return False
-    keys = {line.split(":")[0].strip("'\" ") for line in file.read_text("utf-8", "replace").splitlines() if ":" in line}
-    return bool(keys & {"train", "val"}) and bool(keys & {"names", "nc"})
+    try:
+        text = read_text(file)
+    except DataError:
+        text = file.read_bytes().replace(b"\0", b"").decode("utf-8", "replace")
+    keys = {line.split(":")[0].strip("'\" {") for line in text.splitlines() if ":" in line}
+    return bool(keys & {key for split in KEYS.values() for key in split}) and bool(keys & {"names", "nc"})
 
 
 def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
@@ -61,102 +73,231 @@ def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
 
     Args:
         file: the YAML file. Keys: ``train``, ``val`` and optionally ``test`` (each a folder, a text file that lists images,
-            or a list of these); ``names`` (list or mapping) or ``nc``; optionally ``path``, the base folder of the others.
+            or a list of these); ``names`` (list or mapping) or ``nc``; optionally ``path``, the base folder of the others;
+            ``kpt_shape`` or ``task`` (detect, segment, pose, obb), which say what rows with more than four values hold.
 
     Returns:
         The sets by split, and notes for the user.
 
     Raises:
-        DataError: broken YAML, different numbers of classes in names and nc, or a folder that does not exist, has no images
-            or has no labels.
+        DataError: broken YAML, different numbers of classes in names and nc, rows that can be read in two ways, or a folder of
+            train or val that does not exist, has no images or has no labels.
     """
     config = _load(file)
     classes = _classes(file, config)
+    task, points = _task(file, config), _points(file, config)
     root = file.parent
     bases = [root / str(config["path"])] if config.get("path") else []
-    bases = [Path(os.path.abspath(base)) for base in dict.fromkeys((*bases, root)) if base.is_dir()]
+    bases = [Path(os.path.abspath(base)) for base in dict.fromkeys((*bases, root)) if os.path.isdir(base)]
     notes: list[str] = []
-    keypoints = bool(config.get("kpt_shape"))
+    labels = Labels()
+    paths = _paths_by_split(file, config, bases, labels, notes)
+    ids = image_ids(paths.values())
+    defects: dict[SplitName, list[Defect]] = {name: [] for name in paths}
+    rows = {name: _rows(each, labels, root, ids, defects[name]) for name, each in paths.items()}
+    every = [row for split in rows.values() for image in split.values() for row in image]
+    form, note = form_of(str(file), every, task, points)
+    notes += [note] if note else []
+    shift = _counts_from_one(every, len(classes))
+    if shift:
+        notes.append(f"class 0 never occurs and class {len(classes)} does, so {shift}: subtract 1 from the class of each row")
+    mixed = sum(len({len(row.values) == 4 for row in image if row.values}) == 2 for s in rows.values() for image in s.values())
+    if mixed and form.polygon:
+        notes.append(f"{mixed} label files mix boxes and polygons: all are read here, but Ultralytics leaves out such files")
+    sets: dict[SplitName, DetectionSet] = {}
+    for name in paths:
+        found = defects[name]
+        images = []
+        for path, each in rows.pop(name).items():
+            where = relative(labels.of(path) or label_path(path), root)
+            boxes = _boxes(each, form, where, len(classes), shift, found)
+            if each and not boxes:
+                message = f"none of its {len(each)} rows can be read, so it is no image without objects"
+                found.append(Defect("unreadable labels", where, f"image {ids[path]}", message, "image"))
+            else:
+                images.append(RawImage(ids[path], path, boxes, where, fractions=True))
+        sets[name] = assemble(name, "yolo", root, classes, images, found)
+    return sets, notes
+
+
+# ---------------------------------------------------------------------------------------------------- the YAML file
+
+
+def _load(file: Path) -> dict[str, Any]:
+    config = read_yaml(file)
+    if not isinstance(config, dict):
+        raise DataError(f"{file}: not a mapping; a data.yaml has the keys train, val and names")
+    # Class names stay as written, whatever they look like; everywhere else a null is a null.
+    return {
+        str(key): None if key != "names" and isinstance(value, str) and value in NOTHING else value
+        for key, value in config.items()
+    }
+
+
+def _integer(value: Any) -> int | None:
+    """The integer that a value stands for, also one written as text; None: it stands for none."""
+    text = str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    return int(text.split(".")[0]) if re.fullmatch(r"[0-9]{1,9}(\.0*)?", text) else None
+
+
+def _classes(file: Path, config: dict[str, Any]) -> tuple[str, ...]:
+    names, stated = config.get("names"), config.get("nc")
+    count = _integer(stated)
+    if stated is not None and count is None:
+        raise DataError(f"{file}: nc is {reprlib.repr(stated)}; it must be the number of classes")
+    if max(count or 0, len(names) if isinstance(names, list | dict) else 0) > MAX_CLASSES:
+        raise DataError(f"{file}: more than {MAX_CLASSES} classes (nc: {stated}); correct nc and names")
+    if isinstance(names, dict):
+        by_index = {_integer(key): name for key, name in names.items()}
+        if set(by_index) != set(range(len(names))):
+            shown = listed(f"{key!s:.40}" for key in names)
+            raise DataError(f"{file}: names must be numbered 0 to {len(names) - 1} without gaps; they are {shown}")
+        names = [by_index[index] for index in range(len(names))]
+    elif names is None and count:
+        names = [f"class{index}" for index in range(count)]
+    if not isinstance(names, list) or not names:
+        raise DataError(
+            f"{file}: names is {reprlib.repr(names)}; it must be a list of class names or a mapping from 0, 1, ... to them"
+        )
+    if count is not None and count != len(names):
+        raise DataError(f"{file}: nc says {count} classes but names has {len(names)}; correct one of them")
+    for index, name in enumerate(names):
+        if isinstance(name, list | dict | set | bytes) or name is None or not str(name).strip() or not _printable(str(name)):
+            raise DataError(f"{file}: the name of class {index} is {reprlib.repr(name)}; give it a text")
+    classes = tuple(map(str, names))
+    twice = sorted(name for name, number in Counter(classes).items() if number > 1)
+    if twice:
+        raise DataError(f"{file}: class names occur twice: {listed(twice)}; make them unique")
+    return classes
+
+
+def _printable(text: str) -> bool:
+    """No half of a surrogate pair, which no file and no terminal can hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _task(file: Path, config: dict[str, Any]) -> Task | None:
+    said = config.get("task")
+    if said is None:
+        return None
+    known = next((task for task in TASKS if task == said), None)
+    if known is None:
+        raise DataError(f"{file}: task is {reprlib.repr(said)}{nearest(str(said)[:40], TASKS)}; use one of {listed(TASKS)}")
+    return known
+
+
+def _points(file: Path, config: dict[str, Any]) -> tuple[int, int] | None:
+    shape = config.get("kpt_shape")
+    if shape is None:
+        return None
+    numbers = [_integer(value) for value in shape] if isinstance(shape, list) else []
+    if len(numbers) != 2 or not numbers[0] or numbers[1] not in (2, 3):
+        raise DataError(f"{file}: kpt_shape is {reprlib.repr(shape)}; it must be [number of points, 2 or 3 values of each]")
+    return numbers[0], numbers[1]
+
+
+# ------------------------------------------------------------------------------------------------------- image files
+
+
+def _paths_by_split(
+    file: Path, config: dict[str, Any], bases: list[Path], labels: Labels, notes: list[str]
+) -> dict[SplitName, list[Path]]:
+    """Images of each split that can be used; for the others an error, or a note if the split is not needed."""
     paths: dict[SplitName, list[Path]] = {}
     for name, keys in KEYS.items():
         entry = next((config[key] for key in keys if config.get(key)), None)
         if entry is None:
             continue
-        paths[name] = sorted(_image_paths(file, name, entry, bases))
-        if not paths[name]:
-            raise DataError(f"{file}: {name}: no images in {entry!r}; looked for {listed(sorted(IMAGE_SUFFIXES))}")
-    ids = image_ids(paths.values())
-    sets: dict[SplitName, DetectionSet] = {}
-    for name, each in paths.items():
-        unlabelled = [path for path in each if not label_path(path).is_file()]
-        if len(unlabelled) == len(each) and name == "test":
+        each, problem = _images_of(file, name, entry, bases)
+        unlabelled = sum(labels.of(path) is None for path in each)
+        if problem and not (name == "test" or (name == "val" and problem.empty)):
+            raise DataError(problem.text)
+        if problem:
+            notes.append(f"{problem.text}: there is no {name} split")
+        elif unlabelled == len(each) and name == "test":
             notes.append(f"none of the {len(each)} test images has a label file: there is no test split")
-            continue
-        if len(unlabelled) == len(each):
+        elif unlabelled == len(each):
             raise DataError(f"{file}: {name}: no image has a label file; looked for files such as {label_path(each[0])}")
-        if unlabelled:
-            notes.append(
-                f"{len(unlabelled)} of {len(each)} {name} images have no label file: they count as images without objects"
-            )
-        defects = _orphans(each, root)
-        images = [_raw_image(ids[path], path, root, len(classes), keypoints, defects) for path in each]
-        sets[name] = assemble(name, "yolo", root, classes, images, defects)
-    return sets, notes
+        else:
+            paths[name] = each
+        if name in paths and unlabelled:
+            notes.append(f"{unlabelled} of {len(each)} {name} images have no label file: they count as images without objects")
+    _note_outside(paths, bases, notes)
+    return paths
 
 
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise DataError(f"{file}: not valid YAML{place}: {error.problem}; fix that line") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not valid YAML: {' '.join(str(error).split())}; save it as UTF-8 text") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{file}: not a mapping; a data.yaml has the keys train, val and names")
-    return config
+class _Problem:
+    """Why a split has no images."""
+
+    def __init__(self, text: str, empty: bool) -> None:
+        self.text = text
+        self.empty = empty
+        """The folder or list is there and has nothing in it."""
 
 
-def _classes(file: Path, config: dict[str, Any]) -> tuple[str, ...]:
-    names, count = config.get("names"), config.get("nc")
-    if isinstance(names, dict):
-        if set(names) != set(range(len(names))):
-            raise DataError(
-                f"{file}: names must be numbered 0 to {len(names) - 1} without gaps; they are {listed(map(str, names))}"
-            )
-        names = [names[index] for index in range(len(names))]
-    elif names is None and isinstance(count, int):
-        names = [f"class{index}" for index in range(count)]
-    if not isinstance(names, list) or not names:
-        raise DataError(f"{file}: names is {names!r}; it must be a list of class names or a mapping from 0, 1, ... to them")
-    if count is not None and count != len(names):
-        raise DataError(f"{file}: nc says {count} classes but names has {len(names)}; correct one of them")
-    classes = tuple(map(str, names))
-    if len(set(classes)) < len(classes):
-        twice = sorted({name for name in classes if classes.count(name) > 1})
-        raise DataError(f"{file}: class names occur twice: {listed(twice)}; make them unique")
-    return classes
-
-
-def _image_paths(file: Path, split: SplitName, entry: Any, bases: list[Path]) -> Iterator[Path]:
-    """All images of a split's entry."""
+def _images_of(file: Path, split: SplitName, entry: Any, bases: list[Path]) -> tuple[list[Path], _Problem | None]:
+    """All images of a split's entry, sorted."""
+    found: list[Path] = []
+    empty = True
     for part in entry if isinstance(entry, list) else [entry]:
-        place = _resolve(file, split, str(part), bases)
-        if place.is_dir():
-            for folder, _, names in os.walk(place, followlinks=True):
-                yield from (Path(folder, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+        if not isinstance(part, str):
+            raise DataError(f"{file}: {split} is {reprlib.repr(entry)}; it must be a folder, a text file, or a list of these")
+        place = _resolve(part, bases)
+        if isinstance(place, list):
+            tried = listed(map(str, place), 4)
+            return [], _Problem(
+                f"{file}: {split}: {part:.200} does not exist; looked at {tried}; correct 'path' or '{split}'", False
+            )
+        if os.path.isdir(place):
+            found += _walk(place)
+            empty &= not any(not item.name.startswith(".") for item in place.iterdir())
+        elif place.suffix.lower() in IMAGE_SUFFIXES:
+            found.append(place)
+        else:
+            lines = [line.strip() for line in read_text(place).splitlines() if line.strip()]
+            found += [_listed_image(line, place, bases) for line in lines]
+            empty &= not lines
+    if found:
+        return sorted(found), None
+    looked = "it is empty" if empty else f"looked for {listed(sorted(IMAGE_SUFFIXES))}"
+    return [], _Problem(f"{file}: {split}: no images in {reprlib.repr(entry)}; {looked}", empty)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Images in a folder and its subfolders; links are followed, but each real folder and file is found once."""
+    folders, linked = [folder], []
+    seen: set[str] = set()
+    while folders or linked:
+        place = folders.pop() if folders else linked.pop()
+        real = os.path.realpath(place)
+        if real in seen:
             continue
-        for line in place.read_text(encoding="utf-8-sig").splitlines():
-            if line.strip():
-                # A line that begins with a dot is relative to the list's folder, any other to the data set's folder.
-                listed_path = Path(line.strip().replace("\\", "/"))
-                choices = [place.parent / listed_path, *(base / listed_path for base in bases)]
-                yield next((choice for choice in choices if choice.is_file()), choices[0 if line.startswith(".") else -1])
+        seen.add(real)
+        try:
+            items = sorted(os.scandir(place), key=lambda item: item.name, reverse=True)
+        except OSError as error:
+            raise DataError(f"{place}: the folder cannot be read: {error.strerror}; check its permissions") from error
+        for item in items:
+            if item.is_dir():
+                (linked if item.is_symlink() else folders).append(Path(item.path))
+            elif os.path.splitext(item.name)[1].lower() in IMAGE_SUFFIXES and (item.is_file() or item.is_symlink()):
+                yield Path(item.path)
 
 
-def _resolve(file: Path, split: SplitName, entry: str, bases: list[Path]) -> Path:
-    """An entry of the YAML file as an existing path.
+def _listed_image(line: str, file: Path, bases: list[Path]) -> Path:
+    """Path of an image in a list; if the file does not exist, the path where it is expected."""
+    # A line that begins with a dot is relative to the list's folder, any other to the data set's folder.
+    text = line.replace("\\", "/")
+    places = [file.parent, *bases]
+    for spelling in spellings(text):
+        for place in places:
+            if os.path.isfile(place / spelling):
+                return place / spelling
+    return places[0 if line.startswith(".") else -1] / text
+
+
+def _resolve(entry: str, bases: list[Path]) -> Path | list[Path]:
+    """An entry of the YAML file as an existing path, or the paths that were tried.
 
     Roboflow writes ``../train/images`` for the folder ``train/images`` beside the file, so leading ``../`` are dropped if
     the path does not exist with them.
@@ -167,80 +308,97 @@ def _resolve(file: Path, split: SplitName, entry: str, bases: list[Path]) -> Pat
         bare = bare.split("/", 1)[1]
     tried = list(dict.fromkeys(base / choice for choice in (text, bare) for base in bases))
     for place in tried:
-        if place.exists():
+        if os.path.exists(place):
             # Links are not resolved: the labels lie beside the link, not beside its target.
             return Path(os.path.abspath(place))
-    raise DataError(
-        f"{file}: {split}: {entry} does not exist; looked at {listed(map(str, tried), 4)}; correct 'path' or '{split}'"
-    )
+    return tried
 
 
-def label_path(image: Path) -> Path:
-    """Path of an image's label file: the last folder named ``images`` becomes ``labels``; else the file beside the image."""
-    parts = list(image.parts)
-    for index in range(len(parts) - 2, -1, -1):
-        if parts[index] == "images":
-            parts[index] = "labels"
-            break
-    labels, beside = Path(*parts).with_suffix(".txt"), image.with_suffix(".txt")
-    return beside if beside.is_file() and not labels.is_file() else labels
+def _note_outside(paths: dict[SplitName, list[Path]], bases: list[Path], notes: list[str]) -> None:
+    """Say that images lie outside the folders of the data set: links, ``../`` and absolute paths lead there."""
+    inside = [Path(os.path.realpath(base)) for base in bases]
+    real: dict[Path, Path] = {}
+    outside: list[Path] = []
+    for path in dict.fromkeys(path for each in paths.values() for path in each):
+        if path.parent not in real:
+            real[path.parent] = Path(os.path.realpath(path.parent))
+        target = Path(os.path.realpath(path)) if os.path.islink(path) else real[path.parent]
+        if not any(target.is_relative_to(base) for base in inside):
+            outside.append(path)
+    if outside:
+        notes.append(f"{len(outside)} images lie outside {listed(map(str, bases))}, e.g. {os.path.realpath(outside[0])}")
 
 
-def _orphans(images: list[Path], root: Path) -> list[Defect]:
-    """Defects for label files without an image of the same name in the image folder."""
-    folders = {label_path(path).parent: path.parent for path in images}
-    defects = []
-    for labels, folder in sorted(folders.items()):
-        stems = {path.stem for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES} if folder.is_dir() else set()
-        if labels == folder or not labels.is_dir():
+# ------------------------------------------------------------------------------------------------------- label files
+
+
+def _rows(images: list[Path], labels: Labels, root: Path, ids: dict[Path, int], defects: list[Defect]) -> dict[Path, list[Row]]:
+    """Rows of the images' label files. Images whose file cannot be read, or may have another name, become defects."""
+    rows: dict[Path, list[Row]] = {}
+    real: set[str] = set()
+    for place, orphan in labels.orphans(images):
+        message = f"there is no image of this name in {relative(place, root)}"
+        defects.append(Defect("missing file", relative(orphan, root), "image", message, "image"))
+    for path in images:
+        label = labels.of(path)
+        target = os.path.realpath(path) if os.path.islink(path) else ""
+        if target and (target in real or Path(target) in rows):
+            message = f"a link to {relative(Path(target), root)}, which is in this split already"
+            defects.append(Defect("duplicate image", relative(path, root), f"image {ids[path]}", message, "image"))
             continue
-        for file in sorted(labels.glob("*.txt")):
-            if file.stem not in stems and file.name != "classes.txt":
-                message = f"there is no image of this name in {relative(folder, root)}"
-                defects.append(Defect("missing file", relative(file, root), "image", message, "image"))
-    return defects
-
-
-def _raw_image(number: int, path: Path, root: Path, num_classes: int, keypoints: bool, defects: list[Defect]) -> RawImage:
-    """Read an image's label file; malformed rows are added to ``defects``."""
-    labels = label_path(path)
-    where = relative(labels, root)
-    try:
-        text = labels.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        text = ""
-    except UnicodeDecodeError as error:
-        raise DataError(f"{labels}: not UTF-8 text at byte {error.start}; export the labels again") from error
-    boxes = []
-    for row, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        record = f"row {row}"
+        real.add(target)
+        if label is None:
+            doubt = labels.doubt(path)
+            if doubt is not None:
+                message = f"has no label file of its name; {relative(doubt, root)} has no image and may be it: rename the file"
+                defects.append(Defect("missing labels", relative(path, root), f"image {ids[path]}", message, "image"))
+                continue
         try:
-            label, *values = map(float, line.split())
-        except ValueError:
-            values = []
-        if keypoints:
-            values = values[:4]
-        if len(values) != 4 and (len(values) < 6 or len(values) % 2):
-            message = f"{line.strip()[:40]!r} is neither 'class cx cy width height' nor 'class x1 y1 x2 y2 x3 y3 ...'"
-            defects.append(Defect("malformed record", where, record, message, "box"))
-            continue
-        if not label.is_integer() or not 0 <= label < num_classes:
-            message = f"class {label:g} is not in 0 .. {num_classes - 1}"
-            defects.append(Defect("unknown class", where, record, message, "box"))
-            continue
-        if max(values) > 2 and all(map(math.isfinite, values)):
-            message = f"values up to {max(values):g}: coordinates must be fractions of width and height, not pixels"
-            defects.append(Defect("not normalised", where, record, message, "box"))
-            continue
-        boxes.append(_raw_box(values, int(label), record))
-    return RawImage(number, path, boxes, where, fractions=True)
+            rows[path] = [] if label is None else parse_rows(read_text(label))
+        except DataError as error:
+            message = str(error).removeprefix(f"{label}: ")
+            defects.append(Defect("unreadable labels", relative(label or path, root), f"image {ids[path]}", message, "image"))
+    return rows
 
 
-def _raw_box(values: list[float], label: int, record: str) -> RawBox:
+def _counts_from_one(rows: Iterable[Row], num_classes: int) -> str:
+    """A sentence if the classes of the rows count from 1, as some converters write them: 0 is never used, K is."""
+    used = {row.label for row in rows}
+    return "the rows seem to count classes from 1" if 0 not in used and num_classes in used else ""
+
+
+def _boxes(rows: list[Row], form: RowForm, where: str, num_classes: int, shift: str, defects: list[Defect]) -> list[RawBox]:
+    """Boxes of one image; malformed rows are added to ``defects``."""
+    boxes = []
+
+    def report(kind: str, row: Row, message: str) -> None:
+        defects.append(Defect(kind, where, f"row {row.number}", message, "box"))
+
+    for row in rows:
+        values = form.shape(row.values)
+        if values is None:
+            expected = "'class cx cy width height' or 'class x1 y1 x2 y2 x3 y3 ...'"
+            expected += f"; the set's rows are {form.name}" if len(row.values) > 4 else ""
+            report("malformed record", row, f"{row.text[:40]!r} with {len(row.values)} values after the class is not {expected}")
+        elif not row.label.is_integer() or not 0 <= row.label < num_classes:
+            more = f"; {shift}" if shift and row.label == num_classes else ""
+            report("unknown class", row, f"class {row.label:g} is not in 0 .. {num_classes - 1}{more}")
+        elif not all(map(math.isfinite, values)):
+            report("not finite", row, f"{row.text[:40]!r} has a coordinate that is not a finite number")
+        elif max(values) > 2:
+            report(
+                "not normalised",
+                row,
+                f"values up to {max(values):g}: coordinates must be fractions of width and height, not pixels",
+            )
+        else:
+            boxes.append(_raw_box(values, int(row.label), f"row {row.number}"))
+    return boxes
+
+
+def _raw_box(values: Any, label: int, record: str) -> RawBox:
     if len(values) == 4:
         cx, cy, width, height = values
         return RawBox((cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2), label, record)
     xs, ys = values[0::2], values[1::2]
-    return RawBox((min(xs), min(ys), max(xs), max(ys)), label, record, segmentation=[values])
+    return RawBox((min(xs), min(ys), max(xs), max(ys)), label, record, segmentation=[list(values)])
