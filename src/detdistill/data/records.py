@@ -13,13 +13,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from detdistill.data.outlines import usable_outline
 from detdistill.errors import DataError
 
 SplitName = Literal["train", "val", "test"]
@@ -53,6 +54,18 @@ class Record:
         return len(self.labels)
 
 
+BROKEN_FILE = "broken annotation file"
+"""Kind of the defect of an annotation file that cannot be parsed; training refuses it, ``data inspect`` lists it."""
+SHOWN_CHARACTERS = 500
+"""Texts of defects are cut to this length."""
+
+
+def showable(text: str) -> str:
+    """The text in one line that every terminal can show: control characters are escaped, the end of a long text is cut."""
+    escaped = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+    return escaped if len(escaped) <= SHOWN_CHARACTERS else f"{escaped[:SHOWN_CHARACTERS]} ..."
+
+
 @dataclass(frozen=True)
 class Defect:
     """An error in the data, and how it was handled."""
@@ -64,7 +77,14 @@ class Defect:
     """Place in the file: ``image 7``, ``annotation 12 of image 7``, ``row 3``, ``object 2``."""
     message: str
     skipped: str
-    """What was left out because of the defect: ``image``, ``box`` or ``nothing``."""
+    """What was left out because of the defect: ``image``, ``box``, ``mask`` or ``nothing``."""
+
+    def __post_init__(self) -> None:
+        # Names and values come from files: what cannot be shown, or would fill the screen, is escaped or shortened.
+        for name in ("file", "record", "message"):
+            text = getattr(self, name)
+            if len(text) > SHOWN_CHARACTERS or not text.isprintable():
+                object.__setattr__(self, name, showable(text))
 
 
 @dataclass(frozen=True)
@@ -252,8 +272,8 @@ def assemble(
         images: the images as read from the annotations.
         defects: defects found while reading; those found here are added.
 
-    Raises:
-        DataError: no image is usable.
+    Returns:
+        The set; it is empty if no image is usable.
     """
     found = list(defects)
     records = []
@@ -278,9 +298,6 @@ def assemble(
             if skipped == "image":
                 continue
         records.append(_clean(image, header.size_hw, found))
-    if not records:
-        reason = f": {found[0].file}: {found[0].message}" if found else ""
-        raise DataError(f"{root}: none of the {len(images)} images of the {name} split is usable{reason}")
     return DetectionSet.of(name, form, root, classes, records, found)
 
 
@@ -321,6 +338,13 @@ def _clean(image: RawImage, size_hw: tuple[int, int], defects: list[Defect]) -> 
             report("duplicate box", box, f"box {shown} occurs twice with the same class; kept", "nothing")
         seen.add((box.label, box.xyxy))
         boxes.append(inside)
+        if box.segmentation is not None and not image.fractions:
+            outline, problem = usable_outline(box.segmentation, size_hw)
+            if problem:
+                rest = "the others are kept" if outline else "the box is kept"
+                report("unusable mask", box, f"{problem}; left out, {rest}", "mask")
+            if outline is not box.segmentation:
+                box = replace(box, segmentation=outline)
         kept.append(box)
         own = box.area is not None and math.isfinite(box.area) and box.area > 0
         areas.append(float(box.area) if own and box.area is not None else (inside[2] - inside[0]) * (inside[3] - inside[1]))
