@@ -37,10 +37,18 @@ def load_data(path: str | Path, *, strict: bool = False) -> DataSplits:
         DataError: the path does not exist, has no known form, holds broken files, or has no usable box to train on; with
             ``strict``, also any defect.
     """
-    sets, notes = read_sets(path)
+    return usable(path, *read_sets(path), strict=strict)
+
+
+def usable(path: str | Path, sets: dict[SplitName, DetectionSet], notes: Sequence[str], *, strict: bool = False) -> DataSplits:
+    """The splits for training, if the sets that ``read_sets`` found allow it.
+
+    Raises:
+        DataError: as ``load_data``.
+    """
     for data in sets.values():
         _check_usable(data)
-    splits = complete(path, sets, notes)
+    splits = _complete(path, sets, list(notes))
     if not any((~record.crowd).any() for record in splits.train.records):
         raise DataError(
             f"{path}: no usable box in the {len(splits.train)} training images ({len(splits.train.defects)} defects); "
@@ -122,7 +130,7 @@ def _read(path: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     raise DataError(f"{start}: no data set of a known form; looked for {FORMS}; found {found}")
 
 
-def complete(folder: str | Path, sets: dict[SplitName, DetectionSet], notes: list[str]) -> DataSplits:
+def _complete(folder: str | Path, sets: dict[SplitName, DetectionSet], notes: list[str]) -> DataSplits:
     """The splits with train and val; if there is no val, it is split off train.
 
     Raises:

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from detdistill.data.outlines import usable_outline
+from detdistill.data.pixels import is_deep, low_range
 from detdistill.errors import DataError
 
 SplitName = Literal["train", "val", "test"]
@@ -277,6 +278,7 @@ def assemble(
     """
     found = list(defects)
     records = []
+    deep: list[Path] = []
     seen: set[Path] = set()
     for image, header in zip(images, read_headers([image.path for image in images]), strict=True):
         if header.problem:
@@ -298,6 +300,10 @@ def assemble(
             if skipped == "image":
                 continue
         records.append(_clean(image, header.size_hw, found))
+        if header.deep:
+            deep.append(image.path)
+    if deep and (message := low_range(deep)):
+        found.append(Defect("low range", relative(deep[0], root), "image and others like it", message, "nothing"))
     return DetectionSet.of(name, form, root, classes, records, found)
 
 
@@ -377,6 +383,8 @@ class Header:
     size_hw: tuple[int, int] = (0, 0)
     problem: str = ""
     missing: bool = False
+    deep: bool = False
+    """True for greys of more than 8 bits."""
 
 
 def read_headers(paths: Sequence[Path]) -> Iterator[Header]:
@@ -390,6 +398,7 @@ def read_header(path: Path) -> Header:
     try:
         with Image.open(path) as image:
             width, height = image.size
+            deep = is_deep(image.mode)
             orientation = image.getexif().get(0x0112, 1)
     except FileNotFoundError:
         return Header(problem="the image file does not exist", missing=True)
@@ -397,7 +406,7 @@ def read_header(path: Path) -> Header:
         # PIL's message repeats the absolute path, so only the type of the error is shown.
         return Header(problem=f"not an image that can be opened ({type(error).__name__})")
     # Orientations 5 to 8 rotate the image by 90 degrees.
-    return Header((width, height) if orientation in (5, 6, 7, 8) else (height, width))
+    return Header((width, height) if orientation in (5, 6, 7, 8) else (height, width), deep=deep)
 
 
 def image_ids(splits: Iterable[Sequence[Path]]) -> dict[Path, int]:
