@@ -102,10 +102,12 @@ def test_a_classes_file_gives_the_order(tmp_path):
 @pytest.mark.parametrize(
     ("text", "kind", "skipped"),
     [
-        (annotation((5, 5, 5, 9)), "empty box", "box"),
+        (annotation((5, 5, 5, 5)), "empty box", "box"),
         (annotation((9, 5, 5, 9)), "inverted box", "box"),
         (annotation((70, 5, 80, 9)), "box outside image", "box"),
-        (annotation((0, 5, 8, 9)), "box crosses border", "nothing"),
+        (annotation((5, 5, 8, 60)), "box crosses border", "nothing"),
+        (annotation((5, 5, "1_0", 9)), "not finite", "box"),
+        ("<annotations><image/></annotations>", "not VOC", "image"),
         (annotation(("nan", 5, 8, 9)), "not finite", "box"),
         (annotation(("five", 5, 8, 9)), "not finite", "box"),
         (annotation((5, 5, 8)), "malformed record", "box"),
