@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from detdistill.errors import RunError, nearest
 from detdistill.settings import CacheSettings, DistillSettings, TrainSettings, renamed
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from detdistill.cache.forecast import Forecast
     from detdistill.compare import Gain
     from detdistill.data.inspect import DataReport
-    from detdistill.data.records import DataSplits
+    from detdistill.data.records import DataSplits, Defect, SplitName
     from detdistill.detectors.contract import Detector
     from detdistill.evaluation import Scores
     from detdistill.progress import Progress
@@ -262,6 +262,7 @@ def evaluate(
     Raises:
         DetdistillError: one line that says what is wrong and what to do.
     """
+    from detdistill.data.discover import load_split
     from detdistill.detectors.load import load_detector
     from detdistill.evaluation import evaluate as evaluate_detector
     from detdistill.progress import Progress
@@ -269,11 +270,11 @@ def evaluate(
 
     wanted = _settings(TrainSettings, {**_image_settings_of(model), **settings})
     with progress or Progress() as shown:
-        splits = _load(data, wanted.strict, shown)
-        chosen = {"train": splits.train, "val": splits.val, "test": splits.test}.get(split)
-        if chosen is None:
-            raise RunError(f"no split {split!r} in {data}; there are {', '.join(s.name for s in splits.sets)}")
-        detector = load_detector(model, splits.train.classes)
+        if split not in ("train", "val", "test"):
+            raise RunError(f"no split {split!r}; use val, test or train")
+        chosen, notes = load_split(data, cast("SplitName", split), strict=wanted.strict)
+        _tell(data, notes, chosen.defects, shown)
+        detector = load_detector(model, chosen.classes)
         bar = shown.bar(f"evaluate on {split}", len(chosen.records))
         device = _device(wanted.device)
         return evaluate_detector(
@@ -432,20 +433,23 @@ def _load(data: str, strict: bool, progress: Progress) -> DataSplits:
     from detdistill.data.discover import load_data
 
     splits = load_data(data, strict=strict)
+    _tell(data, splits.notes, splits.defects, progress)
+    return splits
+
+
+def _tell(data: str, notes: Sequence[str], defects: Sequence[Defect], progress: Progress) -> None:
+    """Show the notes and the number of defects that were found when the data were read."""
     from rich.markup import escape
 
-    for note in splits.notes:
+    for note in notes:
         progress.say(f"[dim]{escape(note)}[/dim]")
-    if splits.defects:
+    if defects:
         kinds: dict[str, int] = {}
-        for defect in splits.defects:
+        for defect in defects:
             kinds[defect.kind] = kinds.get(defect.kind, 0) + 1
         counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         where = escape(data)
-        progress.say(
-            f"[yellow]{len(splits.defects)} defects in {where}: {counted}; see `detdistill data inspect {where}`[/yellow]"
-        )
-    return splits
+        progress.say(f"[yellow]{len(defects)} defects in {where}: {counted}; see `detdistill data inspect {where}`[/yellow]")
 
 
 def _load_teacher(teacher: str, splits: DataSplits, other_classes: bool) -> Detector:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,20 @@ from detdistill.data.coco import read_coco
 from detdistill.data.coco_files import find_coco
 from detdistill.data.other_forms import other_form
 from detdistill.data.paths import outside
-from detdistill.data.records import BROKEN_FILE, DataSplits, Defect, DetectionSet, SplitName, listed, split_off
+from detdistill.data.records import (
+    BROKEN_FILE,
+    MISSING_SPLIT,
+    DataSplits,
+    Defect,
+    DetectionSet,
+    SplitName,
+    listed,
+    split_of,
+    split_off,
+)
 from detdistill.data.voc import find_voc, read_voc
 from detdistill.data.yolo import find_yolo, read_yolo
-from detdistill.errors import DataError, nearest
+from detdistill.errors import DataError, RunError, nearest
 
 FORMS = (
     "COCO JSON (annotations/*.json, a subfolder's *.json, or the file itself), a YOLO data.yaml with names and train, "
@@ -38,6 +49,44 @@ def load_data(path: str | Path, *, strict: bool = False) -> DataSplits:
             ``strict``, also any defect.
     """
     return usable(path, *read_sets(path), strict=strict)
+
+
+def load_split(path: str | Path, split: SplitName, *, strict: bool = False) -> tuple[DetectionSet, list[str]]:
+    """Read one split for evaluation; the others may be missing.
+
+    A COCO file that is given itself is taken whole, whatever its name says, if no files of other splits lie beside it. The val
+    split of a folder that has train only is the tenth of train that training uses as val.
+
+    Args:
+        path: as for ``load_data``.
+        split: the split to read.
+        strict: raise an error on any defect instead of listing it.
+
+    Returns:
+        The split, and notes for the user.
+
+    Raises:
+        DataError: as ``read_sets``; or no image of the split is usable; with ``strict``, also any defect.
+        RunError: there is no such split.
+    """
+    sets, notes = read_sets(path)
+    if str(path).lower().endswith(".json") and len(sets) == 1:
+        data = replace(next(iter(sets.values())), name=split)
+        if split_of(Path(path).stem, Path(path).parent.name) not in ("val", "test"):
+            notes.append(f"all {len(data)} images of {path} are used; a run that was trained on this file knows most of them")
+    elif split == "val" and split not in sets and "train" in sets:
+        _check_usable(sets["train"])
+        splits = _complete(path, sets, notes)
+        data, notes = splits.val, list(splits.notes)
+    elif split in sets:
+        data = sets[split]
+    else:
+        why = "".join(f"; {note}" for note in notes if f"no {split} split" in note)
+        raise RunError(f"no split {split!r} in {path}; there are {listed(sets)}{why}")
+    _check_usable(data)
+    if strict and data.defects:
+        raise DataError(f"{path}: {len(data.defects)} defects{_first(data.defects)}")
+    return data, notes
 
 
 def usable(path: str | Path, sets: dict[SplitName, DetectionSet], notes: Sequence[str], *, strict: bool = False) -> DataSplits:
@@ -70,6 +119,8 @@ def _check_usable(data: DetectionSet) -> None:
     for defect in data.defects:
         if defect.kind == BROKEN_FILE:
             raise DataError(f"{data.root / defect.file}: {defect.message}; fix the file or remove it and its image")
+        if defect.kind == MISSING_SPLIT:
+            raise DataError(f"{data.root / defect.file}: {defect.message}")
     if not data.records:
         count = sum(defect.skipped == "image" for defect in data.defects)
         first = next(iter(data.defects), None)

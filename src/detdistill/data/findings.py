@@ -36,7 +36,6 @@ def findings(sets: Sequence[DetectionSet]) -> Iterator[str]:
             f"classes whose names mean regions to ignore, not objects: {listed(marks)}; in COCO mark their boxes with "
             "iscrowd or ignore: 1, else they are learnt like objects"
         )
-    yield from _counted_from_one(sets, sum(counts.values()))
 
 
 def means_ignore(name: str) -> bool:
@@ -48,19 +47,6 @@ def means_ignore(name: str) -> bool:
 def _per_class(data: DetectionSet) -> np.ndarray:
     labels = [record.labels for record in data.records]
     return np.bincount(np.concatenate(labels) if labels else np.zeros(0, dtype=np.int64), minlength=len(data.classes))
-
-
-def _counted_from_one(sets: Sequence[DetectionSet], counts: np.ndarray) -> Iterator[str]:
-    """A note if the classes of YOLO rows count from 1: 0 is never used, and the number of classes is."""
-    number = len(sets[0].classes)
-    if sets[0].form != "yolo" or not number or counts[0]:
-        return
-    beyond = [defect for data in sets for defect in data.defects if defect.kind == "unknown class"]
-    if any(re.search(rf"\bclass {number}\b", defect.message) for defect in beyond):
-        yield (
-            f"the classes of the rows count from 1: class 0 is never used, but class {number} of 0 .. {number - 1} is; "
-            "subtract 1 from the class of every row"
-        )
 
 
 def glance(data: DetectionSet) -> Iterator[str]:

@@ -57,6 +57,8 @@ class Record:
 
 BROKEN_FILE = "broken annotation file"
 """Kind of the defect of an annotation file that cannot be parsed; training refuses it, ``data inspect`` lists it."""
+MISSING_SPLIT = "missing split"
+"""Kind of the defect of a split that is named and has no images or no labels; training refuses it, ``data inspect`` lists it."""
 SHOWN_CHARACTERS = 500
 """Texts of defects are cut to this length."""
 

@@ -1,19 +1,17 @@
-"""Annotation files as text: their encodings, and JSON and YAML without silent losses.
+"""Annotation files as text: their encodings, and YAML without silent losses.
 
 A file is decoded as it says itself: by its byte order mark, by the ``encoding`` of its XML declaration, else as UTF-8. There is
-no guessing: a wrong guess turns one class name into another. JSON and YAML objects with a repeated key are refused, because
-all values but the last would be lost.
+no guessing: a wrong guess turns one class name into another. YAML mappings with a repeated key are refused, because all
+values but the last would be lost.
 """
 
 from __future__ import annotations
 
 import codecs
-import gc
-import json
 import re
 import stat
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -87,64 +85,23 @@ def _decode(path: Path, content: bytes, codec: str, why: str) -> str:
     return text
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file.
-
-    Raises:
-        DataError: as ``read_text``; or it is not valid JSON, an object has a key twice, it is nested too deeply, or an integer
-            has thousands of digits.
-    """
-    text = read_text(path)
-    collects = gc.isenabled()
-    # A large file makes millions of objects at once; looking for cycles among them takes a third of the time and finds none.
-    gc.disable()
-    try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} (character {error.pos}): {error.msg}; "
-            "the file is probably cut off: copy or export it again"
-        ) from error
-    except _RepeatedKeyError as error:
-        raise DataError(
-            f"{path}: an object has the key {error.args[0]!r:.60} twice, so one of the values would be lost; remove one"
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"{path}: nested too deeply to be an annotation file; export it again") from error
-    except ValueError as error:  # Python refuses integers of more than 4300 digits
-        raise DataError(f"{path}: not valid JSON: {str(error).split(';')[0]}; correct that number") from error
-    finally:
-        if collects:
-            gc.enable()
-
-
-class _RepeatedKeyError(ValueError):
-    """An object has a key twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
-    return content
-
-
 class _AsWritten(yaml.SafeLoader):
     """Safe YAML in which plain scalars stay as written: ``no``, ``~``, ``1.10``, ``007`` and dates are texts.
 
     Class names are texts whatever they look like; the reader turns into numbers what has to be a number.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
-
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # a tag !!map may stand before anything
             if isinstance(key, yaml.ScalarNode) and key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 _repeated(key)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
         return super().construct_mapping(node, deep)
+
+
+# Set from outside: the type of the base class's attribute allows no other way.
+_AsWritten.yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
 
 
 def _repeated(key: yaml.ScalarNode) -> NoReturn:

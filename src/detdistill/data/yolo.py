@@ -19,6 +19,7 @@ from typing import Any
 
 from detdistill.data.records import (
     IMAGE_SUFFIXES,
+    MISSING_SPLIT,
     Defect,
     DetectionSet,
     RawBox,
@@ -91,7 +92,7 @@ def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     bases = [Path(os.path.abspath(base)) for base in dict.fromkeys((*bases, root)) if os.path.isdir(base)]
     notes: list[str] = []
     labels = Labels()
-    paths = _paths_by_split(file, config, bases, labels, notes)
+    paths, missing = _paths_by_split(file, config, bases, labels, notes)
     ids = image_ids(paths.values())
     defects: dict[SplitName, list[Defect]] = {name: [] for name in paths}
     rows = {name: _rows(each, labels, root, ids, defects[name]) for name, each in paths.items()}
@@ -100,12 +101,20 @@ def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     notes += [note] if note else []
     shift = _counts_from_one(every, len(classes))
     if shift:
-        notes.append(f"class 0 never occurs and class {len(classes)} does, so {shift}: subtract 1 from the class of each row")
+        notes.append(
+            f"the classes of the rows count from 1: class 0 is never used, but class {len(classes)} of 0 .. {len(classes) - 1} "
+            "is; subtract 1 from the class of every row"
+        )
     mixed = sum(len({len(row.values) == 4 for row in image if row.values}) == 2 for s in rows.values() for image in s.values())
     if mixed and form.polygon:
         notes.append(f"{mixed} label files mix boxes and polygons: all are read here, but Ultralytics leaves out such files")
     sets: dict[SplitName, DetectionSet] = {}
-    for name in paths:
+    for name in KEYS:
+        if name in missing:
+            defect = Defect(MISSING_SPLIT, file.name, name, missing[name], "image")
+            sets[name] = assemble(name, "yolo", root, classes, [], [defect])
+        if name not in paths:
+            continue
         found = defects[name]
         images = []
         for path, each in rows.pop(name).items():
@@ -201,9 +210,10 @@ def _points(file: Path, config: dict[str, Any]) -> tuple[int, int] | None:
 
 def _paths_by_split(
     file: Path, config: dict[str, Any], bases: list[Path], labels: Labels, notes: list[str]
-) -> dict[SplitName, list[Path]]:
-    """Images of each split that can be used; for the others an error, or a note if the split is not needed."""
+) -> tuple[dict[SplitName, list[Path]], dict[SplitName, str]]:
+    """Images of each split that can be used, and what is missing of the others; a note if such a split is not needed."""
     paths: dict[SplitName, list[Path]] = {}
+    missing: dict[SplitName, str] = {}
     for name, keys in KEYS.items():
         entry = next((config[key] for key in keys if config.get(key)), None)
         if entry is None:
@@ -211,19 +221,18 @@ def _paths_by_split(
         each, problem = _images_of(file, name, entry, bases)
         unlabelled = sum(labels.of(path) is None for path in each)
         if problem and not (name == "test" or (name == "val" and problem.empty)):
-            raise DataError(problem.text)
-        if problem:
-            notes.append(f"{problem.text}: there is no {name} split")
+            missing[name] = f"{name}: {problem.text}"
+        elif problem:
+            notes.append(f"{file.name}: {name}: {problem.text}: there is no {name} split")
         elif unlabelled == len(each) and name == "test":
             notes.append(f"none of the {len(each)} test images has a label file: there is no test split")
         elif unlabelled == len(each):
-            raise DataError(f"{file}: {name}: no image has a label file; looked for files such as {label_path(each[0])}")
+            missing[name] = f"{name}: no image has a label file; looked for files such as {label_path(each[0])}"
         else:
             paths[name] = each
         if name in paths and unlabelled:
             notes.append(f"{unlabelled} of {len(each)} {name} images have no label file: they count as images without objects")
-    _note_outside(paths, bases, notes)
-    return paths
+    return paths, missing
 
 
 class _Problem:
@@ -244,10 +253,8 @@ def _images_of(file: Path, split: SplitName, entry: Any, bases: list[Path]) -> t
             raise DataError(f"{file}: {split} is {reprlib.repr(entry)}; it must be a folder, a text file, or a list of these")
         place = _resolve(part, bases)
         if isinstance(place, list):
-            tried = listed(map(str, place), 4)
-            return [], _Problem(
-                f"{file}: {split}: {part:.200} does not exist; looked at {tried}; correct 'path' or '{split}'", False
-            )
+            tried = listed((f"{each!s:.200}" for each in place), 4)
+            return [], _Problem(f"{part:.200} does not exist; looked at {tried}; correct 'path' or '{split}'", False)
         if os.path.isdir(place):
             found += _walk(place)
             empty &= not any(not item.name.startswith(".") for item in place.iterdir())
@@ -260,12 +267,13 @@ def _images_of(file: Path, split: SplitName, entry: Any, bases: list[Path]) -> t
     if found:
         return sorted(found), None
     looked = "it is empty" if empty else f"looked for {listed(sorted(IMAGE_SUFFIXES))}"
-    return [], _Problem(f"{file}: {split}: no images in {reprlib.repr(entry)}; {looked}", empty)
+    return [], _Problem(f"no images in {reprlib.repr(entry)}; {looked}", empty)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Images in a folder and its subfolders; links are followed, but each real folder and file is found once."""
-    folders, linked = [folder], []
+    folders = [folder]
+    linked: list[Path] = []
     seen: set[str] = set()
     while folders or linked:
         place = folders.pop() if folders else linked.pop()
@@ -314,21 +322,6 @@ def _resolve(entry: str, bases: list[Path]) -> Path | list[Path]:
     return tried
 
 
-def _note_outside(paths: dict[SplitName, list[Path]], bases: list[Path], notes: list[str]) -> None:
-    """Say that images lie outside the folders of the data set: links, ``../`` and absolute paths lead there."""
-    inside = [Path(os.path.realpath(base)) for base in bases]
-    real: dict[Path, Path] = {}
-    outside: list[Path] = []
-    for path in dict.fromkeys(path for each in paths.values() for path in each):
-        if path.parent not in real:
-            real[path.parent] = Path(os.path.realpath(path.parent))
-        target = Path(os.path.realpath(path)) if os.path.islink(path) else real[path.parent]
-        if not any(target.is_relative_to(base) for base in inside):
-            outside.append(path)
-    if outside:
-        notes.append(f"{len(outside)} images lie outside {listed(map(str, bases))}, e.g. {os.path.realpath(outside[0])}")
-
-
 # ------------------------------------------------------------------------------------------------------- label files
 
 
@@ -361,13 +354,13 @@ def _rows(images: list[Path], labels: Labels, root: Path, ids: dict[Path, int], 
     return rows
 
 
-def _counts_from_one(rows: Iterable[Row], num_classes: int) -> str:
-    """A sentence if the classes of the rows count from 1, as some converters write them: 0 is never used, K is."""
+def _counts_from_one(rows: Iterable[Row], num_classes: int) -> bool:
+    """True if the classes of the rows count from 1, as some converters write them: 0 is never used, K is."""
     used = {row.label for row in rows}
-    return "the rows seem to count classes from 1" if 0 not in used and num_classes in used else ""
+    return 0 not in used and num_classes in used
 
 
-def _boxes(rows: list[Row], form: RowForm, where: str, num_classes: int, shift: str, defects: list[Defect]) -> list[RawBox]:
+def _boxes(rows: list[Row], form: RowForm, where: str, num_classes: int, shift: bool, defects: list[Defect]) -> list[RawBox]:
     """Boxes of one image; malformed rows are added to ``defects``."""
     boxes = []
 
@@ -381,7 +374,7 @@ def _boxes(rows: list[Row], form: RowForm, where: str, num_classes: int, shift: 
             expected += f"; the set's rows are {form.name}" if len(row.values) > 4 else ""
             report("malformed record", row, f"{row.text[:40]!r} with {len(row.values)} values after the class is not {expected}")
         elif not row.label.is_integer() or not 0 <= row.label < num_classes:
-            more = f"; {shift}" if shift and row.label == num_classes else ""
+            more = "; the rows seem to count from 1" if shift and row.label == num_classes else ""
             report("unknown class", row, f"class {row.label:g} is not in 0 .. {num_classes - 1}{more}")
         elif not all(map(math.isfinite, values)):
             report("not finite", row, f"{row.text[:40]!r} has a coordinate that is not a finite number")

@@ -26,7 +26,7 @@ NOT_LABELS = frozenset({"classes.txt"})
 def label_path(image: Path) -> Path:
     """Path of an image's label file: the last folder named ``images`` becomes ``labels``; else the file beside the image."""
     labels, beside = _label_folder(image.parent) / f"{image.stem}.txt", image.with_suffix(".txt")
-    return beside if beside.is_file() and not labels.is_file() else labels
+    return beside if os.path.isfile(beside) and not os.path.isfile(labels) else labels
 
 
 def _label_folder(images: Path) -> Path:
@@ -124,10 +124,10 @@ def _match(images: Path, labels: Path) -> _Folder:
 def _names(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
+    except PermissionError as error:
+        raise DataError(f"{folder}: the folder cannot be read; check its permissions") from error
+    except (OSError, ValueError):  # no folder, or a path that none can have
         return []
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: the folder cannot be read: {error}; check its permissions") from error
 
 
 def _by_writing(stems: Iterable[str], write: Callable[[str], str]) -> dict[str, list[str]]:
