@@ -311,7 +311,7 @@ def test_verify_compares_with_the_living_teacher(teacher, copied, tmp_path):
         (tmp_path / "lie" / "cache.json").write_bytes(sealed({"format": 1, **dataclasses.asdict(claims)}))
         for path in (tmp_path / "lie" / "shards").glob("*.json"):
             path.write_bytes(sealed({**unsealed(path.read_bytes(), ""), "cache": claims.fingerprint}))
-        with pytest.raises(CacheError, match=r"is not what the teacher says now: 6 records differ by up to"):
+        with pytest.raises(CacheError, match=r"does not agree with the teacher: 6 records differ by up to"):
             api.verify_cache(tmp_path / "lie", str(teacher), records=6, device="cpu", progress=progress)
         next(copied.glob("shards/*.safetensors")).unlink()
         with pytest.raises(CacheError, match="is missing"):
