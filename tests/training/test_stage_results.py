@@ -113,7 +113,7 @@ def test_a_damaged_or_foreign_result_is_named(teacher, tmp_path, toy):
     (result,) = (tmp_path / "stages").glob("*.safetensors")
     good = result.read_bytes()
     result.write_bytes(good[:40])
-    with pytest.raises(RunError, match=rf"{result.name} is damaged .*delete it, and stage lesson is trained again"):
+    with pytest.raises(RunError, match=rf"{result.name} is damaged .*delete it, then stage lesson is trained again"):
         distill(teacher, tmp_path / "second", tmp_path / "stages", steps=2)
     from safetensors.torch import save
 

@@ -162,7 +162,7 @@ def _wait(folder: Storage) -> About | None:
 
 
 def _rank(devices: int) -> tuple[int, int]:
-    """Rank of this process and number of processes, as set by torchrun or by ``_others``; without either, rank 0."""
+    """Rank of this process and number of processes, as set by torchrun or ``_others``; default: 0 of ``devices``."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", devices))
 
 
