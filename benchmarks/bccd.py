@@ -2,7 +2,7 @@
 
     uv run python benchmarks/bccd.py --data PATH/TO/bccd --work runs/bccd --out benchmarks/results/bccd.json
 
-Finished runs in ``--work`` are not repeated, so an interrupted benchmark goes on where it was.
+Finished runs in ``--work`` are not repeated, so an interrupted benchmark can be continued.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
             epochs=chosen.epochs,
             seeds=tuple(chosen.seeds),
             inherit=inherit,
-            baseline=index == 0,  # one baseline for each seed serves all
+            baseline=index == 0,  # one baseline per seed, for all methods
             jobs=chosen.jobs,
             report=False,
             **settings,
