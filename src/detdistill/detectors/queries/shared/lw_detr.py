@@ -207,7 +207,7 @@ class GroupDetector(shared.TransformersDetector):
             ValueError: the prediction was split by image or read from a cache, so it has none.
         """
         if not isinstance(prediction.own, Own):
-            raise ValueError(f"{self.spec.name}: this prediction lost its own outputs; predict again from features")
+            raise ValueError(f"{self.spec.name}: this prediction has no raw outputs; call predict again on the features")
         return prediction.own
 
     def match(self, outputs: Outputs, batch: Batch, groups: int) -> Tensor:
