@@ -43,7 +43,7 @@ def own_outputs(prediction: Any, detector: Detector) -> OwnOutputs:
 
 
 def flat_outputs(maps: Sequence[Tensor], width: int) -> Tensor:
-    """Flatten output maps [B, A*width, H, W] of all levels to [B, P, width] in torchvision's order (level, row, column, anchor)."""
+    """Flatten output maps [B, A*width, H, W] to [B, P, width]; order: level, row, column, anchor, as in torchvision."""
     flat = []
     for level in maps:
         images, _, height, columns = level.shape

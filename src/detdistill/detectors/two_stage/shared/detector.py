@@ -97,7 +97,7 @@ class TwoStageDetector(TorchvisionDetector):
             raise ModelError(f"{name}: a two-stage detector needs a backbone with torchvision's feature pyramid as .fpn")
         predictor = model.roi_heads.box_predictor
         if not isinstance(predictor, FastRCNNPredictor):
-            raise ModelError(f"{name}: the box predictor is a {type(predictor).__name__}; only FastRCNNPredictor is understood")
+            raise ModelError(f"{name}: the box predictor is a {type(predictor).__name__}; only FastRCNNPredictor is supported")
         if model.roi_heads.has_keypoint():
             raise ModelError(f"{name}: keypoints cannot be trained here; use a Faster R-CNN or Mask R-CNN")
         super().__init__(
