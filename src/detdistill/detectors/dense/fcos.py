@@ -128,8 +128,8 @@ class FCOSDetector(DenseDetector):
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
         """Compute ``classification`` (focal), ``bbox_regression`` (GIoU) and ``bbox_ctrness``.
 
-        Each term is divided by the number of positives. A given ``assignment`` may contain weights, ignored predictions and a normaliser. A positive point outside its box
-        gets the centerness target 0 (torchvision would compute NaN).
+        Each term is divided by the number of positives. A given ``assignment`` may contain weights, ignored predictions and a
+        normaliser. A positive point outside its box gets the centerness target 0 (torchvision would compute NaN).
         """
         own = own_outputs(prediction, self)
         if assignment is None:
