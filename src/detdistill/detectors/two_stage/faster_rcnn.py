@@ -26,7 +26,8 @@ TINY = "resnet10t,channels=8-16-32-64,stem=8,neck=32,mlp=32,proposals=20,rois=16
 def build(backbone: str, classes: Sequence[str], options: TwoStageOptions) -> FasterRCNNDetector:
     """Build a Faster R-CNN with random weights on a timm backbone.
 
-    Default levels: P2-P5 and torchvision's ``pool``; all other defaults are torchvision's. See ``two_stage_description`` for options and anchors.
+    Default levels: P2-P5 and torchvision's ``pool``; all other defaults are torchvision's.
+    See ``two_stage_description`` for options and anchors.
 
     Raises:
         ModelError: the options do not fit the backbone or the detector.

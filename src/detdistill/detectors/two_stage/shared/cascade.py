@@ -70,7 +70,7 @@ class CascadeDetector(TwoStageDetector):
         return cast(Regions, regions)
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """Assign by IoU with the input boxes of the prediction's stage, with that stage's threshold; crowd boxes match nothing."""
+        """Assign by IoU with the input boxes and the threshold of the prediction's stage; crowd boxes match nothing."""
         if isinstance(prediction, Dense):
             return super().assign(prediction, batch)
         prediction = cast(Regions, prediction)

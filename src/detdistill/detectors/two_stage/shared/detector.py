@@ -129,7 +129,7 @@ class TwoStageDetector(TorchvisionDetector):
         return Parts((backbone.body,), (backbone.fpn,), (self.model.rpn, self.model.roi_heads))
 
     def copy_head(self, fresh: bool = False) -> TwoStageDetector:
-        """Copy both stages into a detector with parameters of its own; ``fresh``: newly initialised. It cannot compute features."""
+        """Copy both stages into a detector with parameters of its own, without backbone; ``fresh``: newly initialised."""
         head = cast(TwoStageDetector, self.without_backbone())
         if fresh:
             _initialize(head.model)
@@ -389,7 +389,7 @@ class TwoStageDetector(TorchvisionDetector):
     def _region_losses(
         self, prediction: Regions, batch: Batch, assignment: Assignment, heads: Any, beta: float = SMOOTH_L1_BETA
     ) -> dict[str, Tensor]:
-        """Compute ``fastrcnn_loss`` under any assignment; both terms are divided by the number of regions that are not ignored."""
+        """Compute ``fastrcnn_loss`` under any assignment; both terms are divided by the number of regions not ignored."""
         logits, deltas = prediction.logits, prediction.deltas
         positives = region_positives(prediction, assignment, batch)
         labels = torch.full_like(assignment.matched, logits.shape[1] - 1)  # background, last
@@ -414,7 +414,7 @@ class TwoStageDetector(TorchvisionDetector):
         features = prediction.own
         if not isinstance(features, Features):
             raise ModelError(
-                "Mask R-CNN's loss needs an unchanged prediction, but this one was split or read from a cache; call predict() again"
+                "Mask R-CNN's loss needs an unchanged prediction, but it was split or read from a cache; call predict() again"
             )
         masks, labels, boxes, matched = [], [], [], []
         for image, (target, (height, width)) in enumerate(zip(batch.targets, image_sizes(batch), strict=True)):
