@@ -31,7 +31,7 @@ class Own(Movable):
 
     layers: tuple[Outputs, ...]
     encoder: Outputs | None
-    """None for foreign queries."""
+    """Predictions of the encoder's heads; None: the queries come from elsewhere."""
     groups: int
 
 
@@ -260,7 +260,7 @@ class GroupDetector(shared.TransformersDetector):
         return Losses(terms)
 
     def term_weights(self) -> dict[str, float]:
-        """Of the config."""
+        """Return the weights of the loss terms from the model's config."""
         return {**super().term_weights(), "loss_ce": self.config.class_loss_coefficient}
 
 

@@ -148,7 +148,7 @@ class TransformersDetector(Detector):
 
     @torch.no_grad()
     def find_backbone_pyramid(self, size: int = 128) -> Pyramid:
-        """Determine channels and strides of the backbone's maps by a run on an empty image; BatchNorm statistics stay unchanged."""
+        """Determine channels and strides of the backbone's maps by a run on an empty image; statistics stay unchanged."""
         parameter = next(self.model.parameters())
         image = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
         with evaluating(self.model):
@@ -418,7 +418,7 @@ class TransformersDetector(Detector):
     # ------------------------------------------------------------------------------------------------------------- copies
 
     def copy_head(self, fresh: bool = False) -> TransformersDetector:
-        """Copy the head into a detector with trainable parameters of its own; ``fresh``: newly initialised. It computes no features."""
+        """Copy the head into a detector with parameters of its own, without backbone and neck; ``fresh``: newly initialised."""
         return self.without((*self.backbone_modules, *self.neck_modules), fresh)
 
     def copy_neck(self, fresh: bool = False) -> EncoderNeck:
