@@ -1,4 +1,4 @@
-"""FCOS: adapter of torchvision's model.
+"""FCOS: torchvision's model, run stage by stage.
 
 Tian et al., "FCOS: Fully Convolutional One-Stage Object Detection", ICCV 2019, as in ``torchvision.models.detection``.
 """

@@ -1,4 +1,4 @@
-"""RetinaNet: adapter of torchvision's model.
+"""RetinaNet: torchvision's model, run stage by stage.
 
 Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, as in ``torchvision.models.detection`` (both versions).
 """

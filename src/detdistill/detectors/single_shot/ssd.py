@@ -1,4 +1,4 @@
-"""SSD: adapter of torchvision's model, on VGG-16 or on any timm backbone.
+"""SSD: torchvision's model, run stage by stage, on VGG-16 or on any timm backbone.
 
 Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, as in ``torchvision.models.detection``.
 """

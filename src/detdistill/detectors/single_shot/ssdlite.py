@@ -1,4 +1,4 @@
-"""SSDLite, an SSD with depthwise convolutions: adapter of torchvision's model, on MobileNetV3 or on any timm backbone.
+"""SSDLite, an SSD with depthwise convolutions: torchvision's model, run stage by stage, on MobileNetV3 or on any timm backbone.
 
 Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, section 6.2, and Howard et al.,
 "Searching for MobileNetV3", ICCV 2019, section 6.3, as in ``torchvision.models.detection``.

@@ -1,4 +1,4 @@
-"""Faster R-CNN on a feature pyramid: adapter of torchvision's model.
+"""Faster R-CNN on a feature pyramid: torchvision's model, run stage by stage.
 
 Ren et al., "Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks", NeurIPS 2015, with Lin et
 al., "Feature Pyramid Networks for Object Detection", CVPR 2017, as in ``torchvision.models.detection``.

@@ -1,4 +1,4 @@
-"""Mask R-CNN on a feature pyramid: adapter of torchvision's model.
+"""Mask R-CNN on a feature pyramid: torchvision's model, run stage by stage.
 
 He et al., "Mask R-CNN", ICCV 2017, as in ``torchvision.models.detection``. Training needs ``Target.masks``.
 Detections are boxes only. The exported model contains the mask branch and also returns masks.

@@ -98,7 +98,7 @@ class Own(Movable):
 
     run: Run
     encoder: Outputs | None = None
-    """Initial queries of the detector; None: the queries come from elsewhere."""
+    """Predictions of the encoder's heads; None: the queries come from elsewhere."""
     denoising: Denoising | None = None
     noisy: Run | None = None
     """Outputs of the decoder for the denoising queries."""
