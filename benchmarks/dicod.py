@@ -326,7 +326,7 @@ def _speed_of(model: str, rounds: int) -> dict[str, Any]:
         method.step(student, batch, method.teach(batch), Clock(1, 10)).total().backward()
 
     contenders: dict[str, Callable[[], Any]] = {
-        "student": lambda: alone.step(batch, Clock(1, 10)).total().backward(),
+        "student": lambda: alone.step(batch, None, Clock(1, 10)).total().backward(),
         "teach": lambda: method.teach(batch),
         "classes": partial(step, 0.0, 0.0, positives),
         "classes and pixels": partial(step, 0.15, 0.0, positives),

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import detdistill
-from detdistill.compare import compare_runs, gains_table, read_run
+from detdistill.compare import compare_runs, read_run, show_gains
 from detdistill.demo import SETTINGS, STUDENT, TEACHER
 
 METHODS = ("pkd", "fitnet", "cwd", "mgd", "fkd,profile=one_stage", "fgd,profile=anchor_free")
@@ -53,9 +53,7 @@ def main() -> None:
         runs += result.runs
         gains = compare_runs(runs)
         write(chosen, runs, gains)  # after each method, so that an interrupted benchmark leaves its results
-    from rich.console import Console
-
-    Console().print(gains_table(gains))
+    show_gains(gains)
 
 
 def write(chosen: argparse.Namespace, runs: list[Path], gains: list) -> None:
