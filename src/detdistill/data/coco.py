@@ -345,8 +345,7 @@ def _crowd(item: dict[str, Any], record: str, reading: _Reading) -> bool | None:
     """True if a flag marks the box as a region to ignore; None (and a defect) if a flag is neither true nor false."""
     crowd = False
     for key in CROWD_KEYS:
-        value = item.get(key)
-        if value is None or value is False or value == 0:
+        if key not in item or (value := item[key]) is None or value == 0:
             continue
         flag = truth(value)
         if flag is None:
@@ -359,8 +358,8 @@ def _crowd(item: dict[str, Any], record: str, reading: _Reading) -> bool | None:
 
 
 def _area(value: Any, record: str, reading: _Reading) -> float | None:
-    if value is None:
-        return None
+    if value is None or (type(value) is float and math.isfinite(value)):
+        return value
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(area := _float(value)):
         return area
     message = f"area is {value!r:.60}, not a number; width times height is used"
