@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -428,7 +429,10 @@ def image_ids(splits: Iterable[Sequence[Path]]) -> dict[Path, int]:
 
 def relative(path: Path, root: Path) -> str:
     """The path relative to the root; unchanged if it lies elsewhere."""
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+    text, prefix = os.fspath(path), os.path.join(root, "")
+    if text.startswith(prefix):  # the usual case, without pathlib's parsing
+        return text[len(prefix) :].replace(os.sep, "/")
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else text
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:

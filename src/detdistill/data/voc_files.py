@@ -154,7 +154,7 @@ def _has_annotations(place: Path) -> bool:
 
 def _xml_below(place: Path) -> list[Path]:
     folders = (place, *folders_below(place, DEPTH))
-    return sorted(file for folder in folders for file in folder.glob("*.xml"))
+    return sorted((file for folder in folders for file in folder.glob("*.xml")), key=str)
 
 
 @dataclass
@@ -184,17 +184,19 @@ def find_files(root: Path, folder: Path, notes: list[str]) -> Files:
         loose = sorted(root.glob("*.xml"))
     else:
         loose, every = [], {}
+        split_folders: dict[Path, Path | None] = {}
         for file in _xml_below(folder):
-            place = next((above for above in reversed(file.parents) if above.is_relative_to(folder) and above != folder), None)
-            if place is None or split_of(place.name) is None:
+            if file.parent not in split_folders:
+                split_folders[file.parent] = _split_folder(file.parent, folder)
+            place = split_folders[file.parent]
+            if place is None:
                 loose.append(file)
             else:
                 every.setdefault(place, []).append(file)
+    both = sorted([*loose, *(file for files in every.values() for file in files)], key=str)
     for name in LIST_FOLDERS:
-        if folder != root and (root / name).is_dir():
-            found = _listed(
-                root, root / name, folder, sorted([*loose, *(file for files in every.values() for file in files)]), notes
-            )
+        if both and (root / name).is_dir():
+            found = _listed(root, root / name, folder, both, notes)
             if found.by_split:
                 return found
     by_split: dict[SplitName, list[Path]] = {}
@@ -208,6 +210,14 @@ def find_files(root: Path, folder: Path, notes: list[str]) -> Files:
     if loose:
         notes.append(f"{len(loose)} annotations lie outside the folders of the splits and are not used, e.g. {loose[0].name}")
     return Files(folder, by_split)
+
+
+def _split_folder(place: Path, folder: Path) -> Path | None:
+    """The folder directly below ``folder`` that holds ``place``, if it is named after a split."""
+    if place == folder:
+        return None
+    top = folder / place.relative_to(folder).parts[0]
+    return top if split_of(top.name) else None
 
 
 def _listed(root: Path, lists: Path, folder: Path, files: list[Path], notes: list[str]) -> Files:
@@ -250,19 +260,19 @@ def _match_lines(root: Path, file: Path, folder: Path, files: list[Path]) -> tup
     lines = [(number, line) for number, line in enumerate(read_lines(file, files), start=1) if line]
     if not lines:
         raise DataError(f"{file}: the list is empty; delete it or fill it with image names")
-    index = {relative(one.with_suffix(""), folder): one for one in files}
-    stems = Counter(one.stem for one in files)
-    index = {one.stem: one for one in files if stems[one.stem] == 1} | index
+    index = {relative(one, folder)[: -len(one.suffix)]: one for one in files}
+    stems = Counter(name.rsplit("/", 1)[-1] for name in index)
+    index = {stem: one for name, one in index.items() if stems[stem := name.rsplit("/", 1)[-1]] == 1} | index
     found: dict[Path, int] = {}
     defects = []
     for number, line in lines:
-        names = list(_readings(line))
-        match = next((index[name] for name in names if name in index), None)
+        match = index.get(line) or next((index[name] for name in _readings(line) if name in index), None)
         place = f"line {number} of {relative(file, root)}"
         if match is None:
-            match = folder / f"{names[-1]}.xml"
+            *_, name = _readings(line)
+            match = folder / f"{name}.xml"
             message = f"listed in {place}, but the file does not exist"
-            defects.append(Defect("missing file", relative(match, root), Path(names[-1]).name, message, "image"))
+            defects.append(Defect("missing file", relative(match, root), name, message, "image"))
         elif match in found:
             message = f"listed in line {found[match]} and again; used once"
             defects.append(Defect("duplicate image", relative(file, root), f"line {number}", message, "image"))
@@ -300,27 +310,34 @@ class ImageFinder:
 
     def __init__(self, root: Path, files: Files) -> None:
         self.root, self.files = root, files
+        self.bases = [root / "JPEGImages", root / "images"]
         self.stems = Counter(file.stem for file in files.every)
         self.used: set[Path] = set()
         self._images: dict[Path, dict[str, Path | None]] = {}
         self._others: list[Path] | None = None
+        self._own: dict[Path, tuple[Path, list[Path]]] = {}
 
     def __call__(self, file: Path, tree: ElementTree.Element) -> Path:
         """The image of an annotation; if it is missing, the path where it was first looked for."""
         name = (tree.findtext("filename") or "").strip().replace("\\", "/").rsplit("/", 1)[-1]
-        below = file.parent.relative_to(self.files.folder) if file.is_relative_to(self.files.folder) else Path()
-        bases = [self.root / "JPEGImages", self.root / "images"]
-        own = [base / below for base in bases if below.parts] + [file.parent]
-        path = self._first(own, file.stem, name)
-        if path is None and self.stems[file.stem] == 1:  # else the files of the subfolders share names
-            path = self._first(bases, file.stem, name) or self._only(below, file.stem, name)
-        elif path is None:
-            path = self._only(below, file.stem, name, same_folder=True)
+        below, own = self._places(file.parent)
+        bases, stem = self.bases, file.stem
+        alone = self.stems[stem] == 1  # else the files of the subfolders share names
+        path = self._first([*own[:-1], *(bases if alone else ()), own[-1]], stem, name)
+        if path is None:
+            path = self._only(below, stem, name, same_folder=not alone)
         if path is not None:
             self.used.add(path)
             return path
         first = next((place for place in (*bases, *own) if place.is_dir()), file.parent)
         return first / (name or f"{file.stem}.jpg")
+
+    def _places(self, parent: Path) -> tuple[Path, list[Path]]:
+        """The annotation's folder below that of all annotations, and the folders that belong to it, itself the last."""
+        if parent not in self._own:
+            below = parent.relative_to(self.files.folder) if parent.is_relative_to(self.files.folder) else Path()
+            self._own[parent] = below, [*(base / below for base in self.bases if below.parts), parent]
+        return self._own[parent]
 
     def unused(self) -> list[Path]:
         """Images in the folders of the images that were found, of which no annotation was."""
