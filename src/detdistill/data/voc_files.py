@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,8 +69,13 @@ def _codec(name: str) -> str:
     return SUPERSETS.get(known, known)
 
 
-def read_lines(file: Path, annotations: Sequence[Path]) -> list[str]:
-    """Lines of a text file without blanks around them, in the encoding of its byte order mark, UTF-8, or that of annotations.
+def read_lines(file: Path, annotations: Sequence[Path], fits: Callable[[str], object]) -> list[str]:
+    """Lines of a text file without blanks around them.
+
+    Args:
+        file: a list of images or classes, in UTF-8, in the encoding of its byte order mark, or in that of the annotations.
+        annotations: annotation files, which may declare an encoding.
+        fits: tells if a line is known in the data set; it decides between encodings in which the text can be read.
 
     Raises:
         DataError: the file cannot be read or decoded.
@@ -79,19 +85,26 @@ def read_lines(file: Path, annotations: Sequence[Path]) -> list[str]:
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
     marks = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-    codec = next((codec for mark, codec in marks if data.startswith(mark)), "utf-8")
-    try:
-        text = data.decode(codec)
-    except UnicodeDecodeError as error:
-        for other in dict.fromkeys(filter(None, (_declared_in(one) for one in annotations[:20]))):
-            try:
-                return [line.strip() for line in data.decode(_codec(other)).splitlines()]
-            except (UnicodeDecodeError, LookupError):
-                continue
-        raise DataError(f"{file}: not {codec.upper()} text at byte {error.start}; save the file as UTF-8") from error
-    if "\0" in text:
+    marked = next((codec for mark, codec in marks if data.startswith(mark)), None)
+    declared = () if marked or data.isascii() else dict.fromkeys(filter(None, map(_declared_in, annotations[:20])))
+    texts = []
+    for codec in (marked or "utf-8", *declared):
+        with contextlib.suppress(UnicodeDecodeError, LookupError):
+            texts.append([line.strip() for line in data.decode(_codec(codec)).splitlines()])
+    if not texts:
+        raise DataError(f"{file}: not {(marked or 'utf-8').upper()} text at byte {_first_bad_byte(data)}; save the file as UTF-8")
+    lines = texts[0] if len(texts) == 1 else max(texts, key=lambda each: sum(bool(fits(line)) for line in each))
+    if any("\0" in line for line in lines):
         raise DataError(f"{file}: not a text file (it has zero bytes); save it as UTF-8")
-    return [line.strip() for line in text.splitlines()]
+    return lines
+
+
+def _first_bad_byte(data: bytes) -> int:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return len(data)
 
 
 def _declared_in(file: Path) -> str | None:
@@ -257,16 +270,20 @@ def _of_one_class(file: Path, lists: Iterable[Path]) -> bool:
 
 def _match_lines(root: Path, file: Path, folder: Path, files: list[Path]) -> tuple[list[Path], list[Defect]]:
     """Annotations of a list's lines, and the defects of lines that are repeated or without an annotation."""
-    lines = [(number, line) for number, line in enumerate(read_lines(file, files), start=1) if line]
-    if not lines:
-        raise DataError(f"{file}: the list is empty; delete it or fill it with image names")
     index = {relative(one, folder)[: -len(one.suffix)]: one for one in files}
     stems = Counter(name.rsplit("/", 1)[-1] for name in index)
     index = {stem: one for name, one in index.items() if stems[stem := name.rsplit("/", 1)[-1]] == 1} | index
+
+    def find(line: str) -> Path | None:
+        return index.get(line) or next((index[name] for name in _readings(line) if name in index), None)
+
+    lines = [(number, line) for number, line in enumerate(read_lines(file, files, find), start=1) if line]
+    if not lines:
+        raise DataError(f"{file}: the list is empty; delete it or fill it with image names")
     found: dict[Path, int] = {}
     defects = []
     for number, line in lines:
-        match = index.get(line) or next((index[name] for name in _readings(line) if name in index), None)
+        match = find(line)
         place = f"line {number} of {relative(file, root)}"
         if match is None:
             *_, name = _readings(line)
@@ -321,22 +338,23 @@ class ImageFinder:
         """The image of an annotation; if it is missing, the path where it was first looked for."""
         name = (tree.findtext("filename") or "").strip().replace("\\", "/").rsplit("/", 1)[-1]
         below, own = self._places(file.parent)
-        bases, stem = self.bases, file.stem
+        stem = file.stem
         alone = self.stems[stem] == 1  # else the files of the subfolders share names
-        path = self._first([*own[:-1], *(bases if alone else ()), own[-1]], stem, name)
+        path = self._first([*own[:-1], *(self.bases if alone else ()), own[-1]], stem, name)
         if path is None:
             path = self._only(below, stem, name, same_folder=not alone)
         if path is not None:
             self.used.add(path)
             return path
-        first = next((place for place in (*bases, *own) if place.is_dir()), file.parent)
-        return first / (name or f"{file.stem}.jpg")
+        first = next((place for place in own if place.is_dir()), own[0])
+        missing = first / (name if name and self.stems[os.path.splitext(name)[0]] == 0 else stem + os.path.splitext(name)[1])
+        return first / f"{stem} (not the only one)" if missing.exists() else missing
 
     def _places(self, parent: Path) -> tuple[Path, list[Path]]:
         """The annotation's folder below that of all annotations, and the folders that belong to it, itself the last."""
         if parent not in self._own:
             below = parent.relative_to(self.files.folder) if parent.is_relative_to(self.files.folder) else Path()
-            self._own[parent] = below, [*(base / below for base in self.bases if below.parts), parent]
+            self._own[parent] = below, [*(base / below for base in self.bases), parent]
         return self._own[parent]
 
     def unused(self) -> list[Path]:
