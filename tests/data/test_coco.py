@@ -526,3 +526,23 @@ def test_images_outside_the_folder_are_told(tmp_path):
     (tmp_path / "root" / "train2017").symlink_to(tmp_path / "away")
     data = load_data(tmp_path / "root", strict=True)
     assert data.notes == (f"train: 3 images lie outside the data's folder, e.g. {tmp_path / 'away' / 'a.jpg'}",)
+
+
+@pytest.mark.parametrize("key", [10**400, 2**63, 1.5, "one"])
+def test_ids_that_are_no_small_integers_become_positions(tmp_path, key):
+    def change(content):
+        content["images"][0]["id"] = key
+        for annotation in content["annotations"][:2]:
+            annotation["image_id"] = key
+
+    data = changed(tmp_path, change)
+    assert [record.id for record in data.train.records] == [1, 2, 3]
+    assert (boxes(data.train), data.defects) == (EXPECTED, ())
+
+
+def test_a_file_name_that_is_null_is_none(tmp_path):
+    def change(content):
+        for entry in content["images"]:
+            entry |= {"coco_url": f"http://x/{entry['file_name']}", "file_name": None}
+
+    assert boxes(changed(tmp_path, change).train) == EXPECTED

@@ -36,7 +36,7 @@ def findings(sets: Sequence[DetectionSet]) -> Iterator[str]:
             f"classes whose names mean regions to ignore, not objects: {listed(marks)}; in COCO mark their boxes with "
             "iscrowd or ignore: 1, else they are learnt like objects"
         )
-    yield from _counted_from_one(sets, sum(counts.values()))
+    yield from _counted_from_one(sets, np.sum(list(counts.values()), axis=0))
 
 
 def means_ignore(name: str) -> bool:
