@@ -448,6 +448,11 @@ def _load(data: str, strict: bool, progress: Progress) -> DataSplits:
 
     for note in splits.notes:
         progress.say(f"[dim]{escape(note)}[/dim]")
+    if not any((~record.crowd).any() for record in splits.val.records):
+        progress.say(
+            f"[bold red]WARNING: no image of the val split of {escape(data)} has an object to be found: AP is undefined (shown "
+            "as -), and no checkpoint is better than another. Are labels missing? Give a val split with objects.[/bold red]"
+        )
     if splits.defects:
         kinds: dict[str, int] = {}
         for defect in splits.defects:

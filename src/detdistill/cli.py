@@ -241,7 +241,9 @@ def _train(chosen: Namespace) -> None:
 
     result = api.train(**_plain(chosen))
     page = f"; report {result.folder / 'report.html'}" if chosen.report else ""
-    _say(f"AP {100 * result.scores.metrics['AP']:.1f}; run folder {result.folder}{page}")
+    from detdistill.evaluation.scores import points
+
+    _say(f"AP {points(result.scores.metrics['AP'])}; run folder {result.folder}{page}")
 
 
 def _distill_flags(parser: Parser) -> None:

@@ -183,20 +183,18 @@ def show_recipes(found: Sequence[Recipe]) -> None:
 
 def show_scores(scores: Scores) -> None:
     """Print the 12 COCO numbers, the AP of each class and the loss of AP50 by kind of error, times 100; ``-``: undefined."""
+    from detdistill.evaluation.scores import points
+
     console = printing.stdout()
     printing.line(console, f"{scores.images} images, {scores.seconds:.1f} s; all numbers x 100")
     printing.line(console)
-    printing.grid(console, {name: _percent(value) for name, value in scores.metrics.items()})
+    printing.grid(console, {name: points(value) for name, value in scores.metrics.items()})
     printing.line(console)
-    printing.table(console, ("class", "AP"), [(name, _percent(value)) for name, value in scores.per_class.items()])
+    printing.table(console, ("class", "AP"), [(name, points(value)) for name, value in scores.per_class.items()])
     if scores.errors:
         printing.line(console)
         printing.line(console, "AP50 lost to")
         printing.grid(console, {name: f"{100 * value:.1f}" for name, value in scores.errors.items()})
-
-
-def _percent(value: float) -> str:
-    return "-" if value < 0 else f"{100 * value:.1f}"
 
 
 def citations_json(methods: Sequence[type[Method]]) -> dict[str, Any]:

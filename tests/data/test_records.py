@@ -7,7 +7,7 @@ from PIL import Image
 
 from detdistill.data.coco import write_coco
 from detdistill.data.discover import load_data
-from detdistill.data.records import DetectionSet, RawBox, RawImage, assemble, image_ids, read_header, split_of, split_off
+from detdistill.data.records import Defect, DetectionSet, RawBox, RawImage, assemble, image_ids, read_header, split_of, split_off
 from detdistill.errors import DataError
 from tests.data.forms import Picture, make_coco, write_image
 
@@ -127,9 +127,21 @@ def test_the_size_is_that_of_the_upright_image(tmp_path):
     assert read_header(tmp_path / "plain.jpg").size_hw == (48, 64)
 
 
-def test_no_usable_image_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"none of the 1 images of the train split is usable: gone.png: .*does not exist"):
-        read(tmp_path, RawImage(9, tmp_path / "gone.png", (), "labels.txt"))
+def test_a_set_may_be_empty_but_is_not_loaded(tmp_path):
+    data = read(tmp_path, RawImage(9, tmp_path / "gone.png", (), "labels.txt"))
+    assert len(data) == 0
+    assert [(defect.kind, defect.file, defect.message) for defect in data.defects] == [
+        ("missing file", "gone.png", "the image file does not exist")
+    ]
+    make_coco(tmp_path)
+    (tmp_path / "val2017" / "d.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of the 1 images of the val split is usable: val2017/d.jpg: not an image"):
+        load_data(tmp_path)
+
+
+def test_texts_of_defects_are_one_line_and_not_endless():
+    defect = Defect("kind", "a\n\x1b[31m.txt", "row 1", "x" * 1000, "box")
+    assert (defect.file, defect.message) == ("a\\n\\x1b[31m.txt", "x" * 500 + " ...")
 
 
 def test_ids_are_the_file_names_where_these_are_numbers(tmp_path):

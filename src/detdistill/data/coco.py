@@ -7,42 +7,40 @@ Crowd boxes and the areas given in the annotations are kept. Polygons and run le
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from detdistill.data.records import Defect, DetectionSet, RawBox, RawImage, SplitName, assemble, listed, relative, split_of
+from detdistill.data.coco_files import files_by_split, load_coco
+from detdistill.data.flags import is_id, truth, whole
+from detdistill.data.outlines import Box, outline_box
+from detdistill.data.paths import folders_below, match_listed, split_parts
+from detdistill.data.records import (
+    SPLIT_WORDS,
+    Defect,
+    DetectionSet,
+    RawBox,
+    RawImage,
+    SplitName,
+    assemble,
+    listed,
+    relative,
+    split_of,
+)
 from detdistill.errors import DataError
 
 Sets = dict[SplitName, DetectionSet]
 
-
-def find_coco(path: Path) -> list[Path]:
-    """List the COCO detection files of a folder, or the file itself if ``path`` is such a file; nothing is parsed yet.
-
-    The search covers ``annotations``, the folder itself and its subfolders. If some files are called ``instances_...``, all
-    others (captions, keypoints) are ignored.
-    """
-    if path.is_file():
-        return [path] if _looks_like_coco(path) else []
-    places = [path / "annotations", path, *sorted(place for place in path.iterdir() if place.is_dir())]
-    found: list[Path] = []
-    for place in places:
-        for file in sorted(place.glob("*.json")) if place.is_dir() else ():
-            if file not in found and (file.name.startswith("instances") or _looks_like_coco(file)):
-                found.append(file)
-    instances = [file for file in found if file.name.startswith("instances")]
-    return [file for file in instances or found if _looks_like_coco(file)]
-
-
-def _looks_like_coco(file: Path) -> bool:
-    content = file.read_bytes()
-    return content[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and all(
-        key in content for key in (b'"images"', b'"annotations"')
-    )
+CROWD_KEYS = ("iscrowd", "is_crowd", "ignore", "ignored", "is_group_of")
+"""Flags of an annotation that mark a region without single objects: it is neither trained on nor counted as a mistake."""
+DEPTH = 4
+"""Folders are searched this many levels below the annotations' folder."""
 
 
 def read_coco(path: Path, files: list[Path]) -> tuple[Sets, list[str]]:
@@ -62,13 +60,15 @@ def read_coco(path: Path, files: list[Path]) -> tuple[Sets, list[str]]:
     """
     notes: list[str] = []
     root = path if path.is_dir() else _data_root(path)
-    by_split = _by_split(path, files if path.is_dir() else [*files, *_siblings(path)], notes)
-    contents = {name: _load(file) for name, file in by_split.items()}
+    by_split = files_by_split(path, files, notes)
+    contents = {name: load_coco(file) for name, file in by_split.items()}
     classes, maps = _match_classes(by_split, contents, notes)
     sets: Sets = {}
     for name, file in by_split.items():
-        images, defects = _raw_images(contents.pop(name), file, root, maps[name], name)
-        sets[name] = assemble(name, "coco", root, classes, images, defects)
+        reading = _Reading(relative(file, root), maps[name])
+        images = _raw_images(contents.pop(name), file, root, reading, name)
+        notes += [f"{name}: {note}" for note in reading.notes()]
+        sets[name] = assemble(name, "coco", root, classes, images, reading.defects)
     return sets, notes
 
 
@@ -79,88 +79,27 @@ def _data_root(file: Path) -> Path:
     return file.parent
 
 
-def _siblings(file: Path) -> list[Path]:
-    """Files of the other splits, if the file's name (or its folder's name) marks it as the training split."""
-    swaps: list[Path] = []
-    for word in ("val", "valid", "validation", "test"):
-        if split_of(file.stem) == "train":
-            swaps.append(file.with_name(file.name.replace("train", word)))
-        elif split_of(file.stem) is None and split_of(file.parent.name) == "train":
-            swaps.append(file.parent.with_name(file.parent.name.replace("train", word)) / file.name)
-    return [swap for swap in swaps if swap != file and swap.is_file() and _looks_like_coco(swap)]
-
-
-def _by_split(path: Path, files: list[Path], notes: list[str]) -> dict[SplitName, Path]:
-    """Assign each file to its split, in the order train, val, test."""
-    if path.is_file() and len(files) > 1:
-        notes.append(f"the files beside {path.name} were taken as its other splits: {listed(file.name for file in files[1:])}")
-    by_split: dict[SplitName, Path] = {}
-    for file in files:
-        folder = file.parent.name if file.parent not in (path, path / "annotations") else ""
-        name: SplitName | None = split_of(file.stem, folder)
-        if path.is_file() and file == path:
-            name = "train"
-        if name is None and len(files) == 1:
-            name = "train"
-        if name is None:
-            raise DataError(
-                f"{path}: cannot tell which split {relative(file, path)} is, beside {len(files) - 1} other COCO files; "
-                "put train, val or test into the file names, or pass the training file itself"
-            )
-        if name in by_split:
-            raise DataError(
-                f"{path}: both {relative(by_split[name], path)} and {relative(file, path)} look like the {name} split; "
-                "pass the training JSON file itself, or move one away"
-            )
-        by_split[name] = file
-    return dict(sorted(by_split.items(), key=lambda item: ("train", "val", "test").index(item[0])))
-
-
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        content: Any = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file}: not valid JSON at line {error.lineno}, column {error.colno} (character {error.pos}): {error.msg}; "
-            "the file is probably cut off: copy or export it again"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text at byte {error.start}; save the file as UTF-8") from error
-    assert isinstance(content, dict)  # find_coco accepts only files that begin with a brace
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list):
-            raise DataError(f"{file}: no list {key!r}; a COCO detection file has the lists images, annotations and categories")
-    return content
+# ------------------------------------------------------------------------------------------------------------ classes
 
 
 def _match_classes(
     files: dict[SplitName, Path], contents: dict[SplitName, dict[str, Any]], notes: list[str]
-) -> tuple[tuple[str, ...], dict[SplitName, dict[int, int]]]:
+) -> tuple[tuple[str, ...], dict[SplitName, dict[Any, int]]]:
     """Class names in the order of the first file's category ids, and for each split a map from category id to label."""
-    categories = {name: _categories(files[name], content) for name, content in contents.items()}
-    used = {
-        categories[name][item["category_id"]]["name"]
-        for name, content in contents.items()
-        for item in content["annotations"]
-        if isinstance(item, dict) and _is_id(item.get("category_id")) and item["category_id"] in categories[name]
-    }
+    categories = {name: _drop_groups(_categories(files[name], content), content) for name, content in contents.items()}
+    used_groups = {name for _, groups in categories.values() for name, used in groups.items() if used}
+    dropped = {name for _, groups in categories.values() for name in groups} - used_groups
+    if dropped:
+        notes.append(f"category {listed(sorted(dropped))} only groups the others and has no boxes: it is not used as a class")
+    named = {name: _named(files[name], split, dropped) for name, (split, _) in categories.items()}
     first = next(iter(contents))
-    parents = {str(category.get("supercategory")) for split in categories.values() for category in split.values()}
-    # Roboflow adds a category for the group itself: it is the parent of all others and has no boxes.
-    dummies = {
-        category["name"]
-        for category in categories[first].values()
-        if category.get("supercategory") == "none" and category["name"] in parents and category["name"] not in used
-    }
-    if dummies:
-        notes.append(f"category {listed(sorted(dummies))} only groups the others and has no boxes: it is not used as a class")
-    classes = tuple(category["name"] for _, category in sorted(categories[first].items()) if category["name"] not in dummies)
+    classes = tuple(text for _, text in sorted(named[first].items(), key=lambda item: _order(item[0])))
     if not classes:
         raise DataError(f"{files[first]}: no categories; give the list 'categories' an id and a name for each class")
     label_of = {name: label for label, name in enumerate(classes)}
-    maps: dict[SplitName, dict[int, int]] = {}
-    for name, split in categories.items():
-        names = {category["name"] for category in split.values()} - dummies
+    maps: dict[SplitName, dict[Any, int]] = {}
+    for name, split in named.items():
+        names = set(split.values())
         if names - set(classes):
             raise DataError(
                 f"{files[name]}: its classes differ from those of {files[first].name}: {listed(sorted(names))} against "
@@ -168,149 +107,303 @@ def _match_classes(
             )
         if set(classes) - names:
             notes.append(f"the {name} split does not list these classes: {listed(sorted(set(classes) - names))}")
-        maps[name] = {key: label_of[category["name"]] for key, category in split.items() if category["name"] not in dummies}
+        maps[name] = {key: label_of[text] for key, text in split.items()}
     return classes, maps
 
 
-def _categories(file: Path, content: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    by_id: dict[int, dict[str, Any]] = {}
+def _order(key: Any) -> tuple[bool, Any]:
+    """Numbers in their order, then texts in theirs; texts that are integers count as these."""
+    number = whole(key)
+    return (False, number) if number is not None else (isinstance(key, str), key)
+
+
+def _categories(file: Path, content: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+    by_id: dict[Any, dict[str, Any]] = {}
     for category in content["categories"]:
-        if not isinstance(category, dict) or not _is_id(category.get("id")) or not isinstance(category.get("name"), str):
-            raise DataError(f"{file}: category {category!r} needs an integer id and a name")
+        name = category.get("name") if isinstance(category, dict) else None
+        if isinstance(name, int) and not isinstance(name, bool):
+            name = str(name)
+        if not isinstance(category, dict) or not is_id(category.get("id")) or not isinstance(name, str):
+            raise DataError(f"{file}: category {category!r:.200} needs an integer id and a name")
+        if not _is_text(name):
+            raise DataError(f"{file}: category {category['id']}: its name {name!r:.60} is empty or no valid text; give it a name")
         if category["id"] in by_id:
             raise DataError(f"{file}: category id {category['id']} occurs twice; make the ids unique")
-        if category["name"] in {other["name"] for other in by_id.values()}:
-            raise DataError(f"{file}: two categories are called {category['name']!r}; make the names unique")
-        by_id[category["id"]] = category
+        by_id[category["id"]] = {**category, "name": name}
     return by_id
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_text(name: str) -> bool:
+    """True for a name that is not empty and can be written as UTF-8 (half of a surrogate pair cannot)."""
+    try:
+        return bool(name.encode().strip())
+    except UnicodeEncodeError:
+        return False
 
 
-def _raw_images(
-    content: dict[str, Any], file: Path, root: Path, labels: dict[int, int], split: SplitName
-) -> tuple[list[RawImage], list[Defect]]:
-    """The file's images with their boxes, and the defects of the two lists (malformed entries, repeated or unknown ids)."""
-    where = relative(file, root)
-    defects: list[Defect] = []
-    entries: dict[Any, dict[str, Any]] = {}
+def _drop_groups(
+    categories: dict[Any, dict[str, Any]], content: dict[str, Any]
+) -> tuple[dict[Any, dict[str, Any]], dict[str, bool]]:
+    """The categories, and which of them may be Roboflow's: the parent of the others, by name, with True if it has a box."""
+    groups: dict[str, bool] = {}
+    marked = {}
+    for key, category in categories.items():
+        parents = {str(other.get("supercategory")) for other in categories.values() if other is not category}
+        group = category.get("supercategory") == "none" and category["name"] in parents
+        marked[key] = {**category, "group": group}
+        if group:
+            groups[category["name"]] = groups.get(category["name"], False)
+    if groups:
+        find = _Ids(marked)
+        for item in content["annotations"]:
+            key = find(item.get("category_id")) if isinstance(item, dict) else None
+            if key is not None and marked[key]["group"]:
+                groups[marked[key]["name"]] = True
+    return marked, groups
+
+
+def _named(file: Path, categories: dict[Any, dict[str, Any]], dropped: set[str]) -> dict[Any, str]:
+    """Class names by category id, without the dropped groups."""
+    named: dict[Any, str] = {}
+    taken: set[str] = set()
+    for key, category in categories.items():
+        if category["group"] and category["name"] in dropped:
+            continue
+        if category["name"] in taken:
+            raise DataError(f"{file}: two categories are called {category['name']!r}; make the names unique")
+        taken.add(category["name"])
+        named[key] = category["name"]
+    return named
+
+
+class _Ids:
+    """Looks up ids; if an id is not there, the number that it spells as a text (or the text of the number) is tried."""
+
+    def __init__(self, ids: Iterable[Any]) -> None:
+        self.ids = {key: key for key in ids}
+        self.numbers: dict[int, Any] = {}
+        for key in self.ids:
+            if (number := whole(key)) is not None:
+                self.numbers[number] = None if number in self.numbers else key
+
+    def __call__(self, value: Any) -> Any | None:
+        """The id as the list of records has it, or None."""
+        if type(value) is int and value in self.ids:
+            return self.ids[value]
+        if not is_id(value):
+            return None
+        if value in self.ids:
+            return self.ids[value]
+        number = whole(value)
+        return None if number is None else self.numbers.get(number)
+
+
+# -------------------------------------------------------------------------------------------------- images and boxes
+
+
+@dataclass
+class _Reading:
+    """What is collected while a file is read."""
+
+    where: str
+    """The file, relative to the data's folder."""
+    labels: dict[Any, int]
+    """Label by category id."""
+    defects: list[Defect] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Number of boxes by the flag, other than ``iscrowd``, that marks them."""
+    outlined: int = 0
+    """Number of boxes that are the tight box of a segmentation."""
+
+    def report(self, kind: str, record: str, message: str, skipped: str = "box") -> None:
+        self.defects.append(Defect(kind, self.where, record, message, skipped))
+
+    def notes(self) -> Iterable[str]:
+        for key, count in self.ignored.items():
+            yield f"{count} boxes are marked '{key}': like crowds, they are neither trained on nor counted as mistakes"
+        if self.outlined:
+            yield f"{self.outlined} annotations have no bbox: the tight box of their segmentation is used"
+
+
+def _raw_images(content: dict[str, Any], file: Path, root: Path, reading: _Reading, split: SplitName) -> list[RawImage]:
+    """The file's images with their boxes; defects of the two lists (malformed entries, repeated or unknown ids) are added."""
+    entries: dict[Any, tuple[str, dict[str, Any]]] = {}
     for position, entry in enumerate(content["images"]):
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("id"), int | str)
-            or not isinstance(entry.get("file_name"), str)
-        ):
-            message = "an image needs an id and a file_name"
-            defects.append(Defect("malformed record", where, f"images[{position}]", message, "image"))
+        record = f"images[{position}]"
+        name = _file_name(entry) if isinstance(entry, dict) else None
+        if not isinstance(entry, dict) or not is_id(entry.get("id")) or name is None:
+            keys = f"; it has {listed(map(repr, entry))}" if isinstance(entry, dict) else ""
+            reading.report("malformed record", record, f"an image needs an id and a file_name{keys}", "image")
         elif entry["id"] in entries:
-            message = f"{entries[entry['id']]['file_name']} and {entry['file_name']} have the same id; the first is kept"
-            defects.append(Defect("duplicate image id", where, f"image {entry['id']}", message, "image"))
+            message = f"{entries[entry['id']][0]} and {name} have the same id; the first is kept"
+            reading.report("duplicate image id", f"image {entry['id']}", message, "image")
         else:
-            entries[entry["id"]] = entry
-    boxes = _raw_boxes(content["annotations"], set(entries), labels, where, defects)
+            entries[entry["id"]] = name, entry
+    if content["images"] and not any(isinstance(entry, dict) and _file_name(entry) for entry in content["images"]):
+        count = len(content["images"])
+        message = f"{count} of {count} images have no file_name; add it, or the address coco_url, to each image"
+        reading.defects.insert(0, Defect("missing file names", reading.where, "images", message, "nothing"))
+    boxes = _raw_boxes(content["annotations"], _Ids(entries), reading)
     # COCO's ids are integers, but some files have text: then images are numbered by their position.
-    whole = all(map(_is_id, entries))
-    numbers = {key: key if whole else position for position, key in enumerate(entries, start=1)}
-    paths = _locate([entry["file_name"] for entry in entries.values()], file, root, split)
+    fit = all(not isinstance(key, str) and abs(key) < 2**53 and int(key) == key for key in entries)
+    numbers = {key: int(key) if fit else position for position, key in enumerate(entries, start=1)}
+    paths = _locate([name for name, _ in entries.values()], file, root, split, reading)
     images = []
-    for (key, entry), image_path in zip(entries.items(), paths, strict=True):
-        height, width = entry.get("height"), entry.get("width")
-        size_hw = (height, width) if isinstance(height, int) and isinstance(width, int) else None
-        images.append(RawImage(numbers[key], image_path, boxes.get(key, ()), where, size_hw))
-    return images, defects
+    for (key, (_, entry)), image_path in zip(entries.items(), paths, strict=True):
+        height, width = whole(entry.get("height")), whole(entry.get("width"))
+        size_hw = (height, width) if height is not None and width is not None else None
+        images.append(RawImage(numbers[key], image_path, boxes.get(key, ()), reading.where, size_hw))
+    return images
 
 
-def _raw_boxes(
-    annotations: list[Any], image_ids: set[Any], labels: dict[int, int], where: str, defects: list[Defect]
-) -> dict[Any, list[RawBox]]:
+def _file_name(entry: dict[str, Any]) -> str | None:
+    """The image's path as listed; LVIS has only an address."""
+    name = entry.get("file_name") or entry.get("coco_url")
+    return name if isinstance(name, str) and name.strip() else None
+
+
+def _raw_boxes(annotations: list[Any], images: _Ids, reading: _Reading) -> dict[Any, list[RawBox]]:
     """Boxes by image id."""
     boxes: dict[Any, list[RawBox]] = {}
+    categories = _Ids(reading.labels)
     seen: set[Any] = set()
-
-    def report(kind: str, record: str, message: str, skipped: str = "box") -> None:
-        defects.append(Defect(kind, where, record, message, skipped))
-
     for position, item in enumerate(annotations):
         if not isinstance(item, dict):
-            report(
-                "malformed record", f"annotations[{position}]", "an annotation is an object with image_id, category_id and bbox"
-            )
+            message = "an annotation is an object with image_id, category_id and bbox"
+            reading.report("malformed record", f"annotations[{position}]", message)
             continue
-        key = item.get("id")
+        key, listed_image = item.get("id"), item.get("image_id")
         record = f"annotation {key}" if key is not None else f"annotations[{position}]"
-        if item.get("image_id") is not None:
-            record += f" of image {item['image_id']}"
-        box = item.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
-            report("malformed record", record, f"bbox is {box!r:.60}, not four numbers x, y, width, height")
+        if listed_image is not None:
+            record += f" of image {listed_image}"
+        xyxy = _box(item, record, reading)
+        if xyxy is None:
             continue
-        if isinstance(key, int | str):
+        if is_id(key):
             if key in seen:
-                report("duplicate annotation id", record, "the id occurs twice; both boxes are kept", "nothing")
+                reading.report("duplicate annotation id", record, "the id occurs twice; both boxes are kept", "nothing")
             seen.add(key)
-        image_id = item.get("image_id")
-        if not isinstance(image_id, int | str) or image_id not in image_ids:
-            report("unknown image", record, f"image_id {image_id!r} is not in the list of images")
+        image_id = images(listed_image)
+        if image_id is None:
+            reading.report("unknown image", record, f"image_id {listed_image!r:.60} is not in the list of images")
             continue
         if item.get("category_id") is None:
-            report("missing category", record, "no category_id")
+            reading.report("missing category", record, "no category_id")
             continue
-        if not _is_id(item["category_id"]) or item["category_id"] not in labels:
-            report("unknown class", record, f"category_id {item['category_id']!r} is not in the list of categories")
+        category = categories(item["category_id"])
+        if category is None:
+            message = f"category_id {item['category_id']!r:.60} is not in the list of categories"
+            reading.report("unknown class", record, message)
             continue
-        x, y, width, height = map(float, box)
-        area = item.get("area")
+        crowd = _crowd(item, record, reading)
+        if crowd is None:
+            continue
         boxes.setdefault(image_id, []).append(
             RawBox(
-                (x, y, x + width, y + height),
-                labels[item["category_id"]],
+                xyxy,
+                reading.labels[category],
                 record,
-                crowd=bool(item.get("iscrowd")),
-                area=float(area) if isinstance(area, int | float) else None,
+                crowd=crowd,
+                area=_area(item.get("area"), record, reading),
                 segmentation=item.get("segmentation") or None,
             )
         )
     return boxes
 
 
-def _locate(file_names: list[str], file: Path, root: Path, split: SplitName) -> list[Path]:
-    """Paths of the images, each in the first folder that has a file of that name; folders named after the split go first.
+def _box(item: dict[str, Any], record: str, reading: _Reading) -> Box | None:
+    """Corners of an annotation's box, or of its segmentation if it has no box; None (and a defect) if it has neither."""
+    box = item.get("bbox")
+    if isinstance(box, list) and len(box) == 4:
+        x, y, width, height = box
+        kinds = {type(x), type(y), type(width), type(height)}
+        if kinds == {float}:
+            return x, y, x + width, y + height
+        if kinds <= {int, float}:
+            x, y, width, height = map(_float, box)
+            return x, y, x + width, y + height
+    if (box is None or box == []) and item.get("segmentation"):
+        outline = outline_box(item["segmentation"])
+        if outline is not None:
+            reading.outlined += 1
+            return outline
+        message = f"no bbox, and the segmentation {item['segmentation']!r:.60} has no box"
+        reading.report("malformed record", record, message)
+        return None
+    reading.report("malformed record", record, f"bbox is {box!r:.60}, not four numbers x, y, width, height")
+    return None
+
+
+def _float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an integer beyond 1e308
+        return math.inf if number > 0 else -math.inf
+
+
+def _crowd(item: dict[str, Any], record: str, reading: _Reading) -> bool | None:
+    """True if a flag marks the box as a region to ignore; None (and a defect) if a flag is neither true nor false."""
+    crowd = False
+    for key in CROWD_KEYS:
+        if key not in item or (value := item[key]) is None or value == 0:
+            continue
+        flag = truth(value)
+        if flag is None:
+            reading.report("malformed record", record, f"{key} is {value!r:.60}, neither 0 nor 1")
+            return None
+        if flag and not crowd and key != "iscrowd":
+            reading.ignored[key] += 1
+        crowd = crowd or flag
+    return crowd
+
+
+def _area(value: Any, record: str, reading: _Reading) -> float | None:
+    if value is None or (type(value) is float and math.isfinite(value)):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(area := _float(value)):
+        return area
+    message = f"area is {value!r:.60}, not a number; width times height is used"
+    reading.report("malformed area", record, message, "nothing")
+    return None
+
+
+def _locate(file_names: list[str], file: Path, root: Path, split: SplitName, reading: _Reading) -> list[Path]:
+    """Paths of the images (see ``paths``); folders named after the split go first.
 
     Folders named after another split are searched only if no image was found elsewhere: a file of the same name in them may
-    be another picture.
+    be another picture. An image that is missing gets the path where it was first looked for.
     """
-    places: list[Path] = []
-    for base in dict.fromkeys((file.parent, root)):
-        for place in (base, base / "images"):
-            if place.is_dir():
-                places += [place, *sorted(child for child in place.iterdir() if child.is_dir())]
-    places = list(dict.fromkeys(places))
-    own = [place for place in places if place != root and split_of(place.name) == split]
-    neutral = [place for place in places if place == root or split_of(place.name) is None]
-    others = [place for place in places if place not in own and place not in neutral]
-    names = [name.replace("\\", "/") for name in file_names]
-    for candidates in ([*own, *neutral], others):
-        found = [_first(candidates, name) for name in names]
+    bases = [base for base in dict.fromkeys((file.parent, root)) if base.is_dir()]
+    bases += [place for base in bases if (place := base / "images").is_dir()]
+    below = list(dict.fromkeys(place for base in bases for place in folders_below(base, 1)))
+
+    def deeper() -> list[Path]:
+        return [place for base in bases for place in folders_below(base, DEPTH) if other(place) in (None, split)]
+
+    def other(place: Path) -> SplitName | None:
+        """The split that the folder, or one above it in the data, is named after."""
+        return split_of(*reversed((place.relative_to(root) if place.is_relative_to(root) else place).parts))
+
+    own = [place for place in below if split_of(place.name) == split and _is_split_name(place.name)]
+    neutral = [place for place in below if place not in own and other(place) in (None, split)]
+    others = [place for place in below if other(place) not in (None, split)]
+    for first, then in (([*own, *bases], neutral), (others, [])):
+        found = match_listed(file_names, first, then, deeper if first is not others else list)
         if any(found):
-            return [path or candidates[0] / name for path, name in zip(found, names, strict=True)]
-    example = f", e.g. {names[0]}" if names else ""
-    raise DataError(
-        f"{file}: none of its {len(names)} images was found{example}; looked in {listed(map(str, places), 6)}; "
-        "put the image folder beside the annotations"
-    )
+            missing = [*own, *bases][0]
+            return [path or missing / "/".join(split_parts(name)) for path, name in zip(found, file_names, strict=True)]
+    if file_names:
+        message = (
+            f"none of its {len(file_names)} images was found, e.g. {file_names[0]}; looked in "
+            f"{listed(map(str, dict.fromkeys((*bases, *below))), 6)}; put the image folder beside the annotations"
+        )
+        reading.defects.insert(0, Defect("missing files", reading.where, "images", message, "nothing"))
+    return [(own or bases)[0] / "/".join(split_parts(name)) for name in file_names]
 
 
-def _first(places: list[Path], name: str) -> Path | None:
-    base_name = name.rsplit("/", 1)[-1]
-    for index, place in enumerate(places):
-        for candidate in dict.fromkeys((place / name, place / base_name)):
-            if candidate.is_file():
-                # The next image most likely lies in the same folder: look there first.
-                places.insert(0, places.pop(index))
-                return candidate
-    return None
+def _is_split_name(name: str) -> bool:
+    """True for ``train``, ``train2017`` or ``VAL_1``, but not for ``train_masks``."""
+    return name.lower().rstrip("0123456789_- .") in SPLIT_WORDS
 
 
 def write_coco(data: DetectionSet, folder: str | Path) -> Path:

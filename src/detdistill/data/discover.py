@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detdistill.data.coco import find_coco, read_coco
-from detdistill.data.records import DataSplits, DetectionSet, SplitName, listed, split_off
+from detdistill.data.coco import read_coco
+from detdistill.data.coco_files import find_coco
+from detdistill.data.other_forms import other_form
+from detdistill.data.paths import outside
+from detdistill.data.records import BROKEN_FILE, DataSplits, Defect, DetectionSet, SplitName, listed, split_off
 from detdistill.data.voc import find_voc, read_voc
 from detdistill.data.yolo import find_yolo, read_yolo
 from detdistill.errors import DataError, nearest
@@ -32,6 +37,58 @@ def load_data(path: str | Path, *, strict: bool = False) -> DataSplits:
         DataError: the path does not exist, has no known form, holds broken files, or has no usable box to train on; with
             ``strict``, also any defect.
     """
+    return usable(path, *read_sets(path), strict=strict)
+
+
+def usable(path: str | Path, sets: dict[SplitName, DetectionSet], notes: Sequence[str], *, strict: bool = False) -> DataSplits:
+    """The splits for training, if the sets that ``read_sets`` found allow it.
+
+    Raises:
+        DataError: as ``load_data``.
+    """
+    for data in sets.values():
+        _check_usable(data)
+    splits = _complete(path, sets, list(notes))
+    if not any((~record.crowd).any() for record in splits.train.records):
+        raise DataError(
+            f"{path}: no usable box in the {len(splits.train)} training images ({len(splits.train.defects)} defects); "
+            f"there is nothing to learn from{_first(splits.train.defects)}"
+        )
+    if strict and splits.defects:
+        raise DataError(f"{path}: {len(splits.defects)} defects{_first(splits.defects)}")
+    return splits
+
+
+def _first(defects: Sequence[Defect]) -> str:
+    """The first three defects, for the end of a sentence."""
+    shown = "; ".join(f"{defect.file}, {defect.record}: {defect.kind}: {defect.message}" for defect in defects[:3])
+    return f"; the first: {shown}" if defects else ""
+
+
+def _check_usable(data: DetectionSet) -> None:
+    """Refuse a split without images, and one with a broken annotation file: nobody knows what it would have held."""
+    for defect in data.defects:
+        if defect.kind == BROKEN_FILE:
+            raise DataError(f"{data.root / defect.file}: {defect.message}; fix the file or remove it and its image")
+    if not data.records:
+        count = sum(defect.skipped == "image" for defect in data.defects)
+        first = next(iter(data.defects), None)
+        reason = f": {first.file}: {first.message}" if first else ""
+        raise DataError(f"{data.root}: none of the {count} images of the {data.name} split is usable{reason}")
+
+
+def read_sets(path: str | Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
+    """Read whatever splits there are, also those that cannot be used, e.g. without any box.
+
+    Args:
+        path: as for ``load_data``.
+
+    Returns:
+        The sets by split, and notes for the user.
+
+    Raises:
+        DataError: the path does not exist or has no known form, or the files do not tell what is an image, a box or a class.
+    """
     if isinstance(path, str) and (path == "digits" or path.startswith("digits:")):
         path = _digits(path)
     folder = Path(path).expanduser()
@@ -39,16 +96,10 @@ def load_data(path: str | Path, *, strict: bool = False) -> DataSplits:
         there = [item.name for item in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise DataError(f"{folder}: there is no such file or folder{nearest(folder.name, there)}")
     sets, notes = _read(folder.absolute())
-    splits = _complete(folder, sets, notes)
-    if not any((~record.crowd).any() for record in splits.train.records):
-        raise DataError(
-            f"{folder}: no usable box in the {len(splits.train)} training images ({len(splits.train.defects)} defects); "
-            "there is nothing to learn from"
-        )
-    if strict and splits.defects:
-        first = "; ".join(f"{d.file}, {d.record}: {d.kind}: {d.message}" for d in splits.defects[:3])
-        raise DataError(f"{folder}: {len(splits.defects)} defects; the first: {first}")
-    return splits
+    for name, data in sets.items():
+        if away := outside([record.path for record in data.records], data.root):
+            notes.append(f"{name}: {len(away)} images lie outside the data's folder, e.g. {os.path.realpath(away[0])}")
+    return sets, notes
 
 
 def _read(path: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
@@ -71,14 +122,20 @@ def _read(path: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
         if len(inside) != 1:
             break
         path = inside[0]
+    if other := other_form(start):
+        raise DataError(f"{start}: {other}; export it as COCO, YOLO or Pascal VOC")
     if start.is_file():
         raise DataError(f"{start}: neither a COCO JSON file nor a YOLO data.yaml; looked for {FORMS}")
     found = listed(sorted(item.name + ("/" if item.is_dir() else "") for item in start.iterdir())) or "nothing"
     raise DataError(f"{start}: no data set of a known form; looked for {FORMS}; found {found}")
 
 
-def _complete(folder: Path, sets: dict[SplitName, DetectionSet], notes: list[str]) -> DataSplits:
-    """The splits with train and val; if there is no val, it is split off train."""
+def _complete(folder: str | Path, sets: dict[SplitName, DetectionSet], notes: list[str]) -> DataSplits:
+    """The splits with train and val; if there is no val, it is split off train.
+
+    Raises:
+        DataError: there is no train, or it is too small to be split.
+    """
     if "train" not in sets:
         raise DataError(f"{folder}: no train split, only {listed(sets)}; add a train split")
     train, val, test = sets["train"], sets.get("val"), sets.get("test")

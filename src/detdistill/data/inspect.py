@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 from collections import Counter, defaultdict
@@ -19,8 +20,10 @@ from rich.console import Console
 from rich.text import Text
 
 from detdistill import printing
-from detdistill.data.discover import load_data
-from detdistill.data.records import DataSplits, Defect, DetectionSet, Record, relative
+from detdistill.data.discover import read_sets, usable
+from detdistill.data.findings import findings, glance, picture_defects, same_pictures
+from detdistill.data.pixels import FAULTS, Range, look
+from detdistill.data.records import Defect, DetectionSet, Record, relative
 from detdistill.errors import DataError
 
 SMALL_AREA, LARGE_AREA = 32.0**2, 96.0**2
@@ -53,6 +56,8 @@ class SplitReport:
     """Number of boxes by class, in the order of the labels."""
     skipped_images: int
     skipped_boxes: int
+    skipped_masks: int = 0
+    """Masks left out of boxes that are kept."""
 
 
 @dataclass(frozen=True)
@@ -165,46 +170,61 @@ def inspect_data(path: str | Path, *, strict: bool = False, deep: bool = False) 
     Args:
         path: as for ``load_data``.
         strict: raise an error on any defect.
-        deep: also decode every image. This finds truncated files, and pictures that are in both train and val under
-            different names (listed as a note).
+        deep: also decode every image. This finds truncated files, images of one colour or of few levels, pictures that
+            occur twice in a split, and those that are in both train and val under different names (listed as a note).
+            Without it, some images of each split are decoded to judge the range of their values.
 
     Returns:
-        The report.
+        The report. Data that training refuses are reported too, if their images, boxes and classes can be told; the last note
+        says why training refuses them.
 
     Raises:
-        DataError: as ``load_data``; with ``strict`` and ``deep``, also if an image cannot be decoded.
+        DataError: as ``read_sets``; with ``strict``, as ``load_data``, and with ``deep`` also if an image cannot be decoded.
     """
-    data = load_data(path, strict=strict)
-    defects: list[tuple[str, Defect]] = [(split.name, defect) for split in data.sets for defect in split.defects]
-    notes = list(data.notes)
+    found, notes = read_sets(path)
+    refusal = ""
+    try:
+        splits = usable(path, found, notes, strict=strict)
+        sets, notes = splits.sets, list(splits.notes)
+    except DataError as error:
+        if strict:
+            raise
+        sets, refusal = tuple(found.values()), str(error)
+    notes += findings(sets)
+    defects: list[tuple[str, Defect]] = [(split.name, defect) for split in sets for defect in split.defects]
     if deep:
-        broken, hashes = _decode_all(data)
-        defects += broken
+        seen = {split.name: _decode_all(split) for split in sets}
+        broken = [(name, defect) for name, each in seen.items() for defect in each.broken]
+        defects += broken + [(name, defect) for name, each in seen.items() for defect in each.odd]
         if strict and broken:
             split, defect = broken[0]
             raise DataError(
                 f"{path}: {len(broken)} images cannot be decoded; the first: {split}: {defect.file}: {defect.message}"
             )
-        copies = len(hashes["train"] & hashes["val"])
+        copies = len(seen["train"].digests & seen["val"].digests) if {"train", "val"} <= set(seen) else 0
         if copies:
             notes.append(f"{copies} pictures of train are also in val, with identical bytes")
+    else:
+        notes += [note for split in sets for note in glance(split)]
+    if refusal:
+        notes.append(f"training refuses these data: {refusal}")
     return DataReport(
         path=str(path),
-        form=data.train.form,
-        classes=data.classes,
-        splits=tuple(_count(split, [defect for name, defect in defects if name == split.name]) for split in data.sets),
+        form=sets[0].form,
+        classes=sets[0].classes,
+        splits=tuple(_count(split, [defect for name, defect in defects if name == split.name]) for split in sets),
         defects=tuple(defects),
         notes=tuple(notes),
-        fingerprints={split.name: split.fingerprint for split in data.sets},
+        fingerprints={split.name: split.fingerprint for split in sets},
         deep=deep,
     )
 
 
 def _count(data: DetectionSet, defects: list[Defect]) -> SplitReport:
-    sides = np.array([sorted(record.size_hw) for record in data.records])
-    counts = np.array([len(record) for record in data.records])
-    areas = np.concatenate([record.areas for record in data.records])
-    labels = np.concatenate([record.labels for record in data.records])
+    sides = np.array([sorted(record.size_hw) for record in data.records]).reshape(-1, 2)
+    counts = np.array([len(record) for record in data.records], dtype=np.int64)
+    areas = np.concatenate([np.zeros(0), *(record.areas for record in data.records)])
+    labels = np.concatenate([np.zeros(0, dtype=np.int64), *(record.labels for record in data.records)])
     per_class = np.bincount(labels, minlength=len(data.classes))
     sizes = Counter("{1}x{0}".format(*record.size_hw) for record in data.records)
     small, large = int((areas < SMALL_AREA).sum()), int((areas > LARGE_AREA).sum())
@@ -218,38 +238,52 @@ def _count(data: DetectionSet, defects: list[Defect]) -> SplitReport:
         shorter_side=_range(sides[:, 0]),
         longer_side=_range(sides[:, 1]),
         box_sizes={"small": small, "medium": len(areas) - small - large, "large": large},
-        boxes_per_image=(int(counts.min()), float(counts.mean()), int(counts.max())),
+        boxes_per_image=(int(counts.min()), float(counts.mean()), int(counts.max())) if len(counts) else (0, 0.0, 0),
         per_class={name: int(count) for name, count in zip(data.classes, per_class, strict=True)},
         skipped_images=sum(defect.skipped == "image" for defect in defects),
         skipped_boxes=sum(defect.skipped == "box" for defect in defects),
+        skipped_masks=sum(defect.skipped == "mask" for defect in defects),
     )
 
 
 def _range(values: np.ndarray) -> tuple[int, int, int]:
-    return int(values.min()), int(np.median(values)), int(values.max())
+    return (int(values.min()), int(np.median(values)), int(values.max())) if len(values) else (0, 0, 0)
 
 
-def _decode_all(data: DataSplits) -> tuple[list[tuple[str, Defect]], dict[str, set[str]]]:
-    """Defects of the images that cannot be decoded, and the hashes of all image files by split."""
-    broken: list[tuple[str, Defect]] = []
-    hashes: dict[str, set[str]] = {}
+@dataclass(frozen=True)
+class _Decoded:
+    broken: list[Defect]
+    """Images that cannot be decoded."""
+    odd: list[Defect]
+    """Images of one colour or few levels, and those that occur twice."""
+    digests: set[str]
+    """Hashes of all image files."""
+
+
+def _decode_all(data: DetectionSet) -> _Decoded:
+    broken: list[Defect] = []
+    odd: list[Defect] = []
+    digests: list[str] = []
     with ThreadPoolExecutor(4) as pool:
-        for split in data.sets:
-            hashes[split.name] = set()
-            for record, (digest, problem) in zip(split.records, pool.map(_decode, split.records), strict=True):
-                hashes[split.name].add(digest)
-                if problem:
-                    file = relative(record.path, split.root)
-                    broken.append((split.name, Defect("unreadable image", file, f"image {record.id}", problem, "nothing")))
-    return broken, hashes
+        for record, (digest, found) in zip(data.records, pool.map(_decode, data.records), strict=True):
+            digests.append(digest)
+            if isinstance(found, str):
+                file = relative(record.path, data.root)
+                broken.append(Defect("unreadable image", file, f"image {record.id}", found, "nothing"))
+            else:
+                odd += picture_defects(record, data, found)
+    return _Decoded(broken, [*odd, *same_pictures(data, digests)], set(digests))
 
 
-def _decode(record: Record) -> tuple[str, str]:
-    """The file's sha256, and the reason if it cannot be decoded (else an empty text)."""
-    digest = hashlib.sha256(record.path.read_bytes()).hexdigest()
+def _decode(record: Record) -> tuple[str, Range | str]:
+    """The file's sha256, and the range of its values or the reason why it cannot be decoded."""
     try:
-        with Image.open(record.path) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        content = record.path.read_bytes()
+    except OSError as error:
+        return "", f"cannot be read: {error.strerror or error}"
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return digest, look(image)
+    except FAULTS as error:
         return digest, f"cannot be decoded: {error}; training would stop at this image: repair or remove it"
-    return digest, ""

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from detdistill.data.pixels import eight_bits
 from detdistill.data.records import DetectionSet, Record
 from detdistill.data.transforms import ViewSettings, make_mosaic, make_view, resize_image
 from detdistill.errors import DataError, RunError
@@ -261,8 +262,7 @@ def read_image(path: Path) -> Tensor:
     """
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = eight_bits(image)
         # A copy, because PIL's own memory is not writable.
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from detdistill.data.outlines import usable_outline
+from detdistill.data.pixels import is_deep, low_range
 from detdistill.errors import DataError
 
 SplitName = Literal["train", "val", "test"]
@@ -53,6 +56,18 @@ class Record:
         return len(self.labels)
 
 
+BROKEN_FILE = "broken annotation file"
+"""Kind of the defect of an annotation file that cannot be parsed; training refuses it, ``data inspect`` lists it."""
+SHOWN_CHARACTERS = 500
+"""Texts of defects are cut to this length."""
+
+
+def showable(text: str) -> str:
+    """The text in one line that every terminal can show: control characters are escaped, the end of a long text is cut."""
+    escaped = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+    return escaped if len(escaped) <= SHOWN_CHARACTERS else f"{escaped[:SHOWN_CHARACTERS]} ..."
+
+
 @dataclass(frozen=True)
 class Defect:
     """An error in the data, and how it was handled."""
@@ -64,7 +79,14 @@ class Defect:
     """Place in the file: ``image 7``, ``annotation 12 of image 7``, ``row 3``, ``object 2``."""
     message: str
     skipped: str
-    """What was left out because of the defect: ``image``, ``box`` or ``nothing``."""
+    """What was left out because of the defect: ``image``, ``box``, ``mask`` or ``nothing``."""
+
+    def __post_init__(self) -> None:
+        # Names and values come from files: what cannot be shown, or would fill the screen, is escaped or shortened.
+        for name in ("file", "record", "message"):
+            text = getattr(self, name)
+            if len(text) > SHOWN_CHARACTERS or not text.isprintable():
+                object.__setattr__(self, name, showable(text))
 
 
 @dataclass(frozen=True)
@@ -252,11 +274,12 @@ def assemble(
         images: the images as read from the annotations.
         defects: defects found while reading; those found here are added.
 
-    Raises:
-        DataError: no image is usable.
+    Returns:
+        The set; it is empty if no image is usable.
     """
     found = list(defects)
     records = []
+    deep: list[Path] = []
     seen: set[Path] = set()
     for image, header in zip(images, read_headers([image.path for image in images]), strict=True):
         if header.problem:
@@ -278,9 +301,10 @@ def assemble(
             if skipped == "image":
                 continue
         records.append(_clean(image, header.size_hw, found))
-    if not records:
-        reason = f": {found[0].file}: {found[0].message}" if found else ""
-        raise DataError(f"{root}: none of the {len(images)} images of the {name} split is usable{reason}")
+        if header.deep:
+            deep.append(image.path)
+    if deep and (message := low_range(deep)):
+        found.append(Defect("low range", relative(deep[0], root), "image and others like it", message, "nothing"))
     return DetectionSet.of(name, form, root, classes, records, found)
 
 
@@ -321,6 +345,13 @@ def _clean(image: RawImage, size_hw: tuple[int, int], defects: list[Defect]) -> 
             report("duplicate box", box, f"box {shown} occurs twice with the same class; kept", "nothing")
         seen.add((box.label, box.xyxy))
         boxes.append(inside)
+        if box.segmentation is not None and not image.fractions:
+            outline, problem = usable_outline(box.segmentation, size_hw)
+            if problem:
+                rest = "the others are kept" if outline else "the box is kept"
+                report("unusable mask", box, f"{problem}; left out, {rest}", "mask")
+            if outline is not box.segmentation:
+                box = replace(box, segmentation=outline)
         kept.append(box)
         own = box.area is not None and math.isfinite(box.area) and box.area > 0
         areas.append(float(box.area) if own and box.area is not None else (inside[2] - inside[0]) * (inside[3] - inside[1]))
@@ -353,12 +384,17 @@ class Header:
     size_hw: tuple[int, int] = (0, 0)
     problem: str = ""
     missing: bool = False
+    deep: bool = False
+    """True for greys of more than 8 bits."""
 
 
 def read_headers(paths: Sequence[Path]) -> Iterator[Header]:
     """Read the headers of image files, in the order given, without decoding the images."""
+    # In chunks, because handing over a single file costs as much as reading its header.
+    chunks = [paths[first : first + 64] for first in range(0, len(paths), 64)]
     with ThreadPoolExecutor(8) as pool:
-        yield from pool.map(read_header, paths)
+        for headers in pool.map(lambda chunk: [read_header(path) for path in chunk], chunks):
+            yield from headers
 
 
 def read_header(path: Path) -> Header:
@@ -366,6 +402,7 @@ def read_header(path: Path) -> Header:
     try:
         with Image.open(path) as image:
             width, height = image.size
+            deep = is_deep(image.mode)
             orientation = image.getexif().get(0x0112, 1)
     except FileNotFoundError:
         return Header(problem="the image file does not exist", missing=True)
@@ -373,7 +410,7 @@ def read_header(path: Path) -> Header:
         # PIL's message repeats the absolute path, so only the type of the error is shown.
         return Header(problem=f"not an image that can be opened ({type(error).__name__})")
     # Orientations 5 to 8 rotate the image by 90 degrees.
-    return Header((width, height) if orientation in (5, 6, 7, 8) else (height, width))
+    return Header((width, height) if orientation in (5, 6, 7, 8) else (height, width), deep=deep)
 
 
 def image_ids(splits: Iterable[Sequence[Path]]) -> dict[Path, int]:
@@ -392,7 +429,10 @@ def image_ids(splits: Iterable[Sequence[Path]]) -> dict[Path, int]:
 
 def relative(path: Path, root: Path) -> str:
     """The path relative to the root; unchanged if it lies elsewhere."""
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+    text, prefix = os.fspath(path), os.path.join(root, "")
+    if text.startswith(prefix):  # the usual case, without pathlib's parsing
+        return text[len(prefix) :].replace(os.sep, "/")
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else text
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:

@@ -1,17 +1,23 @@
-"""Reader of Pascal VOC: ``Annotations/*.xml`` with ``JPEGImages`` and ``ImageSets/Main``, or XML beside the images (Roboflow).
+"""Reader of Pascal VOC: a folder of ``<annotation>`` files beside a folder of images, or XML beside the images (Roboflow).
 
 VOC counts pixels from 1, and both corner pixels belong to the box. So 1 is subtracted from xmin and ymin, while xmax and
-ymax stay: a box from 1 to 10 covers ten pixels, 0.0 to 10.0. ``difficult`` objects are treated like all others.
+ymax stay: a box from 1 to 10 covers ten pixels, 0.0 to 10.0, and a box from 7 to 7 covers one. Most converters count from 0
+and write ends that do not belong to the box; a 0 in xmin or ymin shows it, and then nothing is subtracted. The file
+``voc.yaml`` with ``counts_from: 0`` (or 1) decides it for a data set. ``difficult`` objects are treated like all others.
 """
 
 from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from detdistill.data.records import (
-    IMAGE_SUFFIXES,
+    BROKEN_FILE,
     Defect,
     DetectionSet,
     RawBox,
@@ -21,193 +27,185 @@ from detdistill.data.records import (
     image_ids,
     listed,
     relative,
-    split_of,
 )
+from detdistill.data.voc_files import ImageFinder, annotation_folder, find_files, parse_xml, read_lines
 from detdistill.errors import DataError
 
-SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
-CLASS_FILES = ("classes.txt", "labels.txt", "ImageSets/Main/classes.txt")
+CLASS_FILES = ("classes.txt", "labels.txt", "ImageSets/Main/classes.txt", "labelmap.txt")
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+SETTINGS = "voc.yaml"
+BACKGROUND = ("background", "__background__", "_background_")
+"""Names in label maps that stand for no object."""
 
 
 def find_voc(path: Path) -> Path | None:
-    """Return the folder if it holds VOC annotations (in ``Annotations``, in itself or in folders named after splits)."""
-    if not path.is_dir():
-        return None
-    places = [path / "Annotations", path, *_split_folders(path).values()]
-    for place in places:
-        some = sorted(place.glob("*.xml"))[:10] if place.is_dir() else []
-        if any(b"<annotation" in file.read_bytes()[:2000] for file in some):
-            return path
-    return None
+    """Return the folder if it holds VOC annotations (in a subfolder, in itself or in folders named after splits)."""
+    return None if annotation_folder(path) is None else path
 
 
-def _split_folders(root: Path) -> dict[SplitName, Path]:
-    found = {split_of(place.name): place for place in sorted(root.iterdir()) if place.is_dir()}
-    return {name: place for name, place in found.items() if name is not None}
+@dataclass(frozen=True)
+class _Object:
+    """An object as written in the annotation."""
+
+    record: str
+    name: str
+    corners: tuple[float, ...] | None
+    """xmin, ymin, xmax, ymax; nan for a text that is no number. None: ``problem`` says why there are none."""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class _Annotation:
+    file: Path
+    tree: ElementTree.Element
+    objects: tuple[_Object, ...]
 
 
 def read_voc(root: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     """Read the splits of a VOC folder.
 
-    The classes are those listed in ``classes.txt`` or ``labels.txt``, else all object names in the annotations, sorted.
+    The classes are those listed in ``classes.txt``, ``labels.txt`` or ``labelmap.txt``, else all object names in the
+    annotations, sorted. An annotation that cannot be parsed is a defect.
 
     Returns:
         The sets by split, and notes for the user. Without ``ImageSets`` and split folders, all images are ``train``.
 
     Raises:
-        DataError: broken XML, an empty or repetitive list, or no named object in any annotation.
+        DataError: an empty or repetitive list, a file of text in an unknown encoding, or no object in any annotation.
     """
     notes: list[str] = []
-    files = _files_by_split(root, notes)
-    trees = {name: [_parse(file) for file in each if file.is_file()] for name, each in files.items()}
-    classes = _class_file(root) or _class_names(root, [tree for each in trees.values() for tree in each])
-    ids = image_ids(files.values())
+    folder = annotation_folder(root)
+    assert folder is not None  # the caller has found it
+    files = find_files(root, folder, notes)
+    defects = {name: list(files.defects.get(name, ())) for name in files.by_split}
+    parsed = {name: _parse(root, each, defects[name]) for name, each in files.by_split.items()}
+    every = [annotation for each in parsed.values() for annotation in each]
+    names = {item.name for annotation in every for item in annotation.objects if item.name}
+    classes = _class_file(root, names, files.every) or tuple(sorted(names))
+    if not any(annotation.objects for annotation in every) and not any(defects.values()):
+        raise DataError(f"{root}: no object with a name in {len(every)} annotation files; there is nothing to learn")
+    origin = _counts_from(root, every, notes)
+    ids = image_ids(files.by_split.values())
     labels = {text: label for label, text in enumerate(classes)}
-    find_image = _ImageFinder(root)
+    find_image = ImageFinder(root, files)
     sets: dict[SplitName, DetectionSet] = {}
-    for name, each in files.items():
-        there = [file for file in each if file.is_file()]
-        if not there and name == "test":
-            notes.append(f"none of the {len(each)} test images has an annotation: there is no test split")
+    for name, each in parsed.items():
+        if name == "test" and not any(file.is_file() for file in files.by_split[name]):
+            notes.append(f"none of the {len(files.by_split[name])} test images has an annotation: there is no test split")
             continue
-        defects = [
-            Defect("missing file", relative(file, root), file.stem, "listed in ImageSets, but the file does not exist", "image")
-            for file in each
-            if not file.is_file()
-        ]
-        paths = [find_image(file, tree) for file, tree in zip(there, trees[name], strict=True)]
+        paths = [find_image(annotation.file, annotation.tree) for annotation in each]
         images = [
-            _raw_image(ids[file], path, relative(file, root), tree, labels, defects)
-            for path, file, tree in zip(paths, there, trees[name], strict=True)
+            _raw_image(ids[annotation.file], path, relative(annotation.file, root), annotation, labels, origin, defects[name])
+            for path, annotation in zip(paths, each, strict=True)
         ]
-        sets[name] = assemble(name, "voc", root, classes, images, defects)
+        sets[name] = assemble(name, "voc", root, classes, images, defects[name])
+    if not files.lists and (unused := find_image.unused()):
+        notes.append(f"{len(unused)} images have no annotation and are not used, e.g. {relative(unused[0], root)}")
     return sets, notes
 
 
-def _files_by_split(root: Path, notes: list[str]) -> dict[SplitName, list[Path]]:
-    """Annotation files of each split, sorted by name."""
-    annotations, lists = root / "Annotations", root / "ImageSets" / "Main"
-    if annotations.is_dir() and lists.is_dir():
-        by_split: dict[SplitName, list[Path]] = {}
-        for name in SPLITS:
-            if (lists / f"{name}.txt").is_file():
-                by_split[name] = _listed_files(lists / f"{name}.txt", annotations)
-        if "train" not in by_split and (lists / "trainval.txt").is_file():
-            by_split["train"] = _listed_files(lists / "trainval.txt", annotations)
-            notes.append("ImageSets has no train.txt: trainval.txt is used as train")
-        if by_split:
-            return by_split
-    if annotations.is_dir():
-        notes.append("there are no lists in ImageSets/Main: all images are one split")
-        return {"train": sorted(annotations.glob("*.xml"))}
-    folders = {name: sorted(place.glob("*.xml")) for name, place in _split_folders(root).items()}
-    if any(folders.values()):
-        return {name: files for name, files in folders.items() if files}
-    return {"train": sorted(root.glob("*.xml"))}
+def _parse(root: Path, files: list[Path], defects: list[Defect]) -> list[_Annotation]:
+    """The annotations that exist and can be parsed; the others are added to the defects."""
+    found = []
+    for file in files:
+        tree = parse_xml(file) if file.is_file() else None
+        if isinstance(tree, str):
+            defects.append(Defect(BROKEN_FILE, relative(file, root), file.stem, tree, "image"))
+        elif tree is not None and tree.tag != "annotation":
+            cvat = " (CVAT writes this: export as Pascal VOC or COCO)" if tree.tag == "annotations" else ""
+            message = f"its outermost element is <{tree.tag}>, not <annotation>{cvat}"
+            defects.append(Defect("not VOC", relative(file, root), file.stem, message, "image"))
+        elif tree is not None:
+            objects = tuple(_object(item, f"object {place}") for place, item in enumerate(tree.findall("object"), start=1))
+            found.append(_Annotation(file, tree, objects))
+    return found
 
 
-def _listed_files(file: Path, annotations: Path) -> list[Path]:
-    # In the lists of single classes, each line ends in 1, 0 or -1.
-    names = [line.split()[0] for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not names:
-        raise DataError(f"{file}: the list is empty; delete it or fill it with image names")
-    return [annotations / f"{name}.xml" for name in sorted(dict.fromkeys(names))]
+def _object(item: ElementTree.Element, record: str) -> _Object:
+    boxes, names = item.findall("bndbox"), item.findall("name")
+    name = (names[0].text or "").strip() if names else ""
+    if len(boxes) > 1 or len(names) > 1:
+        return _Object(record, name, None, f"{len(names)} name and {len(boxes)} bndbox in one object; it can have one of each")
+    texts = {child.tag: child.text or "" for child in boxes[0]} if boxes else {}
+    if not all(side in texts for side in CORNERS):
+        return _Object(record, name, None, "bndbox needs xmin, ymin, xmax and ymax")
+    if len(texts) < len(boxes[0]):
+        return _Object(record, name, None, "a corner of its bndbox is given twice")
+    return _Object(record, name, tuple(_number(texts[side]) for side in CORNERS))
 
 
-def _class_file(root: Path) -> tuple[str, ...] | None:
+def _class_file(root: Path, used: set[str], annotations: list[Path]) -> tuple[str, ...] | None:
     for name in CLASS_FILES:
         if (root / name).is_file():
-            lines = [line.strip() for line in (root / name).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            lines = [line for line in read_lines(root / name, annotations, lambda line: line in used) if line]
+            if name == "labelmap.txt":  # name:color:parts:actions
+                lines = [line.split(":")[0].strip() for line in lines if not line.startswith("#")]
+                lines = [line for line in lines if line not in BACKGROUND or line in used]
             if len(set(lines)) < len(lines) or not lines:
                 raise DataError(f"{root / name}: needs one class name on each line, each once; it has {listed(lines) or 'none'}")
             return tuple(lines)
     return None
 
 
-def _class_names(root: Path, trees: list[ElementTree.Element]) -> tuple[str, ...]:
-    names = {name for tree in trees for item in tree.findall("object") if (name := _text(item, "name"))}
-    if not names:
-        raise DataError(f"{root}: no object with a name in {len(trees)} annotation files; there is nothing to learn")
-    return tuple(sorted(names))
-
-
-def _parse(file: Path) -> ElementTree.Element:
-    try:
-        return ElementTree.fromstring(file.read_bytes())
-    except ElementTree.ParseError as error:
-        line, column = error.position
-        problem = str(error).split(":")[0]
-        raise DataError(
-            f"{file}: not valid XML at line {line}, column {column + 1}: {problem}; fix the file or remove it and its image"
-        ) from error
-
-
-def _text(element: ElementTree.Element, path: str) -> str:
-    return (element.findtext(path) or "").strip()
-
-
-class _ImageFinder:
-    """Finds the image of an annotation: the image with the same name as the XML file, else the one named in ``filename``.
-
-    The file's name goes first, because renaming the files leaves the old name in ``filename``.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.folders: dict[Path, dict[str, Path]] = {}
-
-    def __call__(self, file: Path, tree: ElementTree.Element) -> Path:
-        name = _text(tree, "filename").replace("\\", "/").rsplit("/", 1)[-1]
-        places = [self.root / "JPEGImages", self.root / "images", file.parent]
-        for place in places:
-            images = self._images(place)
-            own = images.get(name) if Path(name).stem == file.stem else None  # a.jpg and a.png may lie side by side
-            path = own or images.get(file.stem) or images.get(name)
-            if path is not None:
-                return path
-        first = next((place for place in places if place.is_dir()), file.parent)
-        return first / (name or f"{file.stem}.jpg")
-
-    def _images(self, place: Path) -> dict[str, Path]:
-        """Images of a folder by name and by name without suffix; each folder is listed only once."""
-        if place not in self.folders:
-            paths = [path for path in sorted(place.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES] if place.is_dir() else []
-            self.folders[place] = {path.stem: path for path in paths} | {path.name: path for path in paths}
-        return self.folders[place]
+def _counts_from(root: Path, annotations: Iterable[_Annotation], notes: list[str]) -> int:
+    """The number of the first pixel: 0 or 1."""
+    if (root / SETTINGS).is_file():
+        try:
+            settings = yaml.safe_load((root / SETTINGS).read_bytes())
+        except (yaml.YAMLError, ValueError, OSError) as error:
+            raise DataError(f"{root / SETTINGS}: not valid YAML: {' '.join(str(error).split())}") from error
+        origin = settings.get("counts_from") if isinstance(settings, dict) else None
+        if type(origin) is not int or origin not in (0, 1) or len(settings) != 1:
+            raise DataError(f"{root / SETTINGS}: is {settings!r:.80}; it needs one line, counts_from: 0 or counts_from: 1")
+        return int(origin)
+    corners = [item.corners for annotation in annotations for item in annotation.objects if item.corners]
+    zeros = sum(0 <= corner[0] < 1 or 0 <= corner[1] < 1 for corner in corners)
+    if zeros:
+        notes.append(
+            f"the corners count from 0: {zeros} of {len(corners)} boxes have a 0 in xmin or ymin, which VOC does not know, so 1 "
+            f"is not subtracted; a file {SETTINGS} with the line counts_from: 1 (or 0) overrules this"
+        )
+        return 0
+    thin = sum((corner[0] == corner[2]) != (corner[1] == corner[3]) for corner in corners)
+    if thin:
+        notes.append(f"{thin} boxes have xmin equal to xmax, or ymin to ymax: they are one pixel wide or high")
+    return 1
 
 
 def _raw_image(
-    number: int, path: Path, where: str, tree: ElementTree.Element, labels: dict[str, int], defects: list[Defect]
+    number: int,
+    path: Path,
+    where: str,
+    annotation: _Annotation,
+    labels: dict[str, int],
+    origin: int,
+    defects: list[Defect],
 ) -> RawImage:
     size_hw = None
-    if tree.find("size") is not None:
-        height, width = (_number(tree, f"size/{side}") for side in ("height", "width"))
+    if annotation.tree.find("size") is not None:
+        height, width = (_number(annotation.tree.findtext(f"size/{side}") or "") for side in ("height", "width"))
         size_hw = (int(height), int(width)) if math.isfinite(height) and math.isfinite(width) else (0, 0)
     boxes = []
-    for position, item in enumerate(tree.findall("object"), start=1):
-        name, record = _text(item, "name"), f"object {position}"
-        if not name:
-            defects.append(Defect("missing category", where, record, "the object has no name", "box"))
-            continue
-        if name not in labels:
-            message = f"{name!r} is not among the classes {listed(labels)}"
-            defects.append(Defect("unknown class", where, record, message, "box"))
-            continue
-        corners = [item.find(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
-        if any(corner is None for corner in corners):
-            message = "bndbox needs xmin, ymin, xmax and ymax"
-            defects.append(Defect("malformed record", where, record, message, "box"))
-            continue
-        x1, y1, x2, y2 = (_number(item, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
-        if x2 > x1 and y2 > y1:
-            # By VOC's definition xmin == xmax is one pixel wide, but in real files it is an accidental click: left empty.
-            x1, y1 = x1 - 1, y1 - 1
-        boxes.append(RawBox((x1, y1, x2, y2), labels[name], record))
+    for item in annotation.objects:
+        if not item.name:
+            defects.append(Defect("missing category", where, item.record, "the object has no name", "box"))
+        elif item.name not in labels:
+            message = f"{item.name!r:.60} is not among the classes {listed(labels)}"
+            defects.append(Defect("unknown class", where, item.record, message, "box"))
+        elif item.corners is None:
+            defects.append(Defect("malformed record", where, item.record, item.problem, "box"))
+        else:
+            x1, y1, x2, y2 = item.corners
+            # A single pixel is an accidental click in real files: left empty.
+            if x2 >= x1 and y2 >= y1 and (x2, y2) != (x1, y1):
+                x1, y1 = x1 - origin, y1 - origin
+            boxes.append(RawBox((x1, y1, x2, y2), labels[item.name], item.record))
     return RawImage(number, path, boxes, where, size_hw)
 
 
-def _number(element: ElementTree.Element, path: str) -> float:
+def _number(text: str) -> float:
+    """The number that a text spells; nan for any other text. Python's underscores within numbers do not count."""
     try:
-        return float(_text(element, path))
+        return math.nan if "_" in text else float(text)
     except ValueError:
         return math.nan

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from detdistill.evaluation.scores import Scores
+from detdistill.evaluation.scores import Scores, points
 from detdistill.progress import Progress
 from detdistill.structures import Batch
 from detdistill.training.callbacks import Listener
@@ -35,12 +35,12 @@ class TrainingBar(Listener):
 
     def on_scores(self, trainer: L.Trainer, module: StageModule, scores: Scores, best: bool) -> None:
         """Print a line for each evaluation."""
-        self.ap = f"AP {100 * scores.metrics['AP']:.1f}"
+        self.ap = f"AP {points(scores.metrics['AP'])}"
         if trainer.is_global_zero:
             self.draw(trainer, module)
             losses = " ".join(f"{name} {value:.3f}" for name, value in self.smooth.items())
-            ap, ap50 = 100 * scores.metrics["AP"], 100 * scores.metrics["AP50"]
-            self.bar.say(f"epoch {trainer.current_epoch + 1}  AP {ap:5.1f}  AP50 {ap50:5.1f}{'  best' if best else ''}  {losses}")
+            ap, ap50 = points(scores.metrics["AP"]), points(scores.metrics["AP50"])
+            self.bar.say(f"epoch {trainer.current_epoch + 1}  AP {ap:>5}  AP50 {ap50:>5}{'  best' if best else ''}  {losses}")
 
     def draw(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Update the smoothed losses and redraw the bar."""

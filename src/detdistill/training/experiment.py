@@ -17,6 +17,7 @@ import yaml
 
 from detdistill.errors import RunError
 from detdistill.evaluation import Scores
+from detdistill.evaluation.scores import points
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings
 from detdistill.training.folder import new_folder, resume_folder
@@ -154,8 +155,9 @@ class _Child:
             lines = [line for line in self.log.read_text().splitlines() if line.strip()]
             raise RunError(f"{self.plan.title} failed: {lines[-1] if lines else f'exit code {code}'}")
         summary = json.loads((self.folder / "summary.json").read_text())
-        self.bar.update(self.bar.total, f"AP {100 * summary['metrics']['AP']:.1f}")
-        self.bar.say(f"AP {100 * summary['metrics']['AP']:.1f}  AP50 {100 * summary['metrics']['AP50']:.1f}")
+        ap, ap50 = points(summary["metrics"]["AP"]), points(summary["metrics"]["AP50"])
+        self.bar.update(self.bar.total, f"AP {ap}")
+        self.bar.say(f"AP {ap}  AP50 {ap50}")
         return False
 
     def _read(self) -> None:
@@ -167,7 +169,7 @@ class _Child:
             return
         steps = [row for row in rows if row.get("loss")]
         scored = [row for row in rows if row.get("val/AP")]
-        text = f"AP {100 * float(scored[-1]['val/AP']):.1f}  " if scored else ""
+        text = f"AP {points(float(scored[-1]['val/AP']))}  " if scored else ""
         if steps:
             text += f"loss {float(steps[-1]['loss']):.2f}"
         total = int(rows[0]["total"])

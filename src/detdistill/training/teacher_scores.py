@@ -10,6 +10,7 @@ import torch
 from detdistill.data.records import DataSplits
 from detdistill.detectors.contract import Teacher
 from detdistill.evaluation import Scores, evaluate
+from detdistill.evaluation.scores import points
 from detdistill.progress import Progress
 from detdistill.settings import TrainSettings
 from detdistill.training.folder import RunFolder
@@ -40,8 +41,8 @@ def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings,
         errors=True,
     )
     ap = scores.metrics["AP"]
-    bar.say(f"AP {100 * ap:.1f}  AP50 {100 * scores.metrics['AP50']:.1f} on {scores.images} images")
-    if ap < NEAR_ZERO_AP:
+    bar.say(f"AP {points(ap)}  AP50 {points(scores.metrics['AP50'])} on {scores.images} images")
+    if 0 <= ap < NEAR_ZERO_AP:
         progress.say(
             f"[bold red]WARNING: the teacher's AP is {100 * ap:.2f} of 100 on {splits.val.root}, so a student can learn next to "
             f"nothing from it; check its weights, its classes and --size[/bold red]"
