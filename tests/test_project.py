@@ -1,6 +1,7 @@
 """The repository itself: pins, docs, light imports."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -81,6 +82,12 @@ def test_every_method_has_a_page_with_the_same_sections():
     assert all(list(sections(page)) == list(sections(first)) for page in others)
     for page in METHOD_PAGES:
         assert [name for name, text in sections(page).items() if not text.strip()] == []
+
+
+@pytest.mark.parametrize("script", sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py")]), ids=lambda path: path.stem)
+def test_every_script_finds_the_names_it_imports(script, monkeypatch):
+    monkeypatch.syspath_prepend(script.parent)
+    assert runpy.run_path(str(script), run_name="imported")["__doc__"]
 
 
 def test_the_command_line_imports_nothing_heavy():

@@ -138,7 +138,7 @@ def message(name, classes=None):
 
 def test_messages(folder, tmp_path, monkeypatch):
     assert message(f"hf:{tmp_path}/nothing").endswith("nothing: no such folder")
-    assert "no config.json in it" in message(f"hf:{tmp_path}")
+    assert "no config.json in this folder" in message(f"hf:{tmp_path}")
     BertConfig().save_pretrained(tmp_path / "bert")
     assert "model_type 'bert'; detectors that can be loaded: " in message(f"hf:{tmp_path / 'bert'}")
     assert message(f"hf:{folder},width=0.5") == "hf has no option 'width'; it has: score, dets"
@@ -146,7 +146,7 @@ def test_messages(folder, tmp_path, monkeypatch):
     assert message(f"hf:{folder},score=3").endswith(",score=3': score='3' is not a number from 0 to 1")
     assert message(f"hf:{folder},other").endswith(",other: no such folder")
     monkeypatch.setattr(files, "is_offline", lambda source: True)
-    assert "nobody/nothing: is no folder, and the hub cannot be reached" in message("hf:nobody/nothing")
+    assert "nobody/nothing: not a folder, and the hub cannot be reached" in message("hf:nobody/nothing")
 
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -217,7 +217,7 @@ def test_backbones_keep_their_timm_name_otherwise():
     [
         ("swin_tiny_patch4_window7_224", "needs timm's strict_img_size"),
         ("resnet19", "unknown backbone 'resnet19'"),
-        ("mobilenetv3_small_050", "would replace its norms, which hold the activations"),
+        ("mobilenetv3_small_050", "would replace its norms and lose the activations in them"),
     ],
 )
 def test_backbones_that_cannot_be(backbone, expected):

@@ -420,7 +420,7 @@ def test_capabilities_and_options(detector):
     assert [len(found) for found in limited.detect(limited(batch).prediction, batch)] == [3, 3, 3]
     with pytest.raises(ModelError, match="cascade_rcnn has no option 'convs'"):
         build_detector(SMALL + ",convs=2", ("a", "b"))
-    with pytest.raises(ModelError, match="1 outputs of the model are no class"):
+    with pytest.raises(ModelError, match="1 outputs of the model have no class"):
         wrap_model(detector.model, ("a",), "one")
     assert type(wrap_torchvision(detector.model, ("a", "b"), "two")) is CascadeRCNNDetector
 
