@@ -478,7 +478,7 @@ def _inspect(chosen: Namespace) -> None:
 Describe = Callable[[Parser], None]
 Act = Callable[[Namespace], None]
 VERBS: dict[str, tuple[Describe, Act, str]] = {
-    "demo": (_demo_flags, _demo, "run the built-in example, from data to report, in minutes on a CPU"),
+    "demo": (_demo_flags, _demo, "run the built-in example, data to report, in minutes on a CPU"),
     "train": (_train_flags, _train, "train a detector alone: a teacher or a baseline"),
     "distill": (_distill_flags, _distill, "distil a teacher into a student, and measure the gain"),
     "cache": (_cache_flags, _cache, "store a teacher's outputs, so that later runs need no teacher"),

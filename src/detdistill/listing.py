@@ -165,7 +165,7 @@ def list_recipes() -> list[Recipe]:
     recipes = []
     for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
-        about = text.splitlines()[0].lstrip("# ").partition(" Stands alone:")[0]
+        about = text.splitlines()[0].lstrip("# ").partition(" Use:")[0]
         recipes.append(Recipe(path.stem, about, yaml.safe_load(text)))
     return recipes
 
