@@ -75,6 +75,7 @@ def test_not_finite(how: str, clip: float, accumulate: int, teacher: Path, tmp_p
     assert "\n" not in text
     assert "at step 4 (epoch 0)" in text
     assert "lower lr" in text
+    assert text.endswith("checkpoints/last.ckpt")
     if how == "loss":
         assert text.startswith("loss mgd is not finite")
         assert f"on images {list(ids[0])}" in text

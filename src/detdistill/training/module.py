@@ -19,10 +19,8 @@ from detdistill.detectors.contract import Detector
 from detdistill.errors import RunError
 from detdistill.methods.shared.contract import Method, Source, Stage, teach_by_canvas
 from detdistill.settings import DistillSettings, TrainSettings
-from detdistill.structures import Batch, Clock, Losses
+from detdistill.structures import Batch, Clock, Losses, map_tensors
 from detdistill.training.optimizers import build_optimizer, build_schedule
-
-Ids = tuple[int, ...]
 
 
 class NonFiniteLoss(RunError):
@@ -67,7 +65,7 @@ class StageModule(L.LightningModule):
         """The latest losses, detached; shown by the progress bar."""
         self.images = images
         """Number of images that this process has seen in this run."""
-        self._unchecked: list[tuple[Losses, Ids]] = []
+        self._unchecked: list[tuple[Losses, Batch]] = []
         # Parameters that were frozen before (early layers of a pretrained backbone, for example) stay frozen.
         self._trainable = [p for p in nn.ModuleList(filter(None, (student, method))).parameters() if p.requires_grad]
         self._trained: tuple[int, ...] = ()
@@ -112,7 +110,7 @@ class StageModule(L.LightningModule):
             {name: term.detach() for name, term in losses.terms.items()},
             {name: value.detach() for name, value in losses.monitors.items()},
         )
-        self._unchecked.append((self.last, batch.ids))
+        self._unchecked.append((self.last, batch))
         self.images += len(batch)
         if self.method is not None:
             for teacher in self.method.teachers():
@@ -154,11 +152,11 @@ class StageModule(L.LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def _blame(self) -> str:
-        what, ids = "", self._unchecked[-1][1]
+        what, batch = "", self._unchecked[-1][1]
         for losses, seen in self._unchecked:
             if not bool(torch.isfinite(losses.total())):
                 bad = [name for name, term in losses.terms.items() if not bool(torch.isfinite(term).all())]
-                what, ids = f"loss {', '.join(bad) or 'sum'}", seen
+                what, batch = f"loss {', '.join(bad) or 'sum'}", seen
                 break
         else:
             broken = [
@@ -167,12 +165,30 @@ class StageModule(L.LightningModule):
             what = f"the gradient ({broken[0] if broken else 'its norm'}, {len(broken)} tensors)"
             values = (f"{name} {float(term):.3g}" for name, term in self._unchecked[-1][0].terms.items())
             what += f" of losses {', '.join(values)}"
-        where = f"at step {self.global_step} (epoch {self.current_epoch}) on images {list(ids)}"
+        where = f"at step {self.global_step} (epoch {self.current_epoch}) on images {list(batch.ids)}"
+        if self._is_the_teachers_fault(batch):
+            return f"the teacher's output is NaN {where}; check the teacher's weights, or verify the cache"
         return f"{what} is not finite {where}; {self._advice()}"
+
+    def _is_the_teachers_fault(self, batch: Batch) -> bool:
+        """Whether what is taught about a batch, computed or read once more, is not finite."""
+        if self.stage.learns_from is None:
+            return False
+        taught = self.source(self.stage.learns_from, batch)
+        broken = False
+
+        def look(tensor: Tensor) -> Tensor:
+            nonlocal broken
+            broken |= tensor.is_floating_point() and bool(torch.isnan(tensor).any())
+            return tensor
+
+        if taught is not None:
+            map_tensors(taught, look)
+        return broken
 
     def _advice(self) -> str:
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        return f"lower lr (now {rate:.3g}) or the loss's weight, or use precision=32. The last good checkpoint is kept"
+        return f"lower lr (now {rate:.3g}) or the loss's weight, or use precision=32"
 
     def check_weights(self) -> None:
         """Check that all weights and running statistics are finite, before they are saved or evaluated.

@@ -35,7 +35,7 @@ from detdistill.training.from_cache import stage_from_cache
 from detdistill.training.machine import is_main_process, seed_everything
 from detdistill.training.matching_instability import MatchingInstability
 from detdistill.training.metrics_table import MetricsTable, idle_terms, read_rows
-from detdistill.training.module import StageModule
+from detdistill.training.module import NonFiniteLoss, StageModule
 from detdistill.training.plan import Plan, view_settings
 from detdistill.training.session import Session
 from detdistill.training.stage_results import load_result, reusable, save_result, stage_file, stage_length
@@ -139,8 +139,7 @@ class StageLoop:
         with warnings.catch_warnings():
             # Lightning's warnings about loaders and intervals concern its own defaults, which are not used here.
             warnings.filterwarnings("ignore", module="lightning")
-            last = self.folder.checkpoints / "last.ckpt"
-            _fit(trainer, self.module, last if resuming else None)
+            _fit(trainer, self.module, self.folder.checkpoints, resuming)
         self.module.restore_random_state()  # needed if the checkpoint is from the last step: Lightning then trains nothing
         if students:
             self.trained_steps += trainer.global_step
@@ -303,12 +302,16 @@ def plain_stage(student: Detector) -> Stage:
     return Stage("train", step, lambda clock: (student,), student)
 
 
-def _fit(trainer: L.Trainer, module: StageModule, checkpoint: Path | None) -> None:
+def _fit(trainer: L.Trainer, module: StageModule, checkpoints: Path, resuming: bool) -> None:
     """Train, and turn Lightning's reactions to SIGTERM and Ctrl-C into a ``RunError`` and ``KeyboardInterrupt``."""
     interrupt = signal.getsignal(signal.SIGINT)
-    path = None if checkpoint is None else str(checkpoint)
     try:
-        trainer.fit(module, ckpt_path=path, weights_only=None if checkpoint is None else True)
+        path = str(checkpoints / "last.ckpt") if resuming else None
+        trainer.fit(module, ckpt_path=path, weights_only=True if resuming else None)
+    except NonFiniteLoss as error:
+        last = checkpoints / "last.ckpt"
+        kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+        raise NonFiniteLoss(f"{error}; {kept}") from error
     except SIGTERMException as error:
         raise RunError("stopped by SIGTERM; continue from the last checkpoint with --resume true") from error
     except SystemExit as error:  # Lightning exits on Ctrl-C, and ignores the signal afterwards

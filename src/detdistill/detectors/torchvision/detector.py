@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from detdistill.detectors.contract import Detector, DetectorSpec, Family, Parts, Pyramid
+from detdistill.detectors.single_cells import accept_single_cells
 from detdistill.detectors.student_files import load_student
 from detdistill.detectors.torchvision.images import (
     backbone_maps,
@@ -73,6 +74,7 @@ class TorchvisionDetector(Detector):
             fixed_size_hw: the fixed input size; None: any size.
         """
         super().__init__()
+        accept_single_cells(model)
         self.model = model
         self.description = description
         wanted = list(columns) if columns is not None else list(range(1, len(classes) + 1))

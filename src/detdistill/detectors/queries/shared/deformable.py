@@ -237,9 +237,14 @@ class Pairs(Movable):
 
 @torch.no_grad()
 def hungarian(matcher: Callable[..., Any], outputs: Outputs, labels: Sequence[dict[str, Tensor]], batch: Batch) -> Tensor:
-    """Convert transformers' matching to indices [B, N] of the ground-truth boxes (crowd boxes counted); -1: no box."""
+    """Convert transformers' matching to indices [B, N] of the ground-truth boxes (crowd boxes counted); -1: no box.
+
+    All are -1 if a prediction is not finite, on which transformers' matcher fails.
+    """
     matched = torch.full(outputs.logits.shape[:2], NEGATIVE, device=outputs.logits.device)
     if not any(len(label["boxes"]) for label in labels):  # the matcher of transformers fails on a batch without boxes
+        return matched
+    if not (bool(torch.isfinite(outputs.boxes).all()) and bool(torch.isfinite(outputs.logits).all())):
         return matched
     found = matcher({"logits": outputs.logits, "pred_boxes": outputs.boxes}, list(labels))
     for image, ((queries, boxes), target) in enumerate(zip(found, batch.targets, strict=True)):

@@ -233,6 +233,8 @@ class GroupDetector(shared.TransformersDetector):
         ``assignment`` applies to the first group; the other groups and the encoder outputs use their own matching.
         """
         own, whole = self.own(prediction), self.labels(batch, only_trainable=False)
+        if (diverged := shared.diverged_losses(prediction)) is not None:
+            return diverged
         boxes = max(1, sum(len(entry["boxes"]) for entry in self.labels(batch)) * own.groups)
         normalizer: Any = boxes if assignment is None or assignment.normalizer is None else assignment.normalizer
         sets: list[tuple[str, Outputs, int | None]] = [("", own.layers[-1], len(own.layers) - 1)]
@@ -265,14 +267,24 @@ class GroupDetector(shared.TransformersDetector):
 
 
 def quality_loss(outputs: Outputs, pairs: deformable.Pairs, alpha: float, gamma: float = 2.0) -> Tensor:
-    """Sum the IoU-aware cross-entropy over queries and classes; the target of the matched class is score^a * IoU^(1-a)."""
+    """Sum the IoU-aware cross-entropy over queries and classes; the target of the matched class is score^a * IoU^(1-a).
+
+    Logarithms are those of the rounded probabilities, as in transformers. If a probability is rounded to 0 or 1 (float32: logits
+    above 16 or below -87), where transformers computes inf or NaN, the logarithm of the exact sigmoid takes its place.
+    """
     probability, where = outputs.logits.sigmoid(), (pairs.image, pairs.query, pairs.labels)
     iou = deformable.overlaps(outputs.boxes[pairs.image, pairs.query].detach(), pairs.boxes)[0].to(probability.dtype)
     wanted = (probability[where].pow(alpha) * iou.pow(1 - alpha)).clamp(min=0.01).detach()
     up, down = torch.zeros_like(probability), probability.pow(gamma)
     up[where], down[where] = wanted, 1 - wanted
-    entropy = -up * probability.log() - down * (1 - probability).log()
+    entropy = -up * _log(probability, outputs.logits) - down * _log(1 - probability, -outputs.logits)
     return (entropy.sum(dim=-1) * pairs.counted).sum()
+
+
+def _log(probability: Tensor, logits: Tensor) -> Tensor:
+    """Logarithm of a sigmoid's probability, finite for all finite logits."""
+    usable = probability >= torch.finfo(probability.dtype).tiny
+    return torch.where(usable, probability.where(usable, 1.0).log(), F.logsigmoid(logits))
 
 
 def moved_boxes(boxes: Tensor, deltas: Tensor) -> Tensor:

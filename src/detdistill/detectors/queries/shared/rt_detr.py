@@ -330,6 +330,8 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         ``assignment`` applies to the decoder layers. The encoder's predictions (and D-FINE's first boxes) use their own
         matching; each denoising query keeps the box from which ``predict`` built it.
         """
+        if (diverged := transformers_base.diverged_losses(prediction)) is not None:
+            return diverged
         own, config, matcher = self.own(prediction), self.config, self.criterion().matcher
         usable = self.labels(batch)
         labels = self.labels(batch, only_trainable=False)

@@ -38,6 +38,7 @@ from transformers.models.conditional_detr.modeling_conditional_detr import inver
 
 from detdistill.detectors.contract import Detector, DetectorSpec, Parts, Pyramid, query_positives
 from detdistill.detectors.queries.shared.transformers_models import quiet, saved_state
+from detdistill.detectors.single_cells import accept_single_cells
 from detdistill.detectors.torchvision.targets import trainable, whole_indices
 from detdistill.functional.modes import evaluating
 from detdistill.structures import (
@@ -105,6 +106,7 @@ class TransformersDetector(Detector):
             dets: maximum number of detections of an image; None: the family's rule (``top_k``).
         """
         super().__init__()
+        accept_single_cells(model)
         self.model = model
         self.score = 0.0 if score is None else score
         self.dets = dets
@@ -266,12 +268,14 @@ class TransformersDetector(Detector):
     # ----------------------------------------------------------------------------------------------------------- training
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """Assign by the library's Hungarian matching in each decoder layer: [L, B, N]."""
+        """Assign by the library's Hungarian matching in each decoder layer: [L, B, N]; nothing if a prediction is not finite."""
         queries = cast(Queries, prediction)
         matched = torch.full(queries.logits.shape[:3], NEGATIVE, device=queries.logits.device)
         labels = self.labels(batch)
         if not any(len(entry["boxes"]) for entry in labels):
             return Assignment(matched)  # the library's matcher fails on an empty cost matrix
+        if diverged_losses(queries) is not None:
+            return Assignment(matched)
         matcher = self.criterion().matcher
         for layer in layers_of(queries):
             outputs = {"logits": queries.logits[layer].detach(), "pred_boxes": queries.boxes_cxcywh01[layer].detach()}
@@ -290,6 +294,8 @@ class TransformersDetector(Detector):
         each divisor.
         """
         queries = cast(Queries, prediction)
+        if (diverged := diverged_losses(queries)) is not None:
+            return diverged
         if assignment is None:
             assignment = self.assign(queries, batch)
         if self.is_plain(assignment, batch):
@@ -504,6 +510,17 @@ def focal_criterion(config: Any, matcher_class: Any, criterion_class: Any) -> An
 
 
 # ------------------------------------------------------------------------------------------------------------ small parts
+
+
+def diverged_losses(prediction: Prediction) -> Losses | None:
+    """The term ``prediction``, which is NaN, if a logit or a box is not finite; None otherwise.
+
+    The library's matching and box losses fail on such numbers. A loss that is not finite stops training in the usual way.
+    """
+    queries = cast(Queries, prediction)
+    if bool(torch.isfinite(queries.logits).all()) and bool(torch.isfinite(queries.boxes_cxcywh01).all()):
+        return None
+    return Losses({"prediction": (queries.logits.sum() + queries.boxes_cxcywh01.sum()) * torch.nan})
 
 
 def layers_of(queries: Queries) -> range:
