@@ -33,7 +33,8 @@ CASES = (
     "teach fcos:resnet50",
     "teach faster_rcnn:resnet50",
     "teach fcos:resnet18",
-    f"d3etr step of {DETR}",
+    "d3etr step of conditional_detr:resnet18",
+    "d3etr step of deformable_detr:resnet18",
     f"second pass of {DETR}",
 )
 

@@ -84,7 +84,7 @@ def d3etr_match(
     return hungarian(cost)
 
 
-def d3etr_terms(student: D3ETRQueries, teacher: D3ETRQueries, match: Tensor, softmax: bool = False) -> D3ETRTerms:
+def d3etr_terms(student: D3ETRQueries, teacher: D3ETRQueries, match: Tensor | None, softmax: bool = False) -> D3ETRTerms:
     """Losses between matched queries in every layer.
 
     - cls: binary cross-entropy to the teacher's scores, summed over classes; mean over the pairs of all images. With softmax
@@ -98,6 +98,7 @@ def d3etr_terms(student: D3ETRQueries, teacher: D3ETRQueries, match: Tensor, sof
         student: outputs for N queries; gradient flows.
         teacher: outputs for M queries, treated as constant.
         match: [L, B, N] index of the teacher's query, -1 for none; every image and layer has the same number of pairs.
+            None: each student query is compared with the teacher query of the same index.
         softmax: the outputs are softmax logits.
 
     Example:
@@ -106,10 +107,11 @@ def d3etr_terms(student: D3ETRQueries, teacher: D3ETRQueries, match: Tensor, sof
         >>> terms.l1.tolist(), bool(terms.giou < 1e-3), terms.self_attention is None
         ([0.0], True, True)
     """
-    layers, images, _ = match.shape
-    mine = torch.nonzero(match >= 0)[:, 2].view(layers, images, -1)  # [L, B, P]
-    theirs = match.gather(2, mine)
-    pairs = images * mine.shape[2]
+    images, queries = student.logits.shape[1:3]
+    mine, theirs = (None, None) if match is None else _pairs(match)
+    pairs = images * (queries if mine is None else mine.shape[2])
+    if mine is not None and mine.shape[2] == queries:
+        mine = None  # all student queries, in order: nothing to pick, neither forward nor backward
     logits, boxes = _take(student.logits, mine), _take(student.boxes_cxcywh01, mine)
     fixed_logits, fixed_boxes = _take(teacher.logits.detach(), theirs), _take(teacher.boxes_cxcywh01.detach(), theirs)
     if softmax:
@@ -141,13 +143,23 @@ def d3etr_loss(terms: D3ETRTerms, weights: D3ETRWeights = D3ETRWeights()) -> dic
     return {name: factors[name] * value.sum() for name, value in terms._asdict().items() if value is not None and factors[name]}
 
 
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    """[L, B, P, X] of [L, B, N, X] by an index [L, B, P]."""
+def _pairs(match: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices [L, B, P] of the matched student queries, and of their teacher queries."""
+    mine = torch.nonzero(match >= 0)[:, 2].view(*match.shape[:2], -1)
+    return mine, match.gather(2, mine)
+
+
+def _take(values: Tensor, index: Tensor | None) -> Tensor:
+    """[L, B, P, X] of [L, B, N, X] by an index [L, B, P]; None: all."""
+    if index is None:
+        return values
     return values.gather(2, index[..., None].expand(*index.shape, values.shape[-1]))
 
 
-def _rows(maps: Tensor, index: Tensor) -> Tensor:
-    """[L, B, H, P, X] of [L, B, H, N, X] by an index [L, B, P]."""
+def _rows(maps: Tensor, index: Tensor | None) -> Tensor:
+    """[L, B, H, P, X] of [L, B, H, N, X] by an index [L, B, P]; None: all."""
+    if index is None:
+        return maps
     wide = index[:, :, None, :, None].expand(-1, -1, maps.shape[2], -1, maps.shape[4])
     return maps.gather(3, wide)
 

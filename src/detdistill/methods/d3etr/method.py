@@ -249,10 +249,7 @@ class D3ETR(Method[D3ETRTaught]):
             theirs = self._theirs(taught, seen.features)
             for matching in self.matchings:
                 mine = self._mine(cast(Queries, seen.prediction if fixed is None or matching == "adaptive" else fixed))
-                if matching == "fixed":
-                    match = torch.arange(theirs.logits.shape[2], device=theirs.logits.device).expand(theirs.logits.shape[:3])
-                else:
-                    match = d3etr_match(mine, theirs, self.costs, self.softmax)
+                match = None if matching == "fixed" else d3etr_match(mine, theirs, self.costs, self.softmax)
                 found = d3etr_loss(d3etr_terms(mine, theirs, match, self.softmax), self.weights)
                 terms |= {f"{matching}_{name}": value for name, value in found.items()}
         return Losses(terms)
