@@ -1,6 +1,6 @@
-"""Many runs of the command line for one benchmark: several at a time, none twice, each in the log it left.
+"""Runs many commands for one benchmark: several at a time, finished ones are skipped, and each has a log file.
 
-A worker process takes one task after the other, so that the libraries are loaded once for each worker and not for each run.
+Each worker process runs one task after the other, so that it loads the libraries only once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """A teacher and its student, and how they learn."""
+    """Model strings of a teacher and its student, and their training settings."""
 
     teacher: str
     student: str
@@ -34,12 +34,12 @@ class Kind:
 
 @dataclass(frozen=True)
 class Task:
-    """One command of ``detdistill``; ``out`` is the folder it makes."""
+    """One command of ``detdistill``; ``out`` is the folder that it creates."""
 
     out: Path
     words: tuple[str, ...]
     after: tuple[Path, ...] = ()
-    """Folders of tasks that must be done before."""
+    """Folders of the tasks that must be finished before this one."""
 
     @staticmethod
     def of(out: Path, *words: object, after: Sequence[Path] = ()) -> Task:
@@ -56,9 +56,9 @@ class Task:
 
 
 def run(tasks: Sequence[Task], jobs: int, work: Path, note: Callable[[], None]) -> None:
-    """All tasks, ``jobs`` at a time, in their order as far as what they build on allows; ``note`` is called after each.
+    """Run all tasks in their order, ``jobs`` at a time; a task waits for the tasks in its ``after``.
 
-    A failed task is told, and what builds on it is left out.
+    ``note`` is called after each task. A failed task is printed, and tasks that depend on it are skipped.
     """
     todo = list({task.out: task for task in tasks}.values())
     (work / "logs").mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def _worker(pipe: Connection) -> None:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What a finished run says of itself."""
+    """Read ``summary.json`` of a finished run."""
     path = folder / "summary.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -136,7 +136,7 @@ def ap(folder: Path) -> float | None:
 
 
 def filling(cache: Path) -> dict[str, float] | None:
-    """Seconds that the command needed to fill a cache (what the methods learn beforehand included), and its megabytes."""
+    """Seconds for filling a cache (training of methods' earlier stages included), and its size in megabytes."""
     if not (cache / "finished").exists():
         return None
     count = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
@@ -144,7 +144,7 @@ def filling(cache: Path) -> dict[str, float] | None:
 
 
 def machine(folders: Sequence[Path]) -> dict[str, Any]:
-    """Hardware and versions, as the first finished run knows them."""
+    """Hardware and versions from the summary of the first finished run."""
     for folder in folders:
         if (summary := read(folder)) is not None:
             return {"hardware": summary["hardware"], "versions": summary["versions"]}
@@ -162,13 +162,13 @@ GAIN_COLUMNS = ("seeds", "alone", "distilled", "gain", "95 % interval", "verdict
 
 
 def gain_cells(gain: dict[str, Any]) -> list[object]:
-    """What ``GAIN_COLUMNS`` names, of a ``detdistill.compare.Gain`` as a dictionary; in percent."""
+    """Cells for ``GAIN_COLUMNS``, from a ``detdistill.compare.Gain`` as a dictionary; in percent."""
     alone, distilled = (statistics.fmean(100 * pair[side] for pair in gain["pairs"]) for side in ("baseline", "distilled"))
     interval = "" if gain["low"] is None else f"{100 * gain['low']:+.1f} .. {100 * gain['high']:+.1f}"
     return [len(gain["pairs"]), f"{alone:.1f}", f"{distilled:.1f}", f"{100 * gain['mean']:+.1f}", interval, gain["verdict"]]
 
 
 def markdown(rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lines of a table; the first row is its head."""
+    """Lines of a Markdown table; the first row is the header."""
     lines = ["| " + " | ".join("" if value is None else str(value) for value in row) + " |" for row in rows]
     return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]

@@ -1,10 +1,10 @@
-"""What the stages of an adapter cost beside the library's own training forward: ratios, measured in one process in turns.
+"""Cost of an adapter's stages relative to the library's own training forward: ratios, measured alternately in one process.
 
     uv run python benchmarks/adapters.py --out benchmarks/results/adapters_cpu.json
 
 For each detector that wraps a library's model: ``features``, ``predict`` and ``loss`` (no backward) against the library's
-``model(images, targets)`` or ``model(pixel_values, pixel_mask, labels=...)`` on the same model and batch. Both take turns,
-the first of a round alternates, and ratios are of medians. Detectors that no library has are left out, and named.
+``model(images, targets)`` or ``model(pixel_values, pixel_mask, labels=...)`` on the same model and batch. Each round measures
+both, in alternating order; ratios are of medians. Detectors that no library has are skipped, and their names are printed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CLASSES = tuple(f"class {number}" for number in range(20))
 
 
 def make_batch(images: int, size: int, boxes: int = 6) -> Batch:
-    """Noise with boxes (and their masks) of every scale; no padding, so that no side gains by it."""
+    """A batch of noise with boxes (and masks) of every scale; without padding, so that neither side has an advantage."""
     generator = torch.Generator().manual_seed(0)
     targets = []
     for _ in range(images):
@@ -50,7 +50,7 @@ def make_batch(images: int, size: int, boxes: int = 6) -> Batch:
 
 
 def library_forward(detector: Any, batch: Batch) -> Callable[[], Tensor] | None:
-    """The library's own training forward of an adapter's model, to the sum of its losses; None: there is none."""
+    """The library's own training forward of an adapter's model, up to the sum of the losses; None: no library has it."""
     model = detector.model
     package = type(model).__module__.partition(".")[0]
     if package == "torchvision":
@@ -68,7 +68,7 @@ def library_forward(detector: Any, batch: Batch) -> Callable[[], Tensor] | None:
     if package == "transformers":
 
         def transformers_forward() -> Tensor:
-            # Making normalised pixels and labels is the work of the library's image processor; here both sides do it alike.
+            # The library leaves normalised pixels and labels to its image processor; here they are part of both sides.
             pixels, mask = detector.normalized(batch), (~batch.padding_mask()).long()
             loss: Tensor = model(pixel_values=pixels, pixel_mask=mask, labels=detector.labels(batch)).loss
             return loss
@@ -78,7 +78,7 @@ def library_forward(detector: Any, batch: Batch) -> Callable[[], Tensor] | None:
 
 
 def adapter_forward(detector: Detector, batch: Batch) -> Callable[[], Tensor]:
-    """The three stages of training, to the sum of the losses."""
+    """The three stages of an adapter in training, up to the sum of the losses."""
 
     def stages() -> Tensor:
         features = detector.features(batch)
@@ -88,7 +88,7 @@ def adapter_forward(detector: Detector, batch: Batch) -> Callable[[], Tensor]:
 
 
 def ratio(name: str, batch: Batch, rounds: int, device: str) -> dict[str, Any] | None:
-    """Median seconds of both and their ratio; None where no library has the detector."""
+    """Median seconds of library and adapter, and their ratio; None: no library has the detector."""
     torch.manual_seed(0)
     detector = build_detector(name, CLASSES).to(device).train()
     library = library_forward(detector, batch)
@@ -122,7 +122,7 @@ def ratio(name: str, batch: Batch, rounds: int, device: str) -> dict[str, Any] |
 
 
 def model_name(name: str, backbone: str) -> str:
-    """An adapter's model string on a timm backbone, or on its own smallest one where it takes none of timm's."""
+    """Model string of an adapter on a timm backbone, or on its own smallest backbone if it takes none of timm."""
     own = tiny_name(name)
     return f"{name}:{backbone}" if timm.is_model(own.partition(",")[0].partition(":")[2]) else own
 

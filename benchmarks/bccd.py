@@ -2,7 +2,7 @@
 
     uv run python benchmarks/bccd.py --data PATH/TO/bccd --work runs/bccd --out benchmarks/results/bccd.json
 
-Finished runs in ``--work`` are not repeated, so an interrupted benchmark goes on where it was.
+Finished runs in ``--work`` are not repeated, so an interrupted benchmark can be continued.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import detdistill
-from detdistill.compare import compare_runs, gains_table, read_run
+from detdistill.compare import compare_runs, read_run, show_gains
 
 TEACHERS = {
     "fcos": "fcos:resnet10t,channels=32-64-128-256,neck=64,levels=3-5,convs=2",
@@ -74,7 +74,7 @@ def main() -> None:
             epochs=chosen.epochs,
             seeds=tuple(chosen.seeds),
             inherit=inherit,
-            baseline=index == 0,  # one baseline for each seed serves all
+            baseline=index == 0,  # one baseline per seed, for all methods
             jobs=chosen.jobs,
             report=False,
             **settings,
@@ -115,9 +115,7 @@ def main() -> None:
     content["command"] = content["command"].replace(str(chosen.data), "PATH/TO/bccd").replace(str(chosen.work), "runs/bccd")
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps(content, indent=2) + "\n")
-    from rich.console import Console
-
-    Console().print(gains_table(gains["AP"]))
+    show_gains(gains["AP"])
     print({name: f"AP {100 * run['metrics']['AP']:.1f}" for name, run in teachers.items()})
 
 

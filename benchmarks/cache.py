@@ -1,14 +1,14 @@
-"""What a cache of knowledge costs and gives: writing, random reading, and an offline step beside the student alone.
+"""Costs of a cache of knowledge: writing, random reading, and an offline step compared with the student alone.
 
     uv run python benchmarks/cache.py --out benchmarks/results/cache_cpu.json
 
-Writing and reading are measured with the records of one teacher and one method (FitNet: the whole pyramid), in every store.
-A step is student forward and backward, losses and optimizer: alone, online (teacher forward too) and offline (records read,
-checked and decoded). Two parts are measured by themselves: ``teach`` (teacher forward, and what the method makes of it) and
-``learn`` (the method's own networks and losses, forward and backward, on given features). All take turns in one process, so that
-they share the noise; ratios are of medians, their times also as multiply-adds (those of matrix products and convolutions, forward
-only). Extractors are untrained: speed does not depend on their weights. Peak memory is that of one step, on a GPU as torch counts
-it, on a CPU what the process has ever held, in a process of its own for each contender.
+Writing and reading are measured with the records of one teacher and one method (FitNet: the whole pyramid), in every store. A
+step is forward and backward of the student, losses and optimizer: alone, online (with the teacher's forward) and offline (records
+are read, checked and decoded). Two parts are also measured alone: ``teach`` (the teacher's forward, and the method's knowledge
+from it) and ``learn`` (the method's own networks and losses, forward and backward, on given features). All are measured
+alternately in one process, so that noise affects them alike; ratios are of medians. Multiply-adds are those of matrix products
+and convolutions, forward only. Extractors are untrained, because speed does not depend on their weights. Peak memory is that of
+one step, measured in a separate process for each case: on a GPU by torch, on a CPU as the process's peak.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from steps import clock, turns
 def filled(
     folder: Path, teacher: Teacher, splits: DataSplits, views: ViewSettings, chosen: argparse.Namespace, store: str
 ) -> dict[str, Any]:
-    """Write a cache; MB/s of encoding and writing (to the disk, fsync included), without the teacher's time."""
+    """Write a cache; return MB/s of encoding and writing (to the disk, including fsync), without the teacher's time."""
     wanted = sights(splits.train, views)
     method = build_method(chosen.method, teacher, build_detector(chosen.student, splits.classes)).to(chosen.device)
     about = About(
@@ -128,7 +128,7 @@ def contender(name: str, chosen: argparse.Namespace, splits: DataSplits, batch: 
 
 
 def parts(chosen: argparse.Namespace, splits: DataSplits, batch: Batch) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
-    """``teach`` and ``learn`` by themselves, and millions of multiply-adds of the student's forward and of learning."""
+    """``teach`` and ``learn`` alone, and millions of multiply-adds of the student's forward and of ``learn``."""
     student = build_detector(chosen.student, splits.classes).to(chosen.device).train()
     teacher = Teacher(build_detector(chosen.teacher, splits.classes)).to(chosen.device)
     method = build_method(chosen.method, teacher, student).to(chosen.device)
@@ -161,7 +161,7 @@ def parts(chosen: argparse.Namespace, splits: DataSplits, batch: Batch) -> tuple
 
 
 def peak(name: str, chosen: argparse.Namespace, splits: DataSplits, batch: Batch, folder: Path | None) -> float:
-    """Megabytes after three steps."""
+    """Peak memory after three steps, in megabytes."""
     if chosen.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -170,7 +170,7 @@ def peak(name: str, chosen: argparse.Namespace, splits: DataSplits, batch: Batch
         step()
     if chosen.device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    # Not ru_maxrss, which a process inherits from the one that started it.
+    # Not ru_maxrss, because a process inherits it from its parent.
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--stores", nargs="+", default=list(STORES), choices=STORES)
-    parser.add_argument("--folder", type=Path, default=None, help="where the caches are made and left; none: a temporary folder")
+    parser.add_argument("--folder", type=Path, default=None, help="folder for the caches; none: a temporary one")
     parser.add_argument("--peak", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     splits = load_data(f"digits:train={chosen.images},val={chosen.batch},size=128,seed=0")

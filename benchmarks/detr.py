@@ -1,15 +1,14 @@
-"""DETRDistill's tables in miniature, on the embedded digits: what a DETR learns from a DETR, by methods for DETRs and for maps.
+"""DETRDistill's tables at small scale, on the built-in digits: a DETR under a DETR, by methods for DETRs and for feature maps.
 
     uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr.json
 
-Three detectors with queries, each taught by a larger one of its kind (the paper's table 3); two of them with several seeds,
-under the other methods for DETRs, and with fewer layers than their teachers (table 4); DETRDistill's parts alone and in pairs
-(table 5), and its choices of queries and layers (tables 6 and 7). How often the matching of their queries changes is measured
-beside their training. The digits are one class here, and the images small: from random weights a DETR needs thousands of
-steps to tell ten of them apart (a compact RT-DETR had AP 3.4 after 800 steps with ten classes and 23.5 after 500 with one; the
-first was a trial), so with ten classes every student would stand near zero. Everything runs on one thread each, ``--jobs`` at a
-time; what is finished in ``--work`` is not done again, and the results are rewritten after every run, so the benchmark can be
-stopped at any time.
+Three detectors with queries, each under a larger detector of the same family (the paper's table 3). Two of them also with several
+seeds, under the other methods for DETRs, and with fewer layers than their teachers (table 4), with DETRDistill's parts alone and
+in pairs (table 5), and with its choices of queries and layers (tables 6 and 7). The instability of the matching is measured
+during training. The digits are a single class here and the images are small, because from random weights a DETR needs thousands
+of steps to distinguish ten digits (a compact RT-DETR had AP 3.4 after 800 steps with ten classes, in a trial, and 23.5 after 500
+steps with one class). Each run has one thread, and ``--jobs`` run at a time. Finished runs in ``--work`` are not repeated, and
+the results are rewritten after every run, so the benchmark can be stopped at any time.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ KINDS = {
     "adamixer": Kind(f"adamixer:{LARGE},{ADAMIXER}", f"adamixer:{SMALL},{ADAMIXER}", 1e-3, 1500, 500),
 }
 WATCHED = ("adamixer", "rt_detr")
-"""Those with several seeds and all the smaller tables, and where changes of the matching are counted: AdaMixer's queries are
-learned; RT-DETR's are the encoder's best places, so a changed order counts too."""
+"""Detectors with several seeds, all smaller tables, and a measured instability of the matching. AdaMixer's queries are learned.
+RT-DETR's are the encoder's best positions in order of score, so a change of the order counts too."""
 DEPTHS = {
     "adamixer": {f"0/{decoder}": f"adamixer:{SMALL},{ADAMIXER.replace('=3', f'={decoder}', 1)}" for decoder in (2, 1)},
     "rt_detr": {
@@ -57,25 +56,25 @@ DEPTHS = {
         for encoder, decoder in ((2, 1), (1, 3), (1, 1))
     },
 }
-"""Students with fewer layers (encoder/decoder) than the teacher, ..."""
+"""Students with fewer layers than the teacher, by numbers of encoder and decoder layers."""
 WHOLE = {"adamixer": "0/3", "rt_detr": "2/3"}
-"""... which has as many as the student of table 3."""
+"""Layers of the teacher and of the student of table 3."""
 SURE = "adamixer"
-"""Where its students' seeds differ least; parts, depths and other methods are tried with all seeds there."""
+"""The detector whose results differ least between seeds; its parts, depths and other methods are run with all seeds."""
 INSTABILITY = 64
-"""Validation images on which changes of the matching are counted after each epoch."""
+"""Number of validation images for the instability of the matching, which is measured after each epoch."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """A method string, and the factor on its losses."""
+    """A method string and the factor on its losses."""
 
     method: str
     dis: float = 1.0
 
     @property
     def words(self) -> tuple[object, ...]:
-        """As the command line has it."""
+        """The flags of the command line."""
         return ("--method", self.method, *(("--dis", self.dis) if self.dis != 1 else ()))
 
 
@@ -86,26 +85,26 @@ WAYS = {
     "detrdistill": Way("detrdistill"),
 }
 SEEDED = ("fitnet", "detrdistill")
-"""Those of them that several seeds are spent on."""
+"""The methods of ``WAYS`` that are run with several seeds."""
 POINTS = 30
-"""Random queries of KD-DETR: as many as the detectors have queries, as in the paper (300)."""
+"""Random queries of KD-DETR: as many as the detectors have queries; so does the paper (300)."""
 QUERIES = {
     "kd_detr": Way(f"kd_detr,general_points={POINTS},cls_weight=0"),
     "d3etr": Way("d3etr"),
     "d3etr, maps weighed for 30 queries": Way("d3etr,self_attention_weight=100,cross_attention_weight=20"),
     "mgd, dis 100": Way("mgd", 100.0),
 }
-"""The other methods for DETRs (KD-DETR's class term is a softmax, which says nothing of a single class), and second rows where
-published weights are out of proportion with so small maps and so few queries. MGD's term is 0.1 % of a fresh student's gradient.
-Entries of self-attention are about 1 / queries, those of the summed cross-attention queries / cells, so D3ETR's squares weigh
-100 and 50 times what they do with 300 queries and 13000 cells."""
+"""The other methods for DETRs, and second rows for methods whose published weights do not suit such small maps and so few
+queries. KD-DETR's class term is off, because its softmax is constant with a single class. MGD's term is 0.1 % of an untrained
+student's gradient. Entries of self-attention are about 1 / queries, entries of the summed cross-attention about queries / cells,
+so D3ETR's squares are 100 and 50 times as large as with 300 queries and 13000 cells."""
 WITHOUT_MAPS = ("kd_detr", "mgd, dis 100")
-"""Those of them for AdaMixer, whose queries sample features and have no attention maps for D3ETR."""
+"""The methods of ``QUERIES`` for AdaMixer; D3ETR is left out, because AdaMixer samples features and has no attention maps."""
 PARTS_OFF = {"logits": "logits_weight=0", "features": "feature_weight=0", "assignment": "assignment_weight=0"}
 
 
 def only(*kept: str) -> Way:
-    """DETRDistill with some of its parts."""
+    """DETRDistill with only the given parts."""
     return Way(",".join(["detrdistill", *(off for name, off in PARTS_OFF.items() if name not in kept)]))
 
 
@@ -126,7 +125,7 @@ PARTS = ("families", "queries", "seeds", "depths", "components", "choices")
 
 
 def digits_as_one_class(work: Path) -> Path:
-    """The embedded digits with a single class, in COCO's form; made when it is not in ``work`` yet."""
+    """The built-in digits with a single class, in COCO form; created if it is not yet in ``work``."""
     source, folder = digits_folder(TRAIN, VAL, SIZE, seed=0), work / "one_class"
     if not folder.exists():
         scratch = work / "one_class.part"
@@ -154,7 +153,7 @@ def student_run(work: Path, kind: str, name: str, seed: int, depth: str = "") ->
 
 
 def settings(work: Path, kind: str, steps: int) -> tuple[object, ...]:
-    """What teacher and students of a kind have in common."""
+    """Settings that teacher and students of a kind have in common."""
     one = KINDS[kind]
     looks = ("--evaluate_every", 1, "--instability", INSTABILITY) if kind in WATCHED else ("--evaluate_every", 99)
     return ("--data", work / "one_class", *COMMON, "--lr", one.lr, "--clip", one.clip, "--epochs", 99, "--steps", steps, *looks)
@@ -168,7 +167,7 @@ def teach(work: Path, kind: str) -> Task:
 
 
 def learn(work: Path, kind: str, ways: dict[str, Way], seed: int, depth: str = "") -> list[Task]:
-    """A student's baseline, and its distilled runs."""
+    """Tasks of a student: its baseline and its distilled runs."""
     model, teacher = DEPTHS[kind][depth] if depth else KINDS[kind].student, teacher_run(work, kind)
     common = (*settings(work, kind, KINDS[kind].steps), "--seed", seed)
     out = student_run(work, kind, "baseline", seed, depth)
@@ -181,7 +180,7 @@ def learn(work: Path, kind: str, ways: dict[str, Way], seed: int, depth: str = "
 
 
 def tasks(work: Path, seeds: Sequence[int], parts: Sequence[str]) -> list[Task]:
-    """In the order of their worth."""
+    """All tasks, the most important first."""
     first, *others = seeds
     found: list[Task] = []
     for kind in KINDS if "families" in parts else WATCHED:
@@ -206,7 +205,7 @@ def tasks(work: Path, seeds: Sequence[int], parts: Sequence[str]) -> list[Task]:
 
 
 def queries_of(kind: str) -> dict[str, Way]:
-    """The other methods for DETRs that this kind can learn by."""
+    """The methods of ``QUERIES`` that can be used with this kind."""
     return {name: QUERIES[name] for name in WITHOUT_MAPS} if kind == "adamixer" else QUERIES
 
 
@@ -222,9 +221,9 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 
 def distilled_share(folder: Path) -> float | None:
-    """Share of the distillation's terms in the student's gradient, when it was last measured.
+    """Share of the distillation terms in the student's gradient, at the last measurement.
 
-    Own terms are those that the baseline beside it measured, too.
+    The terms that the baseline has as well are the student's own.
     """
     _, kind, *rest = folder.name.split("-")
     own = {name for row in rows_of(folder.with_name("-".join(["baseline", kind, *rest]))) for name in row}
@@ -234,12 +233,12 @@ def distilled_share(folder: Path) -> float | None:
 
 
 def instabilities(folder: Path) -> list[float]:
-    """Instability of the matching after each epoch; of the first, against the weights before training."""
+    """Instability of the matching after each epoch; the first is relative to the weights before training."""
     return [round(float(row["val/IS"]), 2) for row in rows_of(folder) if row.get("val/IS")]
 
 
 def result(folder: Path) -> dict[str, Any] | None:
-    """What is known of one finished run."""
+    """Results of one finished run."""
     if (summary := read(folder)) is None:
         return None
     found = {"AP": ap(folder), "AP50": round(100 * summary["metrics"]["AP50"], 1), "seconds": round(summary["seconds"])}
@@ -248,7 +247,7 @@ def result(folder: Path) -> dict[str, Any] | None:
 
 
 def results(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """What there is so far."""
+    """Results of all runs that are finished so far."""
     seed = seeds[0]
 
     def some(kind: str, names: Sequence[str], depth: str = "") -> dict[str, Any]:
@@ -293,7 +292,7 @@ def results(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """All of them in Markdown."""
+    """All tables in Markdown."""
     names = [*WAYS, *QUERIES]
 
     def shown(cell: dict[str, Any] | None) -> object:

@@ -1,15 +1,17 @@
-"""DICOD's main table in miniature: an image classifier teaches five detectors, alone and beside FKD; and what its crops cost.
+"""DICOD's main table at small scale: five students under an image classifier, alone and with FKD; and the cost of its crops.
 
     uv run python benchmarks/dicod.py --work runs/dicod --out benchmarks/results/dicod.json [--bccd PATH/TO/bccd]
     uv run python benchmarks/dicod.py --parts speed --work runs/dicod --out benchmarks/results/dicod.json
 
-SSD, Faster R-CNN on three backbones and RetinaNet, each alone, under FKD (a larger detector of the same kind teaches), under
-DICOD (a classifier of the objects teaches) and under both: on the embedded digits, with three seeds for the two cheapest
-students, and one student with three seeds on blood cells. ``--parts`` chooses from ``digits``, ``seeds``, ``bccd`` and
-``speed``. All start from random weights, classifiers too; each of the two classifiers of the paper (of SSDs by cross-entropy,
-of all others by focal loss too) is trained by the first run that needs it. Finished runs in ``--work`` are not repeated.
+SSD, Faster R-CNN on three backbones and RetinaNet, each alone, under FKD (the teacher is a larger detector of the same family),
+under DICOD (the teacher is a classifier of the objects) and under both, on the built-in digits. The two cheapest students have
+three seeds; one student is also trained on blood cells, with three seeds. ``--parts`` chooses from ``digits``, ``seeds``,
+``bccd`` and ``speed``. All models start from random weights, classifiers too. The paper has two classifiers (one trained with
+cross-entropy, for SSDs; one also with focal loss, for all others); the first run that needs a classifier trains it. Finished runs
+in ``--work`` are not repeated.
 
-``speed`` is not among the default parts: it wants a quiet machine. It writes ``dicod_steps_cpu.json`` beside ``--out``.
+``speed`` is not a default part, because it needs a machine without other load. It writes ``dicod_steps_cpu.json`` beside
+``--out``.
 """
 
 from __future__ import annotations
@@ -50,17 +52,17 @@ LARGE = "resnet10t,channels=32-64-128-256,neck=64"
 SMALL = "resnet10t,channels=16-32-64-128,stem=16,neck=64"
 TWO_STAGES = "neck=64,levels=3-5,proposals=50,rois=32,mlp=128"
 EPOCHS, CELL_EPOCHS = 2, 6
-"""Of all students: classifiers are as long in training, and shared."""
+"""Epochs of the students on the digits and on blood cells: the same for all students, so that they share the classifiers."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of detector: who teaches it under FKD, and how it trains."""
+    """A kind of detector: its teacher under FKD, and its training settings."""
 
     teacher: str
     lr: float
     epochs: int
-    """Of the teacher."""
+    """Epochs of the teacher."""
     fkd: str = "fkd,profile=one_stage"
 
 
@@ -81,8 +83,8 @@ ResNet-50; MobileNetV2 and ResNet-50 have half their widths here."""
 SEVERAL_SEEDS = ("SSD", "RetinaNet")
 ON_CELLS = "SSD"
 DICOD = "dicod,classifier=test_resnet,size=32,max_crops=64,classifier_epochs=2,classifier_lr=0.1"
-"""The published weights. The crops are as small as the objects, the classifier (a ResNet of 0.37 M parameters) is as well, and
-learns faster than one that begins with ImageNet; of more than 64 positives a step takes a random sample."""
+"""DICOD with the published loss weights. Crops and classifier (a ResNet of 0.37 M parameters) are as small as the objects; the
+classifier learns faster than one pretrained on ImageNet. If a step has more than 64 positives, it takes a random sample."""
 TIMED = {"RetinaNet": "retinanet:resnet18,neck=64", "Faster R-CNN": "faster_rcnn:resnet18,neck=64"}
 BOUNDS = (256, 128, 64, 32, 16)
 
@@ -92,7 +94,7 @@ def kind_of(student: str) -> Kind:
 
 
 def methods(student: str) -> dict[str, str]:
-    """The table's columns after the baseline."""
+    """The methods of the table, by column after the baseline."""
     return {"fkd": kind_of(student).fkd, "dicod": DICOD, "dicod+fkd": f"{DICOD}+{kind_of(student).fkd}"}
 
 
@@ -104,7 +106,7 @@ def folder(work: Path, data: str, student: str, method: str, seed: int) -> Path:
 def cell(
     work: Path, data: str, where: Sequence[str], student: str, seed: int, epochs: int, before: Path | None
 ) -> Iterator[Task]:
-    """A student alone and under each method; ``before`` is the run that trains the classifier, if it is another one."""
+    """Tasks of a student, alone and under each method; ``before``: the run that trains the classifier, if it is another one."""
     kind = kind_of(student)
     teacher = work / f"{data}-teacher-{kind.teacher.partition(':')[0]}"
     settings = [*where, *COMMON, "--lr", kind.lr, "--epochs", epochs, "--seed", seed]
@@ -127,12 +129,12 @@ def teacher_of(work: Path, data: str, where: Sequence[str], kind: Kind, epochs: 
 
 
 def classifier_run(work: Path, student: str, seed: int) -> Path:
-    """The run that trains the student's classifier on the digits: SSD's own, or the one that all others share."""
+    """The run that trains the student's classifier on the digits: one for SSD, one for all others."""
     return folder(work, "digits", "SSD" if student == "SSD" else "RetinaNet", "dicod", seed)
 
 
 def tasks(work: Path, seeds: Sequence[int], parts: Sequence[str], bccd: Path | None) -> Iterator[Task]:
-    """All of them."""
+    """All tasks."""
     if {"digits", "seeds"} & set(parts):
         for kind in KINDS.values():
             yield teacher_of(work, "digits", DIGITS, kind, kind.epochs)
@@ -151,7 +153,7 @@ def tasks(work: Path, seeds: Sequence[int], parts: Sequence[str], bccd: Path | N
 
 
 def one_run(path: Path) -> dict[str, Any] | None:
-    """AP, AP50 and AP75 in percent, seconds, what AP50 is lost to, the gradient's shares and what DICOD monitored."""
+    """AP, AP50 and AP75 in percent, seconds, loss of AP50 by kind of error, shares in the gradient and DICOD's monitors."""
     summary = read(path)
     if summary is None:
         return None
@@ -163,7 +165,7 @@ def one_run(path: Path) -> dict[str, Any] | None:
 
 
 def monitored(path: Path) -> dict[str, Any]:
-    """Means over the student's training of the terms' shares of its gradient, and of DICOD's monitors."""
+    """Means over the student's training: shares of the loss terms in the gradient, and DICOD's monitors."""
     rows = [row for row in read_rows(path) if row["stage"] != "classifier"] if path.exists() else []
     names = [name for name in (rows[0] if rows else ()) if name.startswith("share/") or name.endswith(("_accuracy", "cropped"))]
     values = {name: [float(row[name]) for row in rows if row[name]] for name in names}
@@ -172,7 +174,7 @@ def monitored(path: Path) -> dict[str, Any]:
 
 
 def row(work: Path, data: str, student: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """All runs of a student by method and seed, and the gains of the methods that have several seeds."""
+    """All runs of a student by method and seed, and the gains of methods with several seeds."""
     runs: dict[str, dict[str, Any]] = {}
     gains: dict[str, Any] = {}
     for method in ("baseline", *methods(student)):
@@ -190,7 +192,7 @@ def row(work: Path, data: str, student: str, seeds: Sequence[int]) -> dict[str, 
 
 
 def held_out_accuracy(path: Path, student: str, data: str, views: Mapping[str, Any]) -> float | None:
-    """Top-1 in percent on the validation images' objects, of the classifier that a finished run was taught by."""
+    """Top-1 accuracy in percent, on the validation objects, of the classifier of a finished run."""
     if not (path / "summary.json").exists():
         return None
     splits = load_data(data)
@@ -210,7 +212,7 @@ def held_out_accuracy(path: Path, student: str, data: str, views: Mapping[str, A
 
 
 def results(work: Path, seeds: Sequence[int], bccd: Path | None, last: bool = False) -> dict[str, Any]:
-    """What there is so far; classifiers are evaluated at the end only."""
+    """Results of all runs that are finished so far; classifiers are evaluated at the end only."""
     content: dict[str, Any] = {
         "what": "AP of students taught by an image classifier (DICOD), a larger detector (FKD) or both; all from random weights. "
         "digits: 2000 training and 300 validation images of 96 pixels; bccd: 205 and 87 images of 256x192",
@@ -245,7 +247,7 @@ def results(work: Path, seeds: Sequence[int], bccd: Path | None, last: bool = Fa
 
 
 def tables(found: dict[str, Any]) -> str:
-    """Markdown: AP as in the paper's table 2, what AP50 is lost to, and the gains over several seeds."""
+    """Markdown tables: AP as in the paper's table 2, loss of AP50 by kind of error, and gains over several seeds."""
     seed = str(found["seeds"][0])
     names = list(methods("SSD"))
     lines = [f"AP (AP50, AP75) with seed {seed}; gains are over the student alone.", ""]
@@ -293,11 +295,11 @@ def _cell(run: dict[str, Any] | None, alone: dict[str, Any] | None) -> str:
 
 
 def speed(rounds: int) -> dict[str, Any]:
-    """What cropping and classifying the positives costs in a step, without a bound on their number and with several.
+    """Cost of cropping and classifying the positives in a step, with several bounds on their number and without one.
 
-    CPU seconds of one thread (other processes do not count), medians over rounds in which all contenders take their turn: the
-    student's own step, forward and backward; with DICOD's class term, which crops the true boxes only; with pixels, which crops
-    predicted boxes but shows them to nobody; and with everything. What one has more than the one before is the share.
+    CPU seconds of one thread, medians over rounds that measure every case once: the student's own step, forward and backward;
+    with DICOD's class term, which crops only the true boxes; with the pixel term, which also crops the predicted boxes but does
+    not classify them; and with all terms. The difference between two successive cases is the cost of the added part.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -324,7 +326,7 @@ def _speed_of(model: str, rounds: int) -> dict[str, Any]:
         method.step(student, batch, method.teach(batch), Clock(1, 10)).total().backward()
 
     contenders: dict[str, Callable[[], Any]] = {
-        "student": lambda: alone.step(batch, Clock(1, 10)).total().backward(),
+        "student": lambda: alone.step(batch, None, Clock(1, 10)).total().backward(),
         "teach": lambda: method.teach(batch),
         "classes": partial(step, 0.0, 0.0, positives),
         "classes and pixels": partial(step, 0.15, 0.0, positives),
@@ -363,9 +365,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:-1]))
-    parser.add_argument("--bccd", type=Path, help="Pascal VOC folder; without it that part is left out")
+    parser.add_argument("--bccd", type=Path, help="Pascal VOC folder of the blood cells; without it, the part bccd is left out")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="of the part speed")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the part speed")
     parser.add_argument("--list", action="store_true", help="only print the commands")
     chosen = parser.parse_args()
     todo = list({task.out: task for task in tasks(chosen.work, chosen.seeds, chosen.parts, chosen.bccd)}.values())

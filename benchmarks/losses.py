@@ -1,10 +1,10 @@
-"""Each loss, value and gradient, on COCO-size maps: time and peak memory.
+"""Time and peak memory of each method's loss, value and gradient, on feature maps of COCO size.
 
     uv run python benchmarks/losses.py --out benchmarks/results/losses_cpu.json
 
-Five levels (strides 8..128), 256 channels, 800x1088 pixels, batch 2, float32. Time is the median of the repetitions; peak
-memory is what the process (CPU) or the device (CUDA) used at most above what maps, modules and their gradients hold, each
-method measured in a process of its own.
+Five levels (strides 8..128), 256 channels, 800x1088 pixels, batch 2, float32. Time is the median of the repetitions. Peak memory
+is that of the process (CPU) or of the device (CUDA), less the memory of maps, modules and their gradients. Each method is
+measured in a process of its own.
 """
 
 import argparse
@@ -33,7 +33,7 @@ METHODS = ("fitnet", "fitnet,variant=normalized", "fitnet,variant=modified", "pk
 
 
 class Pyramid(Detector):
-    """A detector that exists on paper: methods read its spec only."""
+    """A detector with only a spec, because the losses need nothing else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Pyramid(Detector):
 
 
 def measure(method: str, device: str, repeat: int) -> dict[str, Any]:
-    """Median seconds and peak bytes of one method."""
+    """Median seconds and peak memory in bytes of one method."""
     torch.manual_seed(0)
     shapes = [(2, CHANNELS, -(-SIZE[0] // stride), -(-SIZE[1] // stride)) for stride in STRIDES]
     student_maps = tuple(torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--method", help="measure this one here and print it as JSON")
+    parser.add_argument("--method", help="measure this method in this process and print the result as JSON")
     chosen = parser.parse_args()
     if chosen.method:
         print(json.dumps(measure(chosen.method, chosen.device, chosen.repeat)))

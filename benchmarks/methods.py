@@ -2,7 +2,7 @@
 
     uv run python benchmarks/methods.py --work runs/methods --out benchmarks/results/methods_digits.json
 
-Finished runs in ``--work`` are not repeated. Weights are the published ones for students of FCOS's kind.
+Finished runs in ``--work`` are not repeated. Loss weights are the published ones for FCOS and similar students.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import detdistill
-from detdistill.compare import compare_runs, gains_table, read_run
+from detdistill.compare import compare_runs, read_run, show_gains
 from detdistill.demo import SETTINGS, STUDENT, TEACHER
 
 METHODS = ("pkd", "fitnet", "cwd", "mgd", "fkd,profile=one_stage", "fgd,profile=anchor_free")
@@ -45,21 +45,19 @@ def main() -> None:
             resume=folder.exists(),
             epochs=chosen.epochs,
             seeds=tuple(chosen.seeds),
-            baseline=index == 0,  # one baseline for each seed serves all methods
+            baseline=index == 0,  # one baseline per seed, for all methods
             jobs=chosen.jobs,
             report=False,
             **SETTINGS,
         )
         runs += result.runs
         gains = compare_runs(runs)
-        write(chosen, runs, gains)  # after each method: an interrupted benchmark leaves what it has
-    from rich.console import Console
-
-    Console().print(gains_table(gains))
+        write(chosen, runs, gains)  # after each method, so that an interrupted benchmark leaves its results
+    show_gains(gains)
 
 
 def write(chosen: argparse.Namespace, runs: list[Path], gains: list) -> None:
-    """The results so far."""
+    """Write the results so far."""
     summaries = [read_run(run) for run in runs]
     teacher = read_run(chosen.work / "teacher")
     content = {

@@ -1,13 +1,13 @@
-"""Own detectors against published sizes: parameters, multiply-adds of one image, and seconds of forward and backward.
+"""Own detectors compared with published sizes: parameters, multiply-adds per image, and seconds of forward and backward.
 
     uv run python benchmarks/published.py --out benchmarks/results/published.json
 
-No weights are needed: what is counted is that the layers are those of the published models. The count is of backbone, pyramid
-and head, without selection, sampling, norms and activations; one multiply-add is one, where torch counts two.
+No weights are needed: the counts show that the layers are those of the published models. Multiply-adds are those of backbone,
+pyramid and head, without selection, sampling, norms and activations; a multiply-add counts once (torch counts it as two).
 
-Quoted, not read again for this file: AdaMixer, ResNet-50, 100 queries, 6 stages, 800x1280: 135 M parameters, 103 to 104
-GFLOPs (Gao et al., CVPR 2022). RepPoints (moment), ResNet-50, no GroupNorm: 36.62 M parameters by mmdet's counter, which
-counts what trains (all but stem and first stage).
+Published sizes, quoted without reading the sources again: AdaMixer, ResNet-50, 100 queries, 6 stages, 800x1280: 135 M parameters,
+103 to 104 GFLOPs (Gao et al., CVPR 2022). RepPoints (moment), ResNet-50, no GroupNorm: 36.62 M parameters by mmdet's counter,
+which counts trained parameters only (all except stem and first stage).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from detdistill.training.machine import hardware, versions
 SIZE = (800, 1280)
 SMALL = ("resnet10t,channels=16-32-64-128,stem=16", 8, 128)
 LARGE = ("resnet18", 1, 256)
-"""Backbone, images, side: of what is timed."""
+"""Backbone, number of images and side in pixels, for the timing."""
 
 
 def reppoints() -> dict[str, Any]:
@@ -68,12 +68,12 @@ def adamixer() -> dict[str, Any]:
 
 
 def parameters(module: nn.Module) -> int:
-    """Numbers in a module's parameters."""
+    """Number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def some_batch(images: int, height: int, width: int) -> Batch:
-    """Noise with one box."""
+    """A batch of noise with one box per image."""
     generator = torch.Generator().manual_seed(0)
     target = Target(torch.tensor([[10.0, 10.0, 60.0, 50.0]]), torch.tensor([3]), torch.zeros(1, dtype=torch.bool))
     pixels = torch.rand(images, 3, height, width, generator=generator)

@@ -1,16 +1,16 @@
-"""Compare the speed of two checkouts of this project, in one run: ratios of processor time, median of interleaved rounds.
+"""Compare the speed of two checkouts of this project: ratios of processor time, medians over alternating rounds.
 
     OMP_NUM_THREADS=1 uv run python benchmarks/revisions.py --other ../old --out benchmarks/results/revisions_cpu.json
 
 Measured (this checkout / the other one; below 1 is faster):
 
 - ``import``: a new process that imports ``detdistill.training.run``.
-- ``teach NAME``: the pass of a teacher whose backbone AND neck are looked at, as a composition of two methods does.
+- ``teach NAME``: a teacher's forward pass that returns the maps of backbone and neck, as a composition of two methods needs.
 - ``d3etr step``: forward and backward pass of one online step of D3ETR.
-- ``second pass``: seconds of a bf16 autocast step of KD-DETR, whose student decodes a second time.
+- ``second pass``: a bf16 autocast step of KD-DETR, in which the student decodes a second time.
 
-Each checkout has a process of its own, which runs the same code on the same random weights and images; both use the packages
-of this environment. The processes take turns.
+Each checkout has its own process, with the same random weights and images; both use the packages of this environment. The
+processes are measured alternately.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ CASES = (
     "teach fcos:resnet50",
     "teach faster_rcnn:resnet50",
     "teach fcos:resnet18",
-    f"d3etr step of {DETR}",
+    "d3etr step of conditional_detr:resnet18",
+    "d3etr step of deformable_detr:resnet18",
     f"second pass of {DETR}",
 )
 
@@ -42,7 +43,7 @@ CASES = (
 
 
 def batch_of(detector: Any, size: int = 320, images: int = 2) -> Any:
-    """Noise with a few boxes."""
+    """A batch of noise with a few boxes."""
     import torch
 
     from detdistill.structures import Batch, Target, View
@@ -58,7 +59,7 @@ def batch_of(detector: Any, size: int = 320, images: int = 2) -> Any:
 
 
 def prepared(case: str) -> Callable[[], None]:
-    """The call that is measured."""
+    """Prepare a case; return the call to measure."""
     import torch
 
     from detdistill.detectors.build import build_detector
@@ -75,7 +76,7 @@ def prepared(case: str) -> Callable[[], None]:
 
 
 def look_at_backbone_and_neck(teacher: Any, batch: Any) -> None:
-    """The maps of both, for one batch."""
+    """Compute the maps of backbone and neck for one batch."""
     import torch
 
     teacher.forget()
@@ -89,7 +90,7 @@ def look_at_backbone_and_neck(teacher: Any, batch: Any) -> None:
 
 
 def stepping(teacher: Any, student: Any, batch: Any, half: bool) -> Callable[[], None]:
-    """One online step with its gradients."""
+    """Prepare one online step, forward and backward."""
     import torch
 
     from detdistill import build_method
@@ -114,7 +115,7 @@ def stepping(teacher: Any, student: Any, batch: Any, half: bool) -> Callable[[],
 
 
 def serve() -> None:
-    """Read a case from each line, run it once more, and answer with its seconds."""
+    """Read the name of a case from each line of stdin, run it once, and print its seconds."""
     calls: dict[str, Callable[[], None]] = {}
     for line in sys.stdin:
         case = line.rstrip("\n")
@@ -141,7 +142,7 @@ class Checkout:
         )
 
     def seconds(self, case: str) -> float:
-        """Processor seconds of one more call."""
+        """Run a case once; return its processor seconds."""
         if case == "import":
             before = os.times()
             subprocess.run([sys.executable, "-c", "import detdistill.training.run"], env=self.environment, check=True)
@@ -155,7 +156,7 @@ class Checkout:
 
 
 def main() -> None:
-    """Measure, print a table, write the file."""
+    """Measure all cases, print a table, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--other", type=Path, required=True, help="another checkout of the project")
     parser.add_argument("--rounds", type=int, default=9)
@@ -170,7 +171,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Let both checkouts take turns."""
+    """Measure a case alternately in both checkouts."""
     mine, other = Checkout(ROOT), Checkout(options.other.resolve())
     found: dict[str, dict[str, float]] = {}
     for case in options.cases:

@@ -1,13 +1,14 @@
-"""What distillation adds to a training step, and what this library adds to a plain loop: ratios, measured in one run.
+"""Cost of distillation in a training step, and of this library compared with a plain loop: ratios, measured in one run.
 
     uv run python benchmarks/steps.py --out benchmarks/results/steps_cpu.json
 
-For each method: one online step (teacher forward, student forward and backward, losses, optimizer) against the sum of the
-student's own step and the teacher's forward (``ratio``); against the sum of all its parts, each alone: the student's step, all
-that is asked of the teacher, and the method's own terms with their backward pass (``ratio_to_parts``); for detectors with queries
-the share of the step that one-to-one matching takes, and the part of it inside of scipy's solver. For the framework,
-``detdistill.train``'s loop against a bare PyTorch loop over the same batches. All contenders take turns in one process, so that
-they share the noise; ratios are of medians. With OMP_NUM_THREADS=1 the methods are measured in processor time.
+For each method, one online step (teacher forward, student forward and backward, losses, optimizer) is divided by two sums.
+``ratio``: the student's own step and the teacher's forward. ``ratio_to_parts``: all parts, each measured alone: the student's
+step, the method's ``teach``, and the method's own terms with their backward pass. For detectors with queries, the results also
+have the share of one-to-one matching in the step, and the share of scipy's solver. For the framework, the loop of
+``detdistill.train`` is compared with a bare PyTorch loop over the same batches. All cases are measured alternately in one
+process, so that noise affects them alike; ratios are of medians. With OMP_NUM_THREADS=1 the methods are measured in processor
+time.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ METHODS = ("fitnet", "pkd", "cwd", "fkd", "fgd", "mgd")
 
 
 def clock(device: str) -> Callable[[], float]:
-    """Seconds of the processor where one thread does all the work, for others disturb them least; else those of the wall."""
+    """Processor seconds if one thread does all the work, because other processes disturb them least; otherwise wall time."""
     return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def turns(contenders: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each, one call each per round."""
+    """Median seconds of each case; each round calls every case once."""
     now = clock(device)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(rounds + 1):
@@ -74,7 +75,7 @@ MATCHING = (
     ("detdistill.methods.detrdistill.method", "detrdistill_match"),
     ("detdistill.methods.d3etr.method", "d3etr_match"),
 )
-"""Functions that match one to one, costs included."""
+"""Functions of one-to-one matching, including the computation of costs."""
 SOLVER = tuple(
     (module, "linear_sum_assignment")
     for module in (
@@ -88,7 +89,7 @@ SOLVER = tuple(
 
 
 class Watch:
-    """Seconds spent inside of some functions; a call inside of another counts once."""
+    """Counts the seconds inside some functions; a call inside another counted call is not counted twice."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.now = now
@@ -96,7 +97,7 @@ class Watch:
         self.depth = 0
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, with its seconds counted."""
+        """Wrap a function so that its seconds are counted."""
 
         def call(*arguments: Any, **named: Any) -> Any:
             started = self.now()
@@ -113,7 +114,7 @@ class Watch:
 
 @contextlib.contextmanager
 def watching(places: Sequence[tuple[str, str]], now: Callable[[], float]) -> Iterator[Watch]:
-    """Count the seconds inside of functions, named by module and place in it."""
+    """Count the seconds inside the given functions, named by module and qualified name."""
     watch = Watch(now)
     with contextlib.ExitStack() as stack:
         for module, place in places:
@@ -126,7 +127,7 @@ def watching(places: Sequence[tuple[str, str]], now: Callable[[], float]) -> Ite
 
 
 def matching_shares(step: Callable[[], None], rounds: int, device: str) -> dict[str, float]:
-    """Medians over steps: parts of a step's seconds spent on matching, and in the solver alone."""
+    """Shares of matching, and of the solver alone, in the seconds of a step; medians over steps."""
     now = clock(device)
     shares: dict[str, list[float]] = {"matching": [], "solver": []}
     for _ in range(rounds):
@@ -142,7 +143,7 @@ def matching_shares(step: Callable[[], None], rounds: int, device: str) -> dict[
 def method_ratios(
     teacher_name: str, student_name: str, methods: Sequence[str], size: int, batch_size: int, rounds: int, device: str
 ) -> list[dict[str, float | str]]:
-    """Online step over (student step + teacher forward), and over all its parts, for each method."""
+    """For each method, the online step divided by student step plus teacher forward, and by the sum of all its parts."""
     splits = load_data(f"digits:train={batch_size},val={batch_size},size=128,seed=0")
     loader = DetectionLoader(splits.train, ViewSettings(size=size), batch_size, train=True)
     batch: Batch = next(iter(loader)).to(device)
@@ -169,7 +170,7 @@ def method_ratios(
         teacher.forget()
 
     def terms(student: Detector, slug: str) -> Callable[[], None]:
-        """The method's own terms on an observation that was made before, and their backward pass down to it."""
+        """The method's own terms on features and knowledge computed before, with their backward pass down to the features."""
         method = build_method(slug, kept, student).to(device)  # of a teacher that remembers the batch
         taught = method.taught(batch)
         seen = map_tensors(student(batch).float(), lambda t: t.detach().requires_grad_(t.is_floating_point()))
@@ -206,7 +207,7 @@ def method_ratios(
 
 
 def framework_ratio(rounds: int, device: str) -> dict[str, float]:
-    """Seconds of our training loop over those of a bare loop, for the small FCOS of the demo; one epoch each, in turns."""
+    """Seconds of our training loop divided by those of a bare loop, for the small FCOS of the demo; alternating epochs."""
     splits = load_data("digits:train=400,val=8,size=128,seed=0")
     name = "fcos:resnet10t,channels=16-32-64-128,stem=16,neck=64,levels=3-5,convs=2"
     settings = TrainSettings(batch=8, size=128, lr=3e-3, in_memory=True, flip=0.0, epochs=1, device="cpu", monitor_every=0)

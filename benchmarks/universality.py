@@ -1,11 +1,11 @@
-"""UniKD's claims in miniature, on the embedded digits: any teacher to any student, offline against online, ablations.
+"""UniKD's claims at small scale, on the built-in digits: any teacher to any student, offline and online, ablations.
 
     uv run python benchmarks/universality.py --work runs/universality --out benchmarks/results/universality.json
 
-Six detectors teach six students (the paper's table 2): alone, under FitNet as the paper improved it, and under UniKD, both from a
-cache of each teacher's knowledge. Then a larger teacher online and offline (tables 3 and 4), and parts of UniKD taken away
-(tables 6a, 6c, 6g). Everything runs on one thread each, ``--jobs`` at a time; what is finished in ``--work`` is not done
-again, and the results are rewritten after every run, so the benchmark can be stopped at any time.
+Six students under six teachers (the paper's table 2): alone, under FitNet as modified in the paper, and under UniKD, both from a
+cache of each teacher's knowledge. Then a larger teacher online and offline (tables 3 and 4), and UniKD without some of its parts
+(tables 6a, 6c, 6g). Each run has one thread, and ``--jobs`` run at a time. Finished runs in ``--work`` are not repeated, and the
+results are rewritten after every run, so the benchmark can be stopped at any time.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ VIEWS = ("--data", DATA, "--batch", 8, "--size", 96, "--flip", 0, "--device", "c
 COMMON: tuple[object, ...] = (*VIEWS, "--in_memory", "true", "--report", "false", "--evaluate_every", 99)
 COMMON += ("--weight_decay", 0.01, "--schedule", "one_cycle")
 ANCHORS = "anchors=2"
-"""The digits are 10 to 28 pixels wide; the anchors of stride 8 begin at 32 unless told."""
+"""The digits are 10 to 28 pixels wide; by default, the smallest anchors of stride 8 have 32 pixels."""
 LEARNT = ("--epochs", 3)
-"""Of caches: UniKD's extractors learn for 1.25 times as long."""
+"""Epochs for making a cache; UniKD's extractors are trained for 1.25 times as many."""
 LARGE = "resnet10t,channels=32-64-128-256,neck=64,levels=3-5"
 SMALL = "resnet10t,channels=16-32-64-128,stem=16,neck=64,levels=3-5"
 TWO_STAGES = "proposals=100,rois=48,mlp=256"
@@ -46,7 +46,7 @@ KINDS = {
         *(2e-3, 2500, 500, 1.0),
     ),
 }
-PAIRED = (  # three of them with the DETR on one side
+PAIRED = (  # three of them have the DETR on one side
     ("fcos", "fcos"),
     ("faster_rcnn", "fcos"),
     ("retinanet", "atss"),
@@ -54,9 +54,9 @@ PAIRED = (  # three of them with the DETR on one side
     ("deformable_detr", "atss"),
     ("fcos", "deformable_detr"),
 )
-"""Teacher and student of the cells with three seeds."""
+"""Pairs of teacher and student that are run with three seeds."""
 UNIKD = "unikd,queries=100,extractor_lr=2e-3"
-"""Images of six objects need few queries; at the published 2e-4 extractors have learnt little after a thousand steps."""
+"""Images with six objects need few queries. With the published rate of 2e-4, extractors learn little in a thousand steps."""
 METHODS = {"fitnet": "fitnet,variant=modified", "unikd": UNIKD}
 ABLATIONS = {
     "content only (6a)": f"{UNIKD},positional_weight=0",
@@ -67,16 +67,16 @@ ABLATIONS = {
     "adaptor 1 (6g)": f"{UNIKD},adaptor_layers=1",
     "adaptor 3 (6g)": f"{UNIKD},adaptor_layers=3",
 }
-"""Of FCOS under FCOS; with both kinds, weights 10 and two layers it is the cell of the grid."""
+"""Variants for FCOS under FCOS. The unchanged method (both kinds of embeddings, weights 10, two layers) is in the grid."""
 BIG = Kind("fcos:resnet18,neck=128,levels=3-5", KINDS["atss"].student, 2e-3, 1250, 400)
 """The large teacher of tables 3 and 4, and its student."""
 FLAT = f"{UNIKD},adaptor_layers=0"
-"""UniKD without attention in the adaptor, for FCOS under every teacher: what its training costs a short run."""
+"""UniKD without attention layers in the adaptor, for FCOS under every teacher; they are hard to train in a short run."""
 PARTS = ("grid", "paired", "stores", "ablations", "offline", "adaptor")
 
 
 def teaching(work: Path, name: str, model: str, kind: Kind) -> list[Task]:
-    """A teacher and the cache of its knowledge."""
+    """Tasks of a teacher: its training, and the cache of its knowledge."""
     out, cache = work / f"teacher-{name}", work / f"cache-{name}"
     learn = ("--lr", kind.lr, "--steps", kind.teacher_steps, "--clip", kind.clip, "--role", "teacher")
     method = ("--method", "+".join(METHODS.values()), "--stages", work / "stages")
@@ -99,7 +99,7 @@ def taught(work: Path, method: str, teacher: str, student: str, seed: int) -> Pa
 
 
 def cell(work: Path, teacher: str, student: str, seed: int, methods: dict[str, str] = METHODS) -> Iterator[Task]:
-    """A student's baseline, and its distilled runs under one teacher."""
+    """Tasks of a student: its baseline, and its distilled runs under one teacher."""
     kind, cache = KINDS[student], work / f"cache-{teacher}"
     yield Task.of(alone(work, student, seed), "train", "--model", kind.student, "--role", "baseline", *settings(kind, seed))
     for name, method in methods.items():
@@ -108,13 +108,13 @@ def cell(work: Path, teacher: str, student: str, seed: int, methods: dict[str, s
 
 
 def tasks(work: Path, seeds: Sequence[int], kinds: Sequence[str], parts: Sequence[str]) -> list[Task]:
-    """In the order of their worth."""
+    """All tasks, the most important first."""
     found: list[Task] = []
     for name in kinds:
         found += teaching(work, name, KINDS[name].teacher, KINDS[name])
     cells = [(teacher, student) for teacher in kinds for student in kinds]
     cells.sort(key=lambda pair: pair not in PAIRED)
-    if "grid" in parts:  # RepPoints' deformable convolutions take longest
+    if "grid" in parts:  # RepPoints is the slowest student, because of its deformable convolutions
         found += [task for pair in cells if pair[1] != "reppoints" for task in cell(work, *pair, seeds[0])]
     if "paired" in parts:
         found += [task for seed in seeds[1:] for pair in cells if pair in PAIRED for task in cell(work, *pair, seed)]
@@ -131,7 +131,7 @@ def tasks(work: Path, seeds: Sequence[int], kinds: Sequence[str], parts: Sequenc
 
 
 def stores(work: Path, seeds: Sequence[int]) -> list[Task]:
-    """FCOS under FCOS from the smallest store that ``auto`` finds good enough; the grid's caches are float32."""
+    """Tasks for FCOS under FCOS from a cache with the number format of ``auto``; the caches of the grid are float32."""
     teacher, cache, kind = work / "teacher-fcos", work / "cache-fcos-auto", KINDS["fcos"]
     shared = ("--stages", work / "stages")
     fill = ("--teacher", teacher, "--method", "+".join(METHODS.values()), "--store", "auto", *shared, *VIEWS, *LEARNT)
@@ -144,7 +144,7 @@ def stores(work: Path, seeds: Sequence[int]) -> list[Task]:
 
 
 def offline(work: Path, seed: int) -> list[Task]:
-    """Tables 3 and 4: one large teacher beside the student, and through a cache for each method."""
+    """Tasks for tables 3 and 4: one large teacher, online and from a cache for each method."""
     teacher = work / "teacher-big"
     found = [teaching(work, "big", BIG.teacher, BIG)[0]]
     for name, method in METHODS.items():
@@ -155,12 +155,12 @@ def offline(work: Path, seed: int) -> list[Task]:
         for way, source in ways.items():
             out = work / f"{way}-{name}-seed{seed}"
             words = ("--student", BIG.student, *source, "--method", method, *stages, *settings(BIG, seed))
-            found.append(Task.of(out, "distill", *words, after=[cache]))  # both after it: stages are learnt there
+            found.append(Task.of(out, "distill", *words, after=[cache]))  # the cache trains the earlier stages of both
     return found
 
 
 def results(work: Path, seeds: Sequence[int], kinds: Sequence[str]) -> dict[str, Any]:
-    """What there is so far."""
+    """Results of all runs that are finished so far."""
     seed = seeds[0]
     grid = {
         student: {

@@ -181,13 +181,13 @@ def test_a_run_folder_that_is_taken_stays_as_it_is(refused, tmp_path):
     (taken / "mine.txt").write_text("precious")
     for verb in (["train", "--model"], ["distill", "--teacher", MODEL, "--student"]):
         line = refused(*verb, MODEL, "--data", DIGITS, out=taken)
-        assert line == f"detdistill: run folder {taken} exists; give another --out, or --resume true to go on with it"
+        assert line == f"detdistill: run folder {taken} exists; give another --out, or --resume true to continue the run"
     assert os.listdir(taken) == ["mine.txt"]
 
 
 def test_nothing_to_resume(refused, tmp_path):
     line = refused("train", "--model", MODEL, "--data", DIGITS, "--resume")
-    assert "holds no run to resume" in line
+    assert "contains no run to resume" in line
 
 
 # ---------------------------------------------------------------------------------------------------- while it is running
@@ -203,7 +203,7 @@ def test_a_disk_that_is_full(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(lightning.Trainer, "save_checkpoint", full)
     line = refused("train", "--model", MODEL, "--data", DIGITS, out=tmp_path / "run")
     assert "cannot save" in line
-    assert "No space left on device; none was saved before. Make space and go on with --resume true" in line
+    assert "No space left on device; there is no earlier one. Make space and continue with --resume true" in line
     assert os.listdir(tmp_path / "run" / "checkpoints") == []
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -223,7 +223,7 @@ def test_a_teacher_that_knows_nothing_is_said_loudly_before_anything_is_trained(
         cli.main(words)
     said = " ".join(capsys.readouterr().err.split())
     assert "WARNING: the teacher's AP is 0." in said
-    assert "it knows next to nothing of this data" in said
+    assert "so a student can learn next to nothing from it" in said
 
 
 def test_comparing_what_is_no_run(capsys, tmp_path):

@@ -3,6 +3,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 import detdistill
 from detdistill import cli
 from detdistill.detectors import probe
+from detdistill.errors import DetdistillWarning
 
 RECIPES = sorted((Path(detdistill.__file__).parent / "recipes").glob("*.yaml"))
 DISTILL = "distill --teacher t --student s "
@@ -298,3 +300,15 @@ def test_cite_prints_the_bibtex_of_each(capsys):
     assert text.count("@inproceedings{") == 2
     assert text.index("yang2022fgd") < text.index("cao2022pkd")
     assert refused(capsys, "cite pdk").startswith("detdistill: no method 'pdk' (did you mean 'pkd'?)")
+
+
+def test_assumptions_are_notes_of_one_line(capsys, monkeypatch):
+    def listing(**given):
+        warnings.warn("x: assumed y", DetdistillWarning, stacklevel=1)
+        warnings.warn("of somebody else", UserWarning, stacklevel=1)
+        return []
+
+    monkeypatch.setattr("detdistill.listing.list_recipes", listing)
+    with pytest.warns(UserWarning, match="of somebody else"):
+        cli.main(["recipes", "--json"])
+    assert "note: x: assumed y\n" in capsys.readouterr().err

@@ -44,11 +44,11 @@ def properties_table() -> str:
         "method",
         "teacher",
         "student",
-        "looked at: teacher / student",
+        "parts read: teacher / student",
         "compares",
-        "trains along",
+        "own trained modules",
         "earlier stages",
-        "a cache is enough",
+        "works from a cache alone",
     )
     return table(head, *map(_properties, method_slugs()))
 
@@ -65,7 +65,7 @@ def _properties(slug: str) -> tuple[str, ...]:
         " and ".join(compared) or "-",
         trains if built.found else "?",
         (", ".join(f"`{name}`" for name in built.stages) or "-") if built.found else "?",
-        "no" if needs.why_live() else "yes" if _teaches(slug) else "nothing is taught",
+        "no" if needs.why_live() else "yes" if _teaches(slug) else "no teacher output",
     )
 
 
@@ -102,7 +102,7 @@ def requirements_table(slug: str) -> str:
     rows.append(("cache", _cache(slug, needs)))
     if built.found:
         parts = [f"`{name}`" + (f" ({when})" if when == DIFFERENT else "") for name, when in built.trains.items()]
-        rows.append(("trains along with the student", ", ".join(parts) or "nothing"))
+        rows.append(("trained modules of the method", ", ".join(parts) or "nothing"))
         rows.append(("stages before `distill`", ", ".join(f"`{name}`" for name in built.stages) or "none"))
     return table(("with default settings", ""), *rows)
 
@@ -112,7 +112,7 @@ def hyperparameters_table(slug: str) -> str:
     kind = method_class(slug)
     words = described_arguments(kind.__init__)
     rows = [(f"`{n}`", in_words(p.kind), f"`{plain(p.default)}`", words[n]) for n, p in hyper_parameters(kind).items()]
-    return table(("name", "value", "default", "meaning"), *rows) if rows else "It has none.\n"
+    return table(("name", "value", "default", "meaning"), *rows) if rows else "None.\n"
 
 
 def recipes_table(slug: str) -> str:
@@ -123,7 +123,7 @@ def recipes_table(slug: str) -> str:
             path = f"src/detdistill/recipes/{recipe.name}.yaml"
             settings = ", ".join(f"`{name}={plain(value)}`" for name, value in recipe.settings.items())
             rows.append((f"[`{recipe.name}`](../../{path})", recipe.about, settings))
-    return table(("recipe", "about", "settings"), *rows) if rows else "No recipe belongs to it.\n"
+    return table(("recipe", "about", "settings"), *rows) if rows else "No recipe.\n"
 
 
 def losses_table(slug: str) -> str:
@@ -132,7 +132,7 @@ def losses_table(slug: str) -> str:
     names = [name for name in detdistill.losses.__all__ if _module(name) in (module, f"{module}.loss")]
     names.sort(key=lambda name: inspect.getsourcelines(getattr(detdistill.losses, name))[1])
     rows = [(f"`{name}`", first_sentence(getattr(detdistill.losses, name))) for name in names]
-    return table(("in `detdistill.losses`", "computes"), *rows) if rows else "It has no functions of its own.\n"
+    return table(("in `detdistill.losses`", "computes"), *rows) if rows else "No public functions.\n"
 
 
 def _module(name: str) -> str:

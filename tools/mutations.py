@@ -60,7 +60,15 @@ WRITTEN: dict[type[ast.AST], str] = {
 NAMES = {"min": "max", "amin": "amax", "argmin": "argmax", "sum": "mean", "floor": "ceil", "zeros": "ones", "any": "all"}
 NAMES |= {other: name for name, other in NAMES.items()}
 
-HARMLESS: dict[tuple[str, str], str] = {}
+_FROZEN = "immutability protects callers; nothing in the library changes such a value"
+_WHOLE = "the short way for a batch on one canvas gives what the long way gives"
+HARMLESS: dict[tuple[str, str], str] = {
+    ("methods/shared/hyper_parameters.py", "@dataclass(frozen=False)"): _FROZEN,
+    ("methods/shared/needs.py", "@dataclass(frozen=False)"): _FROZEN,
+    ("functional/dense_maps.py", "renamed = torch.full_like(theirs, -2)"): "any number that is no level serves as well",
+    ("methods/shared/contract.py", "if len(groups) != 1 and groups[0][1] is batch:"): _WHOLE,
+    ("methods/shared/contract.py", "if len(groups) == 2 and groups[0][1] is batch:"): _WHOLE,
+}
 """(module, changed line without its indentation) -> reason why no test can fail after the change."""
 
 

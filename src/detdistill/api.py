@@ -1,4 +1,4 @@
-"""The verbs: each command of the command line is the twin of a function here. Light to import; the work is done lazily."""
+"""Python functions behind the commands of the command line. Heavy modules are imported only when a function runs."""
 
 from __future__ import annotations
 
@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Distilled:
-    """What ``distill`` made."""
+    """Result of ``distill``."""
 
     folder: Path
-    """The run folder, or the folder that holds the runs."""
+    """The run folder; with ``baseline`` or ``seeds``, the folder that contains the run folders."""
     runs: tuple[Path, ...]
+    """The run folders."""
     report: Path
+    """Path of the HTML report; with ``report=False`` the file is not written."""
     gains: tuple[Gain, ...] = ()
-    """Empty without ``baseline``."""
+    """Gains of the distilled runs over their baselines; empty without ``baseline``."""
     teacher_scores: Scores | None = None
+    """Scores of the teacher on the validation images; None: not evaluated."""
 
 
 def train(
@@ -43,14 +46,17 @@ def train(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Run:
-    """Train a detector alone: a teacher, or a baseline.
+    """Train a detector without a teacher: a teacher or a baseline.
 
     Args:
         model: e.g. ``fcos:resnet18`` (detector:timm backbone, options after commas) or ``torchvision:retinanet_resnet50_fpn_v2``.
         data: COCO JSON or folder, YOLO data.yaml, VOC folder, Roboflow export, or ``digits``.
-        role: what reports call it: train, teacher or baseline.
-        progress: where to show it; None: on stderr.
+        role: role of the run in reports: train, teacher or baseline.
+        progress: display of the progress; None: a new one on stderr.
         settings: fields of ``TrainSettings``.
+
+    Returns:
+        The finished run: folder, summary, scores and trained detector.
 
     Raises:
         DetdistillError: one line that says what is wrong and what to do.
@@ -80,15 +86,15 @@ def distill(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Distilled:
-    """Distil a teacher into a student, and with ``baseline=True`` prove what it gave.
+    """Distil a teacher into a student; with ``baseline=True``, also measure the gain over the student trained alone.
 
     Args:
-        teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or any model string; None with ``cache``,
-            and for methods without a teacher.
+        teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or another model string. May be None with
+            ``cache`` (unless the method or ``inherit`` needs the teacher itself), and for methods without a teacher.
         student: a model string such as ``fcos:resnet18``.
         data: see ``train``.
-        method: one or several: ``pkd``, ``fgd,temperature=0.8+pkd``.
-        progress: where to show it; None: on stderr.
+        method: one method or several joined by ``+``: ``pkd``, ``fgd,temperature=0.8+pkd``.
+        progress: display of the progress; None: a new one on stderr.
         settings: fields of ``DistillSettings``, e.g. ``epochs=24, baseline=True, seeds=(0, 1, 2)``.
 
     Raises:
@@ -102,12 +108,12 @@ def distill(
     from detdistill.methods.shared.compose import parse_methods
     from detdistill.progress import Progress
 
-    methods = parse_methods(wanted.method)  # misspelt ones are said first
+    methods = parse_methods(wanted.method)  # reports a misspelt method before anything else
     needing = [kind.slug for kind, given in methods if kind.needs(**given).teacher is not None]
     if teacher is None and wanted.cache is None and needing:
-        raise RunError(f"teacher: {', '.join(needing)} needs one (--teacher), or what it said (--cache)")
+        raise RunError(f"teacher: {', '.join(needing)} needs a teacher (--teacher) or a cache of its outputs (--cache)")
     if teacher is None and wanted.inherit:
-        raise RunError("inherit: copies weights of the teacher; give --teacher")
+        raise RunError("inherit: it copies weights of the teacher; give --teacher")
     _check_start(student, wanted)
     from detdistill.detectors.contract import Teacher
     from detdistill.training.experiment import run_experiment
@@ -131,7 +137,7 @@ def distill(
             how = "the teacher is loaded too, for its modules" if live_too else "no teacher is run"
             shown.say(f"learning from {knowledge.folder.url}; {how}")
         plan = Plan(student, data, wanted, role="distilled", teacher=teacher, title=f"distil ({wanted.method})")
-        # A pair that cannot work is refused here, before the first baseline has cost an hour.
+        # Raises PairError for a pair that cannot work, before a baseline is trained.
         session = open_session(plan, splits, live if knowledge is None or live_too else None, knowledge, shown)
         finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
         score = wanted.score_teacher and is_main_process() and not finished
@@ -156,15 +162,18 @@ def distill(
 
 @dataclass(frozen=True)
 class Cached:
-    """What ``cache`` made, or would make."""
+    """Result of ``cache``."""
 
     folder: str
+    """Folder or URL of the cache."""
     records: int
-    """In the cache now, of all writers."""
+    """Number of records in the cache, from all writers."""
     complete: bool
+    """The cache has a record of every view."""
     store: str
+    """Number format of the stored tensors."""
     forecast: Forecast
-    """Of what was missing at the start."""
+    """Forecast of size and time for the records that were missing at the start."""
 
 
 def cache(
@@ -177,20 +186,20 @@ def cache(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Cached:
-    """Write down what the teacher says, for runs with ``cache=out``; called again, it goes on where it stopped.
+    """Store a teacher's outputs for all training images, for runs with ``cache=out``. An unfinished cache is continued.
 
     Args:
         teacher: see ``distill``.
         out: folder or fsspec URL (``s3://...``).
         data: see ``train``.
-        method: the run's; a cache for one method that observes features serves all of them.
-        student: the run's, to choose the precision by its losses and where a method asks for one; None: an untrained
-            detector of the teacher's build.
-        progress: where to show it; None: on stderr.
-        settings: fields of ``CacheSettings``; size, resize, max_size, flip and scales as in the run.
+        method: method of the runs. A cache serves all methods with the same knowledge, e.g. the teacher's feature maps.
+        student: student of the runs, for methods that need it and for the choice of the number format by its losses; None: an
+            untrained detector of the teacher's architecture.
+        progress: display of the progress; None: a new one on stderr.
+        settings: fields of ``CacheSettings``; give size, resize, max_size, flip and scales the values of the runs.
 
     Raises:
-        DetdistillError: one line that says what is wrong (it does not fit, is a cache of something else) and what to do.
+        DetdistillError: e.g. no space, or ``out`` is a cache of another teacher; one line that says what is wrong and what to do.
     """
     wanted = _settings(CacheSettings, {"method": method, **settings})
     from detdistill.methods.shared.compose import parse_methods
@@ -216,21 +225,21 @@ def verify_cache(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> str:
-    """Check every record's checksum, and with a teacher compare some of them with what it says now.
+    """Check every record's checksum; with a teacher, also compare some records with new outputs of the teacher.
 
     Args:
-        out: a cache.
+        out: folder or URL of the cache.
         teacher: see ``distill``; None: checksums only.
-        data: the training data, where it is not where it was.
-        records: how many are compared, chosen at random.
-        device: where the teacher runs.
-        progress: where to show it; None: on stderr.
+        data: the training data, if it has moved; None: the path in the cache's description.
+        records: number of records to compare, chosen at random.
+        device: device of the teacher: auto, cpu or cuda.
+        progress: display of the progress; None: a new one on stderr.
 
     Returns:
-        What was found, in one line.
+        The findings, in one line.
 
     Raises:
-        DetdistillError: a record is damaged or differs; the first one is named.
+        DetdistillError: a record is damaged (the message names it), or records differ from the teacher's outputs.
     """
     from detdistill.progress import Progress
     from detdistill.training.fill_cache import check_cache
@@ -248,16 +257,16 @@ def verify_cache(
 def evaluate(
     model: str, data: str = "digits", *, split: str = "val", batch: int = 8, progress: Progress | None = None, **settings: Any
 ) -> Scores:
-    """The 12 COCO numbers, the AP of each class, and what AP50 is lost to.
+    """Compute the 12 COCO numbers, the AP of each class, and the loss of AP50 by kind of error.
 
     Args:
         model: a run folder, a ``student/`` folder, or a model string with weights.
         data: see ``train``.
         split: val, test or train.
-        batch: images at a time.
-        progress: where to show it; None: on stderr.
-        settings: fields of ``TrainSettings`` that decide how images are made (size, resize, max_size, device, workers, strict);
-            for a run folder its own size is the default.
+        batch: images per forward pass.
+        progress: display of the progress; None: a new one on stderr.
+        settings: the fields size, resize, max_size, device, workers and strict of ``TrainSettings``. For a run folder, the first
+            three default to the run's values.
 
     Raises:
         DetdistillError: one line that says what is wrong and what to do.
@@ -299,16 +308,16 @@ def predict(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Path:
-    """Draw what a detector finds.
+    """Draw a detector's boxes on images.
 
     Args:
         model: as for ``evaluate``.
-        images: an image, or a folder of images.
-        out: folder for the drawn images and ``detections.json``; made when missing.
-        score: boxes below this are neither drawn nor written.
-        size: side of the images the detector sees; None: that of its run.
+        images: an image or a folder of images.
+        out: folder for the drawn images and ``detections.json``; created if missing.
+        score: boxes with a lower score are neither drawn nor written; 0..1.
+        size: side of the detector's input images in pixels; None: the size of the model's run.
         device: auto, cpu or cuda.
-        progress: where to show it; None: on stderr.
+        progress: display of the progress; None: a new one on stderr.
 
     Returns:
         ``out``.
@@ -334,16 +343,16 @@ def predict(
 def compare(
     runs: Sequence[Path | str], *, metric: str = "AP", allow_unequal: bool = False, out: Path | None = None
 ) -> list[Gain]:
-    """Pair baselines and distilled runs by seed: mean gain, 95 % interval, verdict.
+    """Pair baselines and distilled runs by seed, and compute mean gain, 95 % interval and verdict.
 
     Args:
-        runs: run folders, or folders that hold them.
+        runs: run folders, or folders that contain them.
         metric: one of the 12 COCO numbers.
-        allow_unequal: compare although budgets differ.
+        allow_unequal: compare runs whose budgets differ.
         out: also write the result to this JSON file.
 
     Raises:
-        RunError: no such metric, nothing to pair, or unequal budgets.
+        RunError: the metric is unknown, no runs can be paired, or the budgets differ.
     """
     import json
 
@@ -356,14 +365,17 @@ def compare(
 
 
 def report(runs: Sequence[Path | str], *, out: Path | None = None) -> Path:
-    """One self-contained HTML page about runs.
+    """Write one self-contained HTML page about runs.
 
     Args:
-        runs: run folders, or folders that hold them.
-        out: the page; None: ``report.html`` in the first folder given.
+        runs: run folders, or folders that contain them.
+        out: path of the page; None: ``report.html`` in the first folder.
+
+    Returns:
+        Path of the page.
 
     Raises:
-        RunError: no finished run there.
+        RunError: the folders contain no finished run.
     """
     from detdistill.compare import expand
     from detdistill.report.page import build_report
@@ -373,15 +385,15 @@ def report(runs: Sequence[Path | str], *, out: Path | None = None) -> Path:
 
 
 def inspect_data(data: str, *, strict: bool = False, deep: bool = False) -> DataReport:
-    """Counts, sizes, class balance and every defect of a data set.
+    """Report counts, sizes, class balance and every defect of a data set.
 
     Args:
         data: see ``train``.
-        strict: raise at the first sight of a defect instead of reporting it.
+        strict: raise an error at the first defect instead of reporting it.
         deep: decode every image.
 
     Raises:
-        DataError: not readable at all, or ``strict`` and defective.
+        DataError: the data cannot be read, or have a defect and ``strict`` is given.
     """
     from detdistill.data.inspect import inspect_data as inspect
 
@@ -404,7 +416,7 @@ def _settings(kind: type[Any], given: dict[str, Any]) -> Any:
 
 
 def _check_start(model: str, settings: TrainSettings) -> None:
-    """Say what needs no data to be seen wrong: the model's name and options, and a run folder that is taken."""
+    """Check before the data are read: the model string must be valid, and the run folder must be free."""
     from detdistill.detectors.adapters import read_model
     from detdistill.training.folder import new_folder
     from detdistill.training.machine import is_main_process
@@ -415,10 +427,10 @@ def _check_start(model: str, settings: TrainSettings) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file for the user, in a folder that is made when missing.
+    """Write a text file; its folder is created if missing.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: the file cannot be written.
     """
     from detdistill.training.folder import write_text
 
@@ -430,10 +442,17 @@ def write(path: Path, text: str) -> None:
 
 
 def _load(data: str, strict: bool, progress: Progress) -> DataSplits:
+    from rich.markup import escape
+
     from detdistill.data.discover import load_data
 
     splits = load_data(data, strict=strict)
     _tell(data, splits.notes, splits.defects, progress)
+    if not any((~record.crowd).any() for record in splits.val.records):
+        progress.say(
+            f"[bold red]WARNING: no image of the val split of {escape(data)} has an object to be found: AP is undefined (shown "
+            "as -), and no checkpoint is better than another. Are labels missing? Give a val split with objects.[/bold red]"
+        )
     return splits
 
 
@@ -453,10 +472,10 @@ def _tell(data: str, notes: Sequence[str], defects: Sequence[Defect], progress: 
 
 
 def _load_teacher(teacher: str, splits: DataSplits, other_classes: bool) -> Detector:
-    """The teacher; it may know more classes than the data and in any order, as everybody matches them by name.
+    """Load the teacher. Classes are matched by name, so it may have further classes, in any order.
 
     Raises:
-        ClassNameError: it does not know all of the data's classes, and ``other_classes`` does not say that this is meant.
+        ClassNameError: the teacher lacks a class of the data, and ``other_classes`` is False.
     """
     from detdistill.detectors.load import load_detector
     from detdistill.errors import ClassCountError, ClassNameError, name_list
@@ -491,7 +510,7 @@ def _report(runs: Sequence[Path], page: Path, progress: Progress) -> None:
 
 
 def _image_settings_of(model: str) -> dict[str, Any]:
-    """How the run that made a model made its images."""
+    """Image settings of the run that trained a model; empty if the model is not in a run folder."""
     import yaml
 
     folder = Path(model)

@@ -11,13 +11,14 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
-from detdistill.errors import DetdistillError, nearest
+from detdistill.errors import DetdistillError, DetdistillWarning, nearest
 from detdistill.settings import RENAMED, CacheSettings, DistillSettings, TrainSettings, names_where, renamed
 from detdistill.values import choices, in_words
 
@@ -67,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the words after ``detdistill``; None: those of this process.
     """
     try:
-        _run(list(sys.argv[1:] if arguments is None else arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = _notes_on(warnings.showwarning)
+            _run(list(sys.argv[1:] if arguments is None else arguments))
     except DetdistillError as error:
         _fail(str(error))
     except BrokenPipeError:  # the reader closed the pipe; without this, Python would fail when it flushes stdout at exit
@@ -125,6 +128,18 @@ def overview() -> str:
 def _fail(text: str) -> NoReturn:
     sys.stderr.write(f"detdistill: {' '.join(text.split())}\n")
     sys.exit(2)
+
+
+def _notes_on(show: Callable[..., None]) -> Callable[..., None]:
+    """How warnings are shown: this project's as one line, all others by ``show``."""
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, DetdistillWarning):
+            sys.stderr.write(f"note: {message}\n")
+        else:
+            show(message, category, *where)
+
+    return shown
 
 
 def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
@@ -241,7 +256,9 @@ def _train(chosen: Namespace) -> None:
 
     result = api.train(**_plain(chosen))
     page = f"; report {result.folder / 'report.html'}" if chosen.report else ""
-    _say(f"AP {100 * result.scores.metrics['AP']:.1f}; run folder {result.folder}{page}")
+    from detdistill.evaluation.scores import points
+
+    _say(f"AP {points(result.scores.metrics['AP'])}; run folder {result.folder}{page}")
 
 
 def _distill_flags(parser: Parser) -> None:
@@ -463,7 +480,7 @@ def _inspect(chosen: Namespace) -> None:
 Describe = Callable[[Parser], None]
 Act = Callable[[Namespace], None]
 VERBS: dict[str, tuple[Describe, Act, str]] = {
-    "demo": (_demo_flags, _demo, "run the built-in example, from data to report, in minutes on a CPU"),
+    "demo": (_demo_flags, _demo, "run the built-in example, data to report, in minutes on a CPU"),
     "train": (_train_flags, _train, "train a detector alone: a teacher or a baseline"),
     "distill": (_distill_flags, _distill, "distil a teacher into a student, and measure the gain"),
     "cache": (_cache_flags, _cache, "store a teacher's outputs, so that later runs need no teacher"),

@@ -30,6 +30,10 @@ class RunError(DetdistillError):
     """A run cannot start or continue."""
 
 
+class DetdistillWarning(UserWarning):
+    """Something was assumed about the user's input; the command line prints only the message."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` with the closest choice, or an empty text if none is close."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""What the listing commands show, for people and as JSON. Read from the files themselves, never from a list."""
+"""Contents of the listing commands, as text and as JSON. They are read from the package's files, not from a list."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Listed:
-    """A method, and its answer about a pair."""
+    """A method, and whether it can be used with a pair of teacher and student."""
 
     name: str
     title: str
-    """Of the paper, with venue and year."""
+    """Title of the paper, with venue and year."""
     serves: bool | None = None
-    """None: no pair was named."""
+    """The method can be used with the pair; None: no pair was given."""
     reason: str | None = None
-    """Why the pair is not served."""
+    """Reason why the method cannot be used with the pair."""
 
 
 @dataclass(frozen=True)
 class MethodList:
-    """All methods, and the pair they were asked about."""
+    """All methods, and the pair that they were tried with."""
 
     teacher: str | None
     student: str | None
@@ -44,11 +44,11 @@ class MethodList:
 
 
 def list_methods(teacher: str | None = None, student: str | None = None) -> MethodList:
-    """All methods, and whether each can serve a pair, found by building it.
+    """List all methods; with a teacher or a student, find out by building each method whether it can be used with the pair.
 
     Args:
-        teacher: model string or run; None: one of the student's build.
-        student: model string or run; None: one of the teacher's build. With neither, no pair is tried.
+        teacher: model string or run folder; None: the same model as the student.
+        student: model string or run folder; None: the same model as the teacher. Without both, no pair is tried.
 
     Raises:
         DetdistillError: teacher or student cannot be built or loaded.
@@ -74,7 +74,7 @@ def list_methods(teacher: str | None = None, student: str | None = None) -> Meth
 
 
 def _detector(name: str, classes: Sequence[str]) -> Detector:
-    """With its own classes where it has some, else with these."""
+    """Load a detector with its own classes if it has any, otherwise build it with the given ones."""
     from detdistill.detectors.load import load_detector
     from detdistill.errors import ClassCountError
 
@@ -87,7 +87,7 @@ def _detector(name: str, classes: Sequence[str]) -> Detector:
 
 
 def show_methods(found: MethodList) -> None:
-    """Each method with its paper, and below it whether it serves the pair."""
+    """Print each method with its paper and, if a pair was given, whether it can be used with the pair."""
     console = printing.stdout()
     if found.teacher is not None and found.student is not None:
         printing.labelled(console, "teacher", found.teacher)
@@ -106,7 +106,7 @@ def show_methods(found: MethodList) -> None:
 
 
 def list_detectors() -> list[Probed]:
-    """All detectors and what each can do, found by running it on a tiny backbone (about half a minute)."""
+    """List all detectors with their capabilities, found by running each on a tiny backbone (about half a minute)."""
     from detdistill.progress import Progress
 
     with Progress() as progress:
@@ -117,7 +117,7 @@ def list_detectors() -> list[Probed]:
 
 
 def show_detectors(found: Sequence[Probed]) -> None:
-    """Each detector with its description, its kind of prediction, its capabilities, and the failures with their reasons."""
+    """Print each detector with its description, kind of prediction, capabilities, and failed checks with their reasons."""
     from detdistill.detectors.contract import CAPABILITIES
 
     console = printing.stdout()
@@ -137,7 +137,7 @@ def _abilities(probed: Probed) -> list[Text]:
 
 
 def detectors_json(found: Sequence[Probed]) -> dict[str, Any]:
-    """Fields of ``Probed``; ``results`` has every check, null where nothing was tried."""
+    """The detectors as JSON: the fields of ``Probed``; ``results`` has every check, null if it was not run."""
     from detdistill.detectors.probe import CHECKS
 
     return {
@@ -154,24 +154,24 @@ class Recipe:
 
     name: str
     about: str
-    """First sentences of its file."""
+    """Description, from the first line of the recipe's file."""
     settings: dict[str, Any]
 
 
 def list_recipes() -> list[Recipe]:
-    """All recipes, from their files."""
+    """Read all recipes from their files."""
     import yaml
 
     recipes = []
     for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
-        about = text.splitlines()[0].lstrip("# ").partition(" Stands alone:")[0]
+        about = text.splitlines()[0].lstrip("# ").partition(" Use:")[0]
         recipes.append(Recipe(path.stem, about, yaml.safe_load(text)))
     return recipes
 
 
 def show_recipes(found: Sequence[Recipe]) -> None:
-    """Each recipe with its description and its method."""
+    """Print each recipe with its description."""
     console = printing.stdout()
     printing.entries(console, [(recipe.name, [recipe.about]) for recipe in found])
     printing.line(console)
@@ -182,23 +182,21 @@ def show_recipes(found: Sequence[Recipe]) -> None:
 
 
 def show_scores(scores: Scores) -> None:
-    """The 12 COCO numbers, the AP of each class and the kinds of error, times 100; ``-`` where undefined."""
+    """Print the 12 COCO numbers, the AP of each class and the loss of AP50 by kind of error, times 100; ``-``: undefined."""
+    from detdistill.evaluation.scores import points
+
     console = printing.stdout()
     printing.line(console, f"{scores.images} images, {scores.seconds:.1f} s; all numbers x 100")
     printing.line(console)
-    printing.grid(console, {name: _percent(value) for name, value in scores.metrics.items()})
+    printing.grid(console, {name: points(value) for name, value in scores.metrics.items()})
     printing.line(console)
-    printing.table(console, ("class", "AP"), [(name, _percent(value)) for name, value in scores.per_class.items()])
+    printing.table(console, ("class", "AP"), [(name, points(value)) for name, value in scores.per_class.items()])
     if scores.errors:
         printing.line(console)
         printing.line(console, "AP50 lost to")
         printing.grid(console, {name: f"{100 * value:.1f}" for name, value in scores.errors.items()})
 
 
-def _percent(value: float) -> str:
-    return "-" if value < 0 else f"{100 * value:.1f}"
-
-
 def citations_json(methods: Sequence[type[Method]]) -> dict[str, Any]:
-    """BibTeX of each method."""
+    """Name, title and BibTeX of each method, as JSON."""
     return {"methods": [{"name": method.slug, "title": method.title, "bibtex": method.bibtex} for method in methods]}

@@ -213,7 +213,7 @@ def _in_words(member: Any) -> str:
         count = _length(plain)
         if _is_ascending(member):
             return f"a range, each end {in_words(item)}"
-        limits = _stripped(item)[1] or ""
-        return f"{'two' if count == 2 else count} numbers{limits}" if count else f"a list, each {in_words(item)}"
+        of_items = _stripped(item)[1] or ""
+        return f"{'two' if count == 2 else count} numbers{of_items}" if count else f"a list, each {in_words(item)}"
     names = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path", type(None): "none", str: "a text"}
     return names.get(plain, str(plain)) + ("" if limits is None else str(limits))

@@ -284,3 +284,265 @@ def test_writing_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         write_coco(data.train.take(1), tmp_path / "copy")
     assert file.read_bytes() == before
     assert [path.name for path in (tmp_path / "copy").rglob("*") if path.name.startswith(".")] == []
+
+
+def changed(root, change, split="train2017"):
+    """Read the set after a change of the split's JSON content."""
+    make_coco(root)
+    content = coco_content(TRAIN if split.startswith("train") else VAL)
+    change(content)
+    write_json(root / "annotations" / f"instances_{split}.json", content)
+    return load_data(root)
+
+
+def accounted(data, content):
+    """Records in are records kept and records left out with a defect."""
+    skipped = [sum(defect.skipped == what for defect in data.defects) for what in ("image", "box")]
+    assert len(data) + skipped[0] == len(content["images"])
+    assert data.num_boxes + skipped[1] == len(content["annotations"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "crowd"),
+    [
+        ("iscrowd", "0", False),
+        ("iscrowd", "false", False),
+        ("iscrowd", "no", False),
+        ("iscrowd", False, False),
+        ("iscrowd", None, False),
+        ("iscrowd", "1", True),
+        ("iscrowd", "True", True),
+        ("iscrowd", 1.0, True),
+        ("ignore", 0, False),
+        ("ignore", "false", False),
+        ("ignore", 1, True),
+        ("ignore", True, True),
+        ("ignored", "yes", True),
+        ("is_group_of", 1, True),
+    ],
+)
+def test_flags_count_by_their_meaning(tmp_path, key, value, crowd):
+    data = changed(tmp_path, lambda content: content["annotations"][0].update({key: value}))
+    assert data.train.records[0].crowd.tolist() == [crowd, False]
+    assert data.defects == ()
+    notes = [f"train: 1 boxes are marked '{key}': like crowds, they are neither trained on nor counted as mistakes"]
+    assert list(data.notes) == (notes if crowd and key != "iscrowd" else [])
+
+
+@pytest.mark.parametrize("value", [2, "maybe", "", [1], {}, float("nan")])
+@pytest.mark.parametrize("key", ["iscrowd", "ignore"])
+def test_a_flag_that_is_neither_is_a_defect(tmp_path, key, value):
+    data = changed(tmp_path, lambda content: content["annotations"][0].update({key: value}))
+    assert [(defect.kind, defect.record, defect.skipped) for defect in data.defects] == [
+        ("malformed record", "annotation 1 of image 1", "box")
+    ]
+    assert boxes(data.train)["a"] == ([[0, 0, 64, 48]], [0])
+
+
+def test_a_segmentation_gives_the_box_that_is_missing(tmp_path):
+    def change(content):
+        first, second, third = content["annotations"]
+        first |= {"segmentation": [[5, 5, 25, 5, 25, 15], [4, 6, 9, 6, 9, 20]]}
+        second |= {"segmentation": {"size": [48, 64], "counts": [100, 2, 46, 2, 2922]}}
+        third |= {"segmentation": [[1, 2]]}
+        for annotation in content["annotations"]:
+            del annotation["bbox"]
+
+    data = changed(tmp_path, change)
+    assert boxes(data.train) == {"a": ([[4, 5, 25, 20], [2, 4, 4, 6]], [1, 0]), "b": ([], []), "c": ([], [])}
+    assert data.notes == ("train: 2 annotations have no bbox: the tight box of their segmentation is used",)
+    assert [(defect.kind, defect.record, defect.skipped) for defect in data.defects] == [
+        ("malformed record", "annotation 3 of image 2", "box")
+    ]
+
+
+@pytest.mark.parametrize("bbox", ["5 5 9 9", [True, 5, 9, 9], [5, 5, 9, 9, 30], {"x": 1}, [[5, 5, 9, 9]], [5, 5, None, 9]])
+def test_a_box_that_is_there_but_no_box_is_not_replaced(tmp_path, bbox):
+    data = changed(tmp_path, lambda content: content["annotations"][0].update(bbox=bbox, segmentation=[[5, 5, 25, 5, 25, 15]]))
+    assert [(defect.kind, defect.skipped) for defect in data.defects] == [("malformed record", "box")]
+    assert data.train.num_boxes == 2
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), float("inf"), float("nan")])
+def test_numbers_beyond_float_are_not_finite(tmp_path, number):
+    data = changed(tmp_path, lambda content: content["annotations"][0].update(bbox=[number, 1, 2, 3], area=number))
+    assert [(defect.kind, defect.skipped) for defect in data.defects] == [("malformed area", "nothing"), ("not finite", "box")]
+
+
+def test_an_integer_of_thousands_of_digits_is_not_finite(tmp_path):
+    make_coco(tmp_path)
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    file.write_text(file.read_text().replace('"bbox": [2,', '"bbox": [' + "9" * 5000 + ",", 1))
+    assert [defect.kind for defect in load_data(tmp_path).defects] == ["not finite"]
+
+
+def test_masks_that_cannot_be_drawn_are_left_out_and_their_boxes_kept(tmp_path):
+    def change(content):
+        content["annotations"][0]["segmentation"] = [5, 5, 25, 5, 25, 15]
+        content["annotations"][1]["segmentation"] = [[5, 5, 25, 5]]
+        content["annotations"][2]["segmentation"] = {"size": [9, 9], "counts": [81]}
+
+    data = changed(tmp_path, change)
+    assert boxes(data.train) == EXPECTED
+    assert data.train.records[0].segmentation == ([[5, 5, 25, 5, 25, 15]], None)
+    assert data.train.records[1].segmentation is None
+    assert [(defect.kind, defect.record, defect.skipped) for defect in data.defects] == [
+        ("unusable mask", "annotation 2 of image 1", "mask"),
+        ("unusable mask", "annotation 3 of image 2", "mask"),
+    ]
+
+
+def test_ids_are_matched_by_their_meaning(tmp_path):
+    def change(content):
+        for number, entry in enumerate(content["images"], start=1):
+            entry["id"] = [float(number), str(number), number][number - 1]
+        for entry in content["annotations"]:
+            entry["category_id"] = str(entry["category_id"])
+        content["categories"][0]["id"] = 1.0
+
+    data = changed(tmp_path, change)
+    assert boxes(data.train) == EXPECTED
+    assert data.defects == ()
+
+
+def test_a_flag_is_no_id(tmp_path):
+    data = changed(tmp_path, lambda content: content["images"][0].update(id=True))
+    assert [(defect.kind, defect.record) for defect in data.defects] == [
+        ("malformed record", "images[0]"),
+        ("unknown image", "annotation 1 of image 1"),
+        ("unknown image", "annotation 2 of image 1"),
+    ]
+
+
+def test_a_base_name_does_not_stand_for_a_path(tmp_path):
+    pictures = [Picture(f"{camera}/{index}", 48, 32, [("ant", 1, 1, 9, 9)]) for camera in ("cam2", "cam1") for index in range(3)]
+    content = coco_content(pictures)
+    for entry in content["images"]:
+        entry["file_name"] = f"/somewhere/images/{entry['file_name']}"
+    for picture in pictures[:5]:
+        write_image(tmp_path / "images" / f"{picture.name}.jpg", 48, 32)
+    data = load_data(write_json(tmp_path / "annotations.json", content))
+    found = {record.id: record.path.relative_to(tmp_path / "images").as_posix() for part in data.sets for record in part.records}
+    assert found == {number: f"{picture.name}.jpg" for number, picture in enumerate(pictures[:5], start=1)}
+    assert [defect.kind for defect in data.defects] == ["missing file"]
+
+
+def test_lvis_names_images_by_their_address(tmp_path):
+    make_coco(tmp_path)
+    content = coco_content(TRAIN)
+    for entry in content["images"]:
+        entry["coco_url"] = f"http://images.cocodataset.org/train2017/{entry.pop('file_name')}"
+    file = write_json(tmp_path / "annotations" / "instances_train2017.json", content)
+    assert boxes(load_data(tmp_path, strict=True).train) == EXPECTED
+    for entry in content["images"]:
+        del entry["coco_url"]
+    write_json(file, content)
+    with pytest.raises(DataError, match=r"instances_train2017.json: 3 of 3 images have no file_name"):
+        load_data(tmp_path)
+
+
+def test_roboflow_group_called_like_a_class(tmp_path):
+    for split, pictures in (("train", TRAIN), ("valid", VAL)):
+        content = coco_content(pictures)
+        group = {"id": 0, "name": "ant", "supercategory": "none"}
+        others = [{**category, "supercategory": "ant"} for category in content["categories"]]
+        write_json(tmp_path / split / "_annotations.coco.json", {**content, "categories": [group, *others]})
+        for picture in pictures:
+            write_image(tmp_path / split / f"{picture.name}.jpg", picture.width, picture.height)
+    data = load_data(tmp_path, strict=True)
+    assert (data.classes, boxes(data.train)) == (CLASSES, EXPECTED)
+    # With a box of its own, it is a second class of the same name.
+    content["annotations"][0]["category_id"] = 0
+    write_json(tmp_path / "valid" / "_annotations.coco.json", {**content, "categories": [group, *others]})
+    with pytest.raises(DataError, match="two categories are called 'ant'"):
+        load_data(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 60])
+@pytest.mark.parametrize(
+    "layout", ["annotations/instances_{}.json", "annotations/{}.json", "{}.json", "{}/_annotations.coco.json"]
+)
+def test_a_broken_file_of_annotations_is_an_error(tmp_path, layout, size):
+    for split, pictures in (("train", TRAIN), ("val", VAL)):
+        file = write_json(tmp_path / layout.format(split), coco_content(pictures))
+        for picture in pictures:
+            write_image(tmp_path / split / f"{picture.name}.jpg", picture.width, picture.height)
+    os.truncate(file, size)
+    with pytest.raises(DataError, match=rf"{file}: not valid JSON at line 1"):
+        load_data(tmp_path)
+    with pytest.raises(DataError, match=rf"{file}: not valid JSON at line 1"):
+        load_data(file)
+
+
+def test_a_folder_in_the_place_of_a_file_is_an_error(tmp_path):
+    make_coco(tmp_path)
+    (tmp_path / "annotations" / "instances_test2017.json").mkdir()
+    with pytest.raises(DataError, match=r"instances_test2017.json: cannot be read: Is a directory"):
+        load_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [], "annotations": [], "categories": [], "annotations": [1]}', "the key 'annotations' occurs twice"),
+        ('{"images": [], "annotations": [{"id": 4, "bbox": [], "bbox": []}]}', "'bbox' occurs twice in one object with id 4"),
+        ('{"images": [], "annotations": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('{"images": [], "annotations": [], "x": "\xe4"}', "not UTF-8 text at byte"),
+        ('{"images": [], "annotations": {}}', "no list 'annotations'"),
+    ],
+)
+def test_json_with_two_readings_or_none_is_refused(tmp_path, text, message):
+    make_coco(tmp_path)
+    (tmp_path / "annotations" / "instances_train2017.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=message):
+        load_data(tmp_path)
+
+
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_json_in_other_encodings(tmp_path, codec):
+    make_coco(tmp_path)
+    for file in (tmp_path / "annotations").iterdir():
+        file.write_bytes(file.read_text().encode(codec))
+    assert boxes(load_data(tmp_path, strict=True).train) == EXPECTED
+
+
+def test_names_of_classes_are_texts(tmp_path):
+    data = changed(tmp_path, lambda content: content["categories"].append({"id": 9, "name": 7}))
+    assert data.classes == (*CLASSES, "7")
+    for name in ("", " ", "\ud800", None, ["ant"], True):
+        with pytest.raises(DataError, match="category"):
+            changed(tmp_path, lambda content, name=name: content["categories"].append({"id": 9, "name": name}))
+
+
+def test_every_record_is_kept_or_listed(tmp_path):
+    make_coco(tmp_path)
+    write_json(tmp_path / "annotations" / "instances_train2017.json", spoiled())
+    accounted(load_data(tmp_path).train, spoiled())
+
+
+def test_images_outside_the_folder_are_told(tmp_path):
+    make_coco(tmp_path / "root")
+    (tmp_path / "root" / "train2017").rename(tmp_path / "away")
+    (tmp_path / "root" / "train2017").symlink_to(tmp_path / "away")
+    data = load_data(tmp_path / "root", strict=True)
+    assert data.notes == (f"train: 3 images lie outside the data's folder, e.g. {tmp_path / 'away' / 'a.jpg'}",)
+
+
+@pytest.mark.parametrize("key", [10**400, 2**63, 1.5, "one"])
+def test_ids_that_are_no_small_integers_become_positions(tmp_path, key):
+    def change(content):
+        content["images"][0]["id"] = key
+        for annotation in content["annotations"][:2]:
+            annotation["image_id"] = key
+
+    data = changed(tmp_path, change)
+    assert [record.id for record in data.train.records] == [1, 2, 3]
+    assert (boxes(data.train), data.defects) == (EXPECTED, ())
+
+
+def test_a_file_name_that_is_null_is_none(tmp_path):
+    def change(content):
+        for entry in content["images"]:
+            entry |= {"coco_url": f"http://x/{entry['file_name']}", "file_name": None}
+
+    assert boxes(changed(tmp_path, change).train) == EXPECTED

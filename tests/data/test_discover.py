@@ -131,3 +131,35 @@ def test_every_module_knows_its_own_form_only(tmp_path):
     assert [function(make_voc(tmp_path / "v")) for function in (discover.find_yolo, discover.find_coco)] == [None, []]
     assert [function(make_yolo(tmp_path / "y")) for function in (discover.find_coco, discover.find_voc)] == [[], None]
     assert [function(make_coco(tmp_path / "c")) for function in (discover.find_yolo, discover.find_voc)] == [None, None]
+
+
+CVAT = '<annotations><image id="0" name="a.png" width="64" height="64"><box label="cat" xtl="5" ytl="5"/></image></annotations>'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "form"),
+    [
+        ("annotations.xml", CVAT, "CVAT for images XML"),
+        ("Annotations/a.xml", CVAT, "CVAT for images XML"),
+        ("images/a.json", '{"version": "5", "shapes": [], "imagePath": "a.png"}', "labelme JSON"),
+        ("tasks.json", '[{"id": 1, "annotations": [{"id": 2, "completed_by": 1}]}]', "Label Studio JSON"),
+        ("via.json", '{"_via_settings": {}}', "VGG Image Annotator JSON"),
+        ("a.json", '[{"image": "a.png", "annotations": [{"label": "x", "coordinates": {}}]}]', "CreateML JSON"),
+        ("results.json", '[{"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4]}]', "COCO results"),
+        ("label_2/0.txt", "Car 0.00 0 -1.58 587.01 173.33 614.12 200.12 1.65 1.67 3.64 -0.65 1.71 46.70 -1.59", "KITTI"),
+        ("boxes.csv", "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax\n", "Open Images CSV"),
+        ("labels.csv", "filename,width,height,class,xmin,ymin,xmax,ymax\n", "a table of boxes (CSV)"),
+    ],
+)
+def test_other_forms_are_named(tmp_path, name, content, form):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    write_image(tmp_path / "images" / "a.png", 64, 64)
+    with pytest.raises(DataError, match=re.escape(f"{name} is {form}")):
+        load_data(tmp_path)
+
+
+def test_cvat_beside_coco_is_no_second_form(tmp_path):
+    make_coco(tmp_path)
+    (tmp_path / "annotations.xml").write_text(CVAT)
+    assert load_data(tmp_path, strict=True).train.form == "coco"

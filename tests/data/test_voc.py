@@ -183,3 +183,245 @@ def test_bccd():
     ]
     with pytest.raises(DataError, match=r"2 defects; the first: Annotations/BloodImage_00343\.xml, object 4: empty box"):
         load_data(real("bccd"), strict=True)
+
+
+@pytest.mark.parametrize("folder", ["annotations", "Annotation", "xmls", "labels"])
+@pytest.mark.parametrize("images", ["JPEGImages", "images", "pictures", "."])
+def test_any_folder_of_annotations_beside_any_folder_of_images(tmp_path, folder, images):
+    for picture in (*TRAIN, *VAL):
+        write_image(tmp_path / images / f"{picture.name}.jpg", picture.width, picture.height)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{picture.name}.xml").write_text(voc_xml(picture))
+    data = load_data(tmp_path, strict=True)
+    assert (data.train.form, len(data.train) + len(data.val)) == ("voc", 4)
+    assert {name: found for split in data.sets for name, found in boxes(split).items() if name != "d"} == EXPECTED
+
+
+@pytest.mark.parametrize("layout", ["{kind}/{split}", "{split}/{kind}", "{split}"])
+def test_folders_of_splits(tmp_path, layout):
+    for split, pictures in (("train", TRAIN), ("valid", VAL)):
+        for picture in pictures:
+            xml = tmp_path / layout.format(kind="annotations", split=split) / f"{picture.name}.xml"
+            xml.parent.mkdir(parents=True, exist_ok=True)
+            xml.write_text(voc_xml(picture))
+            write_image(
+                tmp_path / layout.format(kind="images", split=split) / f"{picture.name}.jpg", picture.width, picture.height
+            )
+    data = load_data(tmp_path, strict=True)
+    assert (boxes(data.train), len(data.val)) == (EXPECTED, 1)
+
+
+def test_several_folders_of_annotations_are_refused(tmp_path):
+    for folder in ("xml_old", "xml_new"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.xml").write_text(voc_xml(TRAIN[0]))
+    with pytest.raises(DataError, match="2 folders have VOC annotations: xml_new, xml_old"):
+        load_data(tmp_path)
+
+
+def test_names_in_two_subfolders_stay_apart(tmp_path):
+    sizes = {"cam1": (30, 40), "cam2": (50, 60)}
+    for camera, (width, height) in sizes.items():
+        write_image(tmp_path / "JPEGImages" / camera / "0.png", width, height)
+        (tmp_path / "Annotations" / camera).mkdir(parents=True)
+        picture = Picture("0", width, height, [("ant", 1, 1, 9, 9)])
+        (tmp_path / "Annotations" / camera / "0.xml").write_text(voc_xml(picture))
+    data = load_data(tmp_path, strict=True)
+    assert {record.path.parent.name: record.size_hw[::-1] for split in data.sets for record in split.records} == sizes
+    (tmp_path / "JPEGImages" / "cam2" / "0.png").unlink()
+    write_image(tmp_path / "JPEGImages" / "cam1" / "1.png", 30, 40)
+    picture = Picture("1", 30, 40, [("ant", 1, 1, 9, 9)])
+    (tmp_path / "Annotations" / "cam1" / "1.xml").write_text(voc_xml(picture))
+    data = load_data(tmp_path)
+    assert [(defect.kind, defect.skipped) for defect in data.defects] == [("missing file", "image")]
+
+
+def test_an_image_belongs_to_the_annotation_of_its_name(tmp_path):
+    make_voc(tmp_path)
+    (tmp_path / "JPEGImages" / "a.jpg").unlink()
+    data = replace_a(tmp_path, voc_xml(Picture("a", 32, 64, [("bee", 1, 1, 9, 9)])).replace("a.jpg", "b.jpg"))
+    assert boxes(data.train) == {name: EXPECTED[name] for name in "bc"}
+    assert [defect.kind for defect in data.defects] == ["missing file"]
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("a (copy)", "a (copy)"),
+        ("a (copy) -1", "a (copy)"),
+        ("a (copy).jpg", "a (copy)"),
+        ("JPEGImages/a (copy).jpg", "a (copy)"),
+        ("./a (copy)", "a (copy)"),
+        ("D:\\VOC\\JPEGImages\\a (copy).JPG", "a (copy)"),
+        ("VOC/Annotations/a.xml", "a"),
+        ("JPEGImages/a.jpg Annotations/a.xml", "a"),
+        ("a  1", "a"),
+        ("v1.2", "v1.2"),
+        ("v1.2.jpg", "v1.2"),
+    ],
+)
+def test_lines_of_lists_name_files(tmp_path, line, name):
+    objects = [("ant", 1, 1, 9, 9)]
+    make_voc(tmp_path, {"train": [Picture(each, 20, 20, objects) for each in ("a", "a (copy)", "v1.2")], "val": VAL})
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text(f"{line}\n")
+    data = load_data(tmp_path, strict=True)
+    assert [record.path.name for record in data.train.records] == [f"{name}.jpg"]
+
+
+def test_lines_without_a_file_and_repeated_ones_are_counted(tmp_path):
+    make_voc(tmp_path)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a\nb\na.jpg\n\na 2\nb\n")
+    data = load_data(tmp_path)
+    assert list(boxes(data.train)) == ["a", "b"]
+    assert [(defect.kind, defect.file, defect.record, defect.skipped) for defect in data.defects] == [
+        ("duplicate image", "ImageSets/Main/train.txt", "line 3", "image"),
+        ("missing file", "Annotations/a 2.xml", "a 2", "image"),
+        ("duplicate image", "ImageSets/Main/train.txt", "line 6", "image"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "dev", "Val", "val2012", "minival"])
+def test_lists_are_splits_under_every_name(tmp_path, name):
+    make_voc(tmp_path, {"training": TRAIN, name: VAL, "testing": VAL})
+    data = load_data(tmp_path, strict=True)
+    assert (boxes(data.train), len(data.val), len(data.test)) == (EXPECTED, 1, 1)
+    assert data.val.records[0].path.name == "d.jpg"
+
+
+def test_lists_that_are_not_used_are_named(tmp_path):
+    make_voc(tmp_path)
+    lists = tmp_path / "ImageSets" / "Main"
+    for name in ("trainval", "ant_train", "ant_val", "subset", "valid"):
+        (lists / f"{name}.txt").write_text("a\n")
+    assert load_data(tmp_path).notes == ("lists of ImageSets/Main that are not used: subset.txt, valid.txt",)
+
+
+@pytest.mark.parametrize(
+    ("codec", "name"),
+    [
+        ("gb2312", "\u732b"),
+        ("GBK", "\u9f98"),
+        ("big5", "\u8c93"),
+        ("shift_jis", "\u732b"),
+        ("euc-kr", "\uace0"),
+        ("ISO-8859-1", "M\xfccke"),
+        ("utf-16", "M\xfccke"),
+    ],
+)
+def test_the_declared_encoding_is_used(tmp_path, codec, name):
+    make_voc(tmp_path)
+    for picture in (*TRAIN, *VAL):
+        text = f'<?xml version="1.0" encoding="{codec}"?>\n' + voc_xml(picture).replace("ant", name)
+        (tmp_path / "Annotations" / f"{picture.name}.xml").write_bytes(text.encode(codec))
+    data = load_data(tmp_path, strict=True)
+    assert data.classes == tuple(sorted((name, "bee", "cat")))
+    if codec != "utf-16":
+        (tmp_path / "classes.txt").write_bytes(f"{name}\nbee\ncat\n".encode(codec))
+        assert load_data(tmp_path, strict=True).classes == (name, "bee", "cat")
+        (tmp_path / "classes.txt").write_text(f"cat\n{name}\nbee\n", encoding="utf-8")
+        assert load_data(tmp_path, strict=True).classes == ("cat", name, "bee")
+
+
+@pytest.mark.parametrize(
+    ("head", "codec", "message"),
+    [
+        ("ansi", "latin-1", "it declares the encoding 'ansi', which does not exist; save it as UTF-8"),
+        ("gb2312", "latin-1", "it declares the encoding 'gb2312', but byte"),
+        ("utf-8", "latin-1", "not valid XML at line 1, column"),
+        ("utf-16", "latin-1", "not valid XML at line"),
+        ("rot13", "latin-1", "encoding"),
+    ],
+)
+def test_a_wrong_encoding_is_one_line(tmp_path, head, codec, message):
+    make_voc(tmp_path)
+    text = f'<?xml version="1.0" encoding="{head}"?>' + voc_xml(TRAIN[0]).replace("ant", "M\xfccke\xff")
+    (tmp_path / "Annotations" / "a.xml").write_bytes(text.encode(codec))
+    with pytest.raises(DataError, match=rf"Annotations/a.xml: .*{message}") as caught:
+        load_data(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["classes.txt", "ImageSets/Main/train.txt"])
+def test_lists_in_other_encodings(tmp_path, file):
+    make_voc(tmp_path)
+    content = "ant\nbee\ncat\n" if file == "classes.txt" else "a\nb\nc\n"
+    for codec in ("utf-8-sig", "utf-16"):
+        (tmp_path / file).write_bytes(content.encode(codec))
+        assert boxes(load_data(tmp_path, strict=True).train) == EXPECTED
+    (tmp_path / file).write_bytes(b"M\xfccke\n")
+    with pytest.raises(DataError, match=rf"{file}: not UTF-8 text at byte 1; save the file as UTF-8"):
+        load_data(tmp_path)
+    (tmp_path / file).write_bytes(b"a\0b\n")
+    with pytest.raises(DataError, match=rf"{file}: not a text file"):
+        load_data(tmp_path)
+
+
+def test_a_zero_proves_that_corners_count_from_zero(tmp_path):
+    make_voc(tmp_path)
+    data = replace_a(tmp_path, annotation((0, 11, 10, 48)))
+    assert boxes(data.train)["a"][0] == [[0, 11, 10, 48]]
+    # The other files of the set count from 0 too.
+    assert boxes(data.train)["b"][0] == [[2, 3, 31, 62]]
+    assert data.defects == ()
+    assert "the corners count from 0: 1 of 4 boxes have a 0 in xmin or ymin" in data.notes[0]
+    (tmp_path / "voc.yaml").write_text("counts_from: 1\n")
+    data = load_data(tmp_path)
+    assert (boxes(data.train)["b"][0], data.notes) == ([[1, 2, 31, 62]], ())
+    assert [defect.kind for defect in data.defects] == ["box crosses border"]
+    (tmp_path / "voc.yaml").write_text("counts_from: 0\n")
+    assert boxes(load_data(tmp_path, strict=True).train)["b"][0] == [[2, 3, 31, 62]]
+
+
+@pytest.mark.parametrize("text", ["counts_from: 2", "counts_from: yes", "from: 1", "[", "", "counts_from: 1\nx: 2"])
+def test_the_setting_of_corners_is_checked(tmp_path, text):
+    make_voc(tmp_path)
+    (tmp_path / "voc.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"voc.yaml: "):
+        load_data(tmp_path)
+
+
+def test_equal_corners_are_one_pixel_wide(tmp_path):
+    make_voc(tmp_path)
+    data = replace_a(tmp_path, annotation((5, 5, 5, 9)))
+    assert boxes(data.train)["a"][0] == [[4, 4, 5, 9]]
+    assert data.defects == ()
+    assert data.notes == ("1 boxes have xmin equal to xmax, or ymin to ymax: they are one pixel wide or high",)
+
+
+def test_a_label_map_gives_the_order_and_the_unused(tmp_path):
+    make_voc(tmp_path)
+    (tmp_path / "labelmap.txt").write_text(
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\nfox:1,2,3::\ncat:::\nbee:::\nant:::\n"
+    )
+    data = load_data(tmp_path, strict=True)
+    assert data.classes == ("fox", "cat", "bee", "ant")
+    assert boxes(data.train)["a"][1] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("</bndbox>", "</bndbox><bndbox><xmin>1</xmin></bndbox>", 1),
+        lambda text: text.replace("</name>", "</name><name>bee</name>", 1),
+        lambda text: text.replace("<xmin>", "<xmin>9</xmin><xmin>", 1),
+    ],
+)
+def test_an_object_with_two_readings_is_a_defect(tmp_path, change):
+    make_voc(tmp_path)
+    data = replace_a(tmp_path, change(voc_xml(TRAIN[0])))
+    assert [(defect.kind, defect.record) for defect in data.defects] == [("malformed record", "object 1")]
+    assert data.train.num_boxes == 2
+
+
+def test_images_without_annotation_are_counted(tmp_path):
+    make_voc(tmp_path, {"train": [*TRAIN, *VAL]}, lists=False)
+    write_image(tmp_path / "JPEGImages" / "e.jpg", 20, 20)
+    assert "1 images have no annotation and are not used, e.g. JPEGImages/e.jpg" in load_data(tmp_path).notes
+
+
+def test_two_images_of_one_name_need_the_file_name(tmp_path):
+    make_voc(tmp_path)
+    write_image(tmp_path / "JPEGImages" / "a.png", 64, 48)
+    assert load_data(tmp_path, strict=True).train.records[0].path.name == "a.jpg"
+    data = replace_a(tmp_path, voc_xml(TRAIN[0]).replace("<filename>a.jpg</filename>", ""))
+    assert [(defect.kind, defect.skipped) for defect in data.defects] == [("missing file", "image")]

@@ -206,7 +206,7 @@ def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch):
         raise OSError("<urlopen error no route to host>")
 
     monkeypatch.setattr(torchvision.models, "get_model", offline)
-    with pytest.raises(ModelError, match=r"weights cannot be fetched \(<urlopen error no route to host>\); put fcos_resnet50"):
+    with pytest.raises(ModelError, match=r"weights cannot be downloaded \(<urlopen error no route to host>\); put fcos_resnet50"):
         build_detector("torchvision:fcos_resnet50_fpn,weights=COCO_V1", ["a"])
 
 

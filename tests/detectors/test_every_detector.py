@@ -1,11 +1,15 @@
 """Every adapter of the folder, and the detectors of a few lines, keep what the contract says of parts, specs and looks."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 
 from detdistill.detectors.adapters import adapter_names
 from detdistill.detectors.contract import HasQueries, HasTowers
 from detdistill.detectors.probe import has_tiny, tiny_detector
+from detdistill.errors import ModelError
+from detdistill.structures import Batch, Target, View
 from tests.detectors.checks import check_detector
 from tests.tiny import TinyDense, TinyQueries, TinyRegions
 
@@ -97,3 +101,61 @@ class AllAttention(TinyQueries):
 def test_the_checks_find_what_they_are_for(broken, message):
     with pytest.raises(AssertionError, match=message):
         check_detector(broken())
+
+
+SIDES = (32, 64, 96, 128, 256, 300)
+"""Sides of images that are tried until a detector accepts one, in pixels."""
+
+
+def one_image(side, masks):
+    """One image of noise with a box over most of it."""
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    box = torch.tensor([[0.1, 0.2, 0.8, 0.9]]) * side
+    shapes = torch.zeros(1, side, side, dtype=torch.bool)
+    shapes[:, side // 5 : side * 9 // 10, side // 10 : side * 4 // 5] = True
+    target = Target(box, torch.tensor([1]), torch.tensor([False]), shapes if masks else None)
+    return Batch(image, torch.tensor([[side, side]]), (target,), (0,), (View((side, side), (side, side)),))
+
+
+def smallest(detector):
+    """The smallest image that a detector accepts without a ``ModelError``."""
+    for side in SIDES:
+        batch = one_image(side, detector.spec.needs_masks)
+        with suppress(ModelError), torch.no_grad():
+            detector.eval().features(batch)
+            return batch
+    raise AssertionError(f"{detector.spec.name} refuses images of {SIDES}")
+
+
+@pytest.mark.parametrize("name", [name for name in adapter_names() if has_tiny(name)])
+def test_one_smallest_image(name):
+    """Levels of one cell and a batch of one: in training, evaluation and detection, in float32 and bf16."""
+    detector = tiny_detector(name)
+    batch = smallest(detector)
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            detector.train()
+            losses = detector.loss(detector(batch).prediction, batch)
+            with torch.no_grad():
+                detector.eval()
+                prediction = detector(batch).prediction
+                evaluated = detector.loss(prediction, batch)
+                (found,) = detector.detect(prediction, batch)
+        for terms in (losses.terms, evaluated.terms):
+            assert all(bool(torch.isfinite(term)) for term in terms.values())
+        assert bool(torch.isfinite(found.boxes_xyxy).all())
+        losses.total().backward()
+        assert all(bool(torch.isfinite(p.grad).all()) for p in detector.parameters() if p.grad is not None)
+        detector.zero_grad()
+
+
+@pytest.mark.parametrize("name", [name for name in adapter_names() if has_tiny(name)])
+def test_weights_that_are_not_numbers_give_a_loss_that_is_none(name):
+    """Training then stops in the usual way; no library's own error gets in between."""
+    detector = tiny_detector(name)
+    with torch.no_grad():
+        for parameter in detector.parts().parameters(detector.parts().head):
+            parameter.fill_(torch.nan)
+    batch = one_image(128 if detector.spec.fixed_size_hw is None else detector.spec.fixed_size_hw[0], detector.spec.needs_masks)
+    total = detector.loss(detector(batch).prediction, batch).total()
+    assert not bool(torch.isfinite(total))

@@ -103,7 +103,7 @@ class Remembering(TinyQueries):
         (Crash, STAGES, "RuntimeError: no boxes today"),
         (Detached, STAGES, "the boxes of positives are not differentiable"),
         (SharedHead, COPIES, "a copied head shares parameters"),
-        (Shuffled, REGIONS, "regions are not those asked about, in their order"),
+        (Shuffled, REGIONS, "regions differ from the given boxes or their order"),
         (Remembering, QUERIES, "decoding a foreign group changes the own result by"),
     ],
 )

@@ -197,3 +197,9 @@ def test_adapters_are_found_by_looking():
     assert {"fcos", "retinanet"} <= set(adapter_names()) & set(adapter_names("wrap_model"))
     with pytest.raises(ModelError, match="no adapter for a Linear"):
         wrap_torchvision(torch.nn.Linear(1, 1), ["a"], "odd")
+
+
+def test_names_of_version_01_are_still_found():
+    from detdistill.detectors import saved
+
+    assert (saved.load_detector, saved.save_student) == (load_detector, save_student)

@@ -165,9 +165,9 @@ def test_what_a_wrapped_model_cannot_do_is_said(net):
         wrapped.loss(seen.prediction, batch)
     with pytest.raises(ModelError, match="without decoding"):
         wrapped.detect(seen.prediction, batch)
-    with pytest.raises(ModelError, match="an assignment cannot be had"):
+    with pytest.raises(ModelError, match="exposes features only and has no assignment; use a method on features"):
         wrapped.assign(seen.prediction, batch)
-    with pytest.raises(ModelError, match="cannot predict from somebody else's features"):
+    with pytest.raises(ModelError, match="cannot predict from the features of another model"):
         wrapped.predict(Features(seen.features.maps, (8, 16)), batch)
     bad = wrap(net, taps=["stem"], loss=lambda output, batch: output["score"], name="mine")
     with pytest.raises(ModelError, match="mine: the loss given to wrap must return a dict"):

@@ -67,3 +67,16 @@ def test_centerness_by_hand():
     boxes = torch.tensor([[0.0, 0.0, 10.0, 20.0]]).expand(4, 4)
     points = torch.tensor([[5.0, 10.0], [2.0, 10.0], [2.0, 4.0], [10.0, 10.0]])
     torch.testing.assert_close(centerness_target(points, boxes), torch.tensor([1.0, 0.5, 0.25, 0.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_boxes_of_half_precision_in_pixels(dtype):
+    """Areas of such boxes overflow float16: 512 x 512 = 262144."""
+    first, second = (torch.tensor([[0.0, 0.0, 512.0, 512.0]]), torch.tensor([[0.0, 0.0, 512.0, 1024.0]]))
+    for found in (
+        paired_iou(first.to(dtype), second.to(dtype)),
+        pairwise_iou(first.to(dtype), second.to(dtype))[0],
+        paired_giou(first.to(dtype), second.to(dtype)),
+    ):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, torch.tensor([0.5]))

@@ -13,3 +13,18 @@ def test_direction_counts_and_scale_does_not():
 
 def test_has_no_graph():
     assert not mean_cosine([torch.ones(1, 1, 2, 2, requires_grad=True)], [torch.ones(1, 1, 2, 2)]).requires_grad
+
+
+def test_mean_over_images_and_levels_of_hand_made_cosines():
+    """Cosines 1 and 0 of the images of the first level, 0.6 and 0.8 of the second."""
+    student = [torch.tensor([[[[1.0, 0.0]]], [[[1.0, 0.0]]]]), torch.tensor([[[[3.0, 4.0]]], [[[3.0, 4.0]]]])]
+    teacher = [torch.tensor([[[[2.0, 0.0]]], [[[0.0, 2.0]]]]), torch.tensor([[[[1.0, 0.0]]], [[[0.0, 1.0]]]])]
+    assert float(mean_cosine(student, teacher)) == pytest.approx((1 + 0 + 0.6 + 0.8) / 4)
+    apart = [torch.eye(2).view(1, 2, 1, 2)], [torch.eye(2).flip(0).view(1, 2, 1, 2)]  # orthogonal as wholes
+    assert float(mean_cosine(*apart)) == 0.0
+
+
+def test_pyramids_of_unequal_length_are_refused():
+    one = torch.ones(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="shorter"):
+        mean_cosine([one, one], [one])

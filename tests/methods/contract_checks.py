@@ -227,11 +227,13 @@ def without_boxes(batch: Batch, images: range) -> Batch:
 
 def check_images_without_boxes(pair: _Pair) -> None:
     """One image, then the whole batch without boxes; at the first and the last step: finite, with finite gradients."""
+    method = pair.build()
+    student = pair.student
     for images in (range(1), range(3)):
+        batch = without_boxes(tiny_batch(3), images)
         for clock in (Clock(0, 10), Clock(9, 10, 1)):
-            method, batch = pair.build(), without_boxes(tiny_batch(3), images)
-            student = pair.student
             pair.forget()
+            student.zero_grad(), method.zero_grad()
             taught = method.teach(batch)
             supervised = method.supervise(student, observe(method, student, batch), taught, batch)
             losses = Losses.merge([supervised, learn(method, student, batch, taught, clock)])

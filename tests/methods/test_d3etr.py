@@ -475,3 +475,22 @@ def test_self_attention_of_every_family(family):
     torch.testing.assert_close(shown.self_attention, torch.stack(seen[-2:]), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(shown.logits, plain.logits, rtol=1e-4, atol=1e-5)
     assert shown.split(3)[1].self_attention.shape == (2, 1, 4, 10, 10)
+
+
+def test_queries_of_the_same_index_need_no_matching():
+    """Values and gradients are those of a matching that names every query by its own index."""
+    generator = torch.Generator().manual_seed(0)
+
+    def queries(grad):
+        parts = [
+            torch.rand(shape, generator=generator) for shape in ((2, 3, 5, 4), (2, 3, 5, 4), (2, 3, 2, 5, 5), (2, 3, 2, 5, 7))
+        ]
+        return D3ETRQueries(*(part.requires_grad_(grad) for part in parts))
+
+    mine, theirs = queries(True), queries(False)
+    found = []
+    for match in (None, torch.arange(5).expand(2, 3, 5)):
+        terms = d3etr_terms(mine, theirs, match)
+        total = torch.stack([term.sum() for term in terms]).sum()
+        found.append((*terms, *torch.autograd.grad(total, list(mine))))
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))

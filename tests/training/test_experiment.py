@@ -110,7 +110,7 @@ def test_a_failing_child_gives_its_last_line(teacher: Path, tmp_path: Path):
 
 def test_under_a_launcher(teacher: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match="several runs cannot be started by a launcher of processes"):
+    with pytest.raises(RunError, match="several runs cannot be started by torchrun"):
         small.distill(teacher, tmp_path / "e", **BOTH, devices=2)
 
 

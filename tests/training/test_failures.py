@@ -60,7 +60,7 @@ def test_a_term_without_gradient_is_said(cut: bool, teacher: Path, tmp_path: Pat
     console = Console(file=io.StringIO(), width=300)
     small.distill(teacher, tmp_path / "run", console=console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert ("mgd: no gradient in any measurement, so it taught nothing" in said) == cut
+    assert ("mgd: no gradient in any measurement, so the term had no effect" in said) == cut
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -75,6 +75,7 @@ def test_not_finite(how: str, clip: float, accumulate: int, teacher: Path, tmp_p
     assert "\n" not in text
     assert "at step 4 (epoch 0)" in text
     assert "lower lr" in text
+    assert text.endswith("checkpoints/last.ckpt")
     if how == "loss":
         assert text.startswith("loss mgd is not finite")
         assert f"on images {list(ids[0])}" in text
@@ -143,7 +144,7 @@ def test_disk_full_while_saving_a_checkpoint(failing: Any, tmp_path: Path, monke
 
     monkeypatch.setattr(torch, "save", sometimes)
     with pytest.raises(
-        RunError, match=r"cannot save .*last.ckpt: .*; the one before is kept. Make space and .*--resume true"
+        RunError, match=r"cannot save .*last.ckpt: .*; the previous one is kept. Make space and .*--resume true"
     ) as c:
         small.train(tmp_path / "run", checkpoint_every=1)
     assert "\n" not in str(c.value)
@@ -170,7 +171,7 @@ def test_a_file_really_too_large(tmp_path: Path):
     assert small.killed(limited) == 2
     said = (tmp_path / "said").read_text()
     assert said.startswith(f"cannot save {tmp_path / 'run' / 'checkpoints' / 'best.ckpt'}: ")
-    assert "none was saved before" in said
+    assert "there is no earlier one" in said
     assert "\n" not in said
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
@@ -178,7 +179,7 @@ def test_a_file_really_too_large(tmp_path: Path):
 def test_disk_full_while_writing_the_result(tmp_path: Path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("detdistill.training.run.save_student", no_space)
-        with pytest.raises(RunError, match=r"cannot write the result into .*run: No space left.*finish it with --resume true"):
+        with pytest.raises(RunError, match=r"cannot write the result into .*run: No space.*finish the run with --resume true"):
             small.train(tmp_path / "run")
     with monkeypatch.context() as patched:
         patched.setattr(folder_module.os, "replace", no_space)
@@ -207,7 +208,7 @@ def test_disk_full_while_writing_the_table(tmp_path: Path, monkeypatch):
     before = table.path.read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr("os.replace", no_space)
-        with pytest.raises(RunError, match=r"cannot write .*metrics.csv: No space left on device; make space and go on"):
+        with pytest.raises(RunError, match=r"cannot write .*metrics.csv: No space left on device; make space and continue"):
             table.add({"stage": "train", "step": 2, "train/new": 0.5})
     assert table.path.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]

@@ -67,13 +67,13 @@ def test_two_runs_that_start_together_do_not_share(tmp_path: Path):
     for child in children:
         child.join()
     assert said[0] == "made"
-    assert said[1].endswith("exists; give another --out, or --resume true to go on with it")
+    assert said[1].endswith("exists; give another --out, or --resume true to continue the run")
 
 
 def test_what_cannot_be_resumed(tmp_path: Path):
     with pytest.raises(RunError, match="--resume true needs --out with the run folder"):
         small.train(None, resume=True)  # type: ignore[arg-type]
-    with pytest.raises(RunError, match=r"nothing holds no run to resume \(no config.yaml\); leave out --resume"):
+    with pytest.raises(RunError, match=r"nothing contains no run to resume \(no config.yaml\); leave out --resume"):
         small.train(tmp_path / "nothing", resume=True)
     assert not (tmp_path / "nothing").exists()
 

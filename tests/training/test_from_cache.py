@@ -250,9 +250,9 @@ def test_a_run_that_draws_other_views_is_refused(filled, tmp_path):
 
 
 def test_what_a_cache_cannot_replace_is_said(filled, tmp_path):
-    with pytest.raises(RunError, match=r"teacher: \w+ needs one \(--teacher\), or what it said \(--cache\)"):
+    with pytest.raises(RunError, match=r"teacher: \w+ needs a teacher \(--teacher\) or a cache of its outputs \(--cache\)"):
         offline(filled, tmp_path / "run", cache=None)
-    with pytest.raises(RunError, match="inherit: copies weights of the teacher; give --teacher"):
+    with pytest.raises(RunError, match="inherit: it copies weights of the teacher; give --teacher"):
         offline(filled, tmp_path / "run", inherit=True)
 
 
@@ -311,7 +311,7 @@ def test_verify_compares_with_the_living_teacher(teacher, copied, tmp_path):
         (tmp_path / "lie" / "cache.json").write_bytes(sealed({"format": 1, **dataclasses.asdict(claims)}))
         for path in (tmp_path / "lie" / "shards").glob("*.json"):
             path.write_bytes(sealed({**unsealed(path.read_bytes(), ""), "cache": claims.fingerprint}))
-        with pytest.raises(CacheError, match=r"is not what the teacher says now: 6 records differ by up to"):
+        with pytest.raises(CacheError, match=r"does not agree with the teacher: 6 records differ by up to"):
             api.verify_cache(tmp_path / "lie", str(teacher), records=6, device="cpu", progress=progress)
         next(copied.glob("shards/*.safetensors")).unlink()
         with pytest.raises(CacheError, match="is missing"):

@@ -113,7 +113,7 @@ def test_a_damaged_or_foreign_result_is_named(teacher, tmp_path, toy):
     (result,) = (tmp_path / "stages").glob("*.safetensors")
     good = result.read_bytes()
     result.write_bytes(good[:40])
-    with pytest.raises(RunError, match=rf"{result.name} is damaged .*delete it, and stage lesson is trained again"):
+    with pytest.raises(RunError, match=rf"{result.name} is damaged .*delete it, then stage lesson is trained again"):
         distill(teacher, tmp_path / "second", tmp_path / "stages", steps=2)
     from safetensors.torch import save
 
@@ -153,4 +153,4 @@ def test_a_resumed_run_trains_no_stage_twice(teacher, tmp_path, toy):
 def test_a_folder_that_takes_nothing_is_said_and_the_run_goes_on(teacher, tmp_path, toy):
     (tmp_path / "file").write_text("in the way")
     said = distill(teacher, tmp_path / "first", tmp_path / "file" / "stages", steps=2)
-    assert [line for line in said if "its result is not kept" in line]
+    assert [line for line in said if "its result cannot be stored" in line]

@@ -28,5 +28,5 @@ def test_a_baseline_and_a_run_without_teacher(tmp_path):
 
 
 def test_other_methods_ask_for_a_teacher(tmp_path):
-    with pytest.raises(RunError, match=r"teacher: pkd needs one \(--teacher\)"):
+    with pytest.raises(RunError, match=r"teacher: pkd needs a teacher \(--teacher\) or a cache"):
         api.distill(None, MODEL, DATA, f"pkd+{DICOD}", out=tmp_path / "run", **SETTINGS)

@@ -245,7 +245,7 @@ def _raw_images(content: dict[str, Any], file: Path, root: Path, reading: _Readi
         reading.defects.insert(0, Defect("missing file names", reading.where, "images", message, "nothing"))
     boxes = _raw_boxes(content["annotations"], _Ids(entries), reading)
     # COCO's ids are integers, but some files have text: then images are numbered by their position.
-    fit = all(isinstance(key, int | float) and float(key).is_integer() and abs(key) < 2**53 for key in entries)
+    fit = all(not isinstance(key, str) and abs(key) < 2**53 and int(key) == key for key in entries)
     numbers = {key: int(key) if fit else position for position, key in enumerate(entries, start=1)}
     paths = _locate([name for name, _ in entries.values()], file, root, split, reading)
     images = []
@@ -258,7 +258,7 @@ def _raw_images(content: dict[str, Any], file: Path, root: Path, reading: _Readi
 
 def _file_name(entry: dict[str, Any]) -> str | None:
     """The image's path as listed; LVIS has only an address."""
-    name = entry.get("file_name", entry.get("coco_url"))
+    name = entry.get("file_name") or entry.get("coco_url")
     return name if isinstance(name, str) and name.strip() else None
 
 
@@ -345,8 +345,7 @@ def _crowd(item: dict[str, Any], record: str, reading: _Reading) -> bool | None:
     """True if a flag marks the box as a region to ignore; None (and a defect) if a flag is neither true nor false."""
     crowd = False
     for key in CROWD_KEYS:
-        value = item.get(key)
-        if value is None or value is False or value == 0:
+        if key not in item or (value := item[key]) is None or value == 0:
             continue
         flag = truth(value)
         if flag is None:
@@ -359,8 +358,8 @@ def _crowd(item: dict[str, Any], record: str, reading: _Reading) -> bool | None:
 
 
 def _area(value: Any, record: str, reading: _Reading) -> float | None:
-    if value is None:
-        return None
+    if value is None or (type(value) is float and math.isfinite(value)):
+        return value
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(area := _float(value)):
         return area
     message = f"area is {value!r:.60}, not a number; width times height is used"

@@ -31,26 +31,25 @@ def usable_outline(value: Any, size_hw: tuple[int, int]) -> tuple[Any, str]:
         Polygons or run lengths, or None if nothing can be drawn; and the problem, or an empty text. Both are given if only
         some of the polygons can be drawn.
     """
-    if not value and isinstance(value, list | dict | None):
+    if value is None or value == [] or value == {}:
         return None, ""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         problem = _runs_problem(value, size_hw)
         return (None, problem) if problem else (value, "")
     polygons = as_polygons(value)
     if polygons is None:
         return None, f"segmentation is {_short(value)}, neither polygons nor run lengths with size and counts"
-    limit = FAR * sum(size_hw)
-    kept = [polygon for polygon in polygons if not _polygon_problem(polygon, limit)]
-    if len(kept) == len(polygons):
-        # The value itself, where it is fit: a copy of every polygon would double the memory.
-        return (value if polygons is value else polygons), ""
+    limit = FAR * (size_hw[0] + size_hw[1])
     problems = [problem for polygon in polygons if (problem := _polygon_problem(polygon, limit))]
+    if not problems:
+        return polygons, ""
+    kept = [polygon for polygon in polygons if not _polygon_problem(polygon, limit)]
     return kept or None, f"{len(problems)} of {len(polygons)} polygons cannot be drawn: {problems[0]}"
 
 
 def outline_box(value: Any) -> Box | None:
     """The tight box of a segmentation, x1, y1, x2, y2 in pixels; None if it has none."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         size = value.get("size")
         if not isinstance(size, list | tuple) or _runs_problem(value, size):
             return None
@@ -66,6 +65,8 @@ def as_polygons(value: Any) -> list[Any] | None:
     """The list of polygons: a flat list of numbers is one polygon, and so is a list of three or more points ``[x, y]``."""
     if not isinstance(value, list) or not value:
         return None
+    if len(value) == 1 and type(value[0]) is list:
+        return value
     if all(type(one) in NUMBERS for one in value):
         return [value]
     if not all(isinstance(one, list) for one in value):
@@ -126,12 +127,13 @@ def _runs_problem(runs: Mapping[str, Any], size_hw: Sequence[Any]) -> str:
 
 
 def _polygon_problem(polygon: Any, limit: float) -> str:
-    if not isinstance(polygon, list) or not set(map(type, polygon)) <= NUMBERS:
+    if type(polygon) is not list or not NUMBERS.issuperset(map(type, polygon)):
         return f"{_short(polygon)} is no list of numbers"
     if len(polygon) < 6 or len(polygon) % 2:
         return f"{len(polygon)} numbers are no polygon: it needs x and y of at least three points"
     try:
-        finite = math.isfinite(sum(polygon, 0.0)) and max(polygon) <= limit and -min(polygon) <= limit
+        # Not a number, once added, makes the sum not a number.
+        finite = math.isfinite(sum(polygon, 0.0)) and max(polygon) <= limit and min(polygon) >= -limit
     except OverflowError:
         finite = False
     if not finite:

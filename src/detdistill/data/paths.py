@@ -185,7 +185,7 @@ def _is(kind: Callable[[str], bool], path: str) -> bool:
 
 def folders_below(base: Path, depth: int) -> list[Path]:
     """The folders at most ``depth`` levels below a folder, sorted level by level; hidden ones are left out."""
-    level, found = [base], []
+    level, found = [base], list[Path]()
     for _ in range(depth):
         below = []
         for place in level:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -391,8 +392,11 @@ class Header:
 
 def read_headers(paths: Sequence[Path]) -> Iterator[Header]:
     """Read the headers of image files, in the order given, without decoding the images."""
+    # In chunks, because handing over a single file costs as much as reading its header.
+    chunks = [paths[first : first + 64] for first in range(0, len(paths), 64)]
     with ThreadPoolExecutor(8) as pool:
-        yield from pool.map(read_header, paths)
+        for headers in pool.map(lambda chunk: [read_header(path) for path in chunk], chunks):
+            yield from headers
 
 
 def read_header(path: Path) -> Header:
@@ -427,7 +431,10 @@ def image_ids(splits: Iterable[Sequence[Path]]) -> dict[Path, int]:
 
 def relative(path: Path, root: Path) -> str:
     """The path relative to the root; unchanged if it lies elsewhere."""
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+    text, prefix = os.fspath(path), os.path.join(root, "")
+    if text.startswith(prefix):  # the usual case, without pathlib's parsing
+        return text[len(prefix) :].replace(os.sep, "/")
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else text
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:

@@ -137,7 +137,7 @@ def _object(item: ElementTree.Element, record: str) -> _Object:
 def _class_file(root: Path, used: set[str], annotations: list[Path]) -> tuple[str, ...] | None:
     for name in CLASS_FILES:
         if (root / name).is_file():
-            lines = [line for line in read_lines(root / name, annotations) if line]
+            lines = [line for line in read_lines(root / name, annotations, lambda line: line in used) if line]
             if name == "labelmap.txt":  # name:color:parts:actions
                 lines = [line.split(":")[0].strip() for line in lines if not line.startswith("#")]
                 lines = [line for line in lines if line not in BACKGROUND or line in used]

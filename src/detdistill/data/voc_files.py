@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,8 +69,13 @@ def _codec(name: str) -> str:
     return SUPERSETS.get(known, known)
 
 
-def read_lines(file: Path, annotations: Sequence[Path]) -> list[str]:
-    """Lines of a text file without blanks around them, in the encoding of its byte order mark, UTF-8, or that of annotations.
+def read_lines(file: Path, annotations: Sequence[Path], fits: Callable[[str], object]) -> list[str]:
+    """Lines of a text file without blanks around them.
+
+    Args:
+        file: a list of images or classes, in UTF-8, in the encoding of its byte order mark, or in that of the annotations.
+        annotations: annotation files, which may declare an encoding.
+        fits: tells if a line is known in the data set; it decides between encodings in which the text can be read.
 
     Raises:
         DataError: the file cannot be read or decoded.
@@ -79,19 +85,26 @@ def read_lines(file: Path, annotations: Sequence[Path]) -> list[str]:
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
     marks = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-    codec = next((codec for mark, codec in marks if data.startswith(mark)), "utf-8")
-    try:
-        text = data.decode(codec)
-    except UnicodeDecodeError as error:
-        for other in dict.fromkeys(filter(None, (_declared_in(one) for one in annotations[:20]))):
-            try:
-                return [line.strip() for line in data.decode(_codec(other)).splitlines()]
-            except (UnicodeDecodeError, LookupError):
-                continue
-        raise DataError(f"{file}: not {codec.upper()} text at byte {error.start}; save the file as UTF-8") from error
-    if "\0" in text:
+    marked = next((codec for mark, codec in marks if data.startswith(mark)), None)
+    declared = () if marked or data.isascii() else dict.fromkeys(filter(None, map(_declared_in, annotations[:20])))
+    texts = []
+    for codec in (marked or "utf-8", *declared):
+        with contextlib.suppress(UnicodeDecodeError, LookupError):
+            texts.append([line.strip() for line in data.decode(_codec(codec)).splitlines()])
+    if not texts:
+        raise DataError(f"{file}: not {(marked or 'utf-8').upper()} text at byte {_first_bad_byte(data)}; save the file as UTF-8")
+    lines = texts[0] if len(texts) == 1 else max(texts, key=lambda each: sum(bool(fits(line)) for line in each))
+    if any("\0" in line for line in lines):
         raise DataError(f"{file}: not a text file (it has zero bytes); save it as UTF-8")
-    return [line.strip() for line in text.splitlines()]
+    return lines
+
+
+def _first_bad_byte(data: bytes) -> int:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return len(data)
 
 
 def _declared_in(file: Path) -> str | None:
@@ -154,7 +167,7 @@ def _has_annotations(place: Path) -> bool:
 
 def _xml_below(place: Path) -> list[Path]:
     folders = (place, *folders_below(place, DEPTH))
-    return sorted(file for folder in folders for file in folder.glob("*.xml"))
+    return sorted((file for folder in folders for file in folder.glob("*.xml")), key=str)
 
 
 @dataclass
@@ -184,17 +197,19 @@ def find_files(root: Path, folder: Path, notes: list[str]) -> Files:
         loose = sorted(root.glob("*.xml"))
     else:
         loose, every = [], {}
+        split_folders: dict[Path, Path | None] = {}
         for file in _xml_below(folder):
-            place = next((above for above in reversed(file.parents) if above.is_relative_to(folder) and above != folder), None)
-            if place is None or split_of(place.name) is None:
+            if file.parent not in split_folders:
+                split_folders[file.parent] = _split_folder(file.parent, folder)
+            place = split_folders[file.parent]
+            if place is None:
                 loose.append(file)
             else:
                 every.setdefault(place, []).append(file)
+    both = sorted([*loose, *(file for files in every.values() for file in files)], key=str)
     for name in LIST_FOLDERS:
-        if folder != root and (root / name).is_dir():
-            found = _listed(
-                root, root / name, folder, sorted([*loose, *(file for files in every.values() for file in files)]), notes
-            )
+        if both and (root / name).is_dir():
+            found = _listed(root, root / name, folder, both, notes)
             if found.by_split:
                 return found
     by_split: dict[SplitName, list[Path]] = {}
@@ -208,6 +223,14 @@ def find_files(root: Path, folder: Path, notes: list[str]) -> Files:
     if loose:
         notes.append(f"{len(loose)} annotations lie outside the folders of the splits and are not used, e.g. {loose[0].name}")
     return Files(folder, by_split)
+
+
+def _split_folder(place: Path, folder: Path) -> Path | None:
+    """The folder directly below ``folder`` that holds ``place``, if it is named after a split."""
+    if place == folder:
+        return None
+    top = folder / place.relative_to(folder).parts[0]
+    return top if split_of(top.name) else None
 
 
 def _listed(root: Path, lists: Path, folder: Path, files: list[Path], notes: list[str]) -> Files:
@@ -247,22 +270,26 @@ def _of_one_class(file: Path, lists: Iterable[Path]) -> bool:
 
 def _match_lines(root: Path, file: Path, folder: Path, files: list[Path]) -> tuple[list[Path], list[Defect]]:
     """Annotations of a list's lines, and the defects of lines that are repeated or without an annotation."""
-    lines = [(number, line) for number, line in enumerate(read_lines(file, files), start=1) if line]
+    index = {relative(one, folder)[: -len(one.suffix)]: one for one in files}
+    stems = Counter(name.rsplit("/", 1)[-1] for name in index)
+    index = {stem: one for name, one in index.items() if stems[stem := name.rsplit("/", 1)[-1]] == 1} | index
+
+    def find(line: str) -> Path | None:
+        return index.get(line) or next((index[name] for name in _readings(line) if name in index), None)
+
+    lines = [(number, line) for number, line in enumerate(read_lines(file, files, find), start=1) if line]
     if not lines:
         raise DataError(f"{file}: the list is empty; delete it or fill it with image names")
-    index = {relative(one.with_suffix(""), folder): one for one in files}
-    stems = Counter(one.stem for one in files)
-    index = {one.stem: one for one in files if stems[one.stem] == 1} | index
     found: dict[Path, int] = {}
     defects = []
     for number, line in lines:
-        names = list(_readings(line))
-        match = next((index[name] for name in names if name in index), None)
+        match = find(line)
         place = f"line {number} of {relative(file, root)}"
         if match is None:
-            match = folder / f"{names[-1]}.xml"
+            *_, name = _readings(line)
+            match = folder / f"{name}.xml"
             message = f"listed in {place}, but the file does not exist"
-            defects.append(Defect("missing file", relative(match, root), Path(names[-1]).name, message, "image"))
+            defects.append(Defect("missing file", relative(match, root), name, message, "image"))
         elif match in found:
             message = f"listed in line {found[match]} and again; used once"
             defects.append(Defect("duplicate image", relative(file, root), f"line {number}", message, "image"))
@@ -300,27 +327,35 @@ class ImageFinder:
 
     def __init__(self, root: Path, files: Files) -> None:
         self.root, self.files = root, files
+        self.bases = [root / "JPEGImages", root / "images"]
         self.stems = Counter(file.stem for file in files.every)
         self.used: set[Path] = set()
         self._images: dict[Path, dict[str, Path | None]] = {}
         self._others: list[Path] | None = None
+        self._own: dict[Path, tuple[Path, list[Path]]] = {}
 
     def __call__(self, file: Path, tree: ElementTree.Element) -> Path:
         """The image of an annotation; if it is missing, the path where it was first looked for."""
         name = (tree.findtext("filename") or "").strip().replace("\\", "/").rsplit("/", 1)[-1]
-        below = file.parent.relative_to(self.files.folder) if file.is_relative_to(self.files.folder) else Path()
-        bases = [self.root / "JPEGImages", self.root / "images"]
-        own = [base / below for base in bases if below.parts] + [file.parent]
-        path = self._first(own, file.stem, name)
-        if path is None and self.stems[file.stem] == 1:  # else the files of the subfolders share names
-            path = self._first(bases, file.stem, name) or self._only(below, file.stem, name)
-        elif path is None:
-            path = self._only(below, file.stem, name, same_folder=True)
+        below, own = self._places(file.parent)
+        stem = file.stem
+        alone = self.stems[stem] == 1  # else the files of the subfolders share names
+        path = self._first([*own[:-1], *(self.bases if alone else ()), own[-1]], stem, name)
+        if path is None:
+            path = self._only(below, stem, name, same_folder=not alone)
         if path is not None:
             self.used.add(path)
             return path
-        first = next((place for place in (*bases, *own) if place.is_dir()), file.parent)
-        return first / (name or f"{file.stem}.jpg")
+        first = next((place for place in own if place.is_dir()), own[0])
+        missing = first / (name if name and self.stems[os.path.splitext(name)[0]] == 0 else stem + os.path.splitext(name)[1])
+        return first / f"{stem} (not the only one)" if missing.exists() else missing
+
+    def _places(self, parent: Path) -> tuple[Path, list[Path]]:
+        """The annotation's folder below that of all annotations, and the folders that belong to it, itself the last."""
+        if parent not in self._own:
+            below = parent.relative_to(self.files.folder) if parent.is_relative_to(self.files.folder) else Path()
+            self._own[parent] = below, [*(base / below for base in self.bases), parent]
+        return self._own[parent]
 
     def unused(self) -> list[Path]:
         """Images in the folders of the images that were found, of which no annotation was."""

@@ -111,7 +111,7 @@ def wrap_torchvision(
         classes: names of the classes in label order.
         name: name of the detector.
         columns: output column of each class; None: 1 .. K.
-        description: description from which the exported loading script rebuilds the model; None: not exported.
+        description: description from which the exported loading script rebuilds the model; None: exported without that script.
 
     Raises:
         ModelError: there is no adapter for the class of ``model``.

@@ -25,7 +25,7 @@ def load_detector(name: str | Path, classes: Sequence[str] | None = None) -> Det
 
     Args:
         name: path or model string.
-        classes: class names for a model string without classes of its own. A detector that has classes must have as many.
+        classes: class names for a model string without classes of its own. A saved detector must have as many.
 
     Raises:
         ModelError: ``name`` is neither a path nor a model string, or files are missing or broken.

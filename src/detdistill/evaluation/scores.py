@@ -12,6 +12,11 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 """Names of the 12 COCO metrics, in COCO's order. Values are in 0..1; -1 without ground truth (e.g. APl without large boxes)."""
 
 
+def points(value: float) -> str:
+    """A metric of 0..1 as text in points of 100; ``-`` for a metric that is undefined because there is no ground truth."""
+    return "-" if value < 0 else f"{100 * value:.1f}"
+
+
 @dataclass(frozen=True)
 class Scores:
     """Scores of a detector on a data set."""

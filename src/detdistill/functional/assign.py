@@ -8,14 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from detdistill.functional.precision import at_least_float32
 from detdistill.structures import IGNORED, NEGATIVE
 
 
 def pairwise_iou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
     """[N, M] intersection over union of every box of one set [N, 4] with every box of another [M, 4].
 
-    The union is at least 1e-6, so that boxes without area have IoU 0 and not NaN.
+    The union is at least 1e-6, so that boxes without area have IoU 0 and not NaN. Boxes of half precision give float32.
     """
+    first_xyxy, second_xyxy = at_least_float32(first_xyxy), at_least_float32(second_xyxy)
     corner = torch.maximum(first_xyxy[:, None, :2], second_xyxy[None, :, :2])
     opposite = torch.minimum(first_xyxy[:, None, 2:], second_xyxy[None, :, 2:])
     shared = (opposite - corner).clamp(min=0).prod(dim=-1)

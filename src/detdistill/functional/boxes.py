@@ -2,7 +2,7 @@
 
 Unions and enclosing areas are clamped to at least 1e-6, as in mmdet; torchvision adds 1e-7 instead. The results are equal for
 boxes of at least a pixel but differ for very small boxes, which occur here because boxes may also be given in strides or as
-fractions of the image.
+fractions of the image. Boxes of half precision give float32.
 
 Shape letters: N, M boxes.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from detdistill.functional.assign import pairwise_iou
+from detdistill.functional.precision import at_least_float32
 
 LEAST_AREA = 1e-6
 
@@ -33,6 +34,7 @@ def paired_giou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
 
     Between -1 and 1. Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019, algorithm 1.
     """
+    first_xyxy, second_xyxy = at_least_float32(first_xyxy), at_least_float32(second_xyxy)
     overlap, union = _overlap_union(first_xyxy, second_xyxy)
     corner = torch.minimum(first_xyxy[..., :2], second_xyxy[..., :2])
     opposite = torch.maximum(first_xyxy[..., 2:], second_xyxy[..., 2:])
@@ -88,6 +90,7 @@ def centerness_target(points_xy: Tensor, boxes_xyxy: Tensor) -> Tensor:
 
 
 def _overlap_union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = at_least_float32(first), at_least_float32(second)
     corner = torch.maximum(first[..., :2], second[..., :2])
     opposite = torch.minimum(first[..., 2:], second[..., 2:])
     overlap = (opposite - corner).clamp(min=0).prod(dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def full_precision(device: torch.device | str) -> torch.autocast:
@@ -22,3 +23,13 @@ def full_precision(device: torch.device | str) -> torch.autocast:
         (torch.bfloat16, torch.float32)
     """
     return torch.autocast(torch.device(device).type, enabled=False)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """A tensor of half precision as float32; others as they are. Areas of boxes in pixels overflow half precision.
+
+    Example:
+        >>> at_least_float32(torch.ones(1).half()).dtype, at_least_float32(torch.ones(1).double()).dtype
+        (torch.float32, torch.float64)
+    """
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor

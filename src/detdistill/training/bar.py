@@ -1,4 +1,4 @@
-"""The progress bar of a training stage: each loss term, AP, time left."""
+"""The progress bar of a training stage: loss terms, AP and remaining time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from detdistill.evaluation.scores import Scores
+from detdistill.evaluation.scores import Scores, points
 from detdistill.progress import Progress
 from detdistill.structures import Batch
 from detdistill.training.callbacks import Listener
@@ -15,10 +15,10 @@ from detdistill.training.module import StageModule
 
 
 class TrainingBar(Listener):
-    """Smoothed losses and the latest AP beside the bar."""
+    """Shows smoothed losses and the latest AP beside the bar."""
 
     def __init__(self, progress: Progress, title: str, total: int) -> None:
-        """``total`` optimizer steps."""
+        """Add a bar for a stage of ``total`` optimizer steps."""
         self.bar = progress.bar(title, total)
         self.smooth: dict[str, float] = {}
         self.ap = ""
@@ -34,16 +34,16 @@ class TrainingBar(Listener):
         self.draw(trainer, module)
 
     def on_scores(self, trainer: L.Trainer, module: StageModule, scores: Scores, best: bool) -> None:
-        """A line for each evaluation."""
-        self.ap = f"AP {100 * scores.metrics['AP']:.1f}"
+        """Print a line for each evaluation."""
+        self.ap = f"AP {points(scores.metrics['AP'])}"
         if trainer.is_global_zero:
             self.draw(trainer, module)
             losses = " ".join(f"{name} {value:.3f}" for name, value in self.smooth.items())
-            ap, ap50 = 100 * scores.metrics["AP"], 100 * scores.metrics["AP50"]
-            self.bar.say(f"epoch {trainer.current_epoch + 1}  AP {ap:5.1f}  AP50 {ap50:5.1f}{'  best' if best else ''}  {losses}")
+            ap, ap50 = points(scores.metrics["AP"]), points(scores.metrics["AP50"])
+            self.bar.say(f"epoch {trainer.current_epoch + 1}  AP {ap:>5}  AP50 {ap50:>5}{'  best' if best else ''}  {losses}")
 
     def draw(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Move the bar."""
+        """Update the smoothed losses and redraw the bar."""
         assert isinstance(module, StageModule)
         if module.last is not None:
             for name, term in module.last.terms.items():

@@ -1,4 +1,4 @@
-"""What happens around the steps: evaluation, logging, checkpoints."""
+"""Callbacks of the training loop: evaluation, logging and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,23 +23,28 @@ Evaluate = Callable[[Detector], Scores]
 
 
 class Evaluation(L.Callback):
-    """Scores the detector every few epochs and at the end; remembers the best."""
+    """Evaluates the detector every few epochs and at the end, and keeps the latest scores and the best AP."""
 
     def __init__(self, evaluate: Evaluate, every: int) -> None:
-        """``evaluate`` runs on every process of a distributed run, and returns the same on each."""
+        """Set the evaluation and its interval.
+
+        Args:
+            evaluate: computes the scores of a detector; runs on every process of a distributed run, with the same result.
+            every: epochs between evaluations.
+        """
         self.evaluate, self.every = evaluate, every
         self.latest: Scores | None = None
         self.best_ap = float("-inf")
         self.step = -1
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Every ``every`` epochs, and always at the last step (before the checkpoint, which then holds the scores)."""
+        """Evaluate every ``every`` epochs and at the last step, before the checkpoint, which then contains the scores."""
         assert isinstance(module, StageModule)
         if (trainer.current_epoch + 1) % self.every == 0 or trainer.global_step >= module.total:
             self.run(trainer, module)
 
     def run(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Score now, and tell the other callbacks (``on_scores``)."""
+        """Evaluate now, and call ``on_scores`` of the other callbacks."""
         assert isinstance(module, StageModule)
         if module.detector is None or self.step == trainer.global_step:
             return
@@ -56,38 +61,38 @@ class Evaluation(L.Callback):
                 callback.on_scores(trainer, module, self.latest, best)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know."""
+        """State for a resumed run: best AP, step and scores of the latest evaluation."""
         return {"best_ap": self.best_ap, "step": self.step, "latest": asdict(self.latest) if self.latest else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See ``state_dict``."""
+        """Restore the state from ``state_dict``."""
         self.best_ap, self.step = state_dict["best_ap"], state_dict["step"]
         self.latest = Scores(**state_dict["latest"]) if state_dict["latest"] else None
 
 
 class Listener(L.Callback):
-    """A callback that hears of new scores."""
+    """A callback that is called after every evaluation."""
 
     def on_scores(self, trainer: L.Trainer, module: StageModule, scores: Scores, best: bool) -> None:
-        """Called after each evaluation, on every process; ``best``: the highest AP of this stage so far."""
+        """Called after each evaluation, on every process; ``best``: the AP is the highest of this stage so far."""
 
 
 class Records(Listener):
-    """Losses and scores into metrics.csv and the other loggers."""
+    """Writes losses and scores to metrics.csv and to the other loggers."""
 
     def __init__(self, table: MetricsTable, every: int) -> None:
-        """A row every ``every`` steps."""
+        """Write a row of losses to ``table`` every ``every`` optimizer steps."""
         self.table, self.every = table, every
         self._logged = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """A resumed run logged this step before it was interrupted."""
+        """Do not log the step of the checkpoint again in a resumed run."""
         self._logged = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Log each ``every``-th optimizer step (with several batches a step: the last one's losses)."""
+        """Log each ``every``-th optimizer step (with several batches per step: the losses of the last batch)."""
         assert isinstance(module, StageModule)
         step = trainer.global_step
         if not trainer.is_global_zero or module.last is None or step == self._logged:
@@ -102,12 +107,12 @@ class Records(Listener):
         self.write(trainer, module, row)
 
     def on_scores(self, trainer: L.Trainer, module: StageModule, scores: Scores, best: bool) -> None:
-        """Log the 12 numbers."""
+        """Log the 12 COCO numbers."""
         if trainer.is_global_zero:
             self.write(trainer, module, {f"val/{name}": value for name, value in scores.metrics.items()})
 
     def write(self, trainer: L.Trainer, module: StageModule, row: dict[str, float]) -> None:
-        """A row of this moment, for the main process."""
+        """Write a row for the current step; only for the main process."""
         rate = float(trainer.optimizers[0].param_groups[0]["lr"])
         base: dict[str, float | int | str] = {
             "stage": module.stage.name,
@@ -122,24 +127,24 @@ class Records(Listener):
 
 
 class Checkpoints(Listener):
-    """``last.ckpt`` after each epoch (and every few steps), ``best.ckpt`` at each new best AP; never half-written."""
+    """Saves ``last.ckpt`` after each epoch (and every few steps) and ``best.ckpt`` at each new best AP, never half-written."""
 
     def __init__(self, folder: Path, every: int) -> None:
-        """``every`` steps, beside the end of each epoch; 0: only there."""
+        """Save to ``folder`` after each epoch and every ``every`` optimizer steps; 0: after each epoch only."""
         self.folder, self.every = folder, every
         self._saved = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Not again in the middle of the next step's batches."""
+        """Do not save the step of the checkpoint again during the batches of the next step."""
         self._saved = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Every ``every`` optimizer steps.
+        """Save every ``every`` optimizer steps, except after the last step of an epoch.
 
-        Not after an epoch's last one, whose checkpoint follows its evaluation: Lightning, resumed from here, would take
-        the epoch as ended and never score it.
+        The checkpoint of that step is saved after the evaluation: a run resumed from a checkpoint before it would skip
+        the evaluation, because Lightning takes the epoch as finished.
         """
         step = trainer.global_step
         assert isinstance(module, StageModule)
@@ -148,20 +153,20 @@ class Checkpoints(Listener):
             self.save(trainer, module, "last.ckpt")
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """After the epoch's evaluation (this callback comes after ``Evaluation``)."""
+        """Save after the evaluation of the epoch (this callback comes after ``Evaluation``)."""
         self.save(trainer, module, "last.ckpt")
 
     def on_scores(self, trainer: L.Trainer, module: StageModule, scores: Scores, best: bool) -> None:
-        """Keep the best."""
+        """Save ``best.ckpt`` at a new best AP."""
         if best:
             self.save(trainer, module, "best.ckpt")
 
     def save(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
-        """Write beside, then rename.
+        """Write the checkpoint under a temporary name and rename it. If this fails, the previous checkpoint is kept.
 
         Raises:
-            NonFiniteLoss: the weights are not finite; what was saved before is untouched.
-            RunError: the disk is full or not writable; likewise.
+            NonFiniteLoss: the weights are not finite.
+            RunError: the disk is full or not writable.
         """
         assert isinstance(module, StageModule)
         module.check_weights()
@@ -172,10 +177,10 @@ class Checkpoints(Listener):
             trainer.save_checkpoint(temporary, weights_only=False)
             if trainer.is_global_zero:
                 os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
             temporary.unlink(missing_ok=True)
-            kept = "the one before is kept" if path.exists() else "none was saved before"
-            raise RunError(f"cannot save {path}: {_reason(error)}; {kept}. Make space and go on with --resume true") from error
+            kept = "the previous one is kept" if path.exists() else "there is no earlier one"
+            raise RunError(f"cannot save {path}: {_reason(error)}; {kept}. Make space and continue with --resume true") from error
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Several runs that belong together: distilled and baseline students over the same seeds, side by side."""
+"""Experiments: runs of distilled students and baselines with the same seeds, one after the other or at the same time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import yaml
 
 from detdistill.errors import RunError
 from detdistill.evaluation import Scores
+from detdistill.evaluation.scores import points
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings
 from detdistill.training.folder import new_folder, resume_folder
@@ -29,7 +30,7 @@ from detdistill.training.teacher_scores import note_teacher
 
 @dataclass(frozen=True)
 class Experiment:
-    """The folders of a finished experiment, and what the teacher reached."""
+    """The folders of a finished experiment, and the scores of the teacher."""
 
     folder: Path
     runs: tuple[Path, ...]
@@ -37,7 +38,7 @@ class Experiment:
 
 
 def plans_of(plan: Plan, parent: Path) -> list[Plan]:
-    """One plan for each seed, with a baseline for each when asked."""
+    """One plan for each seed, and with ``baseline`` also one for its baseline; run folders are in ``parent``."""
     settings = plan.settings
     assert isinstance(settings, DistillSettings)
     plans = []
@@ -55,33 +56,33 @@ def plans_of(plan: Plan, parent: Path) -> list[Plan]:
 
 
 def run_experiment(session: Session, teacher_scores: Scores | None, progress: Progress) -> Experiment:
-    """Run a plan once for each seed, and a baseline for each when asked.
+    """Run a plan once for each seed, and with ``baseline`` also train a baseline for each seed.
 
     Args:
-        session: of the plan; its student and method are those of one of the runs, if their seed is the plan's.
-        teacher_scores: noted beside the numbers of every run.
-        progress: where to show it.
+        session: session of the plan. Its student and method are used by the distilled run with the same seed, if there is one.
+        teacher_scores: scores of the teacher, added to the summary of every run.
+        progress: display of the progress.
 
     Raises:
-        RunError: a run failed; the finished ones are kept, and ``resume`` goes on from there.
+        RunError: a run failed; finished runs are kept, and ``resume`` continues the experiment.
     """
     plan, settings = session.plan, session.plan.settings
     assert isinstance(settings, DistillSettings)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise RunError("several runs cannot be started by a launcher of processes; give --devices alone, or start each seed")
+        raise RunError("several runs cannot be started by torchrun; use --devices without it, or start each seed by itself")
     if settings.resume:
         if settings.out is None:
-            raise RunError("--resume true needs --out with the folder to go on with")
+            raise RunError("--resume true needs --out with the folder of the experiment")
         parent = settings.out
     else:
         parent = new_folder(settings.out, f"distill-{settings.method.split(',')[0]}")
     parent.mkdir(parents=True, exist_ok=True)
     plans = plans_of(plan, parent)
     for single in plans:
-        if single.settings.resume:  # also of finished runs: all must be of one kind
+        if single.settings.resume:  # checked for finished runs too: all runs must have the same settings
             resume_folder(single.settings.out, single.config())
     waiting = [p for p in plans if not (p.settings.out is not None and (p.settings.out / "summary.json").exists())]
-    # The further processes of a distributed run start by the same command: it must be that of one run.
+    # Distributed runs start further processes with the same command, so it must be the command of a single run.
     if settings.jobs > 1 or settings.devices * settings.nodes > 1:
         _run_side_by_side(waiting, settings.jobs, progress)
     else:
@@ -98,7 +99,7 @@ def run_experiment(session: Session, teacher_scores: Scores | None, progress: Pr
 
 
 def _run_side_by_side(plans: Sequence[Plan], jobs: int, progress: Progress) -> None:
-    """Each plan in a process of its own with one torch thread, ``jobs`` at a time, followed by their metrics.csv."""
+    """Run each plan in its own process with one torch thread, ``jobs`` at a time; progress is read from metrics.csv."""
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         waiting, running = list(enumerate(plans)), list[_Child]()
@@ -141,10 +142,10 @@ class _Child:
         self.progress, self._position, self._columns = progress, 0, list[str]()
 
     def follow(self) -> bool:
-        """Show what is new; False when the run has ended.
+        """Show new progress; return False when the run has ended.
 
         Raises:
-            RunError: it failed, with its last line.
+            RunError: the run failed; with the last line of its output.
         """
         self._read()
         code = self.process.poll()
@@ -154,8 +155,9 @@ class _Child:
             lines = [line for line in self.log.read_text().splitlines() if line.strip()]
             raise RunError(f"{self.plan.title} failed: {lines[-1] if lines else f'exit code {code}'}")
         summary = json.loads((self.folder / "summary.json").read_text())
-        self.bar.update(self.bar.total, f"AP {100 * summary['metrics']['AP']:.1f}")
-        self.bar.say(f"AP {100 * summary['metrics']['AP']:.1f}  AP50 {100 * summary['metrics']['AP50']:.1f}")
+        ap, ap50 = points(summary["metrics"]["AP"]), points(summary["metrics"]["AP50"])
+        self.bar.update(self.bar.total, f"AP {ap}")
+        self.bar.say(f"AP {ap}  AP50 {ap50}")
         return False
 
     def _read(self) -> None:
@@ -167,7 +169,7 @@ class _Child:
             return
         steps = [row for row in rows if row.get("loss")]
         scored = [row for row in rows if row.get("val/AP")]
-        text = f"AP {100 * float(scored[-1]['val/AP']):.1f}  " if scored else ""
+        text = f"AP {points(float(scored[-1]['val/AP']))}  " if scored else ""
         if steps:
             text += f"loss {float(steps[-1]['loss']):.2f}"
         total = int(rows[0]["total"])

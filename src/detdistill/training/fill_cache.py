@@ -1,4 +1,4 @@
-"""From the command line to a filled cache: build, prepare, probe, forecast, fill."""
+"""Making and checking a cache: build the method, train its earlier stages, probe, forecast, fill."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from detdistill.data.views import sights
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector, DetectorSpec, HasQueries, Teacher
 from detdistill.methods.shared.compose import build_method
-from detdistill.methods.shared.contract import Method, teach_by_canvas
+from detdistill.methods.shared.contract import Method, Stage, teach_by_canvas
 from detdistill.methods.shared.needs import PairError
 from detdistill.progress import Progress
 from detdistill.settings import CacheSettings, DistillSettings, as_plain, names_where
@@ -41,8 +41,8 @@ from detdistill.training.session import Session
 from detdistill.training.stage_results import cached_stage_file, state_of
 
 TOLERANCES: dict[Store, float] = {"float32": 1e-3, "float16": 2e-3, "bfloat16": 1e-2, "int8": 1e-2, "int6": 4e-2}
-"""What ``verify`` forgives, in parts of a tensor's largest value: other hardware adds in another order, and a number may be
-rounded the other way."""
+"""Largest differences that ``verify`` accepts, as fractions of a tensor's largest value. Other hardware sums in another order,
+so a stored number may be rounded differently."""
 
 
 def make_cache(
@@ -54,26 +54,26 @@ def make_cache(
     device: str,
     progress: Progress,
 ) -> tuple[str, int, bool, Store, Forecast]:
-    """Make a cache, or go on with an unfinished one.
+    """Make a cache, or complete an unfinished one.
 
     Args:
         url: folder or fsspec URL.
-        teacher: its name and itself.
-        data: its name and itself.
-        student: model string, or None for an untrained detector of the teacher's build.
-        settings: what to ask and how to keep it.
-        device: where the teacher runs.
-        progress: where to show it.
+        teacher: model string or path of the teacher, and the loaded teacher.
+        data: path of the data, and the loaded data.
+        student: model string; None: an untrained detector of the teacher's architecture.
+        settings: method, views and number format.
+        device: device of the teacher.
+        progress: display of the progress.
 
     Returns:
-        Folder, records in it, whether these are all, how numbers are kept, and the forecast of what was missing.
+        Folder, number of records, whether the cache is complete, number format, and the forecast for the missing records.
 
     Raises:
-        CacheError: endless views, another cache there, no space, or a disk that takes no more.
-        PairError: the method does not serve this teacher (and student).
+        CacheError: unlimited number of views, another cache in the folder, no space, or a disk that cannot be written.
+        PairError: the method cannot be used with this teacher (and student).
     """
     folder, views = storage(url), view_settings(settings)
-    kinds = views_of(views)  # endless views are refused before anything else
+    views_of(views)  # raises CacheError for an unlimited number of views, before anything else
     if settings.nodes > 1 and "WORLD_SIZE" not in os.environ:
         raise CacheError("nodes: start the same command on every machine with torchrun, which numbers the processes")
     frozen = Teacher(teacher[1])
@@ -88,23 +88,12 @@ def make_cache(
     rank, world = _rank(settings.devices)
     before = found_about(folder) if rank == 0 else _wait(folder)
     wanted = before.store if before is not None and settings.store == "auto" else settings.store
-    about = About(
-        teacher=teacher[0],
-        teacher_fingerprint=frozen.fingerprint,
-        teacher_parameters=sum(p.numel() for p in teacher[1].parameters()),
-        spec=described(frozen),
-        method=settings.method,
-        student=student,
-        knowledge=tuple(lecture.knowledge),
-        stages=tuple(stage.depends_on for stage in stages),
-        data=data[0],
-        data_fingerprint=train.fingerprint,
-        views=kinds,
+    about = replace(
+        _description(session, student, settings, lecture, stages),
         store="float32" if wanted == "auto" else wanted,
-        precision=settings.precision,
         records=len(everything),
     )
-    cache = None if before is None else KnowledgeCache.create(url, about)  # refused here if it is another one
+    cache = None if before is None else KnowledgeCache.create(url, about)  # raises CacheError if it is another cache
     missing = [sight for sight in everything if cache is None or sight.key not in cache.index.places]
     ahead = Forecast(0, {}, 0.0, None, {})
     if missing and rank == 0:
@@ -132,15 +121,40 @@ def make_cache(
     return folder.url, len(everything) - left, not left, about.store, ahead
 
 
+def _description(
+    session: Session, student: str | None, settings: CacheSettings, lecture: Lecture, stages: tuple[Stage, ...]
+) -> About:
+    """The description of the cache, as yet without records and in float32."""
+    plan, teacher = session.plan, session.teacher
+    assert teacher is not None
+    assert plan.teacher is not None
+    return About(
+        teacher=plan.teacher,
+        teacher_fingerprint=teacher.fingerprint,
+        teacher_parameters=sum(p.numel() for p in teacher.detector.parameters()),
+        spec=described(teacher),
+        method=settings.method,
+        student=student,
+        knowledge=tuple(lecture.knowledge),
+        stages=tuple(stage.depends_on for stage in stages),
+        data=plan.data,
+        data_fingerprint=session.splits.train.fingerprint,
+        views=views_of(view_settings(settings)),
+        store="float32",
+        precision=settings.precision,
+        records=0,
+    )
+
+
 def described(teacher: Teacher) -> DetectorSpec:
-    """The teacher's spec with the format of its queries, which runs without the teacher need to know."""
+    """The teacher's spec with the format of its queries, which runs without the teacher need."""
     if not isinstance(teacher.detector, HasQueries):
         return teacher.spec
     return replace(teacher.spec, queries=teacher.queries)
 
 
 def _wait(folder: Storage) -> About | None:
-    """What the first of several processes decided; nothing when it does not decide within half an hour."""
+    """Wait for the description that the first of several processes writes; None: there is none after half an hour."""
     deadline = time.monotonic() + 1800
     while (about := found_about(folder)) is None and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -148,16 +162,16 @@ def _wait(folder: Storage) -> About | None:
 
 
 def _rank(devices: int) -> tuple[int, int]:
-    """This process among those that a launcher (torchrun) started, or the first of those that ``_others`` will start."""
+    """Rank of this process and number of processes, as set by torchrun or ``_others``; default: 0 of ``devices``."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", devices))
 
 
 @contextlib.contextmanager
 def _others(settings: CacheSettings, store: Store, names: dict[str, str | None]) -> Iterator[None]:
-    """The further processes of ``devices``, where no launcher has started them, at work beside this one.
+    """Start the further processes of ``devices``, unless torchrun has started them, and wait for them at the end.
 
     Raises:
-        CacheError: one of them failed, with its last line.
+        CacheError: a process failed; with the last line of its output.
     """
     if "WORLD_SIZE" in os.environ or settings.devices == 1:
         yield
@@ -197,12 +211,12 @@ def _learner(frozen: Teacher, student: str | None, splits: DataSplits, method: s
         learner = build_detector(student, splits.train.classes)
         return learner, build_method(method, frozen, learner)
     if frozen.spec.classes != splits.train.classes:
-        raise CacheError(f"teacher {frozen.spec.name} has other classes than the data; give the student of the run (--student)")
+        raise CacheError(f"teacher {frozen.spec.name} has other classes than the data; give the student of the runs (--student)")
     learner = stranger(frozen.detector)
     try:
         return learner, build_method(method, frozen, learner)
     except PairError as error:
-        raise PairError(f"{error} (no student was named, so one of the teacher's build was tried; give --student)") from error
+        raise PairError(f"{error} (tried with a student of the teacher's architecture; give --student)") from error
 
 
 def _session(
@@ -214,7 +228,7 @@ def _session(
     learner: Detector,
     method: Method[Any],
 ) -> Session:
-    """A run that trains what the knowledge depends on: the earlier stages of the method."""
+    """The session that trains the earlier stages of the method, on which its knowledge depends."""
     common = {
         field.name: getattr(settings, field.name) for field in fields(CacheSettings) if hasattr(DistillSettings, field.name)
     }
@@ -227,10 +241,20 @@ def _session(
 def check_cache(
     url: str, live: Callable[[str], tuple[Detector, DataSplits]] | None, records: int, device: str, progress: Progress
 ) -> str:
-    """Read every record, and compare some with the living teacher; see ``api.verify_cache``.
+    """Read every record, and compare some with new outputs of the teacher; see ``api.verify_cache``.
+
+    Args:
+        url: folder or fsspec URL.
+        live: loads teacher and data, given the path of the data in the cache's description; None: check the checksums only.
+        records: number of records to compare.
+        device: device of the teacher.
+        progress: display of the progress.
+
+    Returns:
+        The findings, in one line.
 
     Raises:
-        CacheError: a record is damaged, or is not what the teacher says now.
+        CacheError: a record is damaged, or records differ from the teacher's outputs by more than ``TOLERANCES``.
     """
     cache = KnowledgeCache.open(url)
     keys = list(cache.index.places)
@@ -255,8 +279,8 @@ def check_cache(
     largest = compare(cache, lecture, splits.train, views, chosen)
     if largest > TOLERANCES[cache.about.store]:
         raise CacheError(
-            f"cache {cache.folder.url} is not what the teacher says now: {len(chosen)} records differ by up to "
-            f"{100 * largest:.2g} % of the largest value; make it anew"
+            f"cache {cache.folder.url} does not agree with the teacher: {len(chosen)} records differ by up to "
+            f"{100 * largest:.2g} % of the largest value; make the cache again"
         )
     return f"{words}; {len(chosen)} compared with the teacher: largest difference {100 * largest:.2g} % of the largest value"
 

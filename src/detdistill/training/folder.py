@@ -1,4 +1,4 @@
-"""The run folder: made once, never overwritten, every file written beside and renamed."""
+"""The run folder. It is never overwritten; every file is written under a temporary name and renamed."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from detdistill.settings import DistillSettings, names_where, renamed
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run lives."""
+    """Paths of the files of a run."""
 
     path: Path
 
     @property
     def checkpoints(self) -> Path:
-        """``last.ckpt`` and ``best.ckpt``."""
+        """Folder of ``last.ckpt`` and ``best.ckpt``."""
         return self.path / "checkpoints"
 
     @property
     def student(self) -> Path:
-        """The detector in its own library's form."""
+        """Folder of the trained student, in the format of its own library."""
         return self.path / "student"
 
     @property
     def metrics(self) -> Path:
-        """The table of losses and scores."""
+        """The table of losses and scores: metrics.csv."""
         return self.path / "metrics.csv"
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """A JSON file, whole or not at all."""
+        """Write a JSON file, whole or not at all."""
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
 
 def new_folder(out: Path | None, name: str) -> Path:
-    """The folder a new run will use, which must not exist yet.
+    """Path of the folder of a new run: ``out``, or one under ``runs/`` from ``name`` and the time. It is not created yet.
 
     Raises:
-        RunError: it exists and holds something.
+        RunError: the folder exists and is not empty, or cannot be read.
     """
     path = out if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
@@ -59,16 +59,16 @@ def new_folder(out: Path | None, name: str) -> Path:
 
 
 def start_folder(path: Path, config: dict[str, Any]) -> RunFolder:
-    """Make the folder of a new run and write its ``config.yaml``.
+    """Create the folder of a new run and write its ``config.yaml``.
 
     Raises:
-        RunError: it cannot be written, or another run has just taken it.
+        RunError: the folder cannot be written, or another run has just created it.
     """
     folder = RunFolder(path)
     empty_before = path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        folder.checkpoints.mkdir()  # of two runs that start together, one fails here
+        folder.checkpoints.mkdir()  # if two runs start at the same time, one of them fails here
     except FileExistsError as error:
         raise _exists(path) from error
     except OSError as error:
@@ -82,7 +82,7 @@ def start_folder(path: Path, config: dict[str, Any]) -> RunFolder:
 
 
 def _exists(path: Path) -> RunError:
-    return RunError(f"run folder {path} exists; give another --out, or --resume true to go on with it")
+    return RunError(f"run folder {path} exists; give another --out, or --resume true to continue the run")
 
 
 def _unwritable(path: Path, error: OSError) -> RunError:
@@ -90,15 +90,15 @@ def _unwritable(path: Path, error: OSError) -> RunError:
 
 
 def resume_folder(path: Path | None, config: dict[str, Any]) -> RunFolder:
-    """The folder of a run that goes on; its settings must be those of this call.
+    """Open the folder of a run to resume; its settings must equal ``config``.
 
     Raises:
-        RunError: no folder given, nothing to resume in it, or a setting differs.
+        RunError: no folder is given, it contains no run, or a setting differs.
     """
     if path is None:
-        raise RunError("--resume true needs --out with the run folder to go on with")
+        raise RunError("--resume true needs --out with the run folder")
     if not (path / "config.yaml").exists():
-        raise RunError(f"{path} holds no run to resume (no config.yaml); leave out --resume to start one")
+        raise RunError(f"{path} contains no run to resume (no config.yaml); leave out --resume to start a new one")
     before = renamed(yaml.safe_load((path / "config.yaml").read_text()))
     free = names_where(DistillSettings, "run", False)
     differing = [key for key in config if key not in free and before.get(key) != config[key]]
@@ -112,7 +112,7 @@ def resume_folder(path: Path | None, config: dict[str, Any]) -> RunFolder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename."""
+    """Write a file under a temporary name and rename it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(text)

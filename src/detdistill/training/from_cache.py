@@ -1,4 +1,4 @@
-"""What a run needs to know of a cache of knowledge before it learns from it."""
+"""Opening a cache of knowledge for a run, and reading the results of earlier stages from it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from detdistill.training.stage_results import cached_stage_file, load_result, re
 
 
 def open_cache(url: str, method: str, splits: DataSplits, views: ViewSettings, teacher: Teacher | None) -> KnowledgeCache:
-    """The cache, if it holds all that a run will ask.
+    """Open a cache, and check that it has all knowledge that a run needs.
 
     Args:
         url: folder or fsspec URL.
-        method: the run's.
-        splits: the run's data.
-        views: how the run makes images.
-        teacher: the live one, if the run named one.
+        method: method string of the run.
+        splits: data of the run.
+        views: image settings of the run.
+        teacher: the loaded teacher, if the run has one.
 
     Raises:
-        CacheError: no cache, a damaged or unfinished one, or one of something else; in one line.
+        CacheError: there is no cache, it is damaged or unfinished, or it was made for other data, views, knowledge or teacher.
     """
     cache = KnowledgeCache.open(url)
     cache.check(method, splits.train.fingerprint, views_of(views), teacher)
@@ -33,11 +33,11 @@ def open_cache(url: str, method: str, splits: DataSplits, views: ViewSettings, t
 
 
 def why_live_teacher(method: str) -> str:
-    """Why a method needs the teacher itself when it learns, beside what a cache holds; empty: it does not."""
+    """Reason why a method needs the teacher itself besides a cache; empty if the cache is enough."""
     reasons = [(kind.slug, kind.needs(**settings).why_live()) for kind, settings in parse_methods(method)]
     return "; ".join(f"{slug}: {reason}" for slug, reason in reasons if reason)
 
 
 def stage_from_cache(cache: KnowledgeCache, stage: Stage, method: Method) -> bool:
-    """Whether the result of an earlier stage was in the cache, and is now in the method."""
+    """Load the result of an earlier stage from the cache into the method; return whether there was one."""
     return reusable(stage, method) and load_result(cache.folder, cached_stage_file(stage), stage)

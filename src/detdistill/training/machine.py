@@ -1,4 +1,4 @@
-"""What this machine is and can do, which of its processes this is, and where its random numbers start."""
+"""The machine: checks of its hardware, the main process, random seeds, versions."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from detdistill.settings import TrainSettings
 
 
 def check_machine(settings: TrainSettings) -> None:
-    """Say what this machine cannot do before anything is made.
+    """Check that this machine can do what the settings require, before anything is trained.
 
     Raises:
-        RunError: naming the setting.
+        RunError: it cannot; the message names the setting.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise RunError("device: cuda is not available here; use --device cpu")
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
     if on_gpu and settings.devices > torch.cuda.device_count():
-        raise RunError(f"devices: {settings.devices} GPUs are wanted, {torch.cuda.device_count()} are here")
+        raise RunError(f"devices: {settings.devices} GPUs are required, but this machine has {torch.cuda.device_count()}")
     if not on_gpu and settings.precision == "16":
         raise RunError("precision: 16 needs a GPU; use bf16 or 32")
     world, wanted = int(os.environ.get("WORLD_SIZE", 1)), settings.devices * settings.nodes
-    if world > 1 and world != wanted:  # each would train alone, all in one folder
+    if world > 1 and world != wanted:  # each process would train alone, all in the same folder
         raise RunError(f"devices: {world} processes were started, but --devices times --nodes is {wanted}; give --devices")
 
 
 def is_main_process() -> bool:
-    """False in the further processes of a distributed run."""
+    """True in a single process and in the first process of a distributed run."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0))) == 0
 
 
 def seed_everything(seed: int) -> None:
-    """torch, numpy and python."""
+    """Seed the random generators of torch, numpy and python."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries below may still use the global generator
     random.seed(seed)
 
 
 def versions() -> dict[str, str]:
-    """Of all that numbers depend on."""
+    """Versions of Python and of the packages that affect results."""
     names = ("detdistill", "torch", "torchvision", "timm", "lightning", "faster-coco-eval", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def hardware() -> str:
-    """One line."""
+    """The GPUs, or the CPU with its number of threads, in one line."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""The instability of bipartite matching, measured beside every evaluation (``--instability N``)."""
+"""Measurement of the instability of bipartite matching at every evaluation (``--instability N``)."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from detdistill.training.module import StageModule
 
 
 class MatchingInstability(Listener):
-    """``val/IS`` and ``val/IS_layers`` into metrics.csv; of a distributed run, the main process measures alone.
+    """Writes ``val/IS`` and ``val/IS_layers`` to metrics.csv; in a distributed run, only the main process measures.
 
-    Draws no random numbers and touches no weight: a run with it trains what the run without it trains.
+    It draws no random numbers and changes no weight, so training is the same with and without it.
     """
 
     def __init__(self, vectors: Callable[[Detector], Tensor], records: Records) -> None:
-        """``vectors`` gives a detector's ``index_vectors`` [L, I, N], always on the same images."""
+        """``vectors`` computes the ``index_vectors`` [L, I, N] of a detector, always on the same images."""
         self.vectors, self.records = vectors, records
         self.before: Tensor | None = None
-        """Those of the evaluation before; at first those before training."""
+        """Index vectors of the previous evaluation; at first, those before training."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Before the first step, so that there is something to compare the first epoch with."""
+        """Compute the index vectors before the first step, for comparison with the first epoch."""
         assert isinstance(module, StageModule)
         if trainer.global_step == 0 and module.detector is not None:
             self.before = self.vectors(module.detector)
 
     def on_scores(self, trainer: L.Trainer, module: StageModule, scores: Scores, best: bool) -> None:
-        """Compare with the evaluation before, and remember."""
+        """Compare with the previous evaluation, and store the index vectors for the next."""
         assert module.detector is not None
         now = self.vectors(module.detector)
         row = {"val/IS_layers": instability_of_layers(now)}
-        # Not where a run was resumed with another number of images, or without any number before.
+        # No comparison if the run was resumed with another number of images, or was not measured before.
         if self.before is not None and self.before.shape == now.shape:
             row = {"val/IS": instability(self.before, now)} | row
         self.before = now
         self.records.write(trainer, module, row)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know."""
+        """State for a resumed run: the index vectors of the latest evaluation."""
         return {"before": None if self.before is None else self.before.to(torch.int32)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See ``state_dict``."""
+        """Restore the state from ``state_dict``."""
         self.before = None if state_dict["before"] is None else state_dict["before"].cpu().long()

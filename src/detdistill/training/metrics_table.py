@@ -1,4 +1,4 @@
-"""metrics.csv: one row for each logged event, written at once, continued by a resumed run."""
+"""metrics.csv: one row for each logged step or evaluation, written immediately. A resumed run continues the file."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ FIRST = ("stage", "step", "total", "epoch", "lr", "seconds", "loss")
 
 
 class MetricsTable:
-    """A CSV file whose columns grow as new names appear."""
+    """A CSV file to which new names add columns."""
 
     def __init__(self, path: Path, keep: Callable[[str, int], bool] | None = None) -> None:
         """Open for appending.
 
         Args:
-            path: the file; made when missing.
-            keep: when a run is resumed: whether a row of this stage and step stays. The others will be logged again, and
-                so will be the columns that only they filled.
+            path: the file; created if missing.
+            keep: for a resumed run: whether to keep the row of a given stage and step. Other rows, and columns that only they
+                fill, are removed, because the resumed run logs them again. None: start an empty table.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: the file cannot be written.
         """
         self.path = path
         self.columns: list[str] = list(FIRST)
@@ -69,18 +69,18 @@ class MetricsTable:
             raise
 
     def _failure(self, error: OSError) -> RunError:
-        return RunError(f"cannot write {self.path}: {error.strerror}; make space and go on with --resume true")
+        return RunError(f"cannot write {self.path}: {error.strerror}; make space and continue with --resume true")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """All whole rows; a last line that is still being written, or was cut off by a crash, is left out."""
+    """Read all complete rows; a last line that is still being written, or was cut off by a crash, is left out."""
     with path.open(newline="") as file:
         text = file.read()
     return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
 
 def idle_terms(rows: Iterable[Mapping[str, str | float]]) -> tuple[str, ...]:
-    """Loss terms that never moved the student: no gradient at all in any of two or more measurements of their shares."""
+    """Loss terms with a zero share of the student's gradient in all measurements, of which there must be two or more."""
     measured: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():

@@ -1,4 +1,4 @@
-"""One LightningModule for every method: it runs a stage's step, sums what comes back, and watches it."""
+"""The LightningModule of all methods: it runs the step of a stage, sums the loss terms, and checks and measures them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from detdistill.detectors.contract import Detector
 from detdistill.errors import RunError
 from detdistill.methods.shared.contract import Method, Source, Stage, teach_by_canvas
 from detdistill.settings import DistillSettings, TrainSettings
-from detdistill.structures import Batch, Clock, Losses
+from detdistill.structures import Batch, Clock, Losses, map_tensors
 from detdistill.training.optimizers import build_optimizer, build_schedule
-
-Ids = tuple[int, ...]
 
 
 class NonFiniteLoss(RunError):
@@ -30,7 +28,7 @@ class NonFiniteLoss(RunError):
 
 
 class StageModule(L.LightningModule):
-    """Student and method, trained by one stage. The teacher is in neither's state dict."""
+    """Student and method, trained by one stage. The state dict does not contain the teacher."""
 
     def __init__(
         self,
@@ -43,17 +41,17 @@ class StageModule(L.LightningModule):
         images: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        """Put a stage into Lightning's hands.
+        """Prepare a stage for Lightning.
 
         Args:
-            student: what all stages are for.
-            method: None when a detector trains alone.
-            stage: what to do.
-            settings: of the run.
+            student: the student of the run, in all stages.
+            method: the method; None: the detector is trained without one.
+            stage: the stage to train.
+            settings: settings of the run, with the stage's overrides.
             total: optimizer steps of this stage.
-            source: gives what the stage's method is taught about a batch, from the teacher or from a cache.
-            images: seen in the stages before.
-            seconds: used by the stages before.
+            source: gives the knowledge of the stage's method about a batch, from the teacher or from a cache.
+            images: number of images that this process saw in the stages before.
+            seconds: training time of the stages before.
         """
         super().__init__()
         self.student, self.method = student, method
@@ -64,11 +62,11 @@ class StageModule(L.LightningModule):
             self.average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
             self.average.requires_grad_(False)
         self.last: Losses | None = None
-        """The latest losses, detached: what the progress bar shows."""
+        """The latest losses, detached; shown by the progress bar."""
         self.images = images
-        """Images this process has seen in this run."""
-        self._unchecked: list[tuple[Losses, Ids]] = []
-        # What its owner froze (early layers of a pretrained backbone, say) stays frozen.
+        """Number of images that this process has seen in this run."""
+        self._unchecked: list[tuple[Losses, Batch]] = []
+        # Parameters that were frozen before (early layers of a pretrained backbone, for example) stay frozen.
         self._trainable = [p for p in nn.ModuleList(filter(None, (student, method))).parameters() if p.requires_grad]
         self._trained: tuple[int, ...] = ()
         self._random_state: Mapping[str, Any] | None = None
@@ -77,17 +75,17 @@ class StageModule(L.LightningModule):
 
     @property
     def clock(self) -> Clock:
-        """Where this stage stands."""
+        """Step, total steps and epoch of this stage."""
         return Clock(step=self.global_step, total=self.total, epoch=self.current_epoch)
 
     @property
     def seconds(self) -> float:
-        """Training time of this run, earlier stages and earlier parts of a resumed run included."""
+        """Training time of this run, including earlier stages and the time before it was resumed."""
         return self._seconds_before + time.monotonic() - self._started
 
     @property
     def detector(self) -> Detector | None:
-        """What is evaluated and exported: the moving average when there is one."""
+        """The detector that is evaluated and exported: with ``ema`` the moving average of the student."""
         if self.stage.evaluates is self.student and self.average is not None:
             averaged = self.average.module
             assert isinstance(averaged, Detector)
@@ -97,7 +95,7 @@ class StageModule(L.LightningModule):
     # ------------------------------------------------------------------------------------------------- the step
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        """The stage's step."""
+        """Compute the losses of a batch by the stage's step; return their sum."""
         self._freeze()
         method = self.stage.learns_from
         taught = None if method is None else self.source(method, batch)
@@ -112,7 +110,7 @@ class StageModule(L.LightningModule):
             {name: term.detach() for name, term in losses.terms.items()},
             {name: value.detach() for name, value in losses.monitors.items()},
         )
-        self._unchecked.append((self.last, batch.ids))
+        self._unchecked.append((self.last, batch))
         self.images += len(batch)
         if self.method is not None:
             for teacher in self.method.teachers():
@@ -120,7 +118,7 @@ class StageModule(L.LightningModule):
         return total
 
     def _freeze(self) -> None:
-        """Gradients for what the stage trains at this moment, for nothing else."""
+        """Turn on gradients for the modules that the stage trains at this step, and off for all others."""
         trained = tuple(dict.fromkeys(id(module) for module in self.stage.trains(self.clock)))
         if trained == self._trained:
             return
@@ -132,19 +130,19 @@ class StageModule(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip the gradient, or stop here, before the weights are touched, when losses or gradient are not finite.
+        """Clip the gradient. If the losses or the gradient are not finite, stop before the weights change.
 
-        Both are looked at together and only now, so that a GPU is waited for once a step.
+        Both are checked together here, so that the program waits for a GPU only once per step.
 
         Raises:
-            NonFiniteLoss: naming the term, the step and the images.
+            NonFiniteLoss: they are not finite; the message names the term, the step and the images.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = torch.isfinite(torch.stack([losses.total() for losses, _ in self._unchecked])).all()
-        if self.settings.precision != "16":  # there, the loss scaler skips such steps and lowers its scale
+        if self.settings.precision != "16":  # with precision 16, the loss scaler skips such steps and lowers its scale
             finite &= torch.isfinite(norm)
-        if self.trainer.world_size > 1:  # all processes stop together, or the others would wait for this one for ever
+        if self.trainer.world_size > 1:  # all processes stop together; otherwise the others would wait for this one forever
             finite = finite.float()
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         if not bool(finite):
@@ -154,11 +152,11 @@ class StageModule(L.LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def _blame(self) -> str:
-        what, ids = "", self._unchecked[-1][1]
+        what, batch = "", self._unchecked[-1][1]
         for losses, seen in self._unchecked:
             if not bool(torch.isfinite(losses.total())):
                 bad = [name for name, term in losses.terms.items() if not bool(torch.isfinite(term).all())]
-                what, ids = f"loss {', '.join(bad) or 'sum'}", seen
+                what, batch = f"loss {', '.join(bad) or 'sum'}", seen
                 break
         else:
             broken = [
@@ -167,18 +165,36 @@ class StageModule(L.LightningModule):
             what = f"the gradient ({broken[0] if broken else 'its norm'}, {len(broken)} tensors)"
             values = (f"{name} {float(term):.3g}" for name, term in self._unchecked[-1][0].terms.items())
             what += f" of losses {', '.join(values)}"
-        where = f"at step {self.global_step} (epoch {self.current_epoch}) on images {list(ids)}"
+        where = f"at step {self.global_step} (epoch {self.current_epoch}) on images {list(batch.ids)}"
+        if self._is_the_teachers_fault(batch):
+            return f"the teacher's output is NaN {where}; check the teacher's weights, or verify the cache"
         return f"{what} is not finite {where}; {self._advice()}"
+
+    def _is_the_teachers_fault(self, batch: Batch) -> bool:
+        """Whether what is taught about a batch, computed or read once more, is not finite."""
+        if self.stage.learns_from is None:
+            return False
+        taught = self.source(self.stage.learns_from, batch)
+        broken = False
+
+        def look(tensor: Tensor) -> Tensor:
+            nonlocal broken
+            broken |= tensor.is_floating_point() and bool(torch.isnan(tensor).any())
+            return tensor
+
+        if taught is not None:
+            map_tensors(taught, look)
+        return broken
 
     def _advice(self) -> str:
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        return f"lower lr (now {rate:.3g}) or the loss's weight, or use precision=32. The last good checkpoint is kept"
+        return f"lower lr (now {rate:.3g}) or the loss's weight, or use precision=32"
 
     def check_weights(self) -> None:
-        """Refuse weights that the latest step has ruined: they are neither saved nor scored.
+        """Check that all weights and running statistics are finite, before they are saved or evaluated.
 
         Raises:
-            NonFiniteLoss: naming one of them.
+            NonFiniteLoss: they are not; the message names a tensor.
         """
         tensors: dict[str, Tensor] = dict(self.named_parameters())
         tensors |= {name: buffer for name, buffer in self.named_buffers() if name.endswith(("running_mean", "running_var"))}
@@ -188,7 +204,7 @@ class StageModule(L.LightningModule):
             raise NonFiniteLoss(f"{bad[0]} ({len(bad)} tensors) is not finite after step {self.global_step}; {self._advice()}")
 
     def _shares(self, losses: Losses) -> dict[str, Tensor]:
-        """Each term's share of the student's gradient (norms over all parameters, summing to 1)."""
+        """Share of each loss term in the student's gradient: the norm of its gradient, divided by the sum of all norms."""
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         norms: dict[str, Tensor] = {}
         for name, term in losses.terms.items():
@@ -202,7 +218,7 @@ class StageModule(L.LightningModule):
         return {f"share/{name}": norm / whole for name, norm in norms.items()}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and move the average along before anybody saves a checkpoint."""
+        """Take the step, and update the moving average before a checkpoint can be saved."""
         super().optimizer_step(*args, **kwargs)
         if self.average is not None:
             self.average.update_parameters(self.student)
@@ -213,11 +229,11 @@ class StageModule(L.LightningModule):
             self.trainer.should_stop = True
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Batches move as one."""
+        """Move a whole batch to the device."""
         return batch.to(device, non_blocking=True)
 
     def setup(self, stage: str) -> None:
-        """The teacher is no submodule, so it is moved here."""
+        """Move the teachers to the device (they are not submodules), and set the memory layout."""
         if self.method is not None:
             for teacher in self.method.teachers():
                 teacher.to(self.trainer.strategy.root_device)
@@ -227,12 +243,12 @@ class StageModule(L.LightningModule):
             self.student.to(memory_format=torch.channels_last)
 
     def teardown(self, stage: str) -> None:
-        """What this stage froze is free for the next."""
+        """Unfreeze the parameters that this stage has frozen."""
         for parameter in self._trainable:
             parameter.requires_grad_(True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Student and method in one optimizer."""
+        """Build one optimizer for student and method, and its schedule."""
         optimizer = build_optimizer([module for module in (self.student, self.method) if module is not None], self.settings)
         schedule = build_schedule(optimizer, self.settings, self.total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -240,7 +256,7 @@ class StageModule(L.LightningModule):
     # ----------------------------------------------------------------------------------------- random states on disk
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning leaves out: all random states, the stage, and the time used."""
+        """Add the stage, the training time, the number of images and all random states."""
         checkpoint["detdistill"] = {
             "stage": self.stage.name,
             "seconds": self.seconds,
@@ -249,27 +265,27 @@ class StageModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the random states until training starts (building the loaders must not use them up)."""
+        """Keep the random states until training starts, because building the loaders draws random numbers."""
         mine = checkpoint["detdistill"]
         self._seconds_before, self.images = mine["seconds"], mine["images"]
         self._random_state = mine["random"]
 
     def on_train_start(self) -> None:
-        """Put the random states back, after all else is ready."""
+        """Restore the random states when everything else is ready."""
         self._started = time.monotonic()
         self.restore_random_state()
-        if self.global_rank > 0:  # all processes were seeded alike; masks and samples should differ between them
+        if self.global_rank > 0:  # all processes have the same seed, but random masks and samples should differ
             torch.manual_seed(self.settings.seed + 1_000_003 * self.global_rank + self.global_step)
 
     def restore_random_state(self) -> None:
-        """That of the checkpoint, if there is one and it was not put back yet."""
+        """Restore the random states of the checkpoint, if there is one and this was not done yet."""
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None
 
 
 def random_state() -> dict[str, Any]:
-    """States of torch, CUDA, numpy and python, as tensors and plain numbers (loadable with ``weights_only``)."""
+    """Random states of torch, CUDA, numpy and python, as tensors and plain numbers (loadable with ``weights_only``)."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - libraries below may still use it
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -282,7 +298,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """The inverse of ``random_state``."""
+    """Restore the random states from ``random_state``."""
     torch.set_rng_state(state["torch"].cpu())
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, from torch, by the names of ``TrainSettings``."""
+"""Optimizers and learning-rate schedules of torch, as chosen by ``TrainSettings``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from detdistill.settings import TrainSettings
 
 
 def build_optimizer(modules: Iterable[nn.Module], settings: TrainSettings) -> Optimizer:
-    """Weights with decay; biases, norms and other vectors without; backbones apart, last, where their rate is another.
+    """Build the optimizer of all parameters. Biases, norms and other vectors have no weight decay.
+
+    With ``backbone_lr_factor`` other than 1, the backbones' parameters are the last parameter groups, at their own rate.
 
     Raises:
-        RunError: backbones shall have another rate, and a detector does not say what its backbone is.
+        RunError: the factor is other than 1, and a detector does not expose its backbone.
     """
     modules = list(modules)
     parameters = {id(p): p for module in modules for p in module.parameters()}
@@ -29,7 +31,7 @@ def build_optimizer(modules: Iterable[nn.Module], settings: TrainSettings) -> Op
         groups.append({"params": [p for p in part if p.ndim > 1], "lr": lr, "weight_decay": settings.weight_decay})
         groups.append({"params": [p for p in part if p.ndim <= 1], "lr": lr, "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
-    # One kernel for all tensors (5 % of a small detector's step); Lightning cannot clip with it under a loss scaler.
+    # One kernel for all tensors saves 5 % of a small detector's step, but under a loss scaler Lightning cannot clip with it.
     fused = settings.precision != "16"
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, fused=fused)
@@ -48,7 +50,7 @@ def _backbones(modules: Iterable[nn.Module]) -> set[int]:
 
 
 def build_schedule(optimizer: Optimizer, settings: TrainSettings, total: int) -> LRScheduler:
-    """A scheduler that steps once per optimizer step, for ``total`` steps."""
+    """Build the learning-rate schedule: one scheduler step per optimizer step, ``total`` steps in all."""
     if settings.schedule == "one_cycle":
         peaks = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(optimizer, max_lr=peaks, total_steps=total + 1, pct_start=0.15)
@@ -56,7 +58,7 @@ def build_schedule(optimizer: Optimizer, settings: TrainSettings, total: int) ->
 
 
 def learning_rate_factor(step: int, total: int, settings: TrainSettings) -> float:
-    """Factor on the peak learning rate for cosine, step and constant, warm-up included."""
+    """Factor on the peak learning rate at a step, for the schedules cosine, step and constant, including warm-up."""
     if step < settings.warmup_steps:
         return (step + 1) / (settings.warmup_steps + 1)
     progress = step / max(1, total)

@@ -1,4 +1,4 @@
-"""What decides a run: student, data, settings, role and teacher."""
+"""The plan of a run: student, data, settings, role and teacher."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from detdistill.settings import DistillSettings, TrainSettings, as_plain, names_
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides a run."""
+    """Student, data, settings, role and teacher of a run."""
 
     student: str
     data: str
     settings: TrainSettings
     role: str = "train"
-    """train, teacher, baseline or distilled: what reports call it."""
+    """Role in reports: train, teacher, baseline or distilled."""
     teacher: str | None = None
     title: str = ""
-    """What the progress bar calls it."""
+    """Name on the progress bar; empty: the role."""
 
     @property
     def distilling(self) -> DistillSettings | None:
-        """The settings of a distilled run, under a teacher, what one said, or a method that needs none."""
+        """The settings if the run is distilled (from a teacher, a cache, or by a method without a teacher), otherwise None."""
         known = self.teacher is not None or self.role == "distilled"
         return self.settings if isinstance(self.settings, DistillSettings) and (known or self.settings.cache) else None
 
     def config(self) -> dict[str, Any]:
-        """What ``config.yaml`` holds: the arguments of ``detdistill train`` or ``detdistill distill``, all of them."""
+        """Content of ``config.yaml``: all arguments of ``detdistill train`` or ``detdistill distill``."""
         if self.distilling is None:
             plain = as_plain(self.settings)
             plain = {name: plain[name] for name in as_plain(TrainSettings())}
@@ -38,5 +38,5 @@ class Plan:
 
 
 def view_settings(settings: TrainSettings, **changes: Any) -> ViewSettings:
-    """How this run makes images."""
+    """The image settings of a run, with ``changes``."""
     return ViewSettings(**{**{name: getattr(settings, name) for name in names_where(TrainSettings, "views")}, **changes})

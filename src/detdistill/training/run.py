@@ -1,4 +1,4 @@
-"""One run: its folder, its stages, its student and its summary."""
+"""A run: run folder, stages, exported student and summary."""
 
 from __future__ import annotations
 
@@ -35,20 +35,24 @@ class Run:
     """A finished run."""
 
     folder: Path
+    """The run folder."""
     summary: dict[str, Any]
+    """Content of ``summary.json``."""
     scores: Scores
+    """Scores of the last weights on the validation images."""
     student: Detector = field(repr=False)
+    """The trained detector; with ``ema``, its moving average."""
 
 
 def run(session: Session, progress: Progress | None = None) -> Run:
-    """Carry out a plan.
+    """Train and evaluate a student, and write its run folder.
 
     Args:
-        session: the plan with all it works with.
-        progress: where to show it.
+        session: plan, data, student and method.
+        progress: display of the progress; None: a new one on stderr.
 
     Raises:
-        RunError: the folder exists, nothing to resume, disk full, or a loss that is not finite.
+        RunError: the folder exists, there is nothing to resume, the disk is full, or a loss is not finite.
     """
     plan, settings = session.plan, session.plan.settings
     if settings.threads:
@@ -59,7 +63,7 @@ def run(session: Session, progress: Progress | None = None) -> Run:
     if settings.resume and (done := _finished(plan)) is not None:
         progress.say(f"{done.folder} is finished; nothing to resume")
         return done
-    # Both sides of a comparison draw the same numbers from here on, whatever the method drew to initialise itself.
+    # Seeded again, so that baseline and distilled run draw the same random numbers although the method has drawn some.
     seed_everything(settings.seed)
     loop = StageLoop(session, _open(plan, path), progress)
     stages = (plain_stage(session.student),) if session.method is None else session.method.stages(session.student)
@@ -69,18 +73,18 @@ def run(session: Session, progress: Progress | None = None) -> Run:
 
 
 def prepare(session: Session, progress: Progress) -> tuple[Stage, ...]:
-    """Train, or find, the earlier stages on which the knowledge of a method depends: before a cache is filled.
+    """Before a cache is filled: load or train the earlier stages on which the method's knowledge depends.
 
     Args:
-        session: with the settings of a run and a method, whose modules hold the results afterwards; a run folder is made only
-            if something must be trained.
-        progress: where to show it.
+        session: plan, data, student and method; the results are in the method's modules afterwards. A run folder is created
+            only if a stage must be trained.
+        progress: display of the progress.
 
     Returns:
-        The stages whose results the method holds now.
+        The stages whose results are in the method.
 
     Raises:
-        RunError: as ``run``; or several processes were started, of which each would train a stage for itself.
+        RunError: as for ``run``; also if several processes were started, because each would train the stage.
     """
     plan, method = session.plan, session.method
     assert method is not None
@@ -91,7 +95,9 @@ def prepare(session: Session, progress: Progress) -> tuple[Stage, ...]:
         if found_result(stage, dataclasses.replace(plan.settings, **stage.overrides), session.splits, method, progress):
             continue
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise RunError(f"stage {stage.name} is not trained yet; first run this once in one process, with --dry_run true")
+            raise RunError(
+                f"stage {stage.name} is not trained yet; first run the same command in one process with --dry_run true"
+            )
         if loop is None:
             seed_everything(plan.settings.seed)
             folder = start_folder(new_folder(plan.settings.out, f"{plan.role}-{method.slug}"), plan.config())
@@ -148,7 +154,7 @@ def _finish(loop: StageLoop) -> Run:
     assert loop.evaluation is not None
     detector = loop.module.detector or session.student
     scores = loop.evaluation.latest
-    if scores is None:  # the run was finished before it was resumed
+    if scores is None:  # the run was resumed after its last step
         views = view_settings(settings)
         scores = evaluate(detector, session.splits.val, views, batch_size=settings.batch, errors=True)
     summary = _summary(loop, scores)
@@ -159,13 +165,13 @@ def _finish(loop: StageLoop) -> Run:
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise RunError(
-                f"cannot write the result into {folder.path}: {reason}; make space and finish it with --resume true"
+                f"cannot write the result into {folder.path}: {reason}; make space and finish the run with --resume true"
             ) from error
     return Run(folder.path, summary, scores, detector)
 
 
 def _summary(loop: StageLoop, scores: Scores) -> dict[str, Any]:
-    """What later readers need to know of this run."""
+    """Content of ``summary.json``."""
     session, plan, settings, splits = loop.session, loop.plan, loop.settings, loop.splits
     distilling, cache = plan.distilling, session.cache
     assert loop.evaluation is not None

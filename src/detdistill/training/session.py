@@ -1,4 +1,4 @@
-"""Everything a run works with, built once and checked before anything is trained."""
+"""Student, method, teacher and data of a run, built once and checked before training."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class Session:
     method: Method[Any] | None
     """None: the student trains alone."""
     teacher: Teacher | None
-    """The living one, or a cache's description of it; None: the run has none."""
+    """The loaded teacher, or its description from the cache; None: the run has no teacher."""
     cache: KnowledgeCache | None
+    """The cache from which the run learns; None: it learns online."""
     source: Source
-    """Where steps get what the method is taught."""
+    """Gives the method's knowledge about a batch, from the teacher or from the cache."""
     inherited: Inherited | None
-    """What the student took over from the teacher's neck and head; None: nothing was asked for."""
+    """Tensors copied from the teacher's neck and head into the student; None: without ``inherit``."""
 
 
 def open_session(
@@ -44,19 +45,20 @@ def open_session(
     cache: KnowledgeCache | None = None,
     progress: Progress | None = None,
 ) -> Session:
-    """Build student and method as the plan's seed has it.
+    """Build student and method of a run from the plan's seed.
 
     Args:
-        plan: of one run.
-        splits: the data of ``plan.data``, loaded.
-        teacher: the loaded teacher of a distilled run; with a cache, only where the method needs it; none for methods without.
-        cache: the opened cache of ``plan.settings.cache``, whose teacher's description stands in for the teacher.
-        progress: where to show what was inherited.
+        plan: plan of the run.
+        splits: the loaded data of ``plan.data``.
+        teacher: the loaded teacher of a distilled run; None for methods without a teacher, and with a cache, unless the method
+            or ``inherit`` needs the teacher itself.
+        cache: the opened cache of ``plan.settings.cache``; without ``teacher``, its description of the teacher is used.
+        progress: display of the number of inherited tensors; None: not shown.
 
     Raises:
-        RunError: this machine cannot do what the settings say, or nothing of the teacher can be inherited.
-        PairError: teacher, student and method cannot work together.
-        ModelError: a model cannot be built.
+        RunError: this machine cannot do what the settings require, or no tensor of the teacher can be inherited.
+        PairError: teacher, student and method cannot be used together.
+        ModelError: the student cannot be built.
     """
     settings, distilling = plan.settings, plan.distilling
     check_machine(settings)

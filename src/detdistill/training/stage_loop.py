@@ -1,4 +1,4 @@
-"""The stages of a run, trained one after the other by Lightning."""
+"""Training of the stages of a run with Lightning, one after the other."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from detdistill.training.from_cache import stage_from_cache
 from detdistill.training.machine import is_main_process, seed_everything
 from detdistill.training.matching_instability import MatchingInstability
 from detdistill.training.metrics_table import MetricsTable, idle_terms, read_rows
-from detdistill.training.module import StageModule
+from detdistill.training.module import NonFiniteLoss, StageModule
 from detdistill.training.plan import Plan, view_settings
 from detdistill.training.session import Session
 from detdistill.training.stage_results import load_result, reusable, save_result, stage_file, stage_length
@@ -44,13 +44,13 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 class StageLoop:
-    """The stages of one run, one after the other, in one folder."""
+    """Trains the stages of one run, one after the other, in one run folder."""
 
     def __init__(self, session: Session, folder: RunFolder, progress: Progress) -> None:
-        """Find out where a resumed run goes on.
+        """Read stage and step of the checkpoint if the run is resumed.
 
         Raises:
-            RunError: its checkpoint cannot be read.
+            RunError: the checkpoint cannot be read.
         """
         self.session, self.folder, self.progress = session, folder, progress
         self.plan, self.splits, self.settings = session.plan, session.splits, session.plan.settings
@@ -65,19 +65,19 @@ class StageLoop:
         self.table: MetricsTable | None = None
 
     def _checkpoint(self) -> tuple[str | None, int]:
-        """Stage and step of ``last.ckpt``, if this run goes on from there."""
+        """Stage and step of ``last.ckpt`` if the run is resumed from it, otherwise None and 0."""
         path = self.folder.checkpoints / "last.ckpt"
         if not self.settings.resume or not path.exists():
             return None, 0
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return content["detdistill"]["stage"], int(content["global_step"])
-        except Exception as error:  # torch raises pickle's, zip's and its own
+        except Exception as error:  # torch raises errors of pickle, of zip files and of its own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(f"cannot resume from {path}: {reason}; put best.ckpt in its place, or start anew") from error
+            raise RunError(f"cannot resume from {path}: {reason}; replace it by best.ckpt, or start a new run") from error
 
     def loader(self, data: DetectionSet, train: bool, rank: int, world: int) -> DetectionLoader:
-        """Batches of a set as the run's settings have them; ``rank`` of ``world`` processes."""
+        """The batches of a data set under the run's settings, for process ``rank`` of ``world`` processes."""
         settings = self.settings
         return DetectionLoader(
             data,
@@ -92,41 +92,37 @@ class StageLoop:
         )
 
     def evaluate(self, detector: Detector) -> Scores:
-        """Score a detector on the validation images."""
+        """Evaluate a detector on the validation images."""
         if self.validation is None:
             assert self.module is not None
             trainer = self.module.trainer
             self.validation = self.loader(self.splits.val, False, trainer.global_rank, trainer.world_size)
-        # Errors by kind take about a tenth of the scoring again, and only the last are read.
+        # Errors by kind add about a tenth to the time of an evaluation, and only those of the last one are used.
         last = self.module is not None and self.module.trainer.global_step >= self.module.total
         return evaluate(detector, self.splits.val, view_settings(self.settings), loader=self.validation, errors=last)
 
     def index_vectors(self, detector: Detector) -> Tensor:
-        """[L, I, N] which box each query is matched to, on the first validation images (``--instability``)."""
+        """Index [L, I, N] of the box that each query is matched to, on the first validation images (``--instability``)."""
         if self.matched is None:
             self.matched = self.loader(first_images(self.splits.val, self.settings.instability), False, 0, 1)
         return index_vectors(detector, self.matched.data, self.matched.settings, loader=self.matched)
 
     def fit(self, stage: Stage, done_before: list[str]) -> None:
-        """Train one stage, or skip it when the checkpoint shows it finished, or an earlier run has its result."""
+        """Train one stage. It is skipped if the checkpoint belongs to a later stage, or if a stored result of it can be reused.
+
+        Args:
+            stage: the stage.
+            done_before: names of the stages before it.
+
+        Raises:
+            RunError: training fails, or a cache lacks the result of this stage.
+        """
         settings = dataclasses.replace(self.settings, **stage.overrides)
-        if isinstance(settings, DistillSettings) and self.method is not None and reusable(stage, self.method):
-            waiting = self.resume_stage is None or self.resume_stage in done_before
-            if waiting and found_result(stage, settings, self.splits, self.method, self.progress, self.cache):
-                seed_everything(settings.seed)
-                return
-            if self.cache is not None and waiting:
-                raise RunError(
-                    f"stage {stage.name} has no result in {self.cache.folder.url} nor in {settings.stages}, and what was cached "
-                    f"depends on it; run the same `detdistill cache` again, or train online (without --cache)"
-                )
+        if self._reused(stage, settings, done_before):
+            return
         world = settings.devices * settings.nodes
-        batches = -(-len(self.splits.train.records) // (settings.batch * world))
-        per_epoch = -(-batches // settings.accumulate)
-        epochs, steps = stage_length(stage, settings)
-        total = per_epoch * epochs if steps is None else steps
-        epochs = -(-total // per_epoch)
-        # The budget is the student's: what a method trains of its own before (UniKD's extractors) is no part of it.
+        total, epochs = self._length(stage, settings)
+        # Only training of the student counts as budget: networks that a method trains beforehand (UniKD's extractors) do not.
         own = {id(parameter) for parameter in self.student.parameters()}
         students = any(id(p) in own for module in stage.trains(Clock(0, total)) for p in module.parameters())
         if self.resume_stage is not None and self.resume_stage not in (*done_before, stage.name):
@@ -137,64 +133,103 @@ class StageLoop:
             self.table = self._table(done_before if resuming else None)
         if stage.before is not None and not resuming:
             stage.before()
-        self.module = StageModule(
+        self.module = self._module(stage, settings, total)
+        self.evaluation = Evaluation(self.evaluate, settings.evaluate_every)
+        trainer = self._trainer(settings, self._callbacks(settings, total, self.evaluation), epochs)
+        with warnings.catch_warnings():
+            # Lightning's warnings about loaders and intervals concern its own defaults, which are not used here.
+            warnings.filterwarnings("ignore", module="lightning")
+            _fit(trainer, self.module, self.folder.checkpoints, resuming)
+        self.module.restore_random_state()  # needed if the checkpoint is from the last step: Lightning then trains nothing
+        if students:
+            self.trained_steps += trainer.global_step
+            self.images_seen = self.module.images * world
+        self.seconds = self.module.seconds
+        self._warn_about_idle_terms(stage)
+        if isinstance(settings, DistillSettings) and self.method is not None and reusable(stage, self.method):
+            self._keep(stage, settings)
+
+    def _reused(self, stage: Stage, settings: TrainSettings, done_before: list[str]) -> bool:
+        """Load the result of the stage from the cache or from an earlier run; return whether there was one.
+
+        Raises:
+            RunError: the run learns from a cache, and neither the cache nor the folder of stages has the result.
+        """
+        if not isinstance(settings, DistillSettings) or self.method is None or not reusable(stage, self.method):
+            return False
+        if self.resume_stage is not None and self.resume_stage not in done_before:
+            return False  # the checkpoint is from this stage or a later one
+        if found_result(stage, settings, self.splits, self.method, self.progress, self.cache):
+            seed_everything(settings.seed)
+            return True
+        if self.cache is not None:
+            raise RunError(
+                f"stage {stage.name} has no result in {self.cache.folder.url} nor in {settings.stages}, and the cached knowledge "
+                f"depends on it; run the same `detdistill cache` again, or train online (without --cache)"
+            )
+        return False
+
+    def _length(self, stage: Stage, settings: TrainSettings) -> tuple[int, int]:
+        """Optimizer steps of the stage, and the epochs that contain them (the last may be cut short)."""
+        batches = -(-len(self.splits.train.records) // (settings.batch * settings.devices * settings.nodes))
+        per_epoch = -(-batches // settings.accumulate)
+        epochs, steps = stage_length(stage, settings)
+        total = per_epoch * epochs if steps is None else steps
+        return total, -(-total // per_epoch)
+
+    def _module(self, stage: Stage, settings: TrainSettings, total: int) -> StageModule:
+        """The Lightning module of the stage, with its training loader."""
+        module = StageModule(
             self.student,
             self.method,
             stage,
             settings,
             total,
             source=self.session.source,
-            images=self.images_seen // world,
+            images=self.images_seen // (settings.devices * settings.nodes),
             seconds=self.seconds,
         )
         train_set = self.splits.train
 
         def train_dataloader() -> DetectionLoader:
-            assert self.module is not None
-            return self.loader(train_set, True, self.module.trainer.global_rank, self.module.trainer.world_size)
+            return self.loader(train_set, True, module.trainer.global_rank, module.trainer.world_size)
 
-        self.module.train_dataloader = train_dataloader  # type: ignore[method-assign]
-        self.evaluation = Evaluation(self.evaluate, settings.evaluate_every)
+        module.train_dataloader = train_dataloader  # type: ignore[method-assign]
+        return module
+
+    def _callbacks(self, settings: TrainSettings, total: int, evaluation: Evaluation) -> list[L.Callback]:
+        """The callbacks of the stage; the checkpoint comes after the evaluation, so that it contains the scores."""
         callbacks: list[L.Callback] = [TrainingBar(self.progress, self.plan.title or self.plan.role, total)]
         if self.table is not None:
             records = Records(self.table, settings.log_every)
             callbacks.append(records)
             if settings.instability:
                 callbacks.append(MatchingInstability(self.index_vectors, records))
-        callbacks += [self.evaluation, Checkpoints(self.folder.checkpoints, settings.checkpoint_every)]
-        trainer = self._trainer(settings, callbacks, epochs)
-        with warnings.catch_warnings():
-            # Lightning's advice on loaders and intervals is about its own defaults, which are not used here.
-            warnings.filterwarnings("ignore", module="lightning")
-            last = self.folder.checkpoints / "last.ckpt"
-            _fit(trainer, self.module, last if resuming else None)
-        self.module.restore_random_state()  # where the checkpoint was the stage's last, Lightning trained nothing
-        if students:
-            self.trained_steps += trainer.global_step
-            self.images_seen = self.module.images * world
-        self.seconds = self.module.seconds
-        if self.table is not None:
-            for term in idle_terms(row for row in read_rows(self.table.path) if row["stage"] == stage.name):
-                self.progress.say(
-                    f"[yellow]{term}: no gradient in any measurement, so it taught nothing; is its weight 0, or is there nothing "
-                    "that it can tell apart (one class, no boxes, levels that nobody shares)?[/yellow]"
-                )
-        if isinstance(settings, DistillSettings) and self.method is not None and reusable(stage, self.method):
-            self._keep(stage, settings)
+        return [*callbacks, evaluation, Checkpoints(self.folder.checkpoints, settings.checkpoint_every)]
+
+    def _warn_about_idle_terms(self, stage: Stage) -> None:
+        """Name the loss terms of the stage that had no gradient in any measurement."""
+        if self.table is None:
+            return
+        for term in idle_terms(row for row in read_rows(self.table.path) if row["stage"] == stage.name):
+            self.progress.say(
+                f"[yellow]{term}: no gradient in any measurement, so the term had no effect; check its weight, and whether the "
+                "data give it something to compare (several classes, boxes, levels of both detectors)[/yellow]"
+            )
 
     def _keep(self, stage: Stage, settings: DistillSettings) -> None:
-        """Write a stage's result for later runs, and go on as they will."""
+        """Store a stage's result for later runs, and reset the random state as those runs do."""
         if is_main_process():
             name = stage_file(stage, settings, self.splits.train.fingerprint)
             try:
                 save_result(storage(settings.stages), name, stage)
             except OSError as error:
                 why = error.strerror or error
-                self.progress.say(f"[yellow]stage {stage.name}: its result is not kept in {settings.stages}: {why}[/yellow]")
+                self.progress.say(f"[yellow]stage {stage.name}: its result cannot be stored in {settings.stages}: {why}[/yellow]")
         seed_everything(settings.seed)
 
     def _table(self, done_before: list[str] | None) -> MetricsTable:
-        """metrics.csv with what the checkpoint knows of: the stages before, and this one up to its step."""
+        """Open metrics.csv. A resumed run keeps the rows of the stages before, and of its own stage up to the checkpoint."""
         if done_before is None:
             return MetricsTable(self.folder.metrics)
 
@@ -206,7 +241,7 @@ class StageLoop:
     def _trainer(self, settings: TrainSettings, callbacks: list[L.Callback], epochs: int) -> L.Trainer:
         accelerator = {"auto": "gpu" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "cuda": "gpu"}[settings.device]
         several = settings.devices * settings.nodes > 1
-        # Some methods and stages leave parameters without a gradient; DDP must look for them.
+        # Some methods and stages leave parameters without a gradient; DDP must search for them.
         strategy = DDPStrategy(find_unused_parameters=True) if several else "auto"
         return L.Trainer(
             accelerator=accelerator,
@@ -214,7 +249,7 @@ class StageLoop:
             num_nodes=settings.nodes,
             strategy=strategy,
             precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[settings.precision],  # type: ignore[arg-type]
-            max_epochs=epochs,  # never max_steps, with which Lightning goes on wrongly from the end of an epoch
+            max_epochs=epochs,  # not max_steps: with it, Lightning resumes wrongly from the end of an epoch
             accumulate_grad_batches=settings.accumulate,
             gradient_clip_val=settings.clip or None,
             deterministic=settings.deterministic or None,
@@ -243,7 +278,7 @@ def found_result(
     progress: Progress,
     cache: KnowledgeCache | None = None,
 ) -> bool:
-    """Whether an earlier run (or the cache) had the result of a stage; then it is in the method now."""
+    """Load the result of a stage from the cache or from the folder ``stages`` into the method; return whether there was one."""
     if cache is not None and stage_from_cache(cache, stage, method):
         progress.say(f"stage {stage.name}: taken from the cache")
         return True
@@ -255,7 +290,7 @@ def found_result(
 
 
 def plain_stage(student: Detector) -> Stage:
-    """Training without a teacher."""
+    """The only stage of training without a teacher: the detector's own losses."""
 
     def step(batch: Batch, taught: None, clock: Clock) -> Losses:
         seen = student(batch)
@@ -267,15 +302,19 @@ def plain_stage(student: Detector) -> Stage:
     return Stage("train", step, lambda clock: (student,), student)
 
 
-def _fit(trainer: L.Trainer, module: StageModule, checkpoint: Path | None) -> None:
-    """Train; being stopped from outside looks as it does elsewhere in Python."""
+def _fit(trainer: L.Trainer, module: StageModule, checkpoints: Path, resuming: bool) -> None:
+    """Train, and turn Lightning's reactions to SIGTERM and Ctrl-C into a ``RunError`` and ``KeyboardInterrupt``."""
     interrupt = signal.getsignal(signal.SIGINT)
-    path = None if checkpoint is None else str(checkpoint)
     try:
-        trainer.fit(module, ckpt_path=path, weights_only=None if checkpoint is None else True)
+        path = str(checkpoints / "last.ckpt") if resuming else None
+        trainer.fit(module, ckpt_path=path, weights_only=True if resuming else None)
+    except NonFiniteLoss as error:
+        last = checkpoints / "last.ckpt"
+        kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+        raise NonFiniteLoss(f"{error}; {kept}") from error
     except SIGTERMException as error:
-        raise RunError("stopped by SIGTERM; --resume true goes on from the last checkpoint") from error
-    except SystemExit as error:  # Lightning's answer to Ctrl-C, which it turns off for good
+        raise RunError("stopped by SIGTERM; continue from the last checkpoint with --resume true") from error
+    except SystemExit as error:  # Lightning exits on Ctrl-C, and ignores the signal afterwards
         if trainer.state.status != TrainerStatus.INTERRUPTED:
             raise
         signal.signal(signal.SIGINT, interrupt)
@@ -283,10 +322,10 @@ def _fit(trainer: L.Trainer, module: StageModule, checkpoint: Path | None) -> No
 
 
 def _service(service: str, folder: RunFolder, plan: Plan) -> Logger:
-    """A logger of somebody's service.
+    """The Lightning logger of a tracking service: wandb or mlflow.
 
     Raises:
-        RunError: it is not installed.
+        RunError: the service's package is not installed.
     """
     try:
         if service == "wandb":

@@ -1,4 +1,4 @@
-"""Results of methods' own earlier stages (UniKD's extractors, LabelEnc's encoder): trained once, then used again."""
+"""Stored results of methods' earlier stages (UniKD's extractors, LabelEnc's encoder): trained once and reused by later runs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from detdistill.structures import Clock
 
 
 def stage_length(stage: Stage, settings: TrainSettings) -> tuple[int, int | None]:
-    """Epochs of a stage, and its steps where the run counts in steps (then those decide)."""
+    """Length of a stage in epochs and, if the run's length is given in steps, in steps, which then decide."""
     steps = None if settings.steps is None else max(1, round(settings.steps * stage.share))
     return max(1, round(settings.epochs * stage.share)), steps
 
 
 def stage_file(stage: Stage, settings: TrainSettings, data_fingerprint: str) -> str:
-    """Name of the result in the folder ``stages``: of all it depends on, except chance."""
+    """File name of the result in the folder ``stages``: a hash of everything the result depends on except the random seed."""
     decisive = names_where(TrainSettings, "stage")
     plain = {name: value for name, value in as_plain(settings).items() if name in decisive}
     epochs, steps = stage_length(stage, settings)
@@ -33,29 +33,29 @@ def stage_file(stage: Stage, settings: TrainSettings, data_fingerprint: str) -> 
 
 
 def cached_stage_file(stage: Stage) -> str:
-    """Name of the result in a cache of knowledge, which is of one data set and one schedule."""
+    """File name of the result in a cache. The name omits data and schedule, because a cache has only one of each."""
     return f"stages/{digest({'stage': stage.name, 'depends_on': stage.depends_on})[:32]}.safetensors"
 
 
 def save_result(folder: Storage, name: str, stage: Stage) -> None:
-    """Write what a stage has trained.
+    """Write the tensors that a stage has trained.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the file cannot be written.
     """
     folder.write(name, save(state_of(stage)))
 
 
 def state_of(stage: Stage) -> dict[str, Tensor]:
-    """What a stage has trained, as it is written."""
+    """The tensors that a stage has trained, by number of the module and name in it."""
     return {key: tensor.detach().cpu().contiguous() for key, tensor in _state(stage)}
 
 
 def load_result(folder: Storage, name: str, stage: Stage) -> bool:
-    """Put a stage's result back into the method; False when there is none.
+    """Copy a stored result into the modules of a stage; return False if there is no file.
 
     Raises:
-        RunError: the file is damaged, or not of this method.
+        RunError: the file is damaged, or its tensors do not fit the modules.
     """
     try:
         content = folder.read(name)
@@ -64,7 +64,9 @@ def load_result(folder: Storage, name: str, stage: Stage) -> bool:
     try:
         kept = load(bytes(content))
     except SafetensorError as error:
-        raise RunError(f"{folder.url}/{name} is damaged ({error}); delete it, and stage {stage.name} is trained again") from error
+        raise RunError(
+            f"{folder.url}/{name} is damaged ({error}); delete it, then stage {stage.name} is trained again"
+        ) from error
     wanted = dict(_state(stage))
     if {key: tensor.shape for key, tensor in kept.items()} != {key: tensor.shape for key, tensor in wanted.items()}:
         raise RunError(f"{folder.url}/{name} does not fit stage {stage.name}; delete it")
@@ -74,7 +76,7 @@ def load_result(folder: Storage, name: str, stage: Stage) -> bool:
 
 
 def reusable(stage: Stage, method: Method | None) -> bool:
-    """Whether a stage's result can be kept: it says what it depends on, and trains modules of the method only."""
+    """Whether a stage's result can be stored and reused: it has ``depends_on``, and trains only modules of the method."""
     if not stage.depends_on or method is None:
         return False
     inside = set(method.modules())
@@ -87,7 +89,7 @@ def _trained(stage: Stage) -> list[nn.Module]:
 
 
 def _state(stage: Stage) -> Iterator[tuple[str, Tensor]]:
-    """Numbered, not by their names in the method: those change inside a composition."""
+    """The tensors by number of the module, because names in the method change inside a composition."""
     for number, module in enumerate(_trained(stage)):
         for key, tensor in module.state_dict(keep_vars=True).items():
             yield f"{number}.{key}", tensor

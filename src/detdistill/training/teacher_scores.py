@@ -1,4 +1,4 @@
-"""How good the teacher is: measured before a student is trained, and noted beside the student's own numbers."""
+"""Evaluation of the teacher before a student is trained; the scores are added to the summaries of the runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from detdistill.data.records import DataSplits
 from detdistill.detectors.contract import Teacher
 from detdistill.evaluation import Scores, evaluate
+from detdistill.evaluation.scores import points
 from detdistill.progress import Progress
 from detdistill.settings import TrainSettings
 from detdistill.training.folder import RunFolder
@@ -19,10 +20,10 @@ NEAR_ZERO_AP = 0.02
 
 
 def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings, progress: Progress) -> Scores | None:
-    """Evaluate the teacher before anything is trained, and say loudly when it knows nothing.
+    """Evaluate the teacher on the validation images, and warn if its AP is below ``NEAR_ZERO_AP``.
 
     Returns:
-        Its scores, or None when its classes are not those of the data.
+        Its scores; None if it lacks classes of the data.
     """
     unknown = [name for name in splits.val.classes if name not in teacher.spec.classes]
     if unknown:
@@ -40,17 +41,17 @@ def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings,
         errors=True,
     )
     ap = scores.metrics["AP"]
-    bar.say(f"AP {100 * ap:.1f}  AP50 {100 * scores.metrics['AP50']:.1f} on {scores.images} images")
-    if ap < NEAR_ZERO_AP:
+    bar.say(f"AP {points(ap)}  AP50 {points(scores.metrics['AP50'])} on {scores.images} images")
+    if 0 <= ap < NEAR_ZERO_AP:
         progress.say(
-            f"[bold red]WARNING: the teacher's AP is {100 * ap:.2f} of 100 on {splits.val.root}: it knows next to nothing of "
-            f"this data, and a student cannot learn from it. Wrong weights, wrong classes, or wrong --size?[/bold red]"
+            f"[bold red]WARNING: the teacher's AP is {100 * ap:.2f} of 100 on {splits.val.root}, so a student can learn next to "
+            f"nothing from it; check its weights, its classes and --size[/bold red]"
         )
     return scores
 
 
 def note_teacher(folder: Path, scores: Scores) -> None:
-    """Add the teacher's numbers to the summary of a finished run."""
+    """Add the teacher's scores to ``summary.json`` of a finished run."""
     summary = json.loads((folder / "summary.json").read_text())
     summary |= {"teacher_metrics": scores.metrics, "teacher_per_class": scores.per_class, "teacher_errors": scores.errors}
     RunFolder(folder).write_json("summary.json", summary)

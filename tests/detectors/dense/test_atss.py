@@ -84,10 +84,6 @@ def test_detections_equal_the_models():
     own_dense.assert_detections_equal_the_models("atss")
 
 
-def test_learns_two_images():
-    own_dense.assert_learns_two_images("atss")
-
-
 @pytest.mark.parametrize(
     "check",
     [

@@ -192,7 +192,7 @@ def test_neck_must_fit_group_norm():
 def test_split_prediction_says_what_it_lacks(detector):
     batch = unequal_batch()
     prediction = detector(batch).prediction.split(3)[0]
-    with pytest.raises(ValueError, match="predict again from features"):
+    with pytest.raises(ValueError, match="has no raw outputs; call predict again"):
         detector.detect(prediction, batch)
 
 

@@ -63,10 +63,6 @@ def test_detections_equal_the_models():
     own_dense.assert_detections_equal_the_models("gfl")
 
 
-def test_learns_two_images():
-    own_dense.assert_learns_two_images("gfl")
-
-
 @pytest.mark.parametrize(
     "check",
     [

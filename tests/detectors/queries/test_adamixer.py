@@ -8,7 +8,6 @@ from detdistill.detectors.contract import CAPABILITIES, HasBackboneFeatures, Has
 from detdistill.detectors.inherit import inherit_head
 from detdistill.detectors.student_files.models.adamixer import Stage, position_embedding, sample, to_corners, to_cxcywh, to_xyzr
 from detdistill.errors import ModelError
-from detdistill.functional.assign import pairwise_iou
 from detdistill.structures import Assignment, Batch, Queries, QuerySeed, View
 from tests.detectors.dense.shared import EMPTY, FULL, SIZES, library_images, target, unequal_batch
 from tests.golden import Golden, assert_golden
@@ -454,29 +453,3 @@ def test_levels_can_be_chosen():
 
 
 # ----------------------------------------------------------------------------------------------------------- learning
-
-
-def test_it_learns_a_small_batch_by_heart():
-    torch.manual_seed(0)
-    detector = build_detector(NAME, CLASSES).train()
-    learned = (target([[10, 10, 50, 60], [40, 20, 120, 90]], [0, 2]), target([[5, 10, 60, 80]], [1]), target([], []))
-    batch = unequal_batch(learned)
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (60 - step) / 30))
-    losses = []
-    for _ in range(60):
-        loss = detector.loss(detector(batch).prediction, batch).total()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.2 * losses[0], losses
-    with torch.no_grad():
-        found = detector.detect(detector(batch).prediction, batch)
-    for wanted, one in zip(learned, found, strict=True):
-        confident = one.scores > 0.3
-        assert sorted(one.labels[confident].tolist()) == sorted(wanted.labels.tolist())
-        for label, box in zip(wanted.labels, wanted.boxes_xyxy, strict=True):
-            assert float(pairwise_iou(one.boxes_xyxy[confident & (one.labels == label)], box[None])) > 0.75

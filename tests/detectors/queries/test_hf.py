@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -9,10 +10,11 @@ from transformers import BertConfig, DetrConfig, DetrForObjectDetection, ResNetC
 from detdistill.detectors.adapters import adapters_with, read_model
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.load import load_detector
+from detdistill.detectors.probe import tiny_name
 from detdistill.detectors.queries.shared import transformers_files as files
 from detdistill.detectors.queries.shared import transformers_models as models
 from detdistill.detectors.torchvision.options import BackboneOptions
-from detdistill.errors import ClassCountError, ModelError
+from detdistill.errors import ClassCountError, DetdistillWarning, ModelError
 from tests.detectors.dense.shared import unequal_batch
 from tests.detectors.queries.shared import SMALL, library_inputs
 
@@ -116,6 +118,7 @@ def test_unused_classes_are_taken_out(tmp_path):
     assert load_detector(f"hf:{tmp_path}").spec.classes == ("cat", "dog")
 
 
+@pytest.mark.filterwarnings("ignore:.*no preprocessor_config.json")
 def test_normalisation_is_read(folder):
     assert load_detector(f"hf:{folder}").spec.mean == (0.485, 0.456, 0.406)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 2]}))
@@ -128,6 +131,57 @@ def test_normalisation_is_read(folder):
         load_detector(f"hf:{folder}")
 
 
+SHORT = "resnet10t,channels=16-16-16-16,stem=8,dim=32,queries=10,encoder=1,heads=2,ffn=32"
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("detr", (0.485, 0.456, 0.406)), ("rt_detr", (0.0, 0.0, 0.0)), ("rt_detr_v2", (0.0, 0.0, 0.0)), ("d_fine", (0.0, 0.0, 0.0))],
+)
+def test_without_a_file_of_preprocessing_the_librarys_defaults_apply(family, expected, tmp_path):
+    """transformers' own processors: DETR's normalises, RT-DETR's does not."""
+    build_detector(f"{family}:{SHORT},decoder=2", ("a", "b")).export(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.warns(DetdistillWarning, match=r"no preprocessor_config.json; assumed the defaults of \w*ImageProcessor, which"):
+        detector = load_detector(f"hf:{tmp_path}")
+    assert detector.spec.mean == expected
+
+
+def test_half_precision_is_loaded_as_float32(folder):
+    state = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    detector = load_detector(f"hf:{folder}").eval()
+    assert {tensor.dtype for tensor in detector.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    assert bool(torch.isfinite(detector(unequal_batch()).prediction.logits).all())
+
+
+def test_softmax_classes_of_a_sigmoid_family_are_refused(tmp_path):
+    build_detector(f"rt_detr:{SHORT},decoder=2", ("a", "b")).export(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "use_focal_loss": False}))
+    assert "use_focal_loss: false (softmax classes), which this adapter does not support" in message(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "family", ["detr", "conditional_detr", "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine", "deimv2"]
+)
+def test_a_single_decoder_layer_works_or_is_refused_in_one_line(family):
+    tiny = re.sub(",decoder=.", "", tiny_name(family).partition(":")[2])
+    try:
+        detector = build_detector(f"{family}:{tiny},decoder=1", ("a", "b", "c"))
+    except ModelError as error:
+        expected = r"[\w-]+: decoder=1 cannot be built: transformers shares outputs .* use decoder=2 or more"
+        assert re.fullmatch(expected, str(error))  # noqa: PT017
+    else:
+        batch = unequal_batch()
+        assert bool(torch.isfinite(detector.loss(detector(batch).prediction, batch).total()))
+
+
 def message(name, classes=None):
     with pytest.raises(ModelError) as caught:
         load_detector(name, classes)
@@ -138,7 +192,7 @@ def message(name, classes=None):
 
 def test_messages(folder, tmp_path, monkeypatch):
     assert message(f"hf:{tmp_path}/nothing").endswith("nothing: no such folder")
-    assert "no config.json in it" in message(f"hf:{tmp_path}")
+    assert "no config.json in this folder" in message(f"hf:{tmp_path}")
     BertConfig().save_pretrained(tmp_path / "bert")
     assert "model_type 'bert'; detectors that can be loaded: " in message(f"hf:{tmp_path / 'bert'}")
     assert message(f"hf:{folder},width=0.5") == "hf has no option 'width'; it has: score, dets"
@@ -146,7 +200,7 @@ def test_messages(folder, tmp_path, monkeypatch):
     assert message(f"hf:{folder},score=3").endswith(",score=3': score='3' is not a number from 0 to 1")
     assert message(f"hf:{folder},other").endswith(",other: no such folder")
     monkeypatch.setattr(files, "is_offline", lambda source: True)
-    assert "nobody/nothing: is no folder, and the hub cannot be reached" in message("hf:nobody/nothing")
+    assert "nobody/nothing: not a folder, and the hub cannot be reached" in message("hf:nobody/nothing")
 
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -217,7 +271,7 @@ def test_backbones_keep_their_timm_name_otherwise():
     [
         ("swin_tiny_patch4_window7_224", "needs timm's strict_img_size"),
         ("resnet19", "unknown backbone 'resnet19'"),
-        ("mobilenetv3_small_050", "would replace its norms, which hold the activations"),
+        ("mobilenetv3_small_050", "would replace its norms and lose the activations in them"),
     ],
 )
 def test_backbones_that_cannot_be(backbone, expected):

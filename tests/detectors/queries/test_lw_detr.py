@@ -6,6 +6,8 @@ from transformers import RfDetrForObjectDetection as LibraryRfDetr
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.load import load_detector
 from detdistill.detectors.queries import rf_detr
+from detdistill.detectors.queries.shared import lw_detr as family
+from detdistill.detectors.queries.shared.deformable import Outputs, Pairs
 from detdistill.detectors.save import save_student
 from detdistill.errors import ModelError
 from detdistill.structures import Assignment, Features
@@ -196,3 +198,22 @@ def test_what_cannot_be_built():
     with pytest.raises(ModelError, match="RF-DETR needs its pretrained weights"):
         build_detector("rf_detr:dinov2", CLASSES)
     assert rf_detr.TINY is None
+
+
+def test_class_loss_of_extreme_logits():
+    """transformers has inf from logit 17 and NaN from -104 on in float32; where it is finite, ours is equal."""
+
+    def losses(logits):
+        outputs = Outputs(logits.view(1, -1, 1), torch.tensor([0.5, 0.5, 0.2, 0.2]).expand(1, logits.numel(), 4))
+        none = torch.zeros(0, dtype=torch.int64)
+        pairs = Pairs(none, none, none, torch.zeros(0, 4), torch.zeros(0), torch.ones(1, logits.numel()))
+        return family.quality_loss(outputs, pairs, 0.25)
+
+    extreme = torch.tensor([17.0, 60.0, -104.0, -500.0], requires_grad=True)
+    found = losses(extreme)
+    torch.testing.assert_close(found, torch.tensor(77.0), rtol=1e-5, atol=0)  # log(1 - sigmoid(x)) is -x for a large x
+    found.backward()
+    assert bool(torch.isfinite(extreme.grad).all())
+    usual = torch.linspace(-20, 16, 37)
+    probability = usual.sigmoid()
+    assert torch.equal(losses(usual), (-probability.pow(2.0) * (1 - probability).log()).view(1, -1, 1).sum(dim=-1).sum())

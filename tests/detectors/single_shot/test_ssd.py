@@ -87,7 +87,7 @@ def test_vgg16_equals_the_library():
     )
     assert above == {f"model.backbone.extra.{number}" for number in range(1, 5)}
     assert {name for name in below if "features" not in name} == {"model.backbone.extra.0", "model.backbone.scale_weight"}
-    with pytest.raises(ModelError, match="ssd:vgg16 is made for images of 300x300, but got 128x128; set --size 300"):
+    with pytest.raises(ModelError, match="ssd:vgg16 needs images of 300x300, but got 128x128; set --size 300"):
         detector.features(mixed_batch())
 
 

@@ -84,14 +84,14 @@ def test_detections_are_the_models_boxes_and_its_masks_the_mean(detector, batch)
 
 def test_data_without_masks_is_refused_by_name(detector, batch):
     bare = batch.with_targets([replace(target, masks=None) for target in batch.targets])
-    message = "needs instance masks, but image 0 has none; use data with segmentations, or cascade_rcnn"
+    message = "needs instance masks, but image 0 has none; use data with segmentations, or the detector cascade_rcnn"
     with pytest.raises(DataError, match=message):
         own_losses(detector, bare)
 
 
 def test_a_cut_prediction_has_no_mask_loss(detector, batch):
     stacked = Regions.stack(own_losses(detector, batch)[2].split(3))
-    with pytest.raises(ModelError, match=r"prediction as predict\(\) made it"):
+    with pytest.raises(ModelError, match=r"needs an unchanged prediction"):
         detector.loss(stacked, batch)
 
 

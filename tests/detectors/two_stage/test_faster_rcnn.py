@@ -412,7 +412,7 @@ def test_options(detector):
 def test_keypoints_are_refused():
     name = "keypointrcnn_resnet50_fpn"
     model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=2)
-    with pytest.raises(ModelError, match="keypoints cannot be trained here; use a Faster R-CNN or Mask R-CNN"):
+    with pytest.raises(ModelError, match="keypoints are not supported; use a Faster R-CNN or Mask R-CNN"):
         wrap_model(model, ("person",), name)
 
 

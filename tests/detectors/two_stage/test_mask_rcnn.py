@@ -93,7 +93,7 @@ def test_detections_are_the_librarys_boxes(detector, batch):
 def test_data_without_masks_is_refused_by_name(detector, batch):
     bare = batch.with_targets([replace(target, masks=None) for target in batch.targets])
     with pytest.raises(
-        DataError, match="needs instance masks, but image 0 has none; use data with segmentations, or faster_rcnn"
+        DataError, match="needs instance masks, but image 0 has none; use data with segmentations, or the detector faster_rcnn"
     ):
         own_losses(detector, bare)
 
@@ -101,7 +101,7 @@ def test_data_without_masks_is_refused_by_name(detector, batch):
 def test_a_cut_prediction_has_no_mask_loss(detector, batch):
     prediction = own_losses(detector, batch)[2]
     stacked = Regions.stack(prediction.split(3))
-    with pytest.raises(ModelError, match=r"prediction as predict\(\) made it"):
+    with pytest.raises(ModelError, match=r"needs an unchanged prediction"):
         detector.loss(stacked, batch)
 
 

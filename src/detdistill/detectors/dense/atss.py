@@ -1,8 +1,8 @@
-"""ATSS: one square anchor for each cell, positives by the statistics of their overlaps, centerness.
+"""ATSS: one square anchor per cell, assignment by the statistics of the IoU, centerness.
 
-Network and inference are in ``models/atss.py``, assignment and losses here.
+This file has the assignment and the losses; network and inference are in ``models/atss.py``.
 Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample Selection",
-CVPR 2020; the numbers are mmdet's.
+CVPR 2020; hyper-parameters of mmdet.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ BOX_WEIGHT = 2.0
 
 
 def build(backbone: str, classes: Sequence[str], options: DenseOptions) -> ATSSDetector:
-    """A fresh ATSS on a timm backbone: levels 3-7, four head convolutions.
+    """Build an ATSS with random weights on a timm backbone. Defaults: levels 3-7, four head convolutions.
 
-    Detections start at a score of 0.05, 1000 candidates of each level, 100 detections.
+    By default, detections have a score of at least 0.05; each level gives 1000 candidates; an image has at most 100 detections.
 
     Raises:
         ModelError: the options do not fit the backbone or the head.
@@ -48,26 +48,26 @@ def wrap_model(
     columns: Sequence[int] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> ATSSDetector:
-    """A model that was built before."""
+    """Wrap a built model; ``columns`` and ``description`` as in ``TorchvisionDetector``."""
     return ATSSDetector(model, classes, name, family="dense", columns=columns, description=description)
 
 
 class ATSSDetector(OwnDenseDetector):
-    """ATSS with towers, copies and backbone features; ``deltas`` are dx, dy, dw, dh of the anchor, ``quality`` centerness."""
+    """Adapter of ATSS. ``deltas`` are dx, dy, dw, dh relative to the anchor; ``quality`` is the centerness logit."""
 
     candidates = 9
-    """Anchors of each level among which a box finds its own."""
+    """Number of candidate anchors of each level for a ground-truth box."""
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """Adaptive training sample selection with ``candidates`` of each level."""
+        """Assign by adaptive training sample selection with ``candidates`` anchors of each level."""
         dense = cast(Dense, prediction)
         return adaptive_assignment(dense, self.valid(dense, batch), batch, self.candidates)
 
     def loss_values(self, prediction: Dense, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
-        """``classification`` (focal), ``bbox_regression`` (GIoU, weight 2) and ``centerness``.
+        """Compute ``classification`` (focal), ``bbox_regression`` (GIoU, weight 2) and ``centerness``, each [B, P].
 
-        Classes and centerness are divided by the number of positives; the GIoU loss is weighted by the centerness target
-        and divided by the sum of these, at least 1.
+        ``classification`` and ``centerness`` are divided by the number of positives. The GIoU loss is weighted by the
+        centerness targets and divided by their sum, at least 1.
         """
         asked = self.supervision(assignment, batch)
         positive, boxes = asked.positive, asked.boxes_xyxy

@@ -1,4 +1,4 @@
-"""FCOS: torchvision's model in stages.
+"""FCOS: torchvision's model, run stage by stage.
 
 Tian et al., "FCOS: Fully Convolutional One-Stage Object Detection", ICCV 2019, as in ``torchvision.models.detection``.
 """
@@ -29,15 +29,15 @@ OPTIONS = DenseOptions
 
 
 def build(backbone: str, classes: Sequence[str], options: DenseOptions) -> FCOSDetector:
-    """A fresh FCOS on a timm backbone; levels 3-7, four head convolutions.
+    """Build an FCOS with random weights on a timm backbone. Defaults: levels 3-7, four head convolutions.
 
-    Detections start at a score of 0.05 (torchvision: 0.2, which costs AP); all else is torchvision's default.
+    The default score threshold is 0.05 (torchvision: 0.2, which lowers AP); all other defaults are torchvision's.
 
     Raises:
         ModelError: the options do not fit the backbone or the head.
     """
     if options.neck % 32:
-        raise ModelError(f"fcos: neck={options.neck} must be a multiple of 32; the head normalises in 32 groups of channels")
+        raise ModelError(f"fcos: neck={options.neck} must be a multiple of 32; the head has GroupNorm with 32 groups")
     pyramid = pyramid_description(backbone, options, options.levels, options.neck)
     first, last = options.levels
     outputs = len(classes) + 1
@@ -77,25 +77,25 @@ def wrap_model(
     columns: Sequence[int] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> FCOSDetector:
-    """Somebody's ``torchvision.models.detection.FCOS``.
+    """Wrap a built ``torchvision.models.detection.FCOS``.
 
     Raises:
-        ModelError: its head is not torchvision's.
+        ModelError: the head is not torchvision's ``FCOSHead``.
     """
     if not isinstance(model.head, FCOSHead):
-        raise ModelError(f"{name}: the head is a {type(model.head).__name__}; only torchvision's FCOSHead is understood")
+        raise ModelError(f"{name}: the head is a {type(model.head).__name__}; only torchvision's FCOSHead is supported")
     return FCOSDetector(model, classes, name, family="dense", columns=columns, description=description)
 
 
 class FCOSDetector(DenseDetector):
-    """FCOS with towers, copies and backbone features. One point for each cell; ``deltas`` are l, t, r, b over the stride."""
+    """Adapter of FCOS. One point per cell; ``deltas`` are the distances left, top, right, bottom in strides."""
 
-    layers_per_block = 3  # convolution, GroupNorm and ReLU, one after the other
+    layers_per_block = 3  # convolution, GroupNorm, ReLU
 
     # ------------------------------------------------------------------------------------------------------- prediction
 
     def outputs(self, class_maps: Sequence[Tensor], box_maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Under torchvision's names."""
+        """Compute the outputs under torchvision's names."""
         classification, regression = self.model.head.classification_head, self.model.head.regression_head
         return {
             "cls_logits": flat_outputs([classification.cls_logits(level) for level in class_maps], classification.num_classes),
@@ -104,19 +104,19 @@ class FCOSDetector(DenseDetector):
         }
 
     def decode(self, regression: Tensor, priors_xyxy: Tensor, levels: Tensor) -> Tensor:
-        """By the model's coder."""
+        """Decode by the model's box coder."""
         return cast(Tensor, self.model.box_coder.decode(regression, priors_xyxy))
 
     def final_scores(self, outputs: dict[str, Tensor]) -> Tensor:
-        """The square root of class score times centerness."""
+        """Compute the final scores: the square root of class score times centerness."""
         return (outputs["cls_logits"].sigmoid() * outputs["bbox_ctrness"].sigmoid()).sqrt()
 
     # --------------------------------------------------------------------------------------------------------- training
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """Torchvision's rule: points near the centre and inside of a box of the level's size; the smallest box wins.
+        """Assign by torchvision's rule: a point near the centre of a box of its level's size range matches the smallest such box.
 
-        The rule is inside the model's ``compute_loss``; it is run on a stand-in whose head only notes the matches.
+        The rule is part of the model's ``compute_loss``, which runs here with a replacement head that records the matches.
         """
         own = own_outputs(prediction, self)
         matches = Matches()
@@ -126,10 +126,10 @@ class FCOSDetector(DenseDetector):
         return matches.assignment(batch)
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
-        """``classification`` (focal), ``bbox_regression`` (GIoU) and ``bbox_ctrness``, each over the number of positives.
+        """Compute ``classification`` (focal), ``bbox_regression`` (GIoU) and ``bbox_ctrness``.
 
-        A foreign assignment may weight predictions, ignore some, and give the normaliser. Its points may lie outside of
-        their box: their centerness target is 0 (torchvision's would not be a number).
+        Each term is divided by the number of positives. A given ``assignment`` may contain weights, ignored predictions and a
+        normaliser. A positive point outside its box gets the centerness target 0 (torchvision would compute NaN).
         """
         own = own_outputs(prediction, self)
         if assignment is None:

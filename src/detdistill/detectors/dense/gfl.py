@@ -1,8 +1,8 @@
-"""GFL: class scores that carry the box's quality, box sides as distributions of distances.
+"""GFL: class scores trained on the IoU of the box, box sides as distributions of distances.
 
-Network and inference are in ``models/gfl.py``, assignment and losses here.
+This file has the assignment and the losses; network and inference are in ``models/gfl.py``.
 Li et al., "Generalized Focal Loss: Learning Qualified and Distributed Bounding Boxes for Dense Object Detection",
-NeurIPS 2020 (version 1); the numbers are mmdet's.
+NeurIPS 2020 (version 1); hyper-parameters of mmdet.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ DISTRIBUTION_WEIGHT = 0.25
 
 
 def build(backbone: str, classes: Sequence[str], options: DenseOptions) -> GFLDetector:
-    """A fresh GFL on a timm backbone: levels 3-7, four head convolutions, 17 bins for each side.
+    """Build a GFL with random weights on a timm backbone. Defaults: levels 3-7, four head convolutions, 17 bins for each side.
 
-    Detections start at a score of 0.05, 1000 candidates of each level, 100 detections.
+    By default, detections have a score of at least 0.05; each level gives 1000 candidates; an image has at most 100 detections.
 
     Raises:
         ModelError: the options do not fit the backbone or the head.
@@ -50,39 +50,39 @@ def wrap_model(
     columns: Sequence[int] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> GFLDetector:
-    """A model that was built before."""
+    """Wrap a built model; ``columns`` and ``description`` as in ``TorchvisionDetector``."""
     return GFLDetector(model, classes, name, family="dense", columns=columns, description=description)
 
 
 class GFLDetector(OwnDenseDetector):
-    """GFL with towers, copies and backbone features.
+    """Adapter of GFL.
 
-    ``deltas`` [B, P, 4 * (reg_max + 1)] are the logits of the four sides' distributions (left, top, right, bottom, the bins
-    of a side together); ``boxes_xyxy`` are differentiable through their means.
+    ``deltas`` [B, P, 4 * (reg_max + 1)] are the logits of the distributions of the sides left, top, right, bottom; the
+    bins of one side are adjacent. ``boxes_xyxy`` come from the means of the distributions and are differentiable.
     """
 
     model: GFL
     candidates = 9
-    """Anchors of each level among which a box finds its own."""
+    """Number of candidate anchors of each level for a ground-truth box."""
     beta = 2.0
     """Exponent of the quality focal loss."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        """As ``TorchvisionDetector``."""
+        """Wrap a model; see ``TorchvisionDetector``."""
         super().__init__(*arguments, **options)
         self.spec = replace(self.spec, box_bins=self.model.reg_max + 1)
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """Adaptive training sample selection with ``candidates`` of each level, as in ATSS."""
+        """Assign by adaptive training sample selection with ``candidates`` anchors of each level, as in ATSS."""
         dense = cast(Dense, prediction)
         return adaptive_assignment(dense, self.valid(dense, batch), batch, self.candidates)
 
     def loss_values(self, prediction: Dense, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
-        """``classification`` (quality focal), ``bbox_regression`` (GIoU, weight 2) and ``distribution`` (weight 0.25).
+        """Compute ``classification`` (quality focal), ``bbox_regression`` (GIoU, weight 2), ``distribution`` (weight 0.25).
 
-        The quality of a positive is the IoU of its box. Classes are divided by the number of positives; the others are
-        weighted by the positive's best class score, divided by the sum of these, at least 1, and for the distribution by
-        4 sides. Boxes and distances are measured in strides.
+        The quality of a positive is the IoU of its box. ``classification`` is divided by the number of positives. The other
+        terms are weighted by the best class score of each positive and divided by the sum of these scores, at least 1;
+        ``distribution`` is also divided by 4 (the sides). Boxes and distances are measured in strides.
         """
         asked = self.supervision(assignment, batch)
         positive = asked.positive
@@ -97,7 +97,7 @@ class GFLDetector(OwnDenseDetector):
         quality = asked.wanted(prediction.logits, paired_iou(predicted.detach(), boxes))
         focal = quality_focal_loss(prediction.logits, quality, self.beta).sum(dim=-1) * asked.weights
         overlap = giou_loss(predicted, boxes) * score / (1 + EPSILON)
-        # a tenth below the last bin, so that there is a bin on either side
+        # at most 0.1 below the last bin, so that a bin lies on each side of the target
         sides = distances_to_sides((priors[:, :2] + priors[:, 2:]) / 2, boxes).clamp(0, self.model.reg_max - 0.1)
         logits = prediction.deltas[positive].view(-1, self.model.reg_max + 1)
         spread = distribution_focal_loss(logits, sides.flatten()).view(-1, 4).sum(dim=1) * score / (4 + EPSILON)

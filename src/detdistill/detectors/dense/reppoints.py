@@ -1,7 +1,7 @@
-"""RepPoints: nine points for each cell, moved twice; boxes by their mean and deviation.
+"""RepPoints: nine points per cell, refined once; boxes from the mean and standard deviation of the points.
 
-Yang et al., "RepPoints: Point Set Representation for Object Detection", ICCV 2019, with the numbers of the released code
-(mmdet 3.3).
+Yang et al., "RepPoints: Point Set Representation for Object Detection", ICCV 2019; hyper-parameters of the released
+code (mmdet 3.3).
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ OPTIONS = RepPointsOptions
 
 
 def build(backbone: str, classes: Sequence[str], options: RepPointsOptions) -> RepPointsDetector:
-    """A fresh RepPoints on a timm backbone; levels 3-7, three head convolutions with GroupNorm.
+    """Build a RepPoints with random weights on a timm backbone. Defaults: levels 3-7, three head convolutions with GroupNorm.
 
-    P6 reads the backbone's deepest map, P7 reads P6, as in the released code. GroupNorm in the towers is the released
-    variant that is better (with it in the neck too, 38.1 AP against 37.0) and that trains from scratch.
+    P6 is computed from the backbone's deepest map and P7 from P6, as in the released code. The towers have GroupNorm, because
+    the released variant with GroupNorm (in the neck too) has the higher AP (38.1, else 37.0) and trains from scratch.
 
     Raises:
         ModelError: the options do not fit the backbone or the head.
@@ -79,34 +79,34 @@ def wrap_model(
     columns: Sequence[int] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> RepPointsDetector:
-    """A ``RepPoints`` of ours."""
+    """Wrap a built ``models.reppoints.RepPoints``; ``columns`` and ``description`` as in ``TorchvisionDetector``."""
     return RepPointsDetector(model, classes, name, family="dense", columns=columns, description=description)
 
 
 class RepPointsDetector(OwnDenseDetector):
-    """RepPoints with towers, copies and backbone features. One prediction for each cell.
+    """Adapter of RepPoints. One prediction per cell.
 
-    ``deltas`` are the nine refined points, pairs (y, x) in strides from the cell's corner; ``priors_xyxy`` are squares of
-    one stride around that corner. The first points are among the prediction's own outputs (``first_points``).
+    ``deltas`` are the nine refined points as pairs (y, x), in strides from the cell's corner. ``priors_xyxy`` are squares with
+    a side of one stride around that corner. The first points are the raw output ``first_points``.
 
-    Two assignments are at work. The first points learn from the cell nearest to the centre of each box, on the level of
-    its size (``first_assignment``); classes and refined points from the overlap of the boxes of the first points. ``assign``
-    and a foreign assignment speak of the latter; the former always stays the detector's own.
+    Training uses two assignments. The first points are trained by ``first_assignment``: for each box the cell nearest to its
+    centre, on the level of its size. Classes and refined points are trained by ``assign``, the IoU with the boxes of the
+    first points. An assignment given to ``loss`` replaces the second only.
     """
 
     model: RepPoints
 
     point_scale = 4.0
-    """Side, in strides, of the boxes a level is made for; the losses of its points are in this unit."""
+    """Side, in strides, of the boxes of a level; also the unit of length of the box losses."""
     positive_iou, negative_iou = 0.5, 0.4
     least_iou = 1e-12
-    """Of a box with the best prediction it has, for it to become a positive below ``positive_iou``. The released code has 0,
-    by which a box that overlaps no prediction at all takes every cell whose overlap is 0."""
+    """Least IoU at which the best prediction of a box becomes positive although its IoU is below ``positive_iou``. In the
+    released code this is 0, so that a box without any overlap matches all cells with IoU 0."""
 
     # ----------------------------------------------------------------------------------------------------- assignments
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """By overlap with the boxes of the first points (MaxIoU 0.5 / 0.4; every box takes the cells it overlaps most)."""
+        """Assign by IoU with the boxes of the first points: from 0.5 positive, below 0.4 negative; a box keeps its best cells."""
         dense = cast(Dense, prediction)
         boxes = self.first_boxes(dense).detach()
 
@@ -116,7 +116,7 @@ class RepPointsDetector(OwnDenseDetector):
         return self._matched(rule, dense, batch)
 
     def first_assignment(self, prediction: Dense, batch: Batch) -> Assignment:
-        """By distance and size: each box takes the cell nearest to its centre, on the level of its size."""
+        """Assign to each box the cell nearest to its centre, on the level of its size."""
         points = (prediction.priors_xyxy[..., :2] + prediction.priors_xyxy[..., 2:]) / 2
         strides = self.strides(prediction.levels, points)
 
@@ -126,7 +126,7 @@ class RepPointsDetector(OwnDenseDetector):
         return self._matched(rule, prediction, batch)
 
     def _matched(self, rule: Callable[[int, Tensor, Tensor], Tensor], prediction: Dense, batch: Batch) -> Assignment:
-        """A rule (image, predictions, their candidates' boxes -> matches) on all cells and boxes that take part."""
+        """Apply ``rule`` (image, valid predictions, trainable boxes -> matches) to each image; other cells are ignored."""
         valid = self.valid(prediction, batch)
         matched = torch.full(valid.shape, IGNORED, device=valid.device)
         for image, target in enumerate(batch.targets):
@@ -136,17 +136,18 @@ class RepPointsDetector(OwnDenseDetector):
         return Assignment(matched)
 
     def first_boxes(self, prediction: Dense) -> Tensor:
-        """[B, P, 4] the boxes of the first points, in pixels; differentiable."""
+        """Compute the boxes [B, P, 4] of the first points, in pixels; differentiable."""
         points = own_outputs(prediction, self).outputs["first_points"]
         return self.decode(points, prediction.priors_xyxy, prediction.levels)
 
     # ---------------------------------------------------------------------------------------------------------- losses
 
     def loss_values(self, prediction: Dense, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
-        """Focal ``classification``, and smooth L1 (beta 0.11) of the corners: ``first_points`` (0.5), ``refined_points`` (1).
+        """Compute ``classification`` (focal), ``first_points`` (weight 0.5) and ``refined_points`` (weight 1), each [B, P].
 
-        Corners are in units of ``point_scale`` strides and their four losses are summed. Each term is divided by the
-        number of its assignment's positives, where each image counts at least one (mean over processes).
+        The last two are the smooth L1 loss (beta 0.11) of the box corners in units of ``point_scale`` strides, summed over the
+        four coordinates. Each term is divided by the number of positives of its assignment, at least one per image (mean
+        over processes).
         """
         own = own_outputs(prediction, self)
         first_assignment = self.first_assignment(prediction, batch)
@@ -157,7 +158,7 @@ class RepPointsDetector(OwnDenseDetector):
         count = number_of_positives(assignment, unit) if assignment.normalizer is None else assignment.normalizer
 
         def corners(boxes: Tensor, positive: Tensor, targets: Tensor) -> Tensor:
-            """[M] the positives' losses."""
+            """Compute the losses [M] of the positives."""
             units = unit.expand_as(positive)[positive][:, None]
             return F.smooth_l1_loss(boxes[positive] / units, targets / units, beta=0.11, reduction="none").sum(dim=-1)
 

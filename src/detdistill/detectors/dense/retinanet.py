@@ -1,4 +1,4 @@
-"""RetinaNet: torchvision's model in stages.
+"""RetinaNet: torchvision's model, run stage by stage.
 
 Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, as in ``torchvision.models.detection`` (both versions).
 """
@@ -31,33 +31,37 @@ MODEL_CLASS = RetinaNet
 
 @dataclass(frozen=True, kw_only=True)
 class RetinaNetOptions(DenseOptions):
-    """Options of RetinaNet; the defaults of head and detections are torchvision's."""
+    """Options of RetinaNet. The defaults of the head and of the detections are torchvision's."""
 
     dets: Count = 300
     anchors: Positive = 4.0
-    """Side of the smallest anchor of a cell, in strides. Less than 4 for objects smaller than 32 pixels."""
+    """Side of the smallest anchor of a cell, in strides. Use less than 4 for objects smaller than 32 pixels."""
 
 
 OPTIONS = RetinaNetOptions
 
 
 def build(backbone: str, classes: Sequence[str], options: RetinaNetOptions) -> RetinaNetDetector:
-    """A fresh RetinaNet on a timm backbone: levels 3-7, nine anchors from four strides (``anchors``) up, four head convolutions.
+    """Build a RetinaNet with random weights on a timm backbone.
 
-    Detections start at a score of 0.05, 1000 candidates of each level, 300 detections: torchvision's defaults.
+    Defaults: levels 3-7, four head convolutions, nine anchors per cell with sides from four strides (``anchors``) up. As in
+    torchvision, detections have a score of at least 0.05, each level gives 1000 candidates, and an image has at most 300
+    detections.
 
     Raises:
         ModelError: the options do not fit the backbone or the head.
     """
     convs = options.convs
     if convs > 4:
-        raise ModelError(f"retinanet: convs={convs} is too many; torchvision's head has 4 convolutions, fewer can be kept")
+        raise ModelError(f"retinanet: convs={convs} is too many; torchvision's head has 4 convolutions, give 4 or fewer")
     pyramid = pyramid_description(backbone, options, options.levels, options.neck)
     first, last = options.levels
     mean, std = image_statistics(backbone, options)
     bases = [options.anchors * 2**level for level in range(first, last + 1)]
     if bases[0] < 1:
-        raise ModelError(f"retinanet: anchors={options.anchors} strides of {2**first} pixels are less than a pixel")
+        raise ModelError(
+            f"retinanet: anchors={options.anchors} strides of {2**first} pixels are less than a pixel; give a larger value"
+        )
     description = {
         "call": "torchvision.models.detection.RetinaNet",
         "backbone": pyramid,
@@ -93,23 +97,23 @@ def wrap_model(
     columns: Sequence[int] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> RetinaNetDetector:
-    """Somebody's ``torchvision.models.detection.RetinaNet``.
+    """Wrap a built ``torchvision.models.detection.RetinaNet``.
 
     Raises:
-        ModelError: its head is not torchvision's.
+        ModelError: the head is not torchvision's ``RetinaNetHead``.
     """
     if not isinstance(model.head, RetinaNetHead):
-        raise ModelError(f"{name}: the head is a {type(model.head).__name__}; only torchvision's RetinaNetHead is understood")
+        raise ModelError(f"{name}: the head is a {type(model.head).__name__}; only torchvision's RetinaNetHead is supported")
     return RetinaNetDetector(model, classes, name, family="dense", columns=columns, description=description)
 
 
 class RetinaNetDetector(DenseDetector):
-    """RetinaNet with towers, copies and backbone features; ``deltas`` are dx, dy, dw, dh of the anchor."""
+    """Adapter of RetinaNet. ``deltas`` are dx, dy, dw, dh relative to the anchor."""
 
     # ------------------------------------------------------------------------------------------------------- prediction
 
     def outputs(self, class_maps: Sequence[Tensor], box_maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Under torchvision's names."""
+        """Compute the outputs under torchvision's names."""
         classification, regression = self.model.head.classification_head, self.model.head.regression_head
         return {
             "cls_logits": flat_outputs([classification.cls_logits(level) for level in class_maps], classification.num_classes),
@@ -117,20 +121,20 @@ class RetinaNetDetector(DenseDetector):
         }
 
     def decode(self, regression: Tensor, priors_xyxy: Tensor, levels: Tensor) -> Tensor:
-        """By the model's coder."""
+        """Decode by the model's box coder."""
         decoded = self.model.box_coder.decode_single(regression.flatten(0, 1), priors_xyxy.flatten(0, 1))
         return cast(Tensor, decoded.view_as(priors_xyxy))
 
     def final_scores(self, outputs: dict[str, Tensor]) -> Tensor:
-        """The class scores."""
+        """Compute the final scores: the class scores."""
         return outputs["cls_logits"].sigmoid()
 
     # --------------------------------------------------------------------------------------------------------- training
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """Torchvision's rule: IoU from 0.5 positive, below 0.4 negative, else ignored; each box keeps its best anchors.
+        """Assign by torchvision's rule: IoU from 0.5 positive, below 0.4 negative, else ignored; each box keeps its best anchors.
 
-        The rule is inside the model's ``compute_loss``; it is run on a stand-in whose head only notes the matches.
+        The rule is part of the model's ``compute_loss``, which runs here with a replacement head that records the matches.
         """
         own = own_outputs(prediction, self)
         matches = Matches()
@@ -140,10 +144,10 @@ class RetinaNetDetector(DenseDetector):
         return matches.assignment(batch)
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
-        """``classification`` (focal) and ``bbox_regression``, each over an image's positives, then the mean over images.
+        """Compute ``classification`` (focal) and ``bbox_regression``.
 
-        A foreign assignment may weight predictions and ignore some; its normaliser, if it has one, divides the sum over
-        the whole batch instead.
+        Each term is divided by the number of positives of the image and averaged over the images. A given ``assignment`` may
+        contain weights and ignored predictions; its normaliser, if given, divides the sum over the whole batch instead.
         """
         own = own_outputs(prediction, self)
         if assignment is None:
@@ -169,7 +173,7 @@ class RetinaNetDetector(DenseDetector):
         )
 
     def _box_losses(self, deltas: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
-        """[M] the head's regression loss of each positive; the head itself only gives their sum."""
+        """Compute the head's regression loss [M] of each positive; the head itself returns their sum only."""
         side = self.model.head.regression_head
         if side._loss_type in ("l1", "smooth_l1"):
             wanted = side.box_coder.encode_single(boxes, anchors)

@@ -74,7 +74,7 @@ def build(backbone: str, classes: Sequence[str], options: AdaMixerOptions) -> Ad
         ModelError: the options do not fit the backbone or each other.
     """
     if options.dim % 32:
-        raise ModelError(f"adamixer: dim={options.dim} must be a multiple of 32; the neck normalises in 32 groups of channels")
+        raise ModelError(f"adamixer: dim={options.dim} must be a multiple of 32; the neck has GroupNorm with 32 groups")
     for name, parts in (("heads", options.heads), ("groups", options.groups)):
         if options.dim % parts:
             raise ModelError(f"adamixer: dim={options.dim} cannot be cut into {name}={parts} equal parts")

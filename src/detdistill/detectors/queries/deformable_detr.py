@@ -287,7 +287,7 @@ class DeformableDetrDetector(shared.TransformersDetector):
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
         """As in the base; two-stage: plus the encoder's losses, which always use their own matching."""
         losses = super().loss(prediction, batch, assignment)
-        if not isinstance(prediction.own, Outputs):
+        if not isinstance(prediction.own, Outputs) or shared.diverged_losses(prediction) is not None:
             return losses
         return Losses({**losses.terms, **self.encoder_losses(prediction.own, batch)}, losses.monitors)
 

@@ -1,4 +1,4 @@
-"""SSD: torchvision's model in stages, on VGG-16 or on any timm backbone.
+"""SSD: torchvision's model, run stage by stage, on VGG-16 or on any timm backbone.
 
 Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, as in ``torchvision.models.detection``.
 """
@@ -26,7 +26,7 @@ MODEL_CLASS = SSD
 
 @dataclass(frozen=True, kw_only=True)
 class SSDSelectionOptions(CandidateOptions):
-    """Options of every SSD; the defaults are torchvision's."""
+    """Options of all SSD models; the defaults are torchvision's."""
 
     score: Fraction = 0.01
     topk: Count = 400
@@ -45,7 +45,7 @@ class VGGOptions(SSDSelectionOptions):
     """Options of torchvision's SSD on VGG-16."""
 
     size: Literal[300, 512] = 300
-    """Side of the images that the detector is made for: 300 or 512."""
+    """Side of the input images in pixels: 300 (SSD300) or 512 (SSD512)."""
     pretrained: bool = False
     """Start from torchvision's VGG-16 weights."""
 
@@ -55,16 +55,16 @@ OPTIONS_OF_BACKBONE = {"vgg16": VGGOptions}
 
 
 def build(backbone: str, classes: Sequence[str], options: SSDOptions | VGGOptions) -> SingleShotDetector:
-    """A fresh SSD.
+    """Build an SSD with random weights.
 
     Args:
-        backbone: ``vgg16`` for torchvision's SSD300, with ``size=512`` for SSD512; or a timm model, whose maps are followed by
-            stride-2 blocks of ``options.neck`` channels up to the last level.
-        classes: names of the labels.
-        options: of the model string; with ``vgg16`` they are ``VGGOptions``.
+        backbone: ``vgg16`` for torchvision's SSD300 (SSD512 with ``size=512``), or the name of a timm model. Blocks of stride 2
+            with ``options.neck`` channels add the levels above the timm model's maps.
+        classes: names of the K classes, in label order.
+        options: options of the model string: ``VGGOptions`` for ``vgg16``, else ``SSDOptions``.
 
     Raises:
-        ModelError: the options do not fit.
+        ModelError: the options do not fit the backbone, or pretrained weights cannot be downloaded.
     """
     name = options.name or f"ssd:{backbone}"
     if isinstance(options, VGGOptions):
@@ -73,8 +73,8 @@ def build(backbone: str, classes: Sequence[str], options: SSDOptions | VGGOption
     pyramid = {key: value for key, value in pyramid.items() if key != "top"} | {"call": "TimmLevels"}
     mean, std = image_statistics(backbone, options)
     count = len(pyramid["indices"]) + len(pyramid["extra"])
-    # SSD300's boxes: 0.07 of the image on the finest level, then evenly from 0.15 to 1.05; three shapes of ratio 2 at the
-    # ends, five of ratios 2 and 3 between.
+    # The boxes of SSD300: side 0.07 of the image on the finest level, then evenly spaced from 0.15 to 1.05. Aspect ratio 2 on
+    # the first and the last two levels, 2 and 3 on the levels between.
     rest = [0.15 + 0.9 * level / max(1, count - 1) for level in range(count)]
     description: dict[str, Any] = {
         "call": "single_shot",
@@ -102,10 +102,10 @@ def wrap_model(
     columns: Sequence[int] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> SingleShotDetector:
-    """Somebody's ``torchvision.models.detection.SSD``, SSDLite included: it is the same class with another head.
+    """Wrap a built ``torchvision.models.detection.SSD`` (also an SSDLite, which is the same class with another head).
 
     Raises:
-        ModelError: its backbone is of an unknown kind.
+        ModelError: the model is not an SSD, or its backbone is of an unsupported kind.
     """
     return wrap_ssd(model, classes, name, columns, description)
 

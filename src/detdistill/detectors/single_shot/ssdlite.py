@@ -1,4 +1,4 @@
-"""SSDLite: SSD with depthwise convolutions, torchvision's model in stages, on MobileNetV3 or on any timm backbone.
+"""SSDLite, an SSD with depthwise convolutions: torchvision's model, run stage by stage, on MobileNetV3 or on any timm backbone.
 
 Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, section 6.2, and Howard et al.,
 "Searching for MobileNetV3", ICCV 2019, section 6.3, as in ``torchvision.models.detection``.
@@ -19,7 +19,7 @@ from detdistill.values import Count, Fraction
 
 @dataclass(frozen=True, kw_only=True)
 class SSDLiteSelectionOptions(CandidateOptions):
-    """Options of every SSDLite; the defaults are torchvision's. All that torchvision's own has."""
+    """Options of all SSDLite models; torchvision's own SSDLite320 has no others. The defaults are torchvision's."""
 
     score: Fraction = 0.001
     topk: Count = 300
@@ -34,21 +34,21 @@ class SSDLiteOptions(SSDLiteSelectionOptions, BackboneOptions, PyramidOptions):
 
 
 OPTIONS = SSDLiteOptions
-# torchvision's pretrained MobileNetV3 is another architecture (without the reduced tail).
+# No pretrained= here: torchvision's pretrained MobileNetV3 lacks the reduced tail, so its weights do not fit.
 OPTIONS_OF_BACKBONE = {"mobilenet_v3_large": SSDLiteSelectionOptions}
 
 
 def build(backbone: str, classes: Sequence[str], options: SSDLiteSelectionOptions) -> SingleShotDetector:
-    """A fresh SSDLite.
+    """Build an SSDLite with random weights.
 
     Args:
-        backbone: ``mobilenet_v3_large`` for torchvision's SSDLite320; or a timm model, whose maps are followed by
-            depthwise stride-2 blocks of ``options.neck`` channels up to the last level.
-        classes: names of the labels.
-        options: of the model string; with a timm backbone ``SSDLiteOptions``.
+        backbone: ``mobilenet_v3_large`` for torchvision's SSDLite320, or the name of a timm model. Depthwise blocks of stride 2
+            with ``options.neck`` channels add the levels above the timm model's maps.
+        classes: names of the K classes, in label order.
+        options: options of the model string: ``SSDLiteOptions`` for a timm model, else ``SSDLiteSelectionOptions``.
 
     Raises:
-        ModelError: the options do not fit.
+        ModelError: the options do not fit the backbone, or pretrained weights cannot be downloaded.
     """
     name = options.name or f"ssdlite:{backbone}"
     results = {"score_thresh": options.score, "topk_candidates": options.topk, "detections_per_img": options.dets}

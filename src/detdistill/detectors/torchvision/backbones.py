@@ -1,4 +1,4 @@
-"""Timm backbones under torchvision's feature pyramid: from options to the description that the loading script builds."""
+"""Timm backbones with torchvision's feature pyramid: turn model options into the description that the loading script reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESNETS = ("resnet",)
 NOT_IN_TIMM = {
     "uniformer": "UniFormer is neither in timm nor in transformers; take swin_tiny_patch4_window7_224 or convnext_tiny"
 }
-"""Beginnings of names that people look for in vain, and what to say."""
+"""Prefixes of well-known backbone names that timm does not have, and the advice for the error message."""
 
 
 def pyramid_description(
@@ -27,18 +27,18 @@ def pyramid_description(
     neck: int,
     top: Literal["conv", "linear", "input", "pool"] = "conv",
 ) -> dict[str, Any]:
-    """The ``TimmPyramid`` call that a model's description holds under ``backbone``.
+    """Compute the ``backbone`` entry of a model's description: a call of ``TimmPyramid``.
 
     Args:
         backbone: name of a timm model.
-        options: of the model string.
-        levels: first and last level.
+        options: backbone options of the model string.
+        levels: first and last pyramid level; level l has stride 2^l.
         neck: channels of every level.
-        top: how levels above the backbone's deepest are made, see ``TimmPyramid``; ``pool`` makes exactly one (torchvision's
-            two-stage models).
+        top: how the levels above the backbone's deepest map are computed, see ``TimmPyramid``; ``pool`` can add one level only
+            (torchvision's two-stage models).
 
     Raises:
-        ModelError: the backbone is unknown, or cannot have these levels, channels or stem.
+        ModelError: the backbone is unknown or does not support these levels, channels or stem.
     """
     first, last = levels
     timm_options = timm_description(backbone, options)
@@ -50,7 +50,9 @@ def pyramid_description(
     indices = [index for reduction, index in sorted(deepest.items()) if reduction in wanted]
     if not indices or 2**first not in deepest:
         strides = ", ".join(map(str, sorted(deepest)))
-        raise ModelError(f"backbone {backbone} has maps of stride {strides}; levels={first}-{last} must begin at one of them")
+        raise ModelError(
+            f"backbone {backbone} has maps of stride {strides}; levels={first}-{last} must begin at one of these strides"
+        )
     highest = max(level for stride, level in wanted.items() if stride in deepest)
     extra = list(range(highest + 1, last + 1))
     if top == "pool" and len(extra) > 1:
@@ -68,20 +70,20 @@ def pyramid_description(
 
 
 def timm_description(backbone: str, options: BackboneOptions) -> dict[str, Any]:
-    """Keyword arguments of ``load_student.timm_features`` for these options.
+    """Compute the keyword arguments of ``load_student.timm_features`` for these options.
 
-    ``plain_stem`` is among them where a stem of one convolution is to have other than timm's 64 channels; all others are
-    ``timm.create_model``'s.
+    ``plain_stem`` changes the 64 channels of a stem with one convolution. All other arguments are passed to
+    ``timm.create_model``.
 
     Raises:
-        ModelError: no such model, or it cannot be scaled like this.
+        ModelError: timm has no such model, or the model does not support these options.
     """
     if not timm.is_model(backbone):
         known = timm.list_models()
         for beginning, reason in NOT_IN_TIMM.items():
             if backbone.lower().startswith(beginning):
                 raise ModelError(f"unknown backbone {backbone!r}: {reason}")
-        raise ModelError(f"unknown backbone {backbone!r}{nearest(backbone, known)}; any of timm's {len(known)} models will do")
+        raise ModelError(f"unknown backbone {backbone!r}{nearest(backbone, known)}; name one of timm's {len(known)} models")
     wanted: dict[str, Any] = {}
     if timm.models.is_model_in_modules(backbone, ["swin_transformer", "swin_transformer_v2"]):
         wanted["strict_img_size"] = False
@@ -114,15 +116,15 @@ def timm_description(backbone: str, options: BackboneOptions) -> dict[str, Any]:
 
 
 def scale_channels(channels: int, width: float) -> int:
-    """A multiple of 8, at least 8."""
+    """Multiply channels by ``width``, rounded to a multiple of 8, at least 8."""
     return max(8, round(channels * width / 8) * 8)
 
 
 def probe(backbone: str, timm_options: dict[str, Any]) -> Any:
-    """The backbone with all its maps, to ask it; random numbers stay as they were.
+    """Build the backbone with all its feature maps, to read its strides and channels; the random state stays unchanged.
 
     Raises:
-        ModelError: timm cannot build it, or not as features.
+        ModelError: timm cannot build the model, or not as a feature extractor.
     """
     with torch.random.fork_rng(devices=[]):
         try:
@@ -136,7 +138,7 @@ def load_pretrained(pyramid: TimmPyramid, description: dict[str, Any]) -> None:
     """Copy timm's pretrained weights into a pyramid's backbone.
 
     Raises:
-        ModelError: there are none, or they cannot be fetched.
+        ModelError: the backbone has no pretrained weights, or they cannot be downloaded.
     """
     known = ("call", "name", "indices", "out_channels", "extra", "top", "norm")
     options = {key: value for key, value in description.items() if key not in known}
@@ -150,7 +152,7 @@ def load_pretrained(pyramid: TimmPyramid, description: dict[str, Any]) -> None:
 
 
 def image_statistics(backbone: str, options: BackboneOptions) -> tuple[list[float], list[float]]:
-    """Mean and deviation that images are normalised by: the pretrained weights' own, else ImageNet's."""
+    """Return mean and standard deviation for image normalisation: those of the pretrained weights, else of ImageNet."""
     if options.pretrained:
         config = timm.get_pretrained_cfg(backbone)
         if config is not None:

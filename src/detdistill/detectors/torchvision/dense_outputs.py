@@ -1,6 +1,6 @@
-"""Raw outputs of dense heads: their order, their places, and the origin of each detection.
+"""Raw outputs of dense heads: their order, their level and cell, and the origin of each detection.
 
-Shape letters: B images, L levels, P predictions of an image, C class outputs, A anchors of a cell, D detections.
+Shape letters: B images, L levels, P predictions of an image, C class outputs, A anchors of a cell, D detections, K classes.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from detdistill.structures import Dense, Detections, Movable, Origin
 
 @dataclass(frozen=True)
 class OwnOutputs(Movable):
-    """A dense head's raw outputs as the library's own loss and decoding want them; float32 under mixed precision."""
+    """Raw outputs of a dense head in the form that torchvision's loss and decoding read; float32 under mixed precision."""
 
     outputs: dict[str, Tensor]
-    """Under the library's names, each [B, P, ...]."""
+    """Output tensors by torchvision's names, each [B, P, ...]."""
     anchors: tuple[Tensor, ...]
-    """[P, 4] for each image."""
+    """Anchors of each image, [P, 4] as x1, y1, x2, y2 in pixels."""
     counts: tuple[int, ...]
-    """Predictions of each level."""
+    """Number of predictions on each level."""
 
 
 def own_outputs(prediction: Any, detector: Detector) -> OwnOutputs:
-    """The raw outputs of a prediction.
+    """Return the raw outputs of a prediction.
 
     Raises:
-        ValueError: the prediction was split by image or read from a cache, so it has none.
+        ValueError: the prediction has no raw outputs, because it was split by image or read from a cache.
     """
     if not isinstance(prediction.own, OwnOutputs):
-        raise ValueError(f"{detector.spec.name}: this prediction lost its own outputs; predict again from features")
+        raise ValueError(f"{detector.spec.name}: this prediction has no raw outputs; call predict again on the features")
     return prediction.own
 
 
 def flat_outputs(maps: Sequence[Tensor], width: int) -> Tensor:
-    """Output maps [B, A*width, H, W] of all levels as [B, P, width], in torchvision's order: level, row, column, anchor."""
+    """Flatten output maps [B, A*width, H, W] to [B, P, width]; order: level, row, column, anchor, as in torchvision."""
     flat = []
     for level in maps:
         images, _, height, columns = level.shape
@@ -53,15 +53,15 @@ def flat_outputs(maps: Sequence[Tensor], width: int) -> Tensor:
 
 
 def layout(shapes: Sequence[tuple[int, int]], anchors: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where predictions lie, in torchvision's order.
+    """Compute level, cell and anchor of each prediction, in torchvision's order.
 
     Args:
-        shapes: height and width of each level.
-        anchors: of a cell, for each level.
-        device: for the result.
+        shapes: height and width of each level, in cells.
+        anchors: number of anchors of one cell, for each level.
+        device: device of the result.
 
     Returns:
-        Level [P], row and column [P, 2], anchor [P].
+        Level [P], row and column of the cell [P, 2], anchor [P].
     """
     levels, cells, numbers = [], [], []
     for level, ((height, width), count) in enumerate(zip(shapes, anchors, strict=True)):
@@ -78,7 +78,7 @@ def layout(shapes: Sequence[tuple[int, int]], anchors: Sequence[int], device: to
 
 
 def reset_dense_head(head: Any, prior_probability: float = 0.01) -> None:
-    """Random weights for a head of FCOS or RetinaNet, drawn as torchvision draws them."""
+    """Initialise the head of FCOS or RetinaNet with random weights, by torchvision's rules."""
     for module in head.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.01)
@@ -96,14 +96,14 @@ def to_detections(
     scores: Tensor,
     sizes: Sequence[tuple[int, int]],
 ) -> list[Detections]:
-    """Torchvision's results of a dense prediction with our labels and the origin of each box.
+    """Convert torchvision's results to ``Detections``, with labels 0 .. K-1 and the origin of each box.
 
     Args:
-        results: ``boxes``, ``scores``, ``labels`` of each image.
-        detector: whose they are; ``detector.model.score_thresh`` is read.
-        prediction: what they were selected from.
-        scores: [B, P, C] final scores.
-        sizes: valid height and width that boxes were clipped to.
+        results: ``boxes``, ``scores`` and ``labels`` of each image, from torchvision's postprocessing.
+        detector: detector of the results; ``columns`` and ``model.score_thresh`` are read.
+        prediction: prediction from which the results were selected.
+        scores: [B, P, C] final scores of all predictions.
+        sizes: valid height and width of each image, to which the boxes were clipped.
     """
     where = (prediction.levels, prediction.cells, prediction.anchors)
     detections = []
@@ -117,9 +117,9 @@ def to_detections(
 
 
 def our_labels(theirs: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the library's labels [D] are classes of ours (indices [M]), and those as our labels [M].
+    """Convert torchvision's labels [D] to labels 0 .. K-1: return the indices [M] of the detections to keep and their labels [M].
 
-    Outputs that belong to no class (the background of sigmoid heads, COCO's unused numbers) fall away.
+    Detections of outputs without a class (the background of sigmoid heads, COCO's unused numbers) are dropped.
     """
     label_of = torch.full((max(int(columns.max()), int(theirs.max()) if len(theirs) else 0) + 1,), -1, device=columns.device)
     label_of[columns] = torch.arange(len(columns), device=columns.device)
@@ -137,15 +137,17 @@ def find_origin(
     where: tuple[Tensor, Tensor, Tensor],
     threshold: float,
 ) -> Origin:
-    """Which predictions became the final boxes of an image: those of nearest score and box (torchvision does not say).
+    """Find the prediction behind each final box of an image: the one with the nearest score and box.
+
+    torchvision's postprocessing does not return these indices.
 
     Args:
-        result: the image's ``boxes``, ``scores`` and ``labels``, from these very predictions.
-        image: index in the batch.
+        result: ``boxes``, ``scores`` and ``labels`` of the image, selected from these predictions.
+        image: index of the image in the batch.
         scores: [P, C] final scores of all predictions.
-        boxes_xyxy: [P, 4] decoded and clipped as in ``result``.
+        boxes_xyxy: [P, 4] decoded boxes, clipped as in ``result``.
         where: level [P], cell [P, 2] and anchor [P].
-        threshold: predictions whose every score is below cannot be meant.
+        threshold: score threshold of the postprocessing; predictions with all scores below it are no candidates.
     """
     candidates = torch.nonzero(scores.amax(dim=1) >= threshold * (1 - 1e-4)).flatten()
     boxes, scores = boxes_xyxy[candidates], scores[candidates]

@@ -1,10 +1,10 @@
-"""The parts that all of torchvision's detectors share: statistics, features, copies of the neck, export.
+"""Base class of the adapters of torchvision's detectors: normalisation, features, copies of the neck, export.
 
-Labels: torchvision's class 0 is the background, so a model of K classes has K+1 outputs; pretrained ones have more (91
-for COCO, with unused names). ``columns`` [K] says which output belongs to each of our labels 0 .. K-1.
+Labels: torchvision's class 0 is the background, so a model of K classes has K+1 outputs. Pretrained models have more (91
+for COCO, some of them unused). ``columns`` [K] holds the output index of each label 0 .. K-1.
 
-Images are normalised by the detector and padded with zeros to the multiple that the model's own transform pads to, so
-that features, losses and detections equal those of ``model(images, targets)`` on images that keep their size.
+The detector normalises the images and pads them with zeros to the same multiple as the model's own transform. Features,
+losses and detections therefore equal those of ``model(images, targets)`` for images that the transform does not resize.
 
 Shape letters: B images, L levels, P predictions of an image, K classes, C = K+1 or more outputs, A anchors of a cell.
 """
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from detdistill.detectors.contract import Detector, DetectorSpec, Family, Parts, Pyramid
+from detdistill.detectors.single_cells import accept_single_cells
 from detdistill.detectors.student_files import load_student
 from detdistill.detectors.torchvision.images import (
     backbone_maps,
@@ -38,9 +39,10 @@ from detdistill.structures import Batch, Features
 
 
 class TorchvisionDetector(Detector):
-    """The parts that are the same for all of torchvision's detectors on a feature pyramid."""
+    """Base class of torchvision's detectors on a feature pyramid."""
 
     columns: Tensor
+    """[K] index of the model's output for each class."""
 
     def __init__(
         self,
@@ -59,18 +61,20 @@ class TorchvisionDetector(Detector):
         """Wrap a model.
 
         Args:
-            model: torchvision's; its parameters keep their names below ``model.``.
-            classes: names of our labels.
-            name: as the command line writes it.
-            family: which prediction the adapter makes.
-            softmax: K+1 logits with the background last.
-            columns: the output of each class; None: 1 .. K, as for every model with K+1 outputs.
-            description: the tree ``load_student.build`` makes the model from; None: the export has no loading script.
-            pyramids: of the features and of the backbone's maps; None: of ``model.backbone``, found out.
-            needs_masks: training needs masks.
-            fixed_size_hw: the only input size.
+            model: torchvision's model; its parameters are named ``model.<torchvision's name>``.
+            classes: names of the K classes, in label order.
+            name: model string.
+            family: kind of prediction of the adapter.
+            softmax: True: K+1 logits with the background last; False: K sigmoid logits.
+            columns: index of the output of each class; None: 1 .. K, as for every model with K+1 outputs.
+            description: nested calls from which ``load_student.build`` builds the model; None: the export has no loading script.
+            pyramids: channels and strides of the features and of the backbone's maps; None: determined by a trial run of
+                ``model.backbone``.
+            needs_masks: training needs instance masks.
+            fixed_size_hw: the fixed input size; None: any size.
         """
         super().__init__()
+        accept_single_cells(model)
         self.model = model
         self.description = description
         wanted = list(columns) if columns is not None else list(range(1, len(classes) + 1))
@@ -93,53 +97,53 @@ class TorchvisionDetector(Detector):
         )
 
     def anchors_per_cell(self) -> tuple[int, ...]:
-        """Dense predictions of a cell on each level; empty where there are none."""
+        """Number of dense predictions of one cell, for each level; empty: no dense predictions."""
         return ()
 
     def parts(self) -> Parts:
-        """The backbone's body, its feature pyramid, and the head."""
+        """Group the modules: the backbone's body, its feature pyramid, the head."""
         return Parts((self.model.backbone.body,), (self.model.backbone.fpn,), (self.model.head,))
 
     def features(self, batch: Batch) -> Features:
-        """The pyramid's levels."""
+        """Compute the levels of the feature pyramid."""
         levels = self.model.backbone(self.image_list(batch).tensors)
         return with_padding(tuple(levels.values()), self.spec.strides, batch)
 
     def backbone_features(self, batch: Batch) -> Features:
-        """The backbone's maps that enter the pyramid."""
+        """Compute the backbone's maps from which the feature pyramid is built."""
         maps = tuple(backbone_maps(self.model.backbone, self.image_list(batch).tensors).values())
         return with_padding(maps, self.spec.strides[: len(maps)], batch)
 
     def neck(self, features: Features, batch: Batch) -> Features:
-        """The feature pyramid on the backbone's maps."""
+        """Run the feature pyramid on the backbone's maps."""
         levels = self.model.backbone.fpn({str(index): level for index, level in enumerate(features.maps)})
         return with_padding(tuple(levels.values()), self.spec.strides, batch)
 
     def image_list(self, batch: Batch) -> ImageList:
-        """Normalised images as the model's own transform would hand them on."""
+        """Return the normalised and padded images in the form that the model's own transform returns."""
         images = self.normalized(batch)
         return ImageList(padded(images, self.model.transform.size_divisible), image_sizes(batch))
 
     def image_shapes(self, batch: Batch) -> ImageList:
-        """An ``ImageList`` of the right sizes without the pixels, for anchors and clipping."""
+        """Return an ``ImageList`` with the sizes of the images but without pixels, for anchors and clipping."""
         divisible = self.model.transform.size_divisible
         height, width = (-(-side // divisible) * divisible for side in batch.padding_hw)
         return ImageList(batch.images.new_empty(()).expand(len(batch), 3, height, width), image_sizes(batch))
 
     def copy_neck(self, fresh: bool = False) -> Neck:
-        """The feature pyramid alone, on its own parameters."""
+        """Copy the feature pyramid into a module with parameters of its own; ``fresh``: newly initialised."""
         neck = Neck(copy.deepcopy(self.model.backbone.fpn), self.spec.strides).requires_grad_(True).train()
         if fresh:
             neck.reset()
         return neck
 
     def without_backbone(self) -> TorchvisionDetector:
-        """A copy, on its own trainable parameters, that can do all but compute features."""
+        """Copy the head as a detector without backbone and neck; its own parameters are trainable. It cannot compute features."""
         nothing: dict[int, Any] = {id(self.model.backbone): nn.Identity()}
         return copy.deepcopy(self, nothing).requires_grad_(True).train()
 
     def export(self, folder: Path) -> None:
-        """Write ``model.safetensors`` (the model's own names), ``model.json`` and the script ``load_student.py``."""
+        """Write ``model.safetensors`` (torchvision's parameter names), ``model.json`` and the script ``load_student.py``."""
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         write_atomically(folder / "model.safetensors", lambda path: save_file(state, path))
         if self.description is None:
@@ -151,7 +155,7 @@ class TorchvisionDetector(Detector):
         write_atomically(folder / "model.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
         script = Path(load_student.__file__)
         write_atomically(folder / "load_student.py", lambda path: shutil.copyfile(script, path))
-        if '"models.' in text:  # a detector that no library has: its few files go along
+        if '"models.' in text:  # no library has this detector: copy its source files
             (folder / "models").mkdir(exist_ok=True)
             for source in sorted((script.parent / "models").glob("*.py")):
                 copy_of = partial(shutil.copyfile, source)
@@ -167,16 +171,16 @@ class Neck(nn.Module):
         self.strides = strides
 
     def forward(self, features: Features) -> Features:
-        """Levels of the strides the detector has."""
+        """Compute the pyramid levels from the backbone's maps."""
         levels = tuple(self.fpn({str(index): level for index, level in enumerate(features.maps)}).values())
         if features.padding is None:
             return Features(levels, self.strides)
         finest, stride = features.padding[0], features.strides[0]
-        steps = [own // stride for own in self.strides]  # a coarse cell is padding when its first fine cell is
+        steps = [own // stride for own in self.strides]  # a coarse cell is padding if its first fine cell is padding
         return Features(levels, self.strides, tuple(finest[:, ::step, ::step] for step in steps))
 
     def reset(self) -> None:
-        """Random weights, drawn as torchvision draws them."""
+        """Initialise the weights randomly, by torchvision's rules."""
         for module in self.fpn.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)

@@ -1,4 +1,4 @@
-"""Image sizes, padding and the maps of a backbone, as torchvision's detectors want them."""
+"""Image sizes, padding and backbone maps in the form that torchvision's detectors use."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from detdistill.structures import Batch, Features
 
 
 def image_sizes(batch: Batch) -> list[tuple[int, int]]:
-    """Valid height and width of each image."""
+    """Return the valid height and width of each image, in pixels."""
     return [(int(height), int(width)) for height, width in batch.sizes.tolist()]
 
 
 def padded(images: Tensor, divisible: int) -> Tensor:
-    """Images [B, 3, H, W] with zeros on the right and at the bottom up to a multiple of ``divisible``."""
+    """Pad images [B, 3, H, W] with zeros on the right and at the bottom to a multiple of ``divisible``."""
     below, right = (-side % divisible for side in images.shape[-2:])
     return nn.functional.pad(images, (0, right, 0, below)) if below or right else images
 
 
 def with_padding(maps: tuple[Tensor, ...], strides: tuple[int, ...], batch: Batch) -> Features:
-    """Features with their padding masks: a cell is padding when its first pixel is."""
+    """Build ``Features`` with padding masks: a cell is padding if its first pixel is padding. No masks without padded cells."""
     if all(
         level.shape[-2] * stride <= height and level.shape[-1] * stride <= width
         for level, stride in zip(maps, strides, strict=True)
@@ -43,18 +43,25 @@ def with_padding(maps: tuple[Tensor, ...], strides: tuple[int, ...], batch: Batc
 
 
 def backbone_maps(backbone: Any, images: Tensor) -> Mapping[str, Tensor]:
-    """The maps of the body of a ``TimmPyramid`` or of torchvision's ``BackboneWithFPN``."""
+    """Compute the maps of the backbone's body, for a ``TimmPyramid`` or torchvision's ``BackboneWithFPN``."""
     return backbone.maps(images) if isinstance(backbone, TimmPyramid) else backbone.body(images)
 
 
 @torch.no_grad()
 def pyramids_of(backbone: Any, size: int = 256) -> tuple[Pyramid, Pyramid | None]:
-    """The feature pyramid and the body's, found out by an empty image of ``size`` pixels (statistics stay untouched).
+    """Determine channels and strides of the feature pyramid and of the backbone's maps by a run on an empty image.
 
-    The second is None where the backbone has no ``body`` and ``fpn`` of torchvision's kind.
+    Statistics of normalisation layers stay unchanged.
+
+    Args:
+        backbone: torchvision's backbone, usually with ``body`` and ``fpn``.
+        size: side of the image in pixels.
+
+    Returns:
+        The feature pyramid, and the pyramid of the backbone's maps (None if the backbone has no ``body`` and ``fpn``).
 
     Raises:
-        ModelError: the backbone yields no named maps.
+        ModelError: the backbone does not return a dictionary of maps.
     """
     parameter = next(backbone.parameters())
     image = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)

@@ -1,4 +1,4 @@
-"""Options that detectors of several families share, in groups that an adapter's ``OPTIONS`` combines by inheritance."""
+"""Groups of model options for several detector families. The ``OPTIONS`` class of an adapter inherits the groups it needs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from detdistill.detectors.options import ModelOptions
 from detdistill.values import Ascending, Count, Fraction, Limits, Positive
 
 Level = Annotated[int, Limits(1, 11)]
-"""Level l of a pyramid has stride 2^l."""
+"""Number of a pyramid level; level l has stride 2^l."""
 Levels = Annotated[tuple[Level, Level], Ascending()]
-"""First and last of the levels that a detector uses."""
+"""First and last pyramid level of a detector."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LevelOptions(ModelOptions):
-    """Maps of the backbone, and added ones above them."""
+    """Options of the pyramid levels: maps of the backbone and levels added above them."""
 
     levels: Levels = (3, 7)
-    """First and last pyramid level; level l has stride 2^l. Levels above the backbone's deepest are added."""
+    """First and last pyramid level; level l has stride 2^l. Levels above the backbone's deepest map are added."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidOptions(LevelOptions):
-    """A feature pyramid."""
+    """Options of a feature pyramid."""
 
     neck: Count = 256
     """Channels of the feature pyramid."""
@@ -32,33 +32,33 @@ class PyramidOptions(LevelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions(ModelOptions):
-    """A backbone of timm."""
+    """Options of a timm backbone."""
 
     width: Positive = 1.0
     """Multiplier of the backbone's channels (timm's resnet family)."""
     channels: tuple[Count, ...] | None = None
     """Channels of the backbone's stages (timm's resnet family), written ``16-32-64-128``."""
     stem: Count | None = None
-    """Channels of the stem (timm's resnet family); of a deep stem, timm's ``stem_width``: it ends in twice as many."""
+    """Channels of the stem (timm's resnet family). Deep stem: timm's ``stem_width``, half of the stem's output channels."""
     pretrained: bool = False
     """Start from timm's backbone weights."""
     norm: Literal["bn", "frozen"] = "bn"
-    """``bn``: BatchNorm trains; ``frozen``: it is constant."""
+    """``bn``: BatchNorm trains; ``frozen``: BatchNorm is constant."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionOptions(ModelOptions):
-    """Which predictions become detections."""
+    """Options that select the detections."""
 
     score: Fraction = 0.05
     """Detections below this score are dropped."""
     dets: Count = 100
-    """Detections of an image at most."""
+    """Maximum number of detections of an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateOptions(SelectionOptions):
-    """Which predictions become detections, by way of non-maximum suppression."""
+    """Options that select the detections by non-maximum suppression."""
 
     topk: Count = 1000
-    """Candidates of each level (or image) before non-maximum suppression."""
+    """Number of candidates of each level (SSD: of each class) before non-maximum suppression."""

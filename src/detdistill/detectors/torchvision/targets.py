@@ -1,4 +1,4 @@
-"""Ground truth for the libraries' losses, and matches as ``Assignment``.
+"""Convert ground truth to the form of torchvision's losses, and torchvision's matches to ``Assignment``.
 
 Shape letters: B images, P predictions of an image, K classes, G boxes of an image, T of them trainable, M positives.
 """
@@ -15,18 +15,19 @@ from detdistill.structures import Assignment, Batch, Target
 
 
 def trainable(target: Target) -> Tensor:
-    """[T] indices of the boxes that training uses: no crowd, and a width and height above zero."""
+    """Return the indices [T] of the boxes used in training: boxes that are not crowd and have a width and height above zero."""
     boxes = target.boxes_xyxy
     return torch.nonzero(~target.crowd & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)).flatten()
 
 
 def target_dicts(batch: Batch, columns: Tensor, only_trainable: bool = True) -> list[dict[str, Tensor]]:
-    """Targets in the library's form: ``boxes`` [G, 4], ``labels`` [G] as output columns, ``masks`` where there are.
+    """Convert targets to torchvision's form: ``boxes`` [G, 4], ``labels`` [G] as output indices, ``masks`` if given.
 
     Args:
-        batch: its targets are read.
-        columns: [K] the output of each class.
-        only_trainable: leave out crowd and empty boxes; False keeps the indices that an ``Assignment`` speaks of.
+        batch: batch with targets.
+        columns: [K] index of the output of each class.
+        only_trainable: True: leave out crowd and empty boxes; False: keep all boxes, so that the indices of an ``Assignment``
+            stay valid.
     """
     dicts = []
     for target in batch.targets:
@@ -39,27 +40,27 @@ def target_dicts(batch: Batch, columns: Tensor, only_trainable: bool = True) -> 
 
 
 def whole_indices(matched: Tensor, target: Target) -> Tensor:
-    """Indices into the trainable boxes as indices into all boxes of the image; negative values stay."""
+    """Convert indices into the trainable boxes to indices into all boxes of the image; negative values stay unchanged."""
     kept = trainable(target)
     return matched if len(kept) == 0 else torch.where(matched >= 0, kept[matched.clamp(min=0)], matched)
 
 
 class Matches:
-    """Stands in for a head inside the library's ``compute_loss`` and notes what it was asked to compute with."""
+    """Replacement of a head inside torchvision's ``compute_loss`` that records the matches and computes no loss."""
 
     def compute_loss(self, targets: Any, outputs: Any, anchors: Any, matched_idxs: list[Tensor]) -> dict[str, Tensor]:
-        """Keep the matches, compute nothing."""
+        """Record the matches."""
         self.matched = matched_idxs
         return {}
 
     def assignment(self, batch: Batch) -> Assignment:
-        """[B, P] the matches as indices into all boxes of each image."""
+        """Return the matches [B, P] as indices into all boxes of each image."""
         pairs = zip(self.matched, batch.targets, strict=True)
         return Assignment(torch.stack([whole_indices(row, target) for row, target in pairs]))
 
 
 def matched_targets(matched: Tensor, targets: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Boxes [M, 4] and labels [M] of the positives of an assignment [B, P], image by image, in order of prediction."""
+    """Gather boxes [M, 4] and labels [M] of the positives of an assignment [B, P], image by image, in order of prediction."""
     rows = [row[row >= 0] for row in matched]
     boxes = torch.cat([target["boxes"][row] for target, row in zip(targets, rows, strict=True)])
     labels = torch.cat([target["labels"][row] for target, row in zip(targets, rows, strict=True)])

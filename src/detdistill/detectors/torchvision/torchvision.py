@@ -1,4 +1,4 @@
-"""Any of torchvision's own detectors by name, e.g. torchvision:fcos_resnet50_fpn,weights=COCO_V1."""
+"""Load any of torchvision's own detectors by name, e.g. torchvision:fcos_resnet50_fpn,weights=COCO_V1."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.errors import ModelError, nearest
 
 UNNAMED = ("__background__", "N/A")
-"""Categories of COCO's weights that are no classes."""
+"""Categories of the COCO weights that are not classes."""
 
 
 TINY = None
-"""It builds torchvision's models as they are; there is no tiny one to try."""
+"""None: torchvision's models have a fixed size, so there is no tiny model for ``probe``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TorchvisionOptions(ModelOptions):
-    """Options of torchvision's own models, which are what their name says."""
+    """Options of torchvision's own models."""
 
     weights: str | None = None
     """Name of torchvision's weights, e.g. ``COCO_V1``."""
@@ -36,19 +36,20 @@ OPTIONS = TorchvisionOptions
 
 
 def build(backbone: str, classes: Sequence[str], options: TorchvisionOptions) -> Detector:
-    """As ``load``; without weights, everything is random."""
+    """Build the model like ``load``; without ``weights``, all parameters are random."""
     return load(backbone, classes, options)
 
 
 def load(backbone: str, classes: Sequence[str] | None, options: TorchvisionOptions) -> Detector:
     """Build torchvision's model and wrap it with the adapter of its class.
 
-    Without weights everything is random and trains. With weights and classes that they know (or None: all of them), the
-    model keeps its outputs and the others are passed over; with other classes the outputs start afresh. All layers train
-    (torchvision itself would hold the first two); BatchNorm is constant where the weights want it so.
+    Without ``weights`` all parameters are random. With ``weights``, the model keeps its output layer if ``classes`` are
+    classes of these weights (None: all of them), and ignores the outputs of other classes. With new classes the output
+    layer is newly initialised. All layers train (torchvision itself freezes the first two). BatchNorm is constant if it is
+    constant in the pretrained model.
 
     Raises:
-        ModelError: unknown name or weights, no classes, or weights that cannot be fetched.
+        ModelError: unknown name or weights, classes are missing, or the weights cannot be downloaded.
     """
     text = options.name or f"torchvision:{backbone}"
     known = torchvision.models.list_models(module=torchvision.models.detection)
@@ -75,7 +76,7 @@ def _find_weights(text: str, backbone: str, wanted: str) -> WeightsEnum:
     available = torchvision.models.get_model_weights(backbone)
     if wanted not in available.__members__:
         names = list(available.__members__)
-        raise ModelError(f"model {text!r}: no weights {wanted!r}{nearest(wanted, names)}; there are {', '.join(names)}")
+        raise ModelError(f"model {text!r}: no weights {wanted!r}{nearest(wanted, names)}; known: {', '.join(names)}")
     return available[wanted]
 
 
@@ -85,7 +86,7 @@ def _pretrained(text: str, backbone: str, weights: WeightsEnum) -> nn.Module:
     except OSError as error:  # urllib's errors, time-outs and half-written files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"model {text!r}: its weights cannot be fetched ({reason}); put {weights.url.rsplit('/', 1)[-1]} into torch's "
+            f"model {text!r}: its weights cannot be downloaded ({reason}); put {weights.url.rsplit('/', 1)[-1]} into torch's "
             f"hub folder, or leave out weights="
         ) from error
     return pretrained
@@ -106,7 +107,7 @@ def _wrap(
     state: dict[str, Tensor] | None,
     columns: Sequence[int] | None = None,
 ) -> Detector:
-    """Build, load what fits of ``state``, wrap."""
+    """Build the model, load the entries of ``state`` with matching names and shapes, and wrap it."""
     built = build_model(description)
     if state is not None:
         own = built.state_dict()

@@ -1,9 +1,9 @@
 """Cascade Mask R-CNN on a feature pyramid: three stages, a mask branch in each.
 
-Assignment and losses; network and inference are ``models.cascade.CascadeMaskRCNN``. Cai and Vasconcelos, "Cascade R-CNN:
+This file has the adapter; network and inference are ``models.cascade.CascadeMaskRCNN``. Cai and Vasconcelos, "Cascade R-CNN:
 High Quality Object Detection and Instance Segmentation", TPAMI 2019: the mask branch of each stage is trained on that
-stage's positive regions, with its weight. Detections are boxes; the mask branches train (``Target.masks``) and travel with
-the exported model, whose own call returns the mean of their masks.
+stage's positive regions, with that stage's weight. Training needs ``Target.masks``. Detections are boxes only. The exported
+model contains the mask branches and returns the mean of their masks.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ TINY = "resnet10t,channels=8-16-32-64,stem=8,neck=32,mlp=32,proposals=20,rois=16
 
 
 def build(backbone: str, classes: Sequence[str], options: TwoStageOptions) -> CascadeMaskRCNNDetector:
-    """A fresh Cascade Mask R-CNN of three stages on a timm backbone; its mask branches are as wide as the neck.
+    """Build a Cascade Mask R-CNN of three stages with random weights on a timm backbone.
 
-    See ``two_stage_description`` for options and anchors; ``rois`` and ``mlp`` hold for each stage.
+    The mask branches have as many channels as the neck. See ``two_stage_description`` for options and anchors; ``rois`` and
+    ``mlp`` apply to each stage.
 
     Raises:
         ModelError: the options do not fit the backbone or the detector.
@@ -49,13 +50,13 @@ def wrap_model(
     columns: Sequence[int] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> CascadeMaskRCNNDetector:
-    """A ``models.cascade.CascadeMaskRCNN``.
+    """Wrap a built ``models.cascade.CascadeMaskRCNN``.
 
     Raises:
-        ModelError: its backbone has no feature pyramid, or outputs of it are no class.
+        ModelError: the backbone has no feature pyramid, or the model has outputs without a class.
     """
     return CascadeMaskRCNNDetector(model, classes, name, columns, description)
 
 
 class CascadeMaskRCNNDetector(CascadeDetector):
-    """As Cascade R-CNN, and the terms ``loss_mask_stage{1,2,3}``."""
+    """Adapter of Cascade Mask R-CNN: Cascade R-CNN with the additional loss terms ``loss_mask_stage{1,2,3}``."""

@@ -1,9 +1,9 @@
 """Cascade R-CNN on a feature pyramid: three stages of torchvision's RoI heads.
 
-Assignment and losses; network and inference are ``models.cascade.CascadeRCNN``. Cai and Vasconcelos, "Cascade R-CNN:
+This file has the adapter; network and inference are ``models.cascade.CascadeRCNN``. Cai and Vasconcelos, "Cascade R-CNN:
 Delving into High Quality Object Detection", CVPR 2018, with the loss weights and standard deviations of the released
-configurations. As in torchvision's Faster R-CNN, and unlike there: anchors that cross the image's border take part in the
-first stage, and each bin of RoIAlign samples 2 x 2 points.
+configurations. Two details differ from the release and equal torchvision's Faster R-CNN: the first stage also uses anchors
+that cross the image border, and each bin of RoIAlign samples 2 x 2 points.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ TINY = "resnet10t,channels=8-16-32-64,stem=8,neck=32,mlp=32,proposals=20,rois=16
 
 
 def build(backbone: str, classes: Sequence[str], options: TwoStageOptions) -> CascadeRCNNDetector:
-    """A fresh Cascade R-CNN of three stages on a timm backbone: levels P2-P5 and torchvision's ``pool``.
+    """Build a Cascade R-CNN of three stages with random weights on a timm backbone.
 
-    See ``two_stage_description`` for options and anchors; ``rois`` and ``mlp`` hold for each stage.
+    Default levels: P2-P5 and torchvision's ``pool``. See ``two_stage_description`` for options and anchors; ``rois`` and
+    ``mlp`` apply to each stage.
 
     Raises:
         ModelError: the options do not fit the backbone or the detector.
@@ -48,13 +49,13 @@ def wrap_model(
     columns: Sequence[int] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> CascadeRCNNDetector:
-    """A ``models.cascade.CascadeRCNN``.
+    """Wrap a built ``models.cascade.CascadeRCNN``.
 
     Raises:
-        ModelError: its backbone has no feature pyramid, or outputs of it are no class.
+        ModelError: the backbone has no feature pyramid, or the model has outputs without a class.
     """
     return CascadeRCNNDetector(model, classes, name, columns, description)
 
 
 class CascadeRCNNDetector(CascadeDetector):
-    """Terms ``loss_{objectness,rpn_box_reg}`` and ``loss_{classifier,box_reg}_stage{1,2,3}``."""
+    """Adapter of Cascade R-CNN. Loss terms: ``loss_{objectness,rpn_box_reg}`` and ``loss_{classifier,box_reg}_stage{1,2,3}``."""

@@ -1,4 +1,4 @@
-"""Faster R-CNN on a feature pyramid: torchvision's model in stages.
+"""Faster R-CNN on a feature pyramid: torchvision's model, run stage by stage.
 
 Ren et al., "Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks", NeurIPS 2015, with Lin et
 al., "Feature Pyramid Networks for Object Detection", CVPR 2017, as in ``torchvision.models.detection``.
@@ -24,8 +24,9 @@ TINY = "resnet10t,channels=8-16-32-64,stem=8,neck=32,mlp=32,proposals=20,rois=16
 
 
 def build(backbone: str, classes: Sequence[str], options: TwoStageOptions) -> FasterRCNNDetector:
-    """A fresh Faster R-CNN on a timm backbone: levels P2-P5 and torchvision's ``pool``, all else torchvision's default.
+    """Build a Faster R-CNN with random weights on a timm backbone.
 
+    Default levels: P2-P5 and torchvision's ``pool``; all other defaults are torchvision's.
     See ``two_stage_description`` for options and anchors.
 
     Raises:
@@ -45,13 +46,13 @@ def wrap_model(
     columns: Sequence[int] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> FasterRCNNDetector:
-    """Somebody's ``torchvision.models.detection.FasterRCNN``.
+    """Wrap a built ``torchvision.models.detection.FasterRCNN``.
 
     Raises:
-        ModelError: its backbone or its box predictor is not of torchvision's kind.
+        ModelError: the backbone has no feature pyramid, the box predictor is not torchvision's, or the model has keypoints.
     """
     return FasterRCNNDetector(model, classes, name, columns, description)
 
 
 class FasterRCNNDetector(TwoStageDetector):
-    """Regions with copies and backbone features; terms ``loss_{objectness,rpn_box_reg,classifier,box_reg}``."""
+    """Adapter of Faster R-CNN. Loss terms: ``loss_{objectness,rpn_box_reg,classifier,box_reg}``."""

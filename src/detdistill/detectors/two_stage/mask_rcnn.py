@@ -1,7 +1,7 @@
-"""Mask R-CNN on a feature pyramid: torchvision's model in stages.
+"""Mask R-CNN on a feature pyramid: torchvision's model, run stage by stage.
 
-He et al., "Mask R-CNN", ICCV 2017, as in ``torchvision.models.detection``. Detections are boxes; the mask branch trains
-(``Target.masks``) and travels with the exported model, whose own call returns masks too.
+He et al., "Mask R-CNN", ICCV 2017, as in ``torchvision.models.detection``. Training needs ``Target.masks``.
+Detections are boxes only. The exported model contains the mask branch and also returns masks.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ TINY = "resnet10t,channels=8-16-32-64,stem=8,neck=32,mlp=32,proposals=20,rois=16
 
 
 def build(backbone: str, classes: Sequence[str], options: TwoStageOptions) -> MaskRCNNDetector:
-    """A fresh Mask R-CNN on a timm backbone: levels P2-P5 and torchvision's ``pool``; the mask branch is as wide as the neck.
+    """Build a Mask R-CNN with random weights on a timm backbone.
 
-    See ``two_stage_description`` for options and anchors.
+    Default levels: P2-P5 and torchvision's ``pool``. The mask branch has as many channels as the neck. See
+    ``two_stage_description`` for options and anchors.
 
     Raises:
         ModelError: the options do not fit the backbone or the detector.
@@ -61,13 +62,13 @@ def wrap_model(
     columns: Sequence[int] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> MaskRCNNDetector:
-    """Somebody's ``torchvision.models.detection.MaskRCNN``.
+    """Wrap a built ``torchvision.models.detection.MaskRCNN``.
 
     Raises:
-        ModelError: its backbone or its box predictor is not of torchvision's kind.
+        ModelError: the backbone has no feature pyramid, the box predictor is not torchvision's, or the model has keypoints.
     """
     return MaskRCNNDetector(model, classes, name, columns, description)
 
 
 class MaskRCNNDetector(TwoStageDetector):
-    """As Faster R-CNN, and the term ``loss_mask``."""
+    """Adapter of Mask R-CNN: Faster R-CNN with the additional loss term ``loss_mask``."""

@@ -23,20 +23,20 @@ CrossMaps = Literal["each", "sum"]
 
 
 class D3ETRQueries(NamedTuple):
-    """What a decoder makes of one group of queries."""
+    """Outputs of a decoder for one group of queries."""
 
     logits: Tensor
     """[L, B, N, K] sigmoid or [L, B, N, K+1] softmax logits."""
     boxes_cxcywh01: Tensor
     """[L, B, N, 4]."""
     self_attention: Tensor | None = None
-    """[L, B, H, N, N] after the softmax, or None to leave it out."""
+    """[L, B, H, N, N] after the softmax; None leaves the loss on it out."""
     cross_attention: Tensor | None = None
-    """[L, B, H, N, S] of each query, or [L, B, H, S] summed over queries, or None."""
+    """[L, B, H, N, S] of each query, or [L, B, H, S] summed over queries; None leaves the loss on it out."""
 
 
 class D3ETRTerms(NamedTuple):
-    """The unweighted losses of each layer, [L] each; None where there are no maps."""
+    """Unweighted losses of each layer, [L] each; None without attention maps."""
 
     cls: Tensor
     l1: Tensor
@@ -47,7 +47,7 @@ class D3ETRTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class D3ETRWeights:
-    """Of the terms, in every layer and both matchings (the re-implementation's)."""
+    """Weights of the terms in every layer and both matchings (those of the re-implementation)."""
 
     cls: float = 1.0
     l1: float = 5.0
@@ -61,17 +61,17 @@ class D3ETRWeights:
 def d3etr_match(
     student: D3ETRQueries, teacher: D3ETRQueries, costs: Sequence[float] = (1.0, 5.0, 2.0), softmax: bool = False
 ) -> Tensor:
-    """[L, B, N] the teacher's query of each of the student's, in every layer: the cheapest one-to-one matching.
+    """[L, B, N] index of the teacher's query matched to each student query in every layer (Hungarian matching).
 
-    With N > M, N - M queries have none (-1). The cost is a weighted sum of the cross-entropy of the student's class scores
+    With N > M, N - M queries are unmatched (-1). The cost is a weighted sum of the cross-entropy of the student's class scores
     under the teacher's (summed over classes), the L1 distance of the boxes, and minus their GIoU; the student's boxes are
-    clamped to 0..1. Attention maps play no part.
+    clamped to 0..1. Attention maps are not used.
 
     Args:
-        student: N queries.
-        teacher: M queries.
-        costs: of classes, L1 and GIoU.
-        softmax: the outputs are softmax logits (ours).
+        student: outputs for N queries.
+        teacher: outputs for M queries.
+        costs: weights of the class, L1 and GIoU costs.
+        softmax: the outputs are softmax logits (our extension).
     """
     x = student.logits
     if softmax:
@@ -84,20 +84,21 @@ def d3etr_match(
     return hungarian(cost)
 
 
-def d3etr_terms(student: D3ETRQueries, teacher: D3ETRQueries, match: Tensor, softmax: bool = False) -> D3ETRTerms:
-    """Losses of matched queries in every layer.
+def d3etr_terms(student: D3ETRQueries, teacher: D3ETRQueries, match: Tensor | None, softmax: bool = False) -> D3ETRTerms:
+    """Losses between matched queries in every layer.
 
     - cls: binary cross-entropy to the teacher's scores, summed over classes; mean over the pairs of all images. With softmax
       outputs the cross-entropy of the two distributions (ours). At equality its gradient is zero, not its value.
     - l1: sum over the four coordinates, giou: 1 - GIoU; means over the pairs.
     - self_attention: mean squared difference of the maps between matched queries, rows and columns both permuted.
-    - cross_attention: mean squared difference of the maps of matched queries; of the summed maps with nothing permuted, for
-      they have lost their queries.
+    - cross_attention: mean squared difference of the maps of matched queries. Maps that are summed over queries are compared
+      without a permutation.
 
     Args:
-        student: N queries; gradient flows.
-        teacher: M queries, treated as constant.
-        match: [L, B, N] index of the teacher's query, -1 for none; with as many pairs in every image and layer.
+        student: outputs for N queries; gradient flows.
+        teacher: outputs for M queries, treated as constant.
+        match: [L, B, N] index of the teacher's query, -1 for none; every image and layer has the same number of pairs.
+            None: each student query is compared with the teacher query of the same index.
         softmax: the outputs are softmax logits.
 
     Example:
@@ -106,10 +107,11 @@ def d3etr_terms(student: D3ETRQueries, teacher: D3ETRQueries, match: Tensor, sof
         >>> terms.l1.tolist(), bool(terms.giou < 1e-3), terms.self_attention is None
         ([0.0], True, True)
     """
-    layers, images, _ = match.shape
-    mine = torch.nonzero(match >= 0)[:, 2].view(layers, images, -1)  # [L, B, P]
-    theirs = match.gather(2, mine)
-    pairs = images * mine.shape[2]
+    images, queries = student.logits.shape[1:3]
+    mine, theirs = (None, None) if match is None else _pairs(match)
+    pairs = images * (queries if mine is None else mine.shape[2])
+    if mine is not None and mine.shape[2] == queries:
+        mine = None  # all student queries, in order: nothing to pick, neither forward nor backward
     logits, boxes = _take(student.logits, mine), _take(student.boxes_cxcywh01, mine)
     fixed_logits, fixed_boxes = _take(teacher.logits.detach(), theirs), _take(teacher.boxes_cxcywh01.detach(), theirs)
     if softmax:
@@ -136,29 +138,39 @@ def d3etr_terms(student: D3ETRQueries, teacher: D3ETRQueries, match: Tensor, sof
 
 
 def d3etr_loss(terms: D3ETRTerms, weights: D3ETRWeights = D3ETRWeights()) -> dict[str, Tensor]:
-    """The weighted terms that there are and that have a weight, [] each, summed over layers."""
+    """Weighted terms, [] each, summed over layers. Terms that are None or have weight 0 are left out."""
     factors = vars(weights)
     return {name: factors[name] * value.sum() for name, value in terms._asdict().items() if value is not None and factors[name]}
 
 
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    """[L, B, P, X] of [L, B, N, X] by an index [L, B, P]."""
+def _pairs(match: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices [L, B, P] of the matched student queries, and of their teacher queries."""
+    mine = torch.nonzero(match >= 0)[:, 2].view(*match.shape[:2], -1)
+    return mine, match.gather(2, mine)
+
+
+def _take(values: Tensor, index: Tensor | None) -> Tensor:
+    """[L, B, P, X] of [L, B, N, X] by an index [L, B, P]; None: all."""
+    if index is None:
+        return values
     return values.gather(2, index[..., None].expand(*index.shape, values.shape[-1]))
 
 
-def _rows(maps: Tensor, index: Tensor) -> Tensor:
-    """[L, B, H, P, X] of [L, B, H, N, X] by an index [L, B, P]."""
+def _rows(maps: Tensor, index: Tensor | None) -> Tensor:
+    """[L, B, H, P, X] of [L, B, H, N, X] by an index [L, B, P]; None: all."""
+    if index is None:
+        return maps
     wide = index[:, :, None, :, None].expand(-1, -1, maps.shape[2], -1, maps.shape[4])
     return maps.gather(3, wide)
 
 
 def spread_attention(attention: Tensor, cells_hw: Sequence[tuple[int, int]], summed: bool) -> tuple[Tensor, ...]:
-    """Cross-attention as maps, so that what lies at one place of an image is found there under any padding.
+    """Cross-attention as maps per level, so that a place of an image has the same index under any padding.
 
     Args:
         attention: [L, B, H, N, S].
         cells_hw: rows and columns of each level; S cells in all.
-        summed: add up the queries.
+        summed: sum over the queries.
 
     Returns:
         For each level [B, L, H, N, h, w], or [B, L, H, h, w] if summed.
@@ -169,7 +181,7 @@ def spread_attention(attention: Tensor, cells_hw: Sequence[tuple[int, int]], sum
 
 
 def gathered_attention(maps: Sequence[Tensor], cells_hw: Sequence[tuple[int, int]]) -> Tensor:
-    """The inverse of ``spread_attention`` on other maps, which are cropped or zero-padded on the right and at the bottom."""
+    """The inverse of ``spread_attention``; maps of other sizes are cropped or zero-padded on the right and at the bottom."""
     flat = []
     for level, (rows, columns) in zip(maps, cells_hw, strict=True):
         fitted = F.pad(level, (0, columns - level.shape[-1], 0, rows - level.shape[-2]))

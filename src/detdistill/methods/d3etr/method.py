@@ -52,7 +52,7 @@ def _cells(features: Features) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class D3ETRTaught(Taught):
-    """What the teacher's decoder makes of its own queries, in all layers."""
+    """Outputs of all layers of the teacher's decoder for its own queries."""
 
     logits: Tensor = field(metadata=SECOND)
     """[L, B, M, C]."""
@@ -62,18 +62,18 @@ class D3ETRTaught(Taught):
     self_attention: Tensor | None = field(default=None, metadata=SECOND)
     """[L, B, H, M, M]."""
     cross_attention: tuple[Tensor, ...] | None = None
-    """As ``spread_attention`` has it."""
+    """Maps per level, see ``spread_attention``."""
 
 
 class D3ETR(Method[D3ETRTaught]):
-    """D3ETR between two DETRs with decoders of equal depth. Weights and the class loss are unchecked, see the module.
+    """D3ETR between two DETRs with decoders of equal depth. Weights and class loss could not be checked, see the module.
 
-    Adaptive matching pairs the student's queries with the teacher's by what they predict; fixed matching lets the student
-    decode the teacher's queries beside its own. Both compare predictions, self-attention and cross-attention.
+    Adaptive matching pairs the student's queries with the teacher's by their predictions. Fixed matching decodes the teacher's
+    queries with the student's decoder, beside its own queries. Both compare predictions, self-attention and cross-attention.
 
-    Attention maps come from the student's own pass, which shows them. Deformable decoders have no dense maps:
-    their sampling weights are scattered to the cells that bilinear sampling reads (with its half-cell shift, which the
-    re-implementation leaves out), and by default summed over queries. Both need memory: L * H * N * S numbers for each image.
+    The student's attention maps come from its one forward pass. Deformable decoders have no dense maps: their sampling weights
+    are scattered to the cells that bilinear sampling reads (with its half-cell shift, which the re-implementation leaves out),
+    and by default summed over queries. Cross-attention needs memory: L * H * N * S numbers per image.
     """
 
     slug = "d3etr"
@@ -109,22 +109,22 @@ class D3ETR(Method[D3ETRTaught]):
         Args:
             teacher: a DETR.
             student: a DETR with as many decoder layers and the same kind of class outputs.
-            matching: which queries are compared. ``adaptive``: the student's with those of the teacher that predict alike;
-                ``fixed``: the teacher's, decoded by both sides; ``both``.
-            cls_weight: of the class loss; this and the other weights hold in both matchings.
-            l1_weight: of the L1 loss.
-            giou_weight: of the GIoU loss.
-            self_attention_weight: of the difference of self-attention maps, which need equal numbers of heads; 0 leaves them out.
-            cross_attention_weight: of the difference of cross-attention maps, which need equal heads and strides; 0 leaves them
-                out.
-            cls_cost: of the class scores in the adaptive matching.
-            l1_cost: of the L1 distance in the adaptive matching.
-            giou_cost: of the GIoU in the adaptive matching.
+            matching: queries that are compared. ``adaptive``: student queries with the teacher queries whose predictions are
+                most similar; ``fixed``: the teacher's queries, decoded by both sides; ``both``: both.
+            cls_weight: weight of the class loss. All weights apply to both matchings.
+            l1_weight: weight of the L1 loss.
+            giou_weight: weight of the GIoU loss.
+            self_attention_weight: weight of the loss on self-attention maps, which need equal numbers of heads; 0 leaves it out.
+            cross_attention_weight: weight of the loss on cross-attention maps, which need equal numbers of heads and equal
+                strides; 0 leaves it out.
+            cls_cost: weight of the class cost in the adaptive matching.
+            l1_cost: weight of the L1 distance in the adaptive matching.
+            giou_cost: weight of the GIoU in the adaptive matching.
             cross_maps: compare cross-attention query by query (``each``) or summed over queries (``sum``); None: ``sum`` for
                 detectors with several maps, which are deformable, else ``each``.
-            average_heads: compare the means over heads, which may then differ in number (ours).
-            project: learn maps for what the student's decoder reads and the teacher's queries lack (ours, ``QueryBridge``);
-                for fixed matching only.
+            average_heads: compare means over heads; the numbers of heads may then differ (our extension).
+            project: learn layers that make the parts that the student's decoder needs and the teacher's queries lack (our
+                extension, ``QueryBridge``); only for fixed matching.
 
         Raises:
             MethodError: a hyper-parameter is out of range, or all weights are 0.
@@ -156,7 +156,7 @@ class D3ETR(Method[D3ETRTaught]):
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
-        """Two DETRs of equal classes; attention maps of both where they are compared."""
+        """Two DETRs with the same classes; attention maps of both if they are compared."""
         attends = settings["self_attention_weight"] > 0 or settings["cross_attention_weight"] > 0
         return Needs(
             teacher=Look(prediction=True, attention=attends),
@@ -249,10 +249,7 @@ class D3ETR(Method[D3ETRTaught]):
             theirs = self._theirs(taught, seen.features)
             for matching in self.matchings:
                 mine = self._mine(cast(Queries, seen.prediction if fixed is None or matching == "adaptive" else fixed))
-                if matching == "fixed":
-                    match = torch.arange(theirs.logits.shape[2], device=theirs.logits.device).expand(theirs.logits.shape[:3])
-                else:
-                    match = d3etr_match(mine, theirs, self.costs, self.softmax)
+                match = None if matching == "fixed" else d3etr_match(mine, theirs, self.costs, self.softmax)
                 found = d3etr_loss(d3etr_terms(mine, theirs, match, self.softmax), self.weights)
                 terms |= {f"{matching}_{name}": value for name, value in found.items()}
         return Losses(terms)

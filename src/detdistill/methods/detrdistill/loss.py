@@ -26,22 +26,22 @@ FORBIDDEN = 1e6
 
 
 class LogitsWeights(NamedTuple):
-    """How much classes and boxes count, as losses or as costs of the matching."""
+    """Weights of class and box terms, in the losses or in the matching cost."""
 
     cls: float = 1.0
-    """Of the binary cross-entropy with the teacher's scores, summed over classes."""
+    """Weight of the binary cross-entropy with the teacher's scores, summed over classes."""
     l1: float = 5.0
-    """Of the L1 distance, cxcywh in parts of the image."""
+    """Weight of the L1 distance of boxes cxcywh as fractions of the image."""
     giou: float = 2.0
-    """Of the GIoU in pixels."""
+    """Weight of the GIoU in pixels."""
 
 
 RELEASED = LogitsWeights()
-"""Those of the released code."""
+"""The weights of the released code."""
 
 
 class LogitsTerms(NamedTuple):
-    """Losses of the predictions, [L] each, weighted."""
+    """Weighted losses of the predictions, [L] each."""
 
     cls: Tensor
     l1: Tensor
@@ -49,19 +49,19 @@ class LogitsTerms(NamedTuple):
 
 
 def detrdistill_layers(student: int, teacher: int) -> list[int]:
-    """Which teacher layer each student layer follows: the last of its group, when the teacher's layers are grouped evenly.
+    """Teacher layer that each student layer follows: the last layer of its group, with the teacher's layers in equal groups.
 
     Student layer k of S (from 1) follows teacher layer ceil(k * T / S); a deeper student follows some layers several times.
 
     Args:
-        student: S, its decoder layers.
-        teacher: T, the teacher's.
+        student: S, number of decoder layers of the student.
+        teacher: T, number of decoder layers of the teacher.
 
     Returns:
         Indices from 0, one for each student layer.
 
     Raises:
-        ValueError: one of them has no layer.
+        ValueError: S or T is below 1.
 
     Example:
         >>> detrdistill_layers(3, 6)
@@ -73,7 +73,7 @@ def detrdistill_layers(student: int, teacher: int) -> list[int]:
 
 
 def detrdistill_targets(boxes: Tensor) -> Tensor:
-    """The teacher's boxes [..., 4] as targets: what leaves the image is cut off, so even equal boxes may differ from them."""
+    """The teacher's boxes [..., 4] clipped to the image, as targets; they may differ from equal, unclipped student boxes."""
     return box_convert(box_convert(boxes, "cxcywh", "xyxy").clamp(0, 1), "xyxy", "cxcywh")
 
 
@@ -93,10 +93,10 @@ def detrdistill_match(
     allowed: Tensor | None = None,
     costs: LogitsWeights = RELEASED,
 ) -> Tensor:
-    """The teacher's query that each student query should follow (Hungarian matching, section 3.2).
+    """Index of the teacher's query that each student query should follow (Hungarian matching, section 3.2).
 
-    The cost of a pair: cross-entropy with the teacher's scores, plus L1 distance, minus GIoU. The teacher's boxes are cut off
-    at the image.
+    The cost of a pair is the cross-entropy with the teacher's scores, plus the L1 distance, minus the GIoU. The teacher's
+    boxes are clipped to the image.
 
     Args:
         student_logits: [L, B, N, K].
@@ -104,11 +104,11 @@ def detrdistill_match(
         teacher_logits: [L, B, M, K], of the layers to follow.
         teacher_boxes: [L, B, M, 4].
         sizes_hw: [B, 2] valid height and width.
-        allowed: [L, B, M] bool, the teacher's queries that may be followed; None: all.
-        costs: of a pair.
+        allowed: [L, B, M] bool, the teacher's queries that may be matched; None: all.
+        costs: weights of the cost's parts.
 
     Returns:
-        [L, B, N] index of the teacher's query, -1 for student queries that are left over (when M < N).
+        [L, B, N] index of the teacher's query, -1 for unmatched student queries (if M < N).
     """
     targets, costed = detrdistill_targets(teacher_boxes), []
     for logits, said, mine, theirs in zip(student_logits, teacher_logits, student_boxes, targets, strict=True):
@@ -133,20 +133,20 @@ def detrdistill_logits_loss(
     matched: Tensor,
     weights: LogitsWeights = RELEASED,
 ) -> LogitsTerms:
-    """How far each student query is from the teacher's query that it follows, layer by layer.
+    """Losses between each student query and the teacher's query matched to it, for each layer.
 
     Binary cross-entropy with the teacher's scores (not zero at equality: the teacher's entropy remains), L1 distance in parts
     of the image, and 1 - GIoU in pixels, each summed and divided by the matched student queries of the batch. Queries that
-    follow nobody count nowhere. (The released code gives them a class target beyond 1.)
+    are not matched are left out. (The released code gives them a class target above 1.)
 
     Args:
         student_logits: [L, B, N, K]; gradient flows.
         student_boxes: [L, B, N, 4]; gradient flows.
         teacher_logits: [L, B, M, K], treated as constant.
-        teacher_boxes: [L, B, M, 4], likewise; cut off at the image.
+        teacher_boxes: [L, B, M, 4], treated as constant; clipped to the image.
         sizes_hw: [B, 2] valid height and width.
-        matched: [L, B, N] see ``detrdistill_match``.
-        weights: of the three.
+        matched: [L, B, N], see ``detrdistill_match``.
+        weights: weights of the three losses.
     """
     good = (matched >= 0).to(student_logits.dtype)
     number = good.sum(dim=(1, 2)) + EPSILON
@@ -172,17 +172,17 @@ def detrdistill_split_loss(
     costs: LogitsWeights = RELEASED,
     weights: LogitsWeights = RELEASED,
 ) -> LogitsTerms:
-    """The paper's form (Eq. 2 to 4): positive and negative teacher queries are matched apart; negatives teach boxes only.
+    """The paper's form (Eq. 2 to 4): positive and negative teacher queries are matched separately; negatives teach boxes only.
 
     Args:
         student_logits: [L, B, N, K]; gradient flows.
         student_boxes: [L, B, N, 4]; gradient flows.
         teacher_logits: [L, B, M, K], treated as constant.
-        teacher_boxes: [L, B, M, 4], likewise.
+        teacher_boxes: [L, B, M, 4], treated as constant.
         sizes_hw: [B, 2] valid height and width.
-        positive: [L, B, M] bool, the teacher's queries that its own matching gave a ground-truth box.
-        costs: of a pair in both matchings.
-        weights: of the losses; the class's of positives only.
+        positive: [L, B, M] bool, the teacher's queries that its own matching assigned to a ground-truth box.
+        costs: weights of the cost in both matchings.
+        weights: weights of the losses; the class loss applies to positives only.
     """
     predictions = (student_logits, student_boxes, teacher_logits, teacher_boxes, sizes_hw)
     terms = []
@@ -196,17 +196,17 @@ def detrdistill_split_loss(
 def detrdistill_query_weights(
     logits: Tensor, boxes: Tensor, boxes_xyxy: Sequence[Tensor], sizes_hw: Tensor, max_per_img: int = 100
 ) -> Tensor:
-    """How much each of the teacher's queries says in the released masks: [L, B, M].
+    """Weights [L, B, M] of the teacher's queries in the released masks.
 
-    The best ``max_per_img`` pairs of query and class count by their score (a query may do so several times), times the
-    largest IoU of the query's box with any ground-truth box; in an image without boxes by their score alone.
+    A query's weight is the sum of its scores among the best ``max_per_img`` pairs of query and class, times the largest IoU
+    of its box with any ground-truth box. In an image without ground-truth boxes it is the sum of scores alone.
 
     Args:
         logits: [L, B, M, K] of the teacher.
-        boxes: [L, B, M, 4] of the teacher, not cut off.
+        boxes: [L, B, M, 4] of the teacher, not clipped.
         boxes_xyxy: ground truth, B tensors [G, 4] in pixels.
         sizes_hw: [B, 2] valid height and width.
-        max_per_img: pairs of query and class in each image and layer.
+        max_per_img: number of pairs of query and class in each image and layer.
     """
     best, place = logits.sigmoid().flatten(2).topk(min(max_per_img, logits.shape[2] * logits.shape[3]), dim=2)
     weights = torch.zeros_like(boxes[..., 0]).scatter_add(2, place // logits.shape[3], best.to(boxes.dtype))
@@ -220,16 +220,16 @@ def detrdistill_query_weights(
 
 @torch.no_grad()
 def detrdistill_masks(weights: Tensor, embedding: Tensor, teacher: Tensor, floor: float = 0.01) -> Tensor:
-    """The released masks of one level: where the teacher's features resemble its important queries.
+    """The released masks of one level, large where the teacher's features resemble its highly weighted queries.
 
-    The cosine of every cell with every query, summed over queries by their weights, not below ``floor``, and divided by the
-    largest of the map; so at most 1, and all 1 where nothing reaches ``floor``.
+    The weighted sum over queries of the cosine between query and cell, clamped from below to ``floor`` and divided by its
+    maximum over the map. Values are at most 1, and all 1 if no cell reaches ``floor``.
 
     Args:
-        weights: [L, B, M] see ``detrdistill_query_weights``.
+        weights: [L, B, M], see ``detrdistill_query_weights``.
         embedding: [L, B, M, D] of the teacher.
         teacher: [B, D, H, W] the teacher's map.
-        floor: least value, above 0, before the division.
+        floor: smallest value before the division, above 0.
 
     Returns:
         [L, B, H, W].
@@ -254,11 +254,11 @@ def detrdistill_quality(
     Args:
         logits: [L, B, M, K] of the teacher; the score is that of the box's class.
         boxes: [L, B, M, 4] of the teacher.
-        matched: [L, B, M] the ground-truth box that the teacher's own matching gave each query, negative for none.
+        matched: [L, B, M] index of the ground-truth box in the teacher's own matching, negative for none.
         boxes_xyxy: ground truth, B tensors [G, 4] in pixels.
         labels: B tensors [G].
         sizes_hw: [B, 2] valid height and width.
-        gamma: between score and IoU.
+        gamma: exponent of the score; that of the IoU is 1 - gamma.
 
     Returns:
         [L, B, M].
@@ -281,7 +281,7 @@ def detrdistill_quality_weights(quality: Tensor, embedding: Tensor, teacher: Ten
     """The paper's weight of each cell (Eq. 6 and 7): mean over queries of quality times the squared product with the cell.
 
     Args:
-        quality: [L, B, M] see ``detrdistill_quality``.
+        quality: [L, B, M], see ``detrdistill_quality``.
         embedding: [L, B, M, D] of the teacher.
         teacher: [B, D, H, W] the teacher's map.
 
@@ -303,7 +303,7 @@ def detrdistill_feature_loss(student: Tensor, teacher: Tensor, weights: Tensor) 
     Args:
         student: [B, D, H, W] in the teacher's channels; gradient flows.
         teacher: [B, D, H, W], treated as constant.
-        weights: [L, B, H, W]; the square of ``detrdistill_masks``, or ``detrdistill_quality_weights``.
+        weights: [L, B, H, W], the square of ``detrdistill_masks``, or ``detrdistill_quality_weights``.
 
     Example:
         >>> maps = torch.ones(1, 2, 2, 2)
@@ -314,11 +314,11 @@ def detrdistill_feature_loss(student: Tensor, teacher: Tensor, weights: Tensor) 
 
 
 def detrdistill_contrastive_loss(student: Tensor, teacher: Tensor, temperature: float = 0.07) -> Tensor:
-    """[] each teacher row should be most similar to the student row at its place: cross-entropy over the student's rows.
+    """[] cross-entropy that makes the student row with the same index the most similar one to each teacher row.
 
     Args:
         student: [R, C] of length 1; gradient flows.
         teacher: [R, C] of length 1; gradient flows (to the teacher's tower).
-        temperature: of the similarities.
+        temperature: divides the similarities.
     """
     return F.cross_entropy(teacher @ student.T / temperature, torch.arange(len(student), device=student.device))

@@ -1,9 +1,9 @@
-"""DETRDistill: a DETR learns from another DETR's predictions, from features under a mask its queries make, and its queries.
+"""DETRDistill: a DETR learns from another DETR's predictions, its features under a mask made of its queries, and its queries.
 
 Chang, Wang, Xu, Chen, Yang, Zhao, "DETRDistill: A Universal Knowledge Distillation Framework for DETR-families", ICCV 2023,
-arXiv 2211.10156. Only the Deformable DETR part was released, and it differs from the paper in places; the defaults are those
-of the code, except that queries are decoded under the teacher's assignment, as the paper says (the code passes it on to
-nobody), and that the contrastive term, which the paper does not have, is off.
+arXiv 2211.10156. Only the part for Deformable DETR was released, and it differs from the paper in places. The defaults are
+those of the code with two exceptions: queries are decoded under the teacher's assignment, as in the paper (the code computes
+it but does not use it), and the contrastive term, which is not in the paper, is off.
 
 Shape letters: B images, L decoder layers, N student's queries, M teacher's queries, K classes, D width, G boxes of an image.
 Boxes of queries are cxcywh in parts of the valid image.
@@ -56,18 +56,18 @@ from detdistill.values import Count, Fraction, Positive, Weight
 
 
 class DETRDistill(Method[DETRDistillTaught]):
-    """DETRDistill between two detectors of queries.
+    """DETRDistill between two DETRs.
 
-    Which terms work for which pair:
+    Pairs that each term supports:
 
-    - Predictions: any two with sigmoid classes, of any depth and number of queries; the teacher must know the student's
-      classes by name. DETR's softmax classes are refused.
-    - Features: levels of common stride, as in all methods; a student of other channels gets a 1x1 convolution on each. The
+    - Predictions: any two with sigmoid classes, of any depth and number of queries. The teacher must have the student's
+      classes, compared by name. DETR's softmax classes are refused.
+    - Features: levels of common stride, as in all methods. If channels differ, each student level gets a 1x1 convolution. The
       teacher's embeddings must be as wide as its features, as in all DETRs but RT-DETRs with a wider encoder.
     - Assignment: the student's decoder takes the teacher's queries as they are, so both must have the same format: content of
       the same width, positions on both sides or on neither, references of the same kind (points, boxes, none). Deformable
       and Conditional DETR have content, position and point (two-stage Deformable DETR: box); AdaMixer, DAB-DETR, RT-DETR,
-      RT-DETRv2 and D-FINE content and box. Where points are made of positions, the student makes its own of the teacher's
+      RT-DETRv2 and D-FINE content and box. A student that computes its points from positions computes them from the teacher's
       positions. Other pairs are refused; ``assignment_weight=0`` leaves the term out.
 
     The paper's pairs are of one kind (Deformable DETR, Conditional DETR, AdaMixer). Features are those of the encoder, as in
@@ -110,37 +110,38 @@ class DETRDistill(Method[DETRDistillTaught]):
         temperature: Positive = 0.07,
         contrastive_width: Count = 512,
     ) -> None:
-        """Check the pair, by what both decoders' queries are made of, and pair the levels.
+        """Check that both decoders' queries have compatible formats, and pair the levels.
 
         Args:
-            teacher: a detector of queries with sigmoid classes.
-            student: likewise.
-            logits_weight: of the predictions' term (the paper's lambda 1); 0 leaves it out, as with the other terms.
-            cls_weight: of its cross-entropy with the teacher's scores.
-            l1_weight: of its L1 distance.
-            giou_weight: of its GIoU.
-            cls_cost: of the cross-entropy in the matching.
-            l1_cost: of the L1 distance in the matching.
-            giou_cost: of the GIoU in the matching.
-            split: match and teach the teacher's positives and negatives apart, as in the paper; the released code does not.
-            progressive: layer by layer; False: every student layer follows the teacher's last.
-            feature_weight: of the features' term (lambda 2); None: 1 with the released mask, 20 with the paper's.
-            mask: ``released``: cosines of the best queries, scaled to 1; ``paper``: products with every query that found a
-                box, by its quality.
-            max_per_img: pairs of query and class in the released mask (the code's number of detections).
-            mask_floor: least value of the released mask before scaling.
-            gamma: of the quality in the paper's mask, between score and IoU.
-            levels: student levels of the features' term, as indices; None: all that have a partner.
-            assignment_weight: of the assignment term (lambda 3).
-            assignment: ``teacher``: the student's decoder must find with each of the teacher's queries what the teacher found
-                with it, as in the paper; ``self``: it is matched to the boxes anew, as in the released code.
-            contrastive_weight: of the contrastive term on query embeddings; the released code has 0.2, the paper no such term.
-            temperature: of the contrastive term.
-            contrastive_width: of its towers.
+            teacher: a DETR with sigmoid classes.
+            student: a DETR with sigmoid classes.
+            logits_weight: weight of the prediction loss (the paper's lambda 1); 0 leaves it out, as with the other terms.
+            cls_weight: weight of the cross-entropy with the teacher's scores in the prediction loss.
+            l1_weight: weight of the L1 distance in the prediction loss.
+            giou_weight: weight of the GIoU loss in the prediction loss.
+            cls_cost: weight of the cross-entropy in the matching cost.
+            l1_cost: weight of the L1 distance in the matching cost.
+            giou_cost: weight of the GIoU in the matching cost.
+            split: match the teacher's positive and negative queries separately, as in the paper; the released code does not.
+            progressive: student layers follow successive teacher layers; False: every student layer follows the teacher's last.
+            feature_weight: weight of the feature loss (lambda 2); None: 1 with the released mask, 20 with the paper's.
+            mask: ``released``: cosines with the best queries, scaled to a maximum of 1; ``paper``: squared products with the
+                queries that are matched to a box, weighted by their quality.
+            max_per_img: number of pairs of query and class in the released mask (the code's number of detections).
+            mask_floor: smallest value of the released mask before scaling.
+            gamma: exponent of the score in the quality of the paper's mask; that of the IoU is 1 - gamma.
+            levels: indices of the student levels in the feature loss; None: all levels that the teacher has, too.
+            assignment_weight: weight of the assignment loss (lambda 3).
+            assignment: targets of the teacher's queries in the student's decoder. ``teacher``: the boxes that the teacher's
+                matching gave them, as in the paper; ``self``: a new matching, as in the released code.
+            contrastive_weight: weight of the contrastive loss on query embeddings. The released code has 0.2, the paper no such
+                loss.
+            temperature: temperature of the contrastive loss.
+            contrastive_width: width of the contrastive loss's towers.
 
         Raises:
             MethodError: a hyper-parameter is out of range, or all weights are 0.
-            PairError: softmax classes, or a term that cannot work for this pair, with what would.
+            PairError: softmax classes, or a term that this pair does not support; the message says what to change.
         """
         super().__init__(teacher, student)
         self.feature_weight = {"released": 1.0, "paper": 20.0}[mask] if feature_weight is None else feature_weight
@@ -173,7 +174,7 @@ class DETRDistill(Method[DETRDistillTaught]):
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
-        """Two detectors of queries with sigmoid classes. Nobody enters the teacher's decoder again, so a cache can stand in."""
+        """Two DETRs with sigmoid classes. The teacher's decoder is not run again, so a cache can replace the teacher."""
         return Needs(
             teacher=Look(prediction=True),
             teacher_families=("queries",),
@@ -184,10 +185,10 @@ class DETRDistill(Method[DETRDistillTaught]):
         )
 
     def _check_width(self, side: str, spec: DetectorSpec, queries: QuerySpec, wanted: bool) -> None:
-        """Queries as wide as the features, where they meet.
+        """Check that queries and features have the same width, if they are compared.
 
         Raises:
-            PairError: they are not.
+            PairError: the widths differ.
         """
         if wanted and set(spec.channels) != {queries.width}:
             raise PairError(
@@ -196,7 +197,7 @@ class DETRDistill(Method[DETRDistillTaught]):
             )
 
     def _check_formats(self, student: str, own: QueryFormat, given: QueryFormat) -> None:
-        """Whether the student's decoder reads the teacher's queries as its own.
+        """Check that the student's decoder can decode the teacher's queries.
 
         Raises:
             PairError: the formats differ.
@@ -210,7 +211,7 @@ class DETRDistill(Method[DETRDistillTaught]):
     # ---------------------------------------------------------------------------------------------------------- teach
 
     def teach(self, batch: Batch) -> DETRDistillTaught:
-        """Features, predictions of all layers with the queries they began as, and what each of those should find."""
+        """Features, predictions of all layers with their initial queries, and the ground-truth box matched to each query."""
         observation = self.teacher.observe(batch, Look(prediction=True))
         prediction = cast(Queries, observation.prediction)
         columns = torch.tensor(self.columns, device=batch.images.device)
@@ -245,7 +246,7 @@ class DETRDistill(Method[DETRDistillTaught]):
         return Losses(terms)
 
     def _followed(self, taught: DETRDistillTaught, mine: Queries) -> DETRDistillTaught:
-        """The teacher's layers that the student's follow, one for each, and the scores of the student's classes."""
+        """The teacher's layer for each student layer, with the scores of the student's classes."""
         depth, available = len(mine.logits), len(taught.prediction.logits)
         layers = detrdistill_layers(depth, available) if self.progressive else [available - 1] * depth
         said = taught.prediction
@@ -259,7 +260,7 @@ class DETRDistill(Method[DETRDistillTaught]):
         return detrdistill_logits_loss(*predictions, matched, self.weights)
 
     def _feature(self, features: Features, theirs: DETRDistillTaught, batch: Batch) -> Tensor:
-        """[] summed over layers and levels."""
+        """Feature loss [], summed over layers and levels."""
         said = theirs.prediction
         targets = [target.without_crowd() for target in batch.targets]
         boxes = [target.boxes_xyxy for target in targets]
@@ -278,14 +279,14 @@ class DETRDistill(Method[DETRDistillTaught]):
         return torch.stack(levels).sum()
 
     def _decode(self, student: Detector, seen: Observation, taught: DETRDistillTaught, batch: Batch) -> Queries:
-        """The student's decoder on the teacher's queries; it reads the features it has already made."""
+        """Run the student's decoder on the teacher's queries and the student's features of this pass."""
         mine, theirs = cast(Queries, seen.prediction).seed, taught.prediction.seed
         made = mine.position is not None and mine.reference is not None and mine.reference.shape[-1] == 2
         seed = QuerySeed(theirs.content, theirs.position, None if made else theirs.reference)
         return cast(HasQueries, student).decode(seen.features, seed, batch)
 
     def _contrastive(self, mine: Queries, theirs: DETRDistillTaught, matched: Tensor) -> Tensor:
-        """[] summed over layers."""
+        """Contrastive loss [], summed over layers."""
         assert self.contrastive is not None
         losses = []
         for layer, follows in enumerate(matched):
@@ -302,7 +303,7 @@ def _predictions(mine: Queries, theirs: DETRDistillTaught) -> tuple[Tensor, Tens
 
 
 def _in_words(queries: QueryFormat) -> str:
-    """What queries begin as."""
+    """Name the parts of initial queries for a message."""
     parts = [f"positions of width {queries.width}"] if queries.position else []
     parts += {0: [], 2: ["points"], 4: ["boxes"]}[queries.reference]
     return " with ".join([f"content of width {queries.width}", *([" and ".join(parts)] if parts else [])])

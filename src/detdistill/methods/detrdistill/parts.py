@@ -1,4 +1,4 @@
-"""DETRDistill's projections of queries for the contrastive term, and what is taught.
+"""DETRDistill's projections of queries for the contrastive loss, and the targets from the teacher.
 
 Shape letters: B images, L decoder layers, N student's queries, M teacher's queries, K classes, D width, G boxes of an image.
 Boxes of queries are cxcywh in parts of the valid image.
@@ -37,16 +37,16 @@ class ContrastiveHead(nn.Module):
         self.student, self.teacher = tower(student), tower(teacher)
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [R, D] of both sides as rows of length 1, [R, width]."""
+        """Project rows [R, D] of both sides to rows [R, width] of length 1."""
         return F.normalize(self.student(student), dim=1), F.normalize(self.teacher(teacher), dim=1)
 
 
 @dataclass(frozen=True)
 class DETRDistillTaught(Taught):
-    """All that the three terms need of the teacher."""
+    """Targets of all terms from the teacher."""
 
     features: Features
     prediction: Queries
-    """With its seed; logits of all the teacher's classes."""
+    """With its initial queries; logits of all classes of the teacher."""
     matched: Tensor = field(metadata=SECOND)
     """[L, B, M] ground-truth box (index within its image's ``Target``) of each of the teacher's queries, -1 for none."""

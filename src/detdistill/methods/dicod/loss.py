@@ -1,4 +1,4 @@
-"""DICOD's losses of classes and of places; the method and its source are in ``method.py``.
+"""DICOD's classification and localization losses; the method and its source are in ``method.py``.
 
 Shape letters: B images, G objects of an image, M positives of the batch, K classes, S side of a crop, C channels.
 """
@@ -24,20 +24,24 @@ def dicod_classification_loss(
 ) -> Tensor:
     """Section 3.1: temperature^2 times the mean over positives of KL(classifier || student).
 
-    ``softmax``: over K + 1 classes, of which the background has no part in what the classifier says. ``binary``: the two-way
-    divergence of each class, averaged over the classes (equation 4; that the paper swaps both probabilities at the object's
-    class changes nothing). ``normalized``: sigmoids divided by their sum over the classes, then as ``softmax`` (only in the
-    released code). 1e-10 is added to both distributions, except for ``binary``, where logarithms of sigmoids are exact.
+    Forms of the divergence:
+
+    - ``softmax``: over K + 1 classes; the classifier gives the background probability 0.
+    - ``binary``: the two-way divergence of each class, averaged over the classes (equation 4; the paper exchanges both
+      probabilities at the object's class, which does not change the value).
+    - ``normalized``: sigmoids divided by their sum over the classes, then as ``softmax`` (only in the released code).
+
+    1e-10 is added to both distributions, except for ``binary``, which uses exact logarithms of sigmoids.
 
     Args:
         logits: [M, K+1] with the background last (softmax), else [M, K]; gradient flows.
         teacher_logits: [M, K], treated as constant.
-        temperature: T, of both.
-        form: see above.
-        normalizer: what the sum over positives is divided by; None: M.
+        temperature: T, divides both logits.
+        form: form of the divergence, see above.
+        normalizer: divisor of the sum over positives; None: M.
 
     Returns:
-        [] the loss, without a weight; 0, connected to the graph, without positives.
+        [] the unweighted loss. Without positives, 0 that is connected to the graph.
 
     Example:
         >>> import torch
@@ -62,11 +66,11 @@ def _kl(theirs: Tensor, mine: Tensor) -> Tensor:
 
 
 def dicod_pooled(maps: Sequence[Tensor], cells: int = 4) -> list[Tensor]:
-    """Crops and their feature maps, averaged in ever finer grids: the one at place i in ``cells * 2^i`` squared.
+    """Average crops and their feature maps over grids; entry i over a grid of ``cells * 2^i`` by ``cells * 2^i``.
 
     Args:
         maps: [M, C_i, H_i, W_i], the pixels first.
-        cells: g.
+        cells: g, side of the first grid.
     """
     return [F.adaptive_avg_pool2d(level, cells * 2**index) for index, level in enumerate(maps)]
 
@@ -74,17 +78,17 @@ def dicod_pooled(maps: Sequence[Tensor], cells: int = 4) -> list[Tensor]:
 def dicod_localization_loss(
     predicted: Sequence[Tensor], truth: Sequence[Tensor], pixel_weight: float = 0.15, feature_weight: float = 0.15
 ) -> tuple[Tensor, Tensor]:
-    """Equations 7 and 10: how different predicted boxes look from the true ones; mean over positives, channels and cells.
+    """Equations 7 and 10: L1 differences between the crops of predicted and true boxes; means over positives, channels, cells.
 
     Args:
-        predicted: pooled crops of the predicted boxes, then their pooled feature maps (see ``dicod_pooled``): [M, C_i, h_i,
-            w_i]; gradient flows.
+        predicted: pooled crops of the predicted boxes, then their pooled feature maps (see ``dicod_pooled``), each [M, C_i,
+            h_i, w_i]; gradient flows.
         truth: the same of the true boxes, treated as constant.
-        pixel_weight: of the first entry.
-        feature_weight: of the mean over the others; the released code has one weight for both.
+        pixel_weight: weight of the first entry (pixels).
+        feature_weight: weight of the mean over the other entries; the released code uses one weight for both.
 
     Returns:
-        [] pixels and [] features, weighted; 0, connected to the graph, without positives.
+        The weighted pixel term [] and feature term []. Without positives, zeros that are connected to the graph.
     """
     apart = [
         (mine - fixed.detach()).abs().flatten(1).mean(dim=1).sum() / max(1, len(mine))
@@ -95,9 +99,9 @@ def dicod_localization_loss(
 
 
 def dicod_sample(count: int, limit: int, generator: torch.Generator | None = None) -> Tensor:
-    """At most ``limit`` of the indices below ``count``, each as likely as any other, in rising order.
+    """A uniform random sample of at most ``limit`` of the indices below ``count``, in rising order.
 
-    So the mean over the sample is, on average, the mean over all.
+    The expected mean over the sample is the mean over all indices.
     """
     if count <= limit:
         return torch.arange(count)

@@ -1,14 +1,15 @@
-"""DICOD: an image classifier teaches a detector what its objects are, and where their boxes should lie.
+"""DICOD: an image classifier teaches a detector the classes of its objects and the places of their boxes.
 
 Guo, Alvarez, Salzmann, "Distilling Image Classifiers in Object Detectors", NeurIPS 2021.
 
-The classifier learns on the objects cut out of the training images (stage ``classifier``), or comes from a file. Frozen, it
-says for each object how likely the other classes are, which the student's positives follow; and its features of what a
-predicted box shows must be those of what the true box shows, which moves the predicted box.
+The classifier is trained on crops of the objects in the training images (stage ``classifier``), or loaded from a file. It is
+then frozen. Two kinds of losses train the student's positives. The class scores of a positive should follow the classifier's
+distribution over classes for the object. The classifier's features of the predicted box's crop should equal those of the true
+box's crop; the gradient moves the predicted box.
 
-Here and not in the released code: objects and predicted boxes below one pixel take no part, boxes are clamped to the image
-instead of the padded batch, a true box is described once instead of once for each of its positives, and two-stage detectors
-and queries are served as dense ones are.
+Differences from the released code: objects and predicted boxes below one pixel are left out; boxes are clamped to the image
+instead of the padded batch; a true box is passed through the classifier once instead of once for each of its positives;
+two-stage detectors and DETRs can be students, too.
 
 Shape letters: B images, G objects of an image, M positives of the batch, K classes, S side of a crop, C channels.
 """
@@ -42,10 +43,10 @@ from detdistill.values import Count, Fraction, Index, Positive, Weight
 
 
 class DICOD(TeacherFree[DICODTaught]):
-    """DICOD for any detector that predicts; of DETRs the queries matched to an object are its positives.
+    """DICOD for any student with predictions; the positives of a DETR are the queries matched to an object.
 
-    No detector teaches: the classifier is a submodule, and ``teach`` asks it about the true boxes, so that may come from a
-    cache. Predicted boxes are cropped and described in ``learn``, for which the frozen classifier stays.
+    There is no teacher detector. The classifier is a submodule. ``teach`` runs it on the true boxes, so its result can come
+    from a cache. ``learn`` runs the frozen classifier on the predicted boxes.
     """
 
     slug = "dicod"
@@ -86,27 +87,28 @@ class DICOD(TeacherFree[DICODTaught]):
         """Build or load the classifier.
 
         Args:
-            teacher: not used; there may be one for the other methods of a composition.
-            student: any detector that predicts.
-            classifier: any timm model.
-            weights: .safetensors file of a trained classifier with the names of its classes (``Classifier.save`` writes one).
-                None: it is trained in a stage of its own.
-            pretrained: begin with timm's weights, as the paper does.
-            cls_weight: of the difference of class distributions (0.1 to 0.4 in the paper).
-            temperature: T, of the class distributions.
+            teacher: not used (other methods of a composition may use it).
+            student: any detector with predictions.
+            classifier: name of a timm model.
+            weights: .safetensors file of a trained classifier with its class names (written by ``Classifier.save``). None: the
+                classifier is trained in a stage before ``distill``.
+            pretrained: start the classifier from timm's weights, as in the paper.
+            cls_weight: weight of the classification loss (0.1 to 0.4 in the paper).
+            temperature: T of the class distributions.
             sigmoid_form: how class scores of sigmoid detectors are compared. ``binary``: the two-way divergence of each class;
                 ``normalized``: sigmoids divided by their sum over the classes (only in the released code).
-            pixel_weight: of the difference in pixels, which are normalised as the student's input is: in units of 1/255 for an
-                SSD, 58 times as large as with ImageNet's deviations.
-            feature_weight: of the difference in the classifier's features; 0 leaves them out.
-            size: S, side of a crop.
-            cells: g. Pixels are compared in g x g cells, the first layer in 2g x 2g, the next in 4g x 4g.
-            layers: of the classifier: 0 is a ResNet's stem, 1 to 4 its stages; for others, what timm shows.
-            decoder_layers: of a DETR, whose positives learn: the last layer's, or all layers' (with one mean over all).
-            max_crops: predicted boxes that are cropped in a step; of more, a random sample, whose mean is on average that of all.
-            jitter: of the boxes that the classifier is trained on, as a part of their sides.
-            classifier_epochs: length of its training as a multiple of the run's epochs.
-            classifier_lr: its learning rate (SGD, cosine).
+            pixel_weight: weight of the pixel loss. Pixels are normalised as the student's input. An SSD's are in units of 1/255,
+                so its loss is 58 times as large as with ImageNet's deviations.
+            feature_weight: weight of the loss between the classifier's features; 0 leaves it out.
+            size: S, side of a crop in pixels.
+            cells: g. Pixels are compared on a grid of g x g, the first layer on 2g x 2g, the next on 4g x 4g.
+            layers: indices of the classifier's layers that are compared. ResNet: 0 is the stem, 1 to 4 the stages. Other
+                models: timm's feature indices.
+            decoder_layers: decoder layers of a DETR whose positives are trained: the last, or all (with one mean over all).
+            max_crops: maximum number of predicted boxes that are cropped in a step; of more boxes, a uniform random sample.
+            jitter: largest random shift of the boxes on which the classifier is trained, as a fraction of their sides.
+            classifier_epochs: length of the classifier's training as a multiple of the run's epochs.
+            classifier_lr: learning rate of the classifier's training (SGD, cosine schedule).
 
         Raises:
             MethodError: a hyper-parameter is out of range, or all weights are 0.
@@ -144,7 +146,7 @@ class DICOD(TeacherFree[DICODTaught]):
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
-        """A student that predicts; no teacher."""
+        """A student with predictions; no teacher."""
         return Needs(teacher=None, student_families=("dense", "regions", "queries"))
 
     def _check_classes(self, classes: Sequence[str], weights: str | None, pretrained: bool) -> None:
@@ -171,7 +173,7 @@ class DICOD(TeacherFree[DICODTaught]):
             )
 
     def _check_layers(self) -> None:
-        """Whether it takes crops of this size and has these layers, by trying."""
+        """Run the classifier once to check that it accepts crops of this size and has these layers."""
         name = self.classifier.name
         depth = len(self.classifier.network.feature_info)
         if self.layers[-1] >= depth:
@@ -187,7 +189,7 @@ class DICOD(TeacherFree[DICODTaught]):
 
     @torch.no_grad()
     def teach(self, batch: Batch) -> DICODTaught:
-        """Class scores, pooled pixels and pooled features of the true boxes, in float32. Crowds are among them, unused."""
+        """Compute class scores, pooled pixels and pooled features of the true boxes in float32; crowds are marked unusable."""
         counts = [len(target) for target in batch.targets]
         boxes, image, usable = self._objects(batch)
         if not len(boxes):  # for the shapes alone: an empty box, described and left out
@@ -207,7 +209,7 @@ class DICOD(TeacherFree[DICODTaught]):
         return DICODTaught(by_image(logits), by_image(pixels), tuple(map(by_image, features)), by_image(usable), number)
 
     def _objects(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes [M, 4] of all images inside them, the image [M] of each, and whether it can be seen [M]."""
+        """Boxes [M, 4] of all images, clamped to their image; the image index [M]; and whether each is usable [M]."""
         boxes = torch.cat([target.boxes_xyxy.to(self.classifier.mean.dtype) for target in batch.targets])
         counts = torch.tensor([len(target) for target in batch.targets])
         image = torch.repeat_interleave(torch.arange(len(batch)), counts).to(boxes.device)
@@ -218,9 +220,9 @@ class DICOD(TeacherFree[DICODTaught]):
     # --------------------------------------------------------------------------------------------- the classifier's stage
 
     def train_classifier(self, batch: Batch, taught: None, clock: Clock) -> Losses:
-        """Section 3.1: it learns the class of each object from a crop of its box, jittered.
+        """Section 3.1: train the classifier to predict the class of each object from the crop of its jittered box.
 
-        The images are the run's, so it sees the augmentation that the student will see. At most 256 crops of a batch.
+        The images have the run's augmentation. At most 256 crops of a batch are used.
         """
         boxes, image, usable = self._objects(batch)
         labels = torch.cat([target.labels for target in batch.targets])
@@ -231,7 +233,7 @@ class DICOD(TeacherFree[DICODTaught]):
             nothing = torch.stack([parameter.sum() for parameter in self.classifier.parameters()]).sum() * 0
             return Losses({"categorical": nothing})
         crops, labels = self.classifier.crops(batch, boxes[chosen], image[chosen], self.size), labels[chosen]
-        # Batch norm has no statistics of one crop that its last maps show as one cell.
+        # BatchNorm cannot compute statistics of a single crop whose last maps have one cell.
         with contextlib.nullcontext() if len(chosen) > 1 else evaluating(self.classifier):
             logits = self.classifier(crops).float()
         terms = {"categorical": F.cross_entropy(logits, labels)}
@@ -243,9 +245,9 @@ class DICOD(TeacherFree[DICODTaught]):
     # ---------------------------------------------------------------------------------------------------------- learn
 
     def learn(self, student: Detector, seen: Observation, taught: DICODTaught, batch: Batch, clock: Clock) -> Losses:
-        """Terms ``crop_classes``, ``crop_pixels`` and ``crop_features``, each a mean over positives; none where its weight is 0.
+        """Terms ``crop_classes``, ``crop_pixels`` and ``crop_features``: means over positives. Weight 0 leaves one out.
 
-        Monitors: ``classifier_accuracy`` on the batch's objects, and ``cropped``, the part of the positives that was cropped.
+        Monitors: ``classifier_accuracy`` on the batch's objects, and ``cropped``, the fraction of positives that were cropped.
         """
         terms: dict[str, Tensor] = {}
         monitors = self._accuracy(taught, batch)
@@ -273,7 +275,7 @@ class DICOD(TeacherFree[DICODTaught]):
         return positives
 
     def _localization(self, positives: Positives, taught: DICODTaught, batch: Batch, clock: Clock) -> tuple[Tensor, Tensor, int]:
-        """Both terms, and how many boxes they are of. Boxes below a pixel, or outside of the image, are left out."""
+        """Both localization terms and the number of boxes used. Boxes below a pixel or outside the image are left out."""
         boxes = clamp_boxes(positives.boxes_xyxy, positives.image, [view.size_hw for view in batch.views])
         visible = torch.nonzero(large_enough(boxes.detach())).flatten()
         if not len(visible):
@@ -292,7 +294,7 @@ class DICOD(TeacherFree[DICODTaught]):
         return *dicod_localization_loss(predicted, truth, self.pixel_weight, self.feature_weight), len(chosen)
 
     def _accuracy(self, taught: DICODTaught, batch: Batch) -> dict[str, Tensor]:
-        """Of the classifier on the batch's objects; nothing without any, or where there is nothing to choose."""
+        """Accuracy of the classifier on the batch's objects; empty without objects or with a single class."""
         if len(self.places) < 2:
             return {}
         right = []
@@ -303,7 +305,7 @@ class DICOD(TeacherFree[DICODTaught]):
         return {"classifier_accuracy": found.float().mean()} if len(found) else {}
 
     def stages(self, student: Detector) -> tuple[Stage, ...]:
-        """The classifier on the objects of the data, unless it came from a file; then the student, with a frozen classifier."""
+        """Train the classifier, unless it was loaded from a file; then train the student with the frozen classifier."""
         distill = self.distill_stage(student, (student,))
         if not self.own_stage:
             return (distill,)

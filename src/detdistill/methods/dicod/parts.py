@@ -1,4 +1,4 @@
-"""DICOD's image classifier, what it says of the objects, and the boxes that it is shown.
+"""DICOD's image classifier, its output for the objects, and the boxes that it gets.
 
 Shape letters: B images, G objects of an image, M positives of the batch, K classes, S side of a crop, C channels.
 """
@@ -22,9 +22,9 @@ from detdistill.functional.modes import evaluating, frozen
 from detdistill.structures import Batch, Taught
 
 CHUNK = 256
-"""Crops that go through the classifier at once where no gradient is kept; and the most of a batch that it is trained on."""
+"""Number of crops in one pass of the classifier without gradients, and the maximum number of crops it is trained on per batch."""
 LEAST_SIDE = 1.0
-"""Pixels; what is smaller shows nothing."""
+"""Smallest side of a usable box, in pixels."""
 
 
 class Classifier(nn.Module):
@@ -42,16 +42,16 @@ class Classifier(nn.Module):
 
     @classmethod
     def build(cls, name: str, classes: Sequence[str], pretrained: bool = False) -> Self:
-        """A new one.
+        """Build a classifier by its timm name.
 
         Raises:
-            ModelError: timm has no such model, or no weights of it.
+            ModelError: timm has no such model, or no weights for it.
         """
         import timm
 
         if not timm.is_model(name):
             known = timm.list_models()
-            raise ModelError(f"unknown classifier {name!r}{nearest(name, known)}; any of timm's {len(known)} models will do")
+            raise ModelError(f"unknown classifier {name!r}{nearest(name, known)}; name one of timm's {len(known)} models")
         try:
             network = timm.create_model(name, num_classes=len(classes), pretrained=pretrained)
         except Exception as error:  # the hub's errors have no common base
@@ -63,10 +63,10 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, name: str) -> Self:
-        """One from a safetensors file; its metadata may hold the names of its classes (see ``save``).
+        """Load a classifier from a safetensors file, whose metadata may hold the class names (see ``save``).
 
         Raises:
-            ModelError: no such file, of another form, or not of this model.
+            ModelError: the file is missing, is not a safetensors file, or holds weights of another model.
         """
         from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file
@@ -104,7 +104,7 @@ class Classifier(nn.Module):
         save_file(state, path, metadata={"classifier": self.name, "classes": json.dumps(self.classes)})
 
     def crops(self, batch: Batch, boxes_xyxy: Tensor, image: Tensor, size: int) -> Tensor:
-        """[M, 3, S, S] what boxes [M, 4] show, normalised as this classifier is used to; zeros beyond the image."""
+        """[M, 3, S, S] crops of boxes [M, 4], normalised by the classifier's statistics; zeros outside the image."""
         images = (batch.images.to(boxes_xyxy.dtype) - self.mean) / self.std
         return crop_boxes(images, boxes_xyxy, image, size, [view.size_hw for view in batch.views])
 
@@ -114,45 +114,45 @@ class Classifier(nn.Module):
         return logits
 
     def maps(self, crops: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Some feature maps [M, C, h, w]; nothing beyond the last of them is computed."""
+        """Feature maps [M, C, h, w] of some layers; later layers are not computed."""
         found = self.network.forward_intermediates(crops, indices=list(layers), intermediates_only=True, stop_early=True)
         return self._after_stem(found, layers)
 
     def describe(self, crops: Tensor, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Logits and some feature maps of one pass."""
+        """Logits and feature maps of some layers, in one pass."""
         last, found = self.network.forward_intermediates(crops, indices=list(layers))
         return self.network.forward_head(last), self._after_stem(found, layers)
 
     def _after_stem(self, maps: list[Tensor], layers: Sequence[int]) -> list[Tensor]:
-        """The paper's layer 0 is a ResNet's stem with its max-pool, timm's is without."""
+        """Apply the max-pool to layer 0: the paper's layer 0 is a ResNet's stem with its max-pool, timm's is without."""
         pool = getattr(self.network, "maxpool", None)
         return [pool(level) if layer == 0 and pool is not None else level for layer, level in zip(layers, maps, strict=True)]
 
 
 @contextlib.contextmanager
 def as_teacher(module: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients of its own; gradients flow through it."""
+    """Context with the module in eval mode and its parameters frozen; gradients flow through it to its input."""
     with frozen(module), evaluating(module):
         yield
 
 
 @dataclass(frozen=True)
 class DICODTaught(Taught):
-    """What the classifier says about the true boxes. Images have zeros after their last object."""
+    """The classifier's output for the true boxes, padded with zeros after the last object of each image."""
 
     logits: Tensor
     """[B, G, K] for the classifier's classes."""
     pixels: Tensor
-    """[B, G, 3, g, g] pooled crops, as the classifier normalises."""
+    """[B, G, 3, g, g] pooled crops, normalised by the classifier's statistics."""
     features: tuple[Tensor, ...]
-    """[B, G, C, 2g, 2g], [B, G, C, 4g, 4g] ... pooled feature maps of its layers."""
+    """Pooled feature maps of the classifier's layers: [B, G, C, 2g, 2g], [B, G, C, 4g, 4g], ..."""
     usable: Tensor
-    """[B, G] bool: the object is no crowd, and larger than a pixel."""
+    """[B, G] bool: the object is not a crowd and has sides of at least a pixel."""
     counts: Tensor
-    """[B] objects of each image."""
+    """[B] number of objects of each image."""
 
     def split(self, count: int) -> list[Self]:
-        """One value for each image, with as many places as it has objects, whatever the others have."""
+        """Split into single images, each without padding."""
         pieces = []
         for piece, objects in zip(super().split(count), self.counts.tolist(), strict=True):
             features = tuple(level[:, :objects] for level in piece.features)
@@ -162,12 +162,12 @@ class DICODTaught(Taught):
 
 
 def large_enough(boxes_xyxy: Tensor) -> Tensor:
-    """[M] bool of boxes [M, 4]: both sides have a pixel or more (False for sides that are no number)."""
+    """[M] bool: both sides of a box [M, 4] are at least a pixel long (False for NaN)."""
     return (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= LEAST_SIDE).all(dim=1)
 
 
 def jittered(boxes_xyxy: Tensor, amount: float) -> Tensor:
-    """Boxes [M, 4] whose centres moved by up to ``amount`` of their sides, which were scaled by up to ``e^amount``."""
+    """Move the centres of boxes [M, 4] by up to ``amount`` of their sides, and scale the sides by up to ``e^amount``."""
     center_size = box_convert(boxes_xyxy, "xyxy", "cxcywh")
     move, scale = (2 * torch.rand_like(center_size) - 1).mul(amount).split(2, dim=1)
     sides = center_size[:, 2:]

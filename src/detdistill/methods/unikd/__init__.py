@@ -1,4 +1,4 @@
-"""UniKD: a fixed number of knowledge embeddings is drawn out of the features, so any detector can teach any other."""
+"""UniKD: compare a fixed number of embeddings that are extracted from the features, for any pair of detectors."""
 
 from detdistill.methods.unikd.loss import KINDS, unikd_boxes, unikd_loss
 from detdistill.methods.unikd.method import UniKD

@@ -1,4 +1,4 @@
-"""UniKD's loss, and the boxes that its positional queries are made of; the method and its source are in ``method.py``.
+"""UniKD's loss, and the random boxes of its positional queries. The method and its source are in ``method.py``.
 
 Shape letters: B images, N queries of each kind, C channels, L levels of the teacher, G boxes of an image, K classes.
 """
@@ -16,23 +16,23 @@ from detdistill.functional.boxes import paired_iou
 Kind = Literal["content", "positional"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TRIES = 20
-"""Draws of a jittered box before the box itself is taken."""
+"""Number of draws of a jittered box; if all fail, the box itself is used."""
 ROUNDS = 50
-"""Draws of background boxes around the objects before they are drawn anywhere."""
+"""Number of draws of background boxes around the objects; further draws are uniform over the image."""
 
 
 def unikd_loss(student: Tensor, teacher: Tensor, positive: Tensor) -> Tensor:
-    """Equation 8: mean squared difference of positive embeddings plus that of negative ones, each over its own number.
+    """Mean squared difference of the positive embeddings plus that of the negative embeddings (Eq. 8).
 
-    Both means are over all images of the batch (our choice); a kind that does not occur adds nothing.
+    Both means are over all images of the batch (our choice). A mean over no embeddings is 0.
 
     Args:
-        student: [B, N, C], gradient flows.
-        teacher: [B, N, C], treated as constant.
-        positive: [B, N] bool.
+        student: [B, N, C] embeddings; gradient flows.
+        teacher: [B, N, C] embeddings, treated as constant.
+        positive: [B, N] bool: the query belongs to an object.
 
     Returns:
-        [] the loss.
+        [] the loss, unweighted.
 
     Example:
         >>> import torch
@@ -47,21 +47,23 @@ def unikd_loss(student: Tensor, teacher: Tensor, positive: Tensor) -> Tensor:
 def unikd_boxes(
     boxes_xyxy: Tensor, size_hw: tuple[int, int], count: int, generator: torch.Generator, alpha: float = 0.6, beta: float = 0.4
 ) -> tuple[Tensor, int]:
-    """Equation 3: a jittered copy of each object's box, then background boxes near the objects.
+    """Draw a jittered copy of each object's box, then background boxes near the objects (Eq. 3).
 
-    Jitter moves the centre by up to 15 % of the sides and scales them by up to e^0.25. Background boxes are objects' boxes
-    moved by up to twice their sides and scaled by up to e; without objects they lie anywhere.
+    Jitter moves the centre by up to 15 % of the sides and scales each side by a factor from e^-0.25 to e^0.25. Background
+    boxes are object boxes whose centres are moved by up to twice the sides and whose sides are scaled by a factor from 1/e
+    to e. Without objects, background boxes lie anywhere in the image.
 
     Args:
-        boxes_xyxy: [G, 4] pixels; beyond ``count`` the largest are kept, one place is left for background.
-        size_hw: valid height and width of the image.
+        boxes_xyxy: [G, 4] boxes of the objects in pixels. If G >= N, the N - 1 largest are kept.
+        size_hw: height and width in pixels of the valid image.
         count: N, at least 2.
-        generator: all randomness; on the CPU.
-        alpha: IoU that a jittered box has with its object, strictly more.
-        beta: IoU that a background box has with any object, strictly less.
+        generator: random number generator on the CPU.
+        alpha: a jittered box overlaps its object by an IoU above this.
+        beta: a background box overlaps every object by an IoU below this.
 
     Returns:
-        [N, 4] pixels xyxy inside the image, the jittered boxes first in the order of the objects, and how many those are.
+        [N, 4] boxes in pixels (xyxy) inside the image, and the number of jittered boxes. The jittered boxes come first, in
+        the order of the objects.
     """
     boxes = boxes_xyxy.detach().cpu().float()
     height, width = size_hw
@@ -101,7 +103,7 @@ def _moved(boxes: Tensor, size_hw: tuple[int, int], shift: float, scale: float, 
 
 
 def _jittered(boxes: Tensor, size_hw: tuple[int, int], alpha: float, generator: torch.Generator) -> Tensor:
-    """The first of ``TRIES`` draws that overlaps enough; the box itself where none does."""
+    """Take for each box the first of ``TRIES`` draws with enough overlap; the box itself if no draw has it."""
     tried = _moved(boxes.expand(TRIES, -1, -1), size_hw, 0.15, 0.25, generator)
     good = paired_iou(tried, boxes.expand_as(tried)) > alpha  # [TRIES, G]
     first = tried.gather(0, good.int().argmax(dim=0)[None, :, None].expand(1, -1, 4))[0]

@@ -1,13 +1,14 @@
-"""UniKD: a fixed number of knowledge embeddings is drawn out of the features, so any detector can teach any other.
+"""UniKD: compare a fixed number of embeddings that are extracted from the features, for any pair of detectors.
 
 Lao, Song, Liu, Liu, Yang, "UniKD: Universal Knowledge Distillation for Mimicking Homogeneous or Heterogeneous Object
-Detectors", ICCV 2023. No released code was found. A reconstruction where the paper is silent: no self-attention in the
-extractors' layers (the paper's 1.56 M parameters leave no room for it), random boxes, box losses and matching as in
-Deformable DETR, means over channels, levels paired by stride.
+Detectors", ICCV 2023. No released code was found. The paper leaves these choices open: no self-attention in the extractors'
+layers (the paper's 1.56 M parameters leave no room for it), the distribution of the random boxes, box losses and matching as
+in Deformable DETR, means over channels, levels paired by stride.
 
-Two adaptive knowledge extractors (AKE) learn on the frozen teacher to find the objects: one with learned queries
-(content), one with queries made from boxes near and far from the objects (positional). Frozen, they then read the same
-queries at the same places of the teacher's and of the student's features; the embeddings must agree.
+Two adaptive knowledge extractors (AKE) learn on the frozen teacher to detect the objects: one with learned queries
+(content), one with queries made from boxes near and far from the objects (positional). The frozen extractors then read the
+teacher's and the student's features with the same queries at the same places. The loss compares the embeddings that they
+read.
 
 Shape letters: B images, N queries of each kind, C channels, L levels of the teacher, G boxes of an image, K classes.
 """
@@ -39,7 +40,7 @@ from detdistill.values import Count, Fraction, Index, Limits, Weight
 
 
 class UniKD(Method[UniKDTaught]):
-    """UniKD between any two detectors."""
+    """UniKD for any pair of detectors."""
 
     slug = "unikd"
     title = "UniKD: Universal Knowledge Distillation for Mimicking Homogeneous or Heterogeneous Object Detectors (ICCV 2023)"
@@ -72,23 +73,25 @@ class UniKD(Method[UniKDTaught]):
         extractor_epochs: Weight = 1.25,
         extractor_lr: Weight = 2e-4,
     ) -> None:
-        """Build extractors and adaptor.
+        """Build the extractors and the adaptor.
 
         Args:
             teacher: any detector.
             student: any detector.
-            queries: N, number of queries of each kind, content and positional.
-            content_weight: of the content embeddings' loss; 0 leaves them out (table 6a).
-            positional_weight: of the positional embeddings' loss; 0 leaves them out.
-            extractor_layers: decoder layers of an extractor that read embeddings (table 6e).
-            adaptor_layers: layers of deformable self-attention on the student's side (table 6g).
-            points: places that each attention head samples on each level.
-            alpha: least IoU of a jittered box with its object.
+            queries: N, number of content queries and number of positional queries.
+            content_weight: weight of the loss on content embeddings; 0 leaves them out (table 6a).
+            positional_weight: weight of the loss on positional embeddings; 0 leaves them out.
+            extractor_layers: number of decoder layers with which an extractor reads embeddings (table 6e).
+            adaptor_layers: number of deformable self-attention layers in the student's adaptor (table 6g).
+            points: points that each attention head samples on each level.
+            alpha: smallest IoU of a jittered box with its object.
             beta: largest IoU of a background box with any object.
-            self_attention: use the textbook decoder layer, which the paper's parameter count excludes.
-            cls_norm: divide the extractors' class loss by the objects (Deformable DETR) or by the queries (equation 6).
-            extractor_epochs: length of the extractors' training as a multiple of the run's epochs (the paper's 15 of 12).
-            extractor_lr: its learning rate (AdamW).
+            self_attention: use decoder layers with self-attention, which the paper's parameter count excludes.
+            cls_norm: divisor of the extractors' class loss. ``num_gt``: number of objects (Deformable DETR);
+                ``num_queries``: number of queries (equation 6).
+            extractor_epochs: length of the extractors' training as a multiple of the run's epochs (the paper: 15 epochs
+                before a run of 12).
+            extractor_lr: learning rate of the extractors' training (AdamW).
 
         Raises:
             MethodError: a hyper-parameter is out of range, or both weights are 0.
@@ -101,7 +104,7 @@ class UniKD(Method[UniKDTaught]):
         spec = teacher.spec
         self.channels = max(spec.channels)
         self.extractors = nn.ModuleDict()
-        # A teacher whose levels differ in width (SSD) is read through one linear layer for each that is narrower.
+        # Levels narrower than the widest level (SSD) pass a 1x1 convolution to its width.
         self.extractors["project"] = nn.ModuleList(
             nn.Identity() if width == self.channels else nn.Conv2d(width, self.channels, 1) for width in spec.channels
         )
@@ -124,7 +127,10 @@ class UniKD(Method[UniKDTaught]):
 
     @torch.no_grad()
     def teach(self, batch: Batch) -> UniKDTaught:
-        """Queries, embeddings and which of them are positive; random boxes are seeded by image and view."""
+        """Compute the queries, their embeddings in the teacher's features, and which of them are positive.
+
+        The random boxes are seeded by image and view, so a cached view gets the same boxes.
+        """
         features = self.teacher.observe(batch).features
         with full_precision(batch.images.device):
             pyramid = self._pyramid(features, batch)
@@ -146,13 +152,16 @@ class UniKD(Method[UniKDTaught]):
         return cast(KnowledgeExtractor, self.extractors[kind])
 
     def _pyramid(self, features: Features, batch: Batch) -> Cells:
-        """The teacher's maps in one width."""
+        """Project the teacher's maps to a common width."""
         layers = cast(nn.ModuleList, self.extractors["project"])
         maps = [layer(level.float()) for layer, level in zip(layers, features.maps, strict=True)]
         return pyramid_of(maps, self.teacher.spec.strides, batch)
 
     def _boxes(self, batch: Batch, draw: str = "") -> tuple[Tensor, Tensor]:
-        """Boxes [B, N, 4] of the positional queries, and which are objects' [B, N]; ``draw`` names a further drawing."""
+        """Draw boxes [B, N, 4] for the positional queries; [B, N] bool tells which are jittered objects.
+
+        ``draw`` is part of the random seed.
+        """
         boxes, near = [], []
         places = zip(batch.ids, batch.views, batch.sizes.tolist(), batch.targets, strict=True)
         for number, view, (height, width), target in places:
@@ -167,7 +176,7 @@ class UniKD(Method[UniKDTaught]):
     # --------------------------------------------------------------------------------------------- the extractors' stage
 
     def pretrain(self, batch: Batch, taught: None, clock: Clock) -> Losses:
-        """Equation 6: the extractors learn to detect with what they read in the frozen teacher's features."""
+        """Detection losses of the extractors on the frozen teacher's features (Eq. 6)."""
         features = self.teacher.observe(batch).features
         with full_precision(batch.images.device):
             pyramid = self._pyramid(features, batch)
@@ -183,12 +192,12 @@ class UniKD(Method[UniKDTaught]):
 
     @staticmethod
     def _objects(batch: Batch, image: int) -> tuple[Tensor, Tensor]:
-        """Boxes [G, 4] (cxcywh in parts of the valid image) and labels [G]."""
+        """Boxes [G, 4] (cxcywh, relative to the valid image) and labels [G] of one image, without crowds."""
         target = batch.targets[image].without_crowd()
         return relative_boxes(target.boxes_xyxy.float(), batch.sizes[image]), target.labels
 
     def _match(self, logits: Tensor, boxes: Tensor, batch: Batch) -> Tensor:
-        """[B, N] the object of each query by bipartite matching (costs 2 class, 5 L1, 2 GIoU), -1 for none."""
+        """Match queries to objects (costs 2 class, 5 L1, 2 GIoU): [B, N] index of the object, -1 for none."""
         rows = []
         for image in range(len(batch)):
             wanted, labels = self._objects(batch, image)
@@ -198,7 +207,7 @@ class UniKD(Method[UniKDTaught]):
         return torch.stack(rows)
 
     def _known(self, boxes: Tensor, near: Tensor, batch: Batch) -> Tensor:
-        """[B, N] the object that each jittered box was made of: that of highest IoU, since alpha is above one half."""
+        """Find the object of each jittered box, by IoU if objects were left out: [B, N] index of the object, -1 for none."""
         rows = []
         for image in range(len(batch)):
             wanted, _ = self._objects(batch, image)
@@ -235,7 +244,7 @@ class UniKD(Method[UniKDTaught]):
     # ---------------------------------------------------------------------------------------------------------- learn
 
     def learn(self, student: Detector, seen: Observation, taught: UniKDTaught, batch: Batch, clock: Clock) -> Losses:
-        """Equation 7: terms ``content`` and ``positional``; monitors the cosine of the embeddings."""
+        """Compute the terms ``content`` and ``positional`` (Eq. 7), and monitor the cosine of the embeddings."""
         strides = self.teacher.spec.strides
         with full_precision(batch.images.device):
             pyramid = self.adaptor(seen.features, strides, batch)
@@ -254,7 +263,7 @@ class UniKD(Method[UniKDTaught]):
         return Losses(terms, monitors)
 
     def stages(self, student: Detector) -> tuple[Stage, ...]:
-        """The extractors on the frozen teacher; then the student and its adaptor, with frozen extractors."""
+        """First train the extractors on the frozen teacher, then the student and its adaptor with frozen extractors."""
         return (
             Stage(
                 "extractors",

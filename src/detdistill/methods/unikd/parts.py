@@ -1,4 +1,4 @@
-"""What UniKD trains beside the student, and what is taught: knowledge extractors, adaptors, embeddings.
+"""Modules of UniKD (knowledge extractors, adaptor) and the output of its ``teach``.
 
 Shape letters: B images, N queries of each kind, C channels, L levels of the teacher, G boxes of an image, K classes.
 """
@@ -22,26 +22,26 @@ from detdistill.structures import Batch, Features, Taught
 
 @dataclass(frozen=True)
 class UniKDTaught(Taught):
-    """Queries and what the frozen extractors read with them in the teacher's features."""
+    """The queries and the embeddings that the frozen extractors read with them in the teacher's features."""
 
     content_queries: Tensor
     """[B, N, C]."""
     content: Tensor
     """[B, N, C] knowledge embeddings."""
     content_positive: Tensor
-    """[B, N] bool: the query found an object."""
+    """[B, N] bool: the query is matched to an object."""
     positional_queries: Tensor
     """[B, N, C]."""
     positional: Tensor
-    """[B, N, C]."""
+    """[B, N, C] knowledge embeddings."""
     positional_positive: Tensor
     """[B, N] bool: the query's box is a jittered object."""
     boxes_cxcywh01: Tensor
-    """[B, N, 4] boxes of the positional queries, in parts of the valid image."""
+    """[B, N, 4] boxes of the positional queries, relative to the valid image."""
 
 
 class KnowledgeExtractor(nn.Module):
-    """AKE: makes queries, refines them by the teacher's features, reads embeddings with them, and predicts from those."""
+    """Adaptive knowledge extractor (AKE): generates queries, reads embeddings with them, and predicts objects from these."""
 
     def __init__(
         self,
@@ -54,17 +54,17 @@ class KnowledgeExtractor(nn.Module):
         layers: int = 1,
         self_attention: bool = False,
     ) -> None:
-        """Build it.
+        """Build the layers.
 
         Args:
-            kind: learned queries, or queries made of boxes.
-            channels: C.
+            kind: ``content``: learned queries; ``positional``: queries made from boxes.
+            channels: C, width of the pyramid and of the queries.
             levels: L.
             classes: K.
             queries: N.
-            points: sampled by each of 8 heads (or as many as divide C) on each level.
-            layers: of the part that reads embeddings; the generator of queries has one.
-            self_attention: the textbook decoder layer.
+            points: points that each attention head samples on each level (8 heads, or fewer where 8 does not divide C).
+            layers: number of decoder layers that read embeddings; the generator of queries has a single layer of its own.
+            self_attention: use decoder layers with self-attention.
         """
         super().__init__()
         self.kind = kind
@@ -91,14 +91,14 @@ class KnowledgeExtractor(nn.Module):
         nn.init.zeros_(last.bias)
 
     def references(self, boxes_cxcywh01: Tensor) -> Tensor:
-        """[B, N, 2] learned points, or the given boxes [B, N, 4]: where the queries look."""
+        """Reference points [B, N, 2] (content, learned) or boxes [B, N, 4] (positional, as given) of the queries."""
         if self.kind == "positional":
             return boxes_cxcywh01
         points: Tensor = self.reference(self.position.weight).sigmoid()
         return points.expand(len(boxes_cxcywh01), -1, -1)
 
     def generate(self, boxes_cxcywh01: Tensor, pyramid: Cells) -> Tensor:
-        """Equations 2 and 4: [B, N, C] queries, from the teacher's pyramid."""
+        """Generate queries [B, N, C] from the teacher's pyramid (Eq. 2 and 4)."""
         if self.kind == "positional":
             queries = self.from_box(boxes_cxcywh01)
         else:
@@ -114,14 +114,14 @@ class KnowledgeExtractor(nn.Module):
         return refined
 
     def extract(self, queries: Tensor, boxes_cxcywh01: Tensor, pyramid: Cells) -> Tensor:
-        """Equation 5: [B, N, C] embeddings that these queries read in any pyramid."""
+        """Read embeddings [B, N, C] from a pyramid of the teacher or the student with the given queries (Eq. 5)."""
         references = self.references(boxes_cxcywh01)
         for layer in self.extractor:
             queries = layer(queries, references, pyramid.cells, pyramid.spatial_shapes, pyramid.ratios, pyramid.padding)
         return queries
 
     def predict(self, embeddings: Tensor, boxes_cxcywh01: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, N, K], and boxes [B, N, 4] as corrections of the references, in parts of the valid image."""
+        """Predict logits [B, N, K] and boxes [B, N, 4] (cxcywh, relative to the valid image; corrections of the references)."""
         references = self.references(boxes_cxcywh01)
         start = torch.logit(references, eps=1e-5)
         if references.shape[-1] == 2:
@@ -131,18 +131,18 @@ class KnowledgeExtractor(nn.Module):
 
 @dataclass(frozen=True)
 class LevelSource:
-    """How one level of the teacher is made from the student's pyramid."""
+    """How to make one level of the teacher's pyramid from the student's."""
 
     student: int
-    """Index of the level of nearest stride."""
+    """Index of the student level of nearest stride."""
     pools: int
-    """2x2 max-pools after it, for levels coarser than the student has."""
+    """Number of 2x2 max-pools of that level, for teacher levels coarser than the student's coarsest."""
     factor: float
-    """Resize by this afterwards; 1 when the strides agree."""
+    """Factor by which the sides are resized after the pools; 1 if the strides agree."""
 
 
 def level_sources(student: DetectorSpec, teacher: DetectorSpec) -> tuple[LevelSource, ...]:
-    """For each level of the teacher the student's level of nearest stride, pooled where the student's pyramid ends."""
+    """Choose a student level for each teacher level: the nearest stride, pooled if the teacher's level is coarser than all."""
     sources = []
     for stride in teacher.strides:
         nearest = min(range(len(student.strides)), key=lambda i: abs(math.log(student.strides[i] / stride)))
@@ -153,17 +153,17 @@ def level_sources(student: DetectorSpec, teacher: DetectorSpec) -> tuple[LevelSo
 
 
 class Adaptor(nn.Module):
-    """phi: the student's pyramid in the teacher's levels and channels, a linear layer each, then deformable self-attention."""
+    """Maps the student's pyramid to the teacher's levels and channels (phi): 1x1 convolutions, then deformable self-attention."""
 
     def __init__(self, student: DetectorSpec, teacher: DetectorSpec, channels: int, layers: int, points: int) -> None:
-        """Build it for two pyramids; ``layers`` of attention (0: linear layers alone)."""
+        """Build the convolutions for two pyramids and ``layers`` layers of attention (0: convolutions only)."""
         super().__init__()
         self.sources = level_sources(student, teacher)
         self.linear = nn.ModuleList(nn.Conv2d(student.channels[source.student], channels, 1) for source in self.sources)
         self.attention = DeformableEncoder(channels, len(self.sources), layers, points=points)
 
     def forward(self, features: Features, strides: Sequence[int], batch: Batch) -> Cells:
-        """The adapted pyramid, on the teacher's strides."""
+        """Compute the adapted pyramid on the teacher's strides."""
         maps = []
         for source, linear in zip(self.sources, self.linear, strict=True):
             level = features.maps[source.student]
@@ -178,9 +178,10 @@ class Adaptor(nn.Module):
 
 
 def pyramid_of(maps: Sequence[Tensor], strides: Sequence[int], batch: Batch) -> Cells:
-    """Maps with the exact part of each that shows the image: valid pixels over the pixels that the map covers.
+    """Flatten the maps of a pyramid, with the valid part of each map and its padding mask.
 
-    So places do not depend on what else is in the batch; a cell is hidden when its first pixel is padding.
+    The valid part is the ratio of the image's pixels to the pixels that the map covers, so reference points do not depend
+    on the other images of the batch. A cell is masked if its first pixel is padding.
     """
     height, width = (batch.sizes[:, axis].to(maps[0].dtype) for axis in (0, 1))
     ratios, padding = [], []

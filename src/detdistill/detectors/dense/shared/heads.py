@@ -1,7 +1,7 @@
-"""What the adapters of dense one-stage heads share: towers, raw outputs and their places, supervision, copies.
+"""Base classes of the adapters of dense one-stage heads: towers, raw outputs, assignment, supervision, copies.
 
-``DenseDetector`` fits torchvision's heads (FCOS, RetinaNet): a ``classification_head`` and a ``regression_head``, each a
-tower ``conv`` and output layers. ``OwnDenseDetector`` fits the models of the folder ``models`` (see ``models/dense.py``).
+``DenseDetector`` is for torchvision's heads (FCOS, RetinaNet): a ``classification_head`` and a ``regression_head``, each a
+tower ``conv`` and output layers. ``OwnDenseDetector`` is for the models of the folder ``models`` (see ``models/dense.py``).
 
 Shape letters: B images, L levels, P predictions of an image, K classes, C class outputs, M positives of the batch.
 """
@@ -55,16 +55,16 @@ Built = tuple[OneStage, dict[str, Any]]
 
 
 class DenseDetector(TorchvisionDetector):
-    """A one-stage detector with two towers. A subclass adds the output layers, the decoding, the rule and the losses."""
+    """A one-stage detector with two towers. A subclass adds output layers, box decoding, assignment and losses."""
 
     layers_per_block = 1
-    """Entries of a tower's ``conv`` that make one block."""
+    """Number of entries of a tower's ``conv`` in one block."""
 
     # ------------------------------------------------------------------------------------------------- of the subclass
 
     @abstractmethod
     def outputs(self, class_maps: Sequence[Tensor], box_maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The output layers on the towers' last maps.
+        """Run the output layers on the last maps of the towers.
 
         Returns:
             ``cls_logits`` [B, P, C], ``bbox_regression`` [B, P, R], ``bbox_ctrness`` [B, P, 1] if the head has one, and
@@ -73,34 +73,34 @@ class DenseDetector(TorchvisionDetector):
 
     @abstractmethod
     def decode(self, regression: Tensor, priors_xyxy: Tensor, levels: Tensor) -> Tensor:
-        """Boxes [B, P, 4] in pixels of a regression [B, P, R] and its anchors [B, P, 4] on ``levels`` [P]."""
+        """Decode a regression [B, P, R] and its anchors [B, P, 4] on ``levels`` [P] to boxes [B, P, 4] in pixels."""
 
     @abstractmethod
     def final_scores(self, outputs: dict[str, Tensor]) -> Tensor:
-        """[B, P, C] the scores that detections are given (torchvision's models: needed to find where boxes came from)."""
+        """Compute the scores [B, P, C] of the detections (for torchvision's models also used to find the origin of boxes)."""
 
     def anchors_per_cell(self) -> tuple[int, ...]:
-        """As the model's anchor generator has them."""
+        """Return the numbers of the model's anchor generator."""
         return tuple(self.model.anchor_generator.num_anchors_per_location())
 
     # ------------------------------------------------------------------------------------------------------- prediction
 
     def predict(self, features: Features, batch: Batch) -> Dense:
-        """One prediction for each anchor or point; ``quality`` is the centerness where the head has one."""
+        """Compute one prediction for each anchor or point; ``quality`` is the centerness logit, None if the head has none."""
         return self.finish(self.tower(features, upto=0), batch)
 
     @property
     def towers(self) -> tuple[nn.Sequential, nn.Sequential]:
-        """The convolutions of classification and regression before the output layers."""
+        """Convolutions of the classification and the regression branch before the output layers."""
         return self.model.head.classification_head.conv, self.model.head.regression_head.conv
 
     @property
     def tower_depth(self) -> int:
-        """Blocks of convolution, norm (where there is one) and ReLU on each side."""
+        """Number of blocks (convolution, optional norm, ReLU) of each branch."""
         return len(self.towers[0]) // self.layers_per_block
 
     def tower(self, features: Features, upto: int | None = None) -> Tower:
-        """Both sides after ``upto`` blocks."""
+        """Compute the inner maps of both branches after ``upto`` blocks (None: all blocks)."""
         depth = self.tower_depth if upto is None else upto
         classification, regression = (side[: self.layers_per_block * depth] for side in self.towers)
         return Tower(
@@ -111,7 +111,7 @@ class DenseDetector(TorchvisionDetector):
         )
 
     def finish(self, hidden: Tower, batch: Batch) -> Dense:
-        """The remaining blocks and the output layers; outputs and boxes are float32 under mixed precision."""
+        """Run the remaining blocks and the output layers; outputs and boxes are float32 under mixed precision."""
         classification, regression = (side[self.layers_per_block * hidden.depth :] for side in self.towers)
         class_maps = [classification(level) for level in hidden.classification]
         box_maps = [regression(level) for level in hidden.regression]
@@ -119,7 +119,7 @@ class DenseDetector(TorchvisionDetector):
         return self.placed(self.outputs(class_maps, box_maps), shapes, batch)
 
     def placed(self, outputs: dict[str, Tensor], shapes: Sequence[tuple[int, int]], batch: Batch) -> Dense:
-        """Raw outputs (see ``outputs``) with their anchors, places and boxes; ``shapes`` are the levels' rows, columns."""
+        """Build the prediction from raw outputs (see ``outputs``); ``shapes`` are rows and columns of each level."""
         outputs = {name: value.to(batch.images.dtype) for name, value in outputs.items()}
         anchors, per_cell = self.priors(shapes, batch)
         priors = torch.stack(anchors)
@@ -138,15 +138,17 @@ class DenseDetector(TorchvisionDetector):
         )
 
     def priors(self, shapes: Sequence[tuple[int, int]], batch: Batch) -> tuple[tuple[Tensor, ...], list[int]]:
-        """Anchors [P, 4] for each image, and how many a cell has on each level."""
-        stand_ins = [batch.images.new_empty(1, 1, *shape) for shape in shapes]  # anchors in full precision under autocast
+        """Compute the anchors [P, 4] of each image, and the number of anchors of one cell for each level."""
+        stand_ins = [
+            batch.images.new_empty(1, 1, *shape) for shape in shapes
+        ]  # so that anchors have full precision under autocast
         generator = self.model.anchor_generator
         return tuple(generator(self.image_shapes(batch), stand_ins)), generator.num_anchors_per_location()
 
     # ---------------------------------------------------------------------------------------------------------- results
 
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
-        """Torchvision's selection: best ``topk`` of each level above the score threshold, NMS."""
+        """Select the detections as torchvision does: the best ``topk`` of each level above the score threshold, then NMS."""
         own = own_outputs(prediction, self)
         split = {key: list(value.split(list(own.counts), dim=1)) for key, value in own.outputs.items()}
         anchors = [list(image.split(list(own.counts))) for image in own.anchors]
@@ -155,29 +157,29 @@ class DenseDetector(TorchvisionDetector):
         return to_detections(results, self, cast(Dense, prediction), self.final_scores(own.outputs), sizes)
 
     def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
-        """By the assignment."""
+        """Gather the predictions that ``assignment`` matches to a ground-truth box."""
         return dense_positives(cast(Dense, prediction), assignment, batch)
 
     # ----------------------------------------------------------------------------------------------------------- copies
 
     def copy_head(self, fresh: bool = False) -> Self:
-        """A copy that can do all but compute features."""
+        """Copy the head into a detector with parameters of its own; ``fresh``: newly initialised. It cannot compute features."""
         head = cast(Self, self.without_backbone())
         if fresh:
             head.reset_head()
         return head
 
     def reset_head(self) -> None:
-        """Draw the head's weights anew."""
+        """Initialise the head's weights randomly."""
         reset_dense_head(self.model.head)
 
     @property
     def class_outputs(self) -> Tensor:
-        """[K] which class output belongs to each class."""
+        """[K] index of the class output of each class."""
         return self.columns
 
     def class_rows(self, name: str) -> Tensor | None:
-        """Rows of the class outputs, anchor by anchor; see ``inherit``."""
+        """Return the rows [K, A] of the class outputs of each class and anchor; see ``inherit``."""
         if not name.startswith("model.head.classification_head.cls_logits."):
             return None
         side = self.model.head.classification_head
@@ -186,64 +188,64 @@ class DenseDetector(TorchvisionDetector):
 
 
 class OwnDenseDetector(DenseDetector):
-    """A one-stage detector of ours: K class outputs without a background, square anchors, losses for each prediction.
+    """A one-stage detector of this package: K class outputs without background, square anchors, one loss per prediction.
 
-    The images' padding has no part in anything: predictions of cells whose anchor lies beyond an image's valid size (row
-    below ``ceil(height / stride)``, column below ``ceil(width / stride)``) are ignored by ``assign`` and by ``detect``.
-    (mmdet counts cells up to the image's size padded to a multiple of 32.)
+    ``assign`` and ``detect`` ignore cells in the padding of an image. Valid cells have a row below ``ceil(height / stride)``
+    and a column below ``ceil(width / stride)``. (In mmdet, cells are valid up to the image size padded to a multiple of 32.)
     """
 
     model: OneStage
 
     @abstractmethod
     def loss_values(self, prediction: Dense, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
-        """Each loss term as [B, P], already weighted and divided: the terms of ``loss`` are their sums."""
+        """Compute each loss term as [B, P], weighted and normalised, so that ``loss`` returns the sums."""
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
-        """The sums of ``loss_values``.
+        """Compute the sums of ``loss_values``.
 
-        A foreign assignment may weight predictions and ignore some; its normaliser divides every term in place of ours.
+        A given ``assignment`` may contain weights and ignored predictions; its normaliser, if given, replaces the detector's own
+        in every term.
         """
         own = self.assign(prediction, batch) if assignment is None else assignment
         values = self.loss_values(cast(Dense, prediction), batch, own)
         return Losses({name: value.sum() for name, value in values.items()})
 
     def outputs(self, class_maps: Sequence[Tensor], box_maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """As the model's head makes them."""
+        """Run the output layers of the model's head."""
         return self.model.head.outputs(class_maps, box_maps)
 
     def decode(self, regression: Tensor, priors_xyxy: Tensor, levels: Tensor) -> Tensor:
-        """As the model does."""
+        """Decode as the model does."""
         return self.model.decode(regression, priors_xyxy, self.strides(levels, regression))
 
     def priors(self, shapes: Sequence[tuple[int, int]], batch: Batch) -> tuple[tuple[Tensor, ...], list[int]]:
-        """The same square anchors for all images."""
+        """Compute the square anchors, which are the same for all images."""
         anchors = self.model.anchors(shapes, batch.images.new_empty(()))
         return (anchors,) * len(batch), [1] * len(shapes)
 
     def anchors_per_cell(self) -> tuple[int, ...]:
-        """One on each level."""
+        """Return 1 for each level."""
         return (1,) * len(self.model.strides)
 
     def strides(self, levels: Tensor, like: Tensor) -> Tensor:
-        """[P] stride of each prediction's level, in the type of ``like``."""
+        """Return the stride [P] of each prediction's level, with dtype and device of ``like``."""
         return like.new_tensor(self.model.strides)[levels]
 
     def valid(self, prediction: Dense, batch: Batch) -> Tensor:
-        """[B, P] predictions whose cell belongs to its image."""
+        """Return the mask [B, P] of predictions whose cell is not in the padding."""
         return valid_cells(prediction.levels, prediction.cells, self.model.strides, batch.sizes)
 
     def supervision(self, assignment: Assignment, batch: Batch) -> Supervision:
-        """What an assignment asks of ``prediction.logits``, whose columns are our labels."""
+        """Compute the training targets of ``prediction.logits`` (columns = labels) under an assignment."""
         return supervision(assignment, batch, torch.arange(len(self.columns), device=self.columns.device))
 
     def final_scores(self, outputs: dict[str, Tensor]) -> Tensor:
-        """Class score, times the centerness where there is one."""
+        """Compute the final scores: class score, times the centerness if the head has one."""
         scores = outputs["cls_logits"].sigmoid()
         return scores * outputs["bbox_ctrness"].sigmoid() if "bbox_ctrness" in outputs else scores
 
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
-        """The model's selection, with the origin of each box."""
+        """Select the detections as the model does, and keep the origin of each box."""
         dense = cast(Dense, prediction)
         own = own_outputs(dense, self)
         found = self.model.select(own.outputs, dense.boxes_xyxy, own.counts, self.valid(dense, batch), image_sizes(batch))
@@ -257,32 +259,32 @@ class OwnDenseDetector(DenseDetector):
         return detections
 
     def reset_head(self) -> None:
-        """Draw the head's weights anew."""
+        """Initialise the head's weights randomly."""
         self.model.head.reset()
 
     @property
     def class_outputs(self) -> Tensor:
-        """[K] torchvision's labels begin with the background, our outputs do not."""
+        """[K] index of the class output of each class: torchvision's label less one, because there is no background output."""
         return self.columns - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseOptions(CandidateOptions, BackboneOptions, PyramidOptions):
-    """Options that all detectors with towers have."""
+    """Options of all dense detectors with towers."""
 
     convs: Index = 4
-    """Convolutions in the head before the output layers."""
+    """Number of convolutions in the head before the output layers."""
 
 
 def one_stage_model(call: str, backbone: str, classes: Sequence[str], options: DenseOptions, top: Top = "linear") -> Built:
-    """A model of the folder ``models`` on a timm backbone, with random weights (or the backbone's pretrained ones).
+    """Build a model of the folder ``models`` on a timm backbone (random weights; the backbone optionally pretrained).
 
     Args:
-        call: its name in a description, e.g. ``models.atss.ATSS``.
+        call: name of the model class in a description, e.g. ``models.atss.ATSS``.
         backbone: name of a timm model.
-        classes: names of the classes.
-        options: of the model string.
-        top: how levels above the backbone's deepest are made, see ``TimmPyramid``.
+        classes: names of the K classes, in label order.
+        options: options of the model string.
+        top: how the levels above the backbone's deepest map are computed, see ``TimmPyramid``.
 
     Returns:
         The model and its description.
@@ -316,13 +318,13 @@ def one_stage_model(call: str, backbone: str, classes: Sequence[str], options: D
 
 
 def adaptive_assignment(prediction: Dense, valid: Tensor, batch: Batch, candidates: int) -> Assignment:
-    """ATSS (see ``atss_assign``) for each image: the rule of ATSS and GFL.
+    """Assign by ATSS in each image (see ``atss_assign``); used by ATSS and GFL.
 
     Args:
-        prediction: its anchors are read.
-        valid: [B, P] bool, predictions that take part; the others are ignored.
-        batch: its targets are read; crowd boxes and boxes without area are none.
-        candidates: anchors of a level and box.
+        prediction: prediction with anchors.
+        valid: [B, P] mask of valid predictions; the others are ignored.
+        batch: batch with targets; crowd boxes and boxes without area are left out.
+        candidates: number of candidate anchors for each box and level.
     """
     matched = torch.full(valid.shape, IGNORED, device=valid.device)
     for image, target in enumerate(batch.targets):
@@ -335,40 +337,40 @@ def adaptive_assignment(prediction: Dense, valid: Tensor, batch: Batch, candidat
 
 @dataclass(frozen=True)
 class Supervision:
-    """What an assignment asks of the predictions of a batch."""
+    """Training targets of the predictions of a batch under an assignment."""
 
     positive: Tensor
-    """[B, P] bool."""
+    """[B, P] mask of the positives."""
     boxes_xyxy: Tensor
-    """[M, 4] the positives' boxes, image by image, in order of prediction (as ``values[positive]``)."""
+    """[M, 4] ground-truth boxes of the positives, in the order of ``values[positive]``: image by image, by prediction."""
     outputs: Tensor
-    """[M] the class output of each positive."""
+    """[M] index of the class output of each positive."""
     weights: Tensor
-    """[B, P], 0 where ignored."""
+    """[B, P] weight of each prediction, 0 if ignored."""
 
     def wanted(self, logits: Tensor, values: Tensor | float = 1.0) -> Tensor:
-        """[B, P, C] zeros, with ``values`` ([M] or a number) at each positive's class output."""
+        """Return class targets [B, P, C]: ``values`` ([M] or a number) at the class output of each positive, else 0."""
         wanted = torch.zeros_like(logits)
         wanted[(*torch.nonzero(self.positive, as_tuple=True), self.outputs)] = values  # type: ignore[assignment]
         return wanted
 
     def focal(self, logits: Tensor) -> Tensor:
-        """[B, P] focal loss (alpha 0.25, gamma 2), summed over the class outputs, times the weights."""
+        """Compute the focal loss [B, P] (alpha 0.25, gamma 2), summed over the class outputs, times the weights."""
         losses = sigmoid_focal_loss(logits, self.wanted(logits), reduction="none").sum(dim=-1)
         return losses * self.weights
 
     def spread(self, values: Tensor) -> Tensor:
-        """[B, P] the positives' values [M], times the weights, in their places; zeros elsewhere."""
+        """Scatter the values [M] of the positives, times their weights, to [B, P]; zero elsewhere."""
         return torch.zeros_like(self.weights).masked_scatter(self.positive, values * self.weights[self.positive])
 
 
 def supervision(assignment: Assignment, batch: Batch, class_outputs: Tensor) -> Supervision:
-    """The boxes, class outputs and weights of an assignment [B, P].
+    """Compute the training targets under an assignment [B, P].
 
     Args:
-        assignment: of predictions of ``batch``; its indices count all boxes of an image.
-        batch: its targets are read.
-        class_outputs: [K] the output of each class.
+        assignment: assignment of the predictions of ``batch``; its indices count all boxes of an image.
+        batch: batch with targets.
+        class_outputs: [K] index of the class output of each class.
     """
     matched = assignment.matched
     boxes, outputs = matched_targets(matched, target_dicts(batch, class_outputs, only_trainable=False))

@@ -1,4 +1,4 @@
-"""D-FINE and DEIMv2: box sides as distributions that each decoder layer refines.
+"""D-FINE and DEIMv2: each box side is a distribution, which each decoder layer refines.
 
 Peng et al., "D-FINE", ICLR 2025 (FDR: section 4.1, FGL: Eq. 4-5, DDF: section 4.2), with the losses of transformers.
 """
@@ -21,27 +21,27 @@ from detdistill.detectors.queries.shared import transformers_detector as shared
 from detdistill.detectors.queries.shared.deformable import Memory, Outputs
 
 TEMPERATURE = 5.0
-"""Of the distributions in DDF, as in the library (and the authors' code)."""
+"""Temperature of the distributions in DDF, as in transformers and the authors' code."""
 
 
 @dataclass(frozen=True)
 class FineOutputs(Outputs):
-    """A set whose boxes were made of distributions."""
+    """Predictions of a set of queries with a distribution for each box side."""
 
     sides: Tensor
     """[B, N, 4 * (bins + 1)] logits of the distances of left, top, right and bottom."""
     initial: Tensor
-    """[B, N, 4] the boxes that the distances are counted from, no gradient."""
+    """[B, N, 4] boxes from which the distances are measured, no gradient."""
     teacher: tuple[Tensor, Tensor] | None = None
-    """The last layer's ``sides`` and ``logits``, which the layers before should foresee."""
+    """The last layer's ``sides`` and ``logits``, the DDF targets of the earlier layers."""
 
 
 class FineDetector(family.HybridEncoderDetector):
-    """The family's decoder and losses.
+    """Decoder and losses of the family.
 
-    What the library trains is kept exactly, with its oddity: the outputs "before refinement" (class and box of the first
-    layer's embedding) take the first place of the auxiliary sets, and the distributions are not moved along, so layer i's
-    class and box are trained beside layer i+1's distribution, and the last layer but one has no loss on class and box.
+    The losses equal those of transformers, including one oddity. The outputs before refinement (class and box of the first
+    layer's embedding) are the first auxiliary set, but the distributions are not shifted. So the class and box of layer i are
+    trained together with the distribution of layer i+1, and the second-to-last layer has no loss on class and box.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -50,7 +50,7 @@ class FineDetector(family.HybridEncoderDetector):
         self.spec = replace(self.spec, box_bins=int(self.config.max_num_bins) + 1)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """As in torch, but the two constants of the weighting function, which the library keeps as parameters, stay."""
+        """Set ``requires_grad`` of the parameters, except the weighting function's two constants (parameters in transformers)."""
         super().requires_grad_(requires_grad)
         for name in ("model.decoder.up", "model.decoder.reg_scale"):
             constant = dict(self.model.named_parameters()).get(name)
@@ -61,7 +61,7 @@ class FineDetector(family.HybridEncoderDetector):
     # ----------------------------------------------------------------------------------------------------------- decoder
 
     def run(self, memory: Memory, content: Tensor, reference: Tensor, mask: Tensor | None) -> family.Run:
-        """The decoder's layers; each adds to the logits of the distances that the layer before predicted."""
+        """Run the decoder layers; each layer adds to the distance logits of the previous layer."""
         decoder, hidden = self.model.model.decoder, content
         bins = weighting_function(decoder.max_num_bins, decoder.up, decoder.reg_scale)
         layers, embedding = [], []
@@ -91,14 +91,14 @@ class FineDetector(family.HybridEncoderDetector):
     # ------------------------------------------------------------------------------------------------------------ training
 
     def trained(self, outputs: Outputs) -> Outputs:
-        """Boxes cut off at the frame."""
+        """Clip boxes to the frame."""
         return replace(outputs, boxes=outputs.boxes.clamp(min=0, max=1))
 
     def shifted(self, run: family.Run) -> list[tuple[FineOutputs, int | None]]:
-        """The sets that have distributions: class and box of each layer, the first boxes in front, with the next layer's.
+        """List the auxiliary sets with distributions: first boxes, then class and box of each layer, with the next distribution.
 
         Returns:
-            Each with the decoder layer of its class and box; None for the first boxes.
+            Each set with the decoder layer of its class and box; None for the first boxes.
         """
         layers = cast(tuple[FineOutputs, ...], run.layers)
         teacher = (layers[-1].sides, layers[-1].logits)
@@ -110,7 +110,7 @@ class FineDetector(family.HybridEncoderDetector):
         return sets
 
     def sets(self, own: family.Own) -> list[tuple[str, Outputs, int | None]]:
-        """As in the family; the auxiliary sets are ``shifted``, all but the one with the last layer's distribution."""
+        """List the trained sets; auxiliary sets are those of ``shifted`` except the one with the last layer's distribution."""
         *before, last = own.run.layers
         sets: list[tuple[str, Outputs, int | None]] = [("", Outputs(last.logits, last.boxes), len(before))]
         if self.config.auxiliary_loss:
@@ -121,11 +121,11 @@ class FineDetector(family.HybridEncoderDetector):
         return sets
 
     def noisy_sets(self, noisy: family.Run) -> Sequence[Outputs]:
-        """All ``shifted`` sets."""
+        """List all sets of ``shifted``."""
         return [outputs for outputs, _ in self.shifted(noisy)]
 
     def place_losses(self, outputs: Outputs, pairs: deformable.Pairs, normalizer: Any) -> dict[str, Tensor]:
-        """Those of the family, and FGL and DDF where there are distributions."""
+        """Compute the family's losses, and FGL and DDF for sets with distributions."""
         losses = super().place_losses(outputs, pairs, normalizer)
         if isinstance(outputs, FineOutputs):
             losses["loss_fgl"] = self.localization_loss(outputs, pairs) / normalizer * self.config.weight_loss_fgl
@@ -133,7 +133,7 @@ class FineDetector(family.HybridEncoderDetector):
         return losses
 
     def localization_loss(self, outputs: FineOutputs, pairs: deformable.Pairs) -> Tensor:
-        """FGL: sum over sides of the cross-entropy with the two bins next to the true distance, times the IoU."""
+        """Compute FGL: cross-entropy with the two bins next to the true distance, summed over the sides, times the IoU."""
         config, where = self.config, (pairs.image, pairs.query)
         sides = outputs.sides[where].reshape(-1, config.max_num_bins + 1)
         up = sides.new_tensor([config.up])
@@ -145,10 +145,10 @@ class FineDetector(family.HybridEncoderDetector):
         return (entropy * overlap.repeat_interleave(4)).sum()
 
     def foresight_loss(self, outputs: FineOutputs, pairs: deformable.Pairs) -> Tensor:
-        """DDF: divergence from the last layer's distributions, matched and other queries averaged apart.
+        """Compute DDF: KL divergence from the last layer's distributions, averaged separately over matched and unmatched queries.
 
-        A matched query counts by its IoU, another one by the last layer's score; the two averages are weighed by the roots
-        of their numbers. No normalizer divides it.
+        Matched queries are weighted by their IoU, unmatched queries by the last layer's score. The two averages are weighted
+        by the square roots of their counts. No normaliser divides the result.
         """
         assert outputs.teacher is not None
         teacher_sides, teacher_logits = outputs.teacher

@@ -1,8 +1,8 @@
-"""What the adapters of DETRs with deformable attention share: flat memory, dense attention maps, losses of a set of queries.
+"""Shared code of the DETR adapters with deformable attention: flat memory, dense attention maps, losses of a set of queries.
 
 Shape letters: B images, L decoder layers, N queries, D width, K classes, S cells of all levels, M matched pairs of the batch.
-Boxes are cxcywh in parts of the *frame*: what the model's own coordinates are relative to. For Deformable DETR that is the
-valid image; for the RT-DETR family, which knows no padding, the whole padded tensor.
+Boxes are cxcywh as fractions of the *frame*, the reference of the model's coordinates. For Deformable DETR the frame is the
+valid image. For the RT-DETR family, which ignores padding masks, the frame is the whole padded tensor.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ Shapes = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Memory:
-    """The maps that the decoder reads, in a row, with what the library's layers want to know about them."""
+    """Flattened maps for the decoder, with the shape arguments of transformers' layers."""
 
     tokens: Tensor
     """[B, S, D]."""
     shapes: Shapes
     sizes: Tensor
-    """[levels, 2] the same as a tensor."""
+    """[levels, 2] ``shapes`` as a tensor."""
     starts: Tensor
     """[levels] index of each level's first token."""
 
     def where(self) -> dict[str, Any]:
-        """Keyword arguments of the library's attention layers."""
+        """Return the keyword arguments of transformers' attention layers."""
         return {"spatial_shapes": self.sizes, "spatial_shapes_list": list(self.shapes), "level_start_index": self.starts}
 
 
 def flatten(maps: Sequence[Tensor]) -> Memory:
-    """Maps [B, D, H, W] as tokens, level after level, row after row."""
+    """Flatten maps [B, D, H, W] to tokens, level after level, row after row."""
     shapes = tuple((int(level.shape[-2]), int(level.shape[-1])) for level in maps)
     sizes = torch.tensor(shapes, dtype=torch.long, device=maps[0].device)
     starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
@@ -53,14 +53,14 @@ def flatten(maps: Sequence[Tensor]) -> Memory:
 
 
 def unflatten(tokens: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
-    """The inverse of ``flatten``."""
+    """Invert ``flatten``."""
     levels = tokens.split([height * width for height, width in shapes], dim=1)
     return tuple(level.transpose(1, 2).unflatten(2, shape).contiguous() for level, shape in zip(levels, shapes, strict=True))
 
 
 @contextmanager
 def still_statistics(*modules: nn.Module) -> Iterator[None]:
-    """BatchNorm inside leaves its running statistics alone: a second pass over the same batch must not count twice."""
+    """Context in which BatchNorm keeps its running statistics, so that a second pass over a batch does not count twice."""
     norms = [norm for module in modules for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     before = [norm.momentum for norm in norms]
     for norm in norms:
@@ -77,32 +77,32 @@ def still_statistics(*modules: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Looks:
-    """The attention of each decoder layer, in order, as ``watched`` fills it."""
+    """Attention maps of the decoder layers, in order; filled by ``watched``."""
 
     cross: list[Tensor]
-    """Spread over all cells: [B, heads, N, S]."""
+    """Cross-attention of each layer over all cells, [B, heads, N, S]."""
     among: list[Tensor]
-    """Of the queries among themselves: [B, heads, N, N]."""
+    """Self-attention of the queries in each layer, [B, heads, N, N]."""
 
     @property
     def attention(self) -> Tensor | None:
-        """[L, B, heads, N, S]; None if nothing was watched."""
+        """Stack the cross-attention of all layers, [L, B, heads, N, S]; None: nothing was recorded."""
         return torch.stack(self.cross) if self.cross else None
 
     @property
     def self_attention(self) -> Tensor | None:
-        """[L, B, heads, N, N]; None if nothing was watched."""
+        """Stack the self-attention of all layers, [L, B, heads, N, N]; None: nothing was recorded."""
         return torch.stack(self.among) if self.among else None
 
 
 @contextmanager
 def watched(layers: Sequence[Any], wanted: bool, queries: slice = slice(None)) -> Iterator[Looks]:
-    """Note the attention of decoder layers while they run, deformable ones as dense maps; nothing when not ``wanted``.
+    """Record the attention of decoder layers while they run; deformable attention is recorded as dense maps.
 
     Args:
-        layers: of the decoder.
-        wanted: whether to note anything.
-        queries: whose attention is noted, of those that are decoded together. They must attend to each other only.
+        layers: decoder layers.
+        wanted: False: record nothing.
+        queries: range of the decoded queries to record. These queries must attend to each other only.
     """
     looks = Looks([], [])
     hooks = []
@@ -119,7 +119,7 @@ def watched(layers: Sequence[Any], wanted: bool, queries: slice = slice(None)) -
 
 
 def _note(looks: Looks, queries: slice, module: Any, arguments: tuple[Any, ...], given: dict[str, Any], result: Any) -> None:
-    """Repeat how the library computes the sampling points (it does not return them) and spread the weights."""
+    """Recompute the sampling points (transformers does not return them) and spread their weights over the cells."""
     hidden, position, reference = given["hidden_states"], given.get("position_embeddings"), given["reference_points"]
     hidden = (hidden if position is None else hidden + position)[:, queries]
     shapes = tuple((int(height), int(width)) for height, width in given["spatial_shapes_list"])
@@ -145,7 +145,7 @@ def _note(looks: Looks, queries: slice, module: Any, arguments: tuple[Any, ...],
 def _note_among(
     looks: Looks, queries: slice, module: Any, arguments: tuple[Any, ...], given: dict[str, Any], result: Any
 ) -> None:
-    """Compute the self-attention once more: the library's fused forms return none, and its plain form rounds otherwise."""
+    """Recompute the self-attention: transformers' fused forms do not return it, and the plain form rounds differently."""
     hidden, position, mask = given.get("hidden_states"), given.get("position_embeddings"), given.get("attention_mask")
     hidden = arguments[0] if hidden is None else hidden
     hidden = (hidden if position is None else hidden + position)[:, queries]
@@ -157,23 +157,23 @@ def _note_among(
 
 
 def point_counts(attention: Any) -> list[int]:
-    """Sampling points of a deformable attention module on each level."""
+    """Return the number of sampling points of a deformable attention module, for each level."""
     listed = getattr(attention, "num_points_list", None) or getattr(attention, "n_points_list", None)
     return list(listed) if listed else [int(attention.n_points)] * int(attention.n_levels)
 
 
 def dense_attention(weights: Tensor, points: Tensor, shapes: Shapes, counts: Sequence[int], nearest: bool = False) -> Tensor:
-    """Deformable attention as ordinary attention over all cells: ``map @ value`` is what the module computes.
+    """Convert deformable attention to dense attention maps over all cells: ``map @ value`` equals the module's result.
 
-    Each sampling point's weight goes to the four cells that bilinear sampling reads, in the shares it reads them; shares
-    outside of the map are lost, as zero-padding loses them.
+    The weight of each sampling point is distributed to the four cells of bilinear sampling by their interpolation weights.
+    Parts outside the map are dropped, which equals zero padding.
 
     Args:
-        weights: [B, N, heads, points].
-        points: [B, N, heads, points, 2] x and y in 0..1 of each level's map.
-        shapes: of the levels.
-        counts: points of each level.
-        nearest: the points read their nearest cell, clamped to the map (RT-DETRv2's ``discrete`` sampling).
+        weights: [B, N, heads, points] attention weights.
+        points: [B, N, heads, points, 2] x and y as fractions (0..1) of each level's map.
+        shapes: height and width of each level.
+        counts: number of points on each level.
+        nearest: True: each point reads its nearest cell, clamped to the map (RT-DETRv2's ``discrete`` sampling).
 
     Returns:
         [B, heads, N, S], levels in order, row after row.
@@ -205,7 +205,7 @@ def dense_attention(weights: Tensor, points: Tensor, shapes: Shapes, counts: Seq
 
 @dataclass(frozen=True)
 class Outputs(Movable):
-    """One set of predictions, as the library's criterion sees it: of a decoder layer, the encoder, or denoising queries."""
+    """Predictions of one set of queries for the losses: of a decoder layer, the encoder, or the denoising queries."""
 
     logits: Tensor
     """[B, N, K] sigmoid logits."""
@@ -213,16 +213,16 @@ class Outputs(Movable):
     """[B, N, 4] cxcywh as fractions of the frame."""
 
     def take(self, start: int, stop: int | None) -> Self:
-        """A range of the queries."""
+        """Select a range of the queries."""
         return map_tensors(self, lambda tensor: tensor[:, start:stop])
 
 
 @dataclass(frozen=True)
 class Pairs(Movable):
-    """An assignment of one set of queries, spelled out."""
+    """Matched pairs of queries and ground-truth boxes, with their weights."""
 
     image: Tensor
-    """[M] index of the image."""
+    """[M] index of the image of each pair."""
     query: Tensor
     """[M]."""
     labels: Tensor
@@ -232,14 +232,19 @@ class Pairs(Movable):
     weights: Tensor
     """[M]."""
     counted: Tensor
-    """[B, N] weight of every query; 0 for ignored ones."""
+    """[B, N] weight of each query; 0 for ignored queries."""
 
 
 @torch.no_grad()
 def hungarian(matcher: Callable[..., Any], outputs: Outputs, labels: Sequence[dict[str, Tensor]], batch: Batch) -> Tensor:
-    """The library's matching as a value: [B, N] index of the ground-truth box (crowd boxes counted), -1 for none."""
+    """Convert transformers' matching to indices [B, N] of the ground-truth boxes (crowd boxes counted); -1: no box.
+
+    All are -1 if a prediction is not finite, on which transformers' matcher fails.
+    """
     matched = torch.full(outputs.logits.shape[:2], NEGATIVE, device=outputs.logits.device)
-    if not any(len(label["boxes"]) for label in labels):  # the library's matcher cannot do without any box
+    if not any(len(label["boxes"]) for label in labels):  # the matcher of transformers fails on a batch without boxes
+        return matched
+    if not (bool(torch.isfinite(outputs.boxes).all()) and bool(torch.isfinite(outputs.logits).all())):
         return matched
     found = matcher({"logits": outputs.logits, "pred_boxes": outputs.boxes}, list(labels))
     for image, ((queries, boxes), target) in enumerate(zip(found, batch.targets, strict=True)):
@@ -249,13 +254,13 @@ def hungarian(matcher: Callable[..., Any], outputs: Outputs, labels: Sequence[di
 
 
 def pairs_of(matched: Tensor, weights: Tensor | None, labels: Sequence[dict[str, Tensor]], dtype: torch.dtype) -> Pairs:
-    """Which query answers for which box.
+    """List the matched pairs of queries and ground-truth boxes.
 
     Args:
         matched: [B, N] index of the ground-truth box, -1 or -2 (``Assignment.matched`` of one layer).
-        weights: [B, N] or None.
-        labels: all boxes of each image, crowd boxes too.
-        dtype: of the boxes.
+        weights: [B, N] weights; None: all 1.
+        labels: all boxes of each image, crowd boxes included.
+        dtype: dtype of the boxes.
     """
     image, query = torch.nonzero(matched >= 0, as_tuple=True)
     index = matched[image, query]
@@ -269,13 +274,13 @@ def pairs_of(matched: Tensor, weights: Tensor | None, labels: Sequence[dict[str,
 
 
 def corners(boxes: Tensor) -> Tensor:
-    """Boxes cxcywh as xyxy."""
+    """Convert boxes from cxcywh to xyxy."""
     center, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([center - half, center + half], dim=-1)
 
 
 def overlaps(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU [M] and generalized IoU [M] of boxes [M, 4] (cxcywh), pair by pair."""
+    """Compute IoU [M] and generalized IoU [M] of paired boxes [M, 4] (cxcywh)."""
     first, second = corners(first), corners(second)
     areas = [(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) for boxes in (first, second)]
     inside = (torch.minimum(first[:, 2:], second[:, 2:]) - torch.maximum(first[:, :2], second[:, :2])).clamp(min=0)
@@ -287,14 +292,14 @@ def overlaps(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def box_losses(outputs: Outputs, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Sums over the pairs of L1 and of 1 - GIoU; a zero that is connected to the boxes without any pair."""
+    """Sum L1 and 1 - GIoU over the pairs; without pairs, the result is a zero connected to the boxes' graph."""
     predicted = outputs.boxes[pairs.image, pairs.query]
     distance = (predicted - pairs.boxes).abs().sum(dim=-1)
     return (distance * pairs.weights).sum(), ((1 - overlaps(predicted, pairs.boxes)[1]) * pairs.weights).sum()
 
 
 def focal_loss(outputs: Outputs, pairs: Pairs, alpha: float, gamma: float = 2.0) -> Tensor:
-    """Sum over queries and classes of the sigmoid focal loss (Lin et al., Eq. 5)."""
+    """Sum the sigmoid focal loss over queries and classes (Lin et al., Eq. 5)."""
     wanted = torch.zeros_like(outputs.logits)
     wanted[pairs.image, pairs.query, pairs.labels] = 1.0
     probability = outputs.logits.sigmoid()
@@ -305,7 +310,7 @@ def focal_loss(outputs: Outputs, pairs: Pairs, alpha: float, gamma: float = 2.0)
 
 
 def varifocal_loss(outputs: Outputs, pairs: Pairs, alpha: float, gamma: float) -> Tensor:
-    """Sum over queries and classes of the varifocal loss; the matched class wants the IoU (Zhang et al., Eq. 2)."""
+    """Sum the varifocal loss over queries and classes; the target of the matched class is the IoU (Zhang et al., Eq. 2)."""
     iou = overlaps(outputs.boxes[pairs.image, pairs.query].detach(), pairs.boxes)[0]
     where = (pairs.image, pairs.query, pairs.labels)
     wanted, positive = torch.zeros_like(outputs.logits), torch.zeros_like(outputs.logits)

@@ -1,8 +1,8 @@
-"""LW-DETR and RF-DETR: a plain ViT, a projector, queries chosen from its cells, and groups of queries in training.
+"""LW-DETR and RF-DETR: a plain ViT, a projector, queries selected from its cells, and groups of queries in training.
 
 Chen et al., "LW-DETR: A Transformer Replacement to YOLO for Real-Time Detection", arXiv 2406.03459; groups as in Group DETR.
-In training the library decodes several groups of queries beside each other, none of which sees another; ``Queries`` holds
-the first, the only one that is there afterwards. Boxes are parts of the valid image, as in Deformable DETR.
+In training, transformers decodes several groups of queries in parallel, without attention between groups. ``Queries`` holds
+the first group, the only one used in inference. Boxes are fractions of the valid image, as in Deformable DETR.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from detdistill.structures import Assignment, Batch, Features, Losses, Movable, 
 
 @dataclass(frozen=True)
 class Own(Movable):
-    """What the losses need beside ``Queries``: the sets of all groups, [B, groups * N, ...]."""
+    """Outputs for the losses that ``Queries`` does not contain: the sets of all groups, [B, groups * N, ...]."""
 
     layers: tuple[Outputs, ...]
     encoder: Outputs | None
-    """None for foreign queries."""
+    """Predictions of the encoder's heads; None: the queries come from elsewhere."""
     groups: int
 
 
 class GroupDetector(shared.TransformersDetector):
-    """A detector of the family, in stages."""
+    """Base class of the adapters of LW-DETR and RF-DETR."""
 
     backbone_modules = ("model.backbone.backbone",)
     neck_modules = ("model.backbone.projector",)
@@ -48,41 +48,41 @@ class GroupDetector(shared.TransformersDetector):
     class_outputs = ("model.enc_out_class_embed", "class_embed")
     image_processor = "DeformableDetrImageProcessor"
     step: int
-    """Sides of the images are made a multiple of this, for the windows of the ViT."""
+    """Images are padded to a multiple of this number of pixels, for the windows of the ViT."""
 
     # --------------------------------------------------------------------------------------------------------- features
 
     def find_backbone_pyramid(self, size: int = 128) -> Pyramid:
-        """By an image of a size that the windows fit."""
+        """Determine the backbone's pyramid by a run on an image whose size is a multiple of the windows."""
         return super().find_backbone_pyramid(2 * self.step)
 
     def rest(self, batch: Batch) -> tuple[int, int, int, int]:
-        """What is padded on the right and at the bottom for the windows, as ``torch.nn.functional.pad`` wants it."""
+        """Return the padding for the windows (right and bottom), as an argument of ``torch.nn.functional.pad``."""
         height, width = batch.padding_hw
         return 0, -width % self.step, 0, -height % self.step
 
     def backbone_maps(self, images: Tensor, pixel_mask: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """The ViT's maps, all of one stride."""
+        """Compute the ViT's maps, all of one stride."""
         maps = self.model.model.backbone.backbone(images).feature_maps
         return [(level, resized(pixel_mask.float(), level)) for level in maps]
 
     def backbone_features(self, batch: Batch) -> Features:
-        """As in the base, of images that the windows fit."""
+        """Compute the backbone's maps as the base class does, on images padded for the windows."""
         valid = F.pad((~batch.padding_mask()).long(), self.rest(batch))
         maps = self.backbone_maps(F.pad(self.normalized(batch), self.rest(batch)), valid)
         padding = None if bool(valid.all()) else tuple(~mask for _, mask in maps)
         return Features(tuple(level for level, _ in maps), self.backbone_strides, padding)
 
     def neck(self, features: Features, batch: Batch) -> Features:
-        """The projector, with masks taken from the pixels as in the library."""
+        """Run the projector; padding masks come from the pixel mask, as in transformers."""
         return self.project(features, F.pad((~batch.padding_mask()).float(), self.rest(batch)))
 
     def encode(self, features: Features) -> Features:
-        """The projector; masks are taken from the ViT's cells."""
+        """Run the projector; padding masks come from the masks of the ViT's maps."""
         return self.project(features, shared.valid_masks(features)[0].float())
 
     def project(self, features: Features, valid: Tensor) -> Features:
-        """The projector. ``valid``: [B, H, W] 1 where the image is, at any resolution."""
+        """Run the projector. ``valid``: mask [B, H, W] at any resolution, 1 inside the valid image."""
         found = self.model.model.backbone.projector(features.maps)
         maps = tuple(found) if isinstance(found, (list, tuple)) else (found,)
         padding = None if bool(valid.all()) else tuple(~resized(valid, level) for level in maps)
@@ -91,7 +91,7 @@ class GroupDetector(shared.TransformersDetector):
     # ----------------------------------------------------------------------------------------------------------- queries
 
     def choose(self, features: Features, groups: int) -> tuple[Tensor, Tensor, Outputs]:
-        """Content [B, groups * N, D] and boxes [B, groups * N, 4] of the queries, and the encoder's outputs for them.
+        """Compute content [B, groups * N, D] and boxes [B, groups * N, 4] of the queries, and the encoder's outputs for them.
 
         Raises:
             DataError: the images have fewer cells than the detector has queries.
@@ -121,12 +121,12 @@ class GroupDetector(shared.TransformersDetector):
         return content, moved_boxes(encoder.boxes.detach(), learned), encoder
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
-        """The first group's learned content, and the boxes of the chosen cells moved by the learned ones."""
+        """Compute the first group's queries: learned content, and the boxes of the selected cells with the learned offsets."""
         content, reference, _ = self.choose(features, 1)
         return QuerySeed(content, reference=reference)
 
     def predict(self, features: Features, batch: Batch, attention: bool = False) -> Queries:
-        """The first group; in training the other groups are decoded beside it, for the loss."""
+        """Decode the first group; in training also the other groups, for the loss."""
         groups, count = (self.config.group_detr if self.training else 1), self.config.num_queries
         content, reference, encoder = self.choose(features, groups)
         with deformable.watched(self.model.model.decoder.layers, attention, slice(count)) as looks:
@@ -137,22 +137,25 @@ class GroupDetector(shared.TransformersDetector):
         return replace(found, attention=looks.attention, self_attention=looks.self_attention)
 
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
-        """Decode from any seed with a box (cxcywh) for each query, as one group; ``position`` is not used: the box is it.
+        """Decode from any seed with a box (cxcywh) for each query, as one group. The box gives the position.
 
-        ``attention``: [L, B, heads, N, S] cross-attention, spread over the S cells of all levels (``dense_attention``).
+        ``seed.position`` is not used. The prediction's ``attention`` is the cross-attention [L, B, heads, N, S] over the S
+        cells of all levels (see ``dense_attention``).
 
         Raises:
             ValueError: the seed has no boxes.
         """
         if seed.reference is None or seed.reference.shape[-1] != 4:
-            raise ValueError(f"{self.spec.name}: queries need a reference box (cxcywh), no point; give seed.reference [B, N, 4]")
+            raise ValueError(
+                f"{self.spec.name}: queries need a reference box (cxcywh), not a point; give seed.reference [B, N, 4]"
+            )
         with deformable.watched(self.model.model.decoder.layers, attention) as looks:
             layers, embedding = self.run(features, seed.content, seed.reference, 1)
         found = self.queries(layers, embedding, seed, Own(layers, None, 1))
         return replace(found, attention=looks.attention, self_attention=looks.self_attention)
 
     def run(self, features: Features, content: Tensor, reference: Tensor, groups: int) -> tuple[tuple[Outputs, ...], Tensor]:
-        """The decoder: outputs of each layer, and embeddings [L, B, N, D]. All layers start at one box."""
+        """Run the decoder: outputs of each layer, and embeddings [L, B, N, D]. All layers refine the same initial box."""
         memory: Memory = deformable.flatten(features.maps)
         masks, decoder, hidden = shared.valid_masks(features), self.model.model.decoder, content
         exact = shared.full_precision(memory.tokens).dtype
@@ -178,7 +181,7 @@ class GroupDetector(shared.TransformersDetector):
 
     @contextmanager
     def groups(self, count: int) -> Iterator[None]:
-        """Inside, the self-attention of training takes its queries for this many groups."""
+        """Context in which the self-attention in training mode splits its queries into this number of groups."""
         before = self.config.group_detr
         self.config.group_detr = count
         try:
@@ -187,48 +190,51 @@ class GroupDetector(shared.TransformersDetector):
             self.config.group_detr = before
 
     def queries(self, layers: Sequence[Outputs], embedding: Tensor, seed: QuerySeed, own: Own) -> Queries:
-        """The contract's structure."""
+        """Convert the decoder outputs to ``Queries``."""
         logits, boxes = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("logits", "boxes"))
         return Queries(logits, boxes, embedding, seed, own=own)
 
     # ------------------------------------------------------------------------------------------------------------ training
 
     def criterion(self) -> LwDetrImageLoss:
-        """The library's criterion, with the matching costs of the model's config."""
+        """Build transformers' criterion, with the matching costs of the model's config."""
         config = self.config
         matcher = LwDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
         losses = ["labels", "boxes", "cardinality"]
         return LwDetrImageLoss(matcher, config.num_labels, config.focal_alpha, losses, config.group_detr)
 
     def own(self, prediction: Prediction) -> Own:
-        """What the losses need.
+        """Return the raw outputs of a prediction for the losses.
 
         Raises:
-            ValueError: the prediction was split by image or read from a cache, so it has none.
+            ValueError: the prediction has no raw outputs, because it was split by image or read from a cache.
         """
         if not isinstance(prediction.own, Own):
-            raise ValueError(f"{self.spec.name}: this prediction lost its own outputs; predict again from features")
+            raise ValueError(f"{self.spec.name}: this prediction has no raw outputs; call predict again on the features")
         return prediction.own
 
     def match(self, outputs: Outputs, batch: Batch, groups: int) -> Tensor:
-        """[B, groups * N] the library's one-to-one matching within each group."""
+        """Compute transformers' one-to-one matching within each group, [B, groups * N]."""
         matcher, labels = self.criterion().matcher, self.labels(batch)
         size = outputs.logits.shape[1] // groups
         parts = [outputs.take(group * size, (group + 1) * size) for group in range(groups)]
         return torch.cat([deformable.hungarian(lambda o, t: matcher(o, t, 1), part, labels, batch) for part in parts], dim=1)
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """The library's one-to-one matching of every decoder layer, first group."""
+        """Assign the first group by transformers' one-to-one matching in each decoder layer."""
         own = self.own(prediction)
         size = own.layers[0].logits.shape[1] // own.groups
         return Assignment(torch.stack([self.match(layer.take(0, size), batch, 1) for layer in own.layers]))
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
-        """The library's terms with its weights: last layer, ``_i`` for the layers before, ``_enc`` for the encoder's outputs.
+        """Compute the loss terms of transformers with its weights.
 
-        All groups are trained; a foreign assignment is that of the first, the others and the encoder's keep their own.
+        No suffix: last layer; ``_i``: earlier layers; ``_enc``: encoder outputs. All groups are trained. A given
+        ``assignment`` applies to the first group; the other groups and the encoder outputs use their own matching.
         """
         own, whole = self.own(prediction), self.labels(batch, only_trainable=False)
+        if (diverged := shared.diverged_losses(prediction)) is not None:
+            return diverged
         boxes = max(1, sum(len(entry["boxes"]) for entry in self.labels(batch)) * own.groups)
         normalizer: Any = boxes if assignment is None or assignment.normalizer is None else assignment.normalizer
         sets: list[tuple[str, Outputs, int | None]] = [("", own.layers[-1], len(own.layers) - 1)]
@@ -256,27 +262,37 @@ class GroupDetector(shared.TransformersDetector):
         return Losses(terms)
 
     def term_weights(self) -> dict[str, float]:
-        """Of the config."""
+        """Return the weights of the loss terms from the model's config."""
         return {**super().term_weights(), "loss_ce": self.config.class_loss_coefficient}
 
 
 def quality_loss(outputs: Outputs, pairs: deformable.Pairs, alpha: float, gamma: float = 2.0) -> Tensor:
-    """Sum over queries and classes of the IoU-aware cross-entropy: the matched class wants score^a * IoU^(1-a)."""
+    """Sum the IoU-aware cross-entropy over queries and classes; the target of the matched class is score^a * IoU^(1-a).
+
+    Logarithms are those of the rounded probabilities, as in transformers. If a probability is rounded to 0 or 1 (float32: logits
+    above 16 or below -87), where transformers computes inf or NaN, the logarithm of the exact sigmoid takes its place.
+    """
     probability, where = outputs.logits.sigmoid(), (pairs.image, pairs.query, pairs.labels)
     iou = deformable.overlaps(outputs.boxes[pairs.image, pairs.query].detach(), pairs.boxes)[0].to(probability.dtype)
     wanted = (probability[where].pow(alpha) * iou.pow(1 - alpha)).clamp(min=0.01).detach()
     up, down = torch.zeros_like(probability), probability.pow(gamma)
     up[where], down[where] = wanted, 1 - wanted
-    entropy = -up * probability.log() - down * (1 - probability).log()
+    entropy = -up * _log(probability, outputs.logits) - down * _log(1 - probability, -outputs.logits)
     return (entropy.sum(dim=-1) * pairs.counted).sum()
 
 
+def _log(probability: Tensor, logits: Tensor) -> Tensor:
+    """Logarithm of a sigmoid's probability, finite for all finite logits."""
+    usable = probability >= torch.finfo(probability.dtype).tiny
+    return torch.where(usable, probability.where(usable, 1.0).log(), F.logsigmoid(logits))
+
+
 def moved_boxes(boxes: Tensor, deltas: Tensor) -> Tensor:
-    """Boxes cxcywh moved by parts of their size and scaled by exponents."""
+    """Shift boxes (cxcywh) by fractions of their size and scale width and height by exponentials."""
     center = deltas[..., :2] * boxes[..., 2:] + boxes[..., :2]
     return torch.cat([center, deltas[..., 2:].exp() * boxes[..., 2:]], dim=-1)
 
 
 def resized(valid: Tensor, like: Tensor) -> Tensor:
-    """A mask [B, H, W] of zeros and ones at the size of a map, nearest, as bool."""
+    """Resize a mask [B, H, W] of zeros and ones to the size of a map (nearest); return bool."""
     return F.interpolate(valid[None], size=like.shape[-2:])[0].bool()

@@ -1,9 +1,9 @@
 """RT-DETR and its relatives (RT-DETRv2, D-FINE, DEIMv2): hybrid encoder, queries chosen from encoder tokens, denoising.
 
-None of them knows padding: attention, positions, anchors and boxes are relative to the whole padded tensor (the *frame*: the
-batch's tensor, padded on to a multiple of 32). So the adapter equals ``model(tensor, labels)`` with labels in parts of that
-tensor; it turns boxes and references into parts of the valid image on the way out and back on the way in. For the same
-reason an image in a padded batch is not quite the image alone, as in the library.
+These models ignore padding masks. Attention, positions, anchors and boxes are relative to the *frame*: the batch's tensor,
+padded to a multiple of 32. The adapter equals ``model(tensor, labels)`` with boxes as fractions of the frame. It converts
+boxes and references from the frame to the valid image on output and back on input. The prediction for an image therefore
+depends slightly on the padding of its batch, as in transformers.
 """
 
 from __future__ import annotations
@@ -40,34 +40,34 @@ from detdistill.values import Count, Index
 
 @dataclass(frozen=True)
 class Chosen(Movable):
-    """Initial queries, chosen from the encoder's tokens."""
+    """Initial queries, selected from the encoder's tokens."""
 
     content: Tensor
     """[B, N, D], no gradient."""
     reference: Tensor
     """[B, N, 4] cxcywh as fractions of the frame, no gradient."""
     outputs: Outputs
-    """What the encoder's heads say about them; trained as one more set."""
+    """Predictions of the encoder's heads for the selected tokens; trained as an additional set."""
 
 
 @dataclass(frozen=True)
 class Denoising(Movable):
-    """Noisy ground truth that the decoder should clean (training only): never a part of ``Queries``."""
+    """Denoising queries: noisy ground truth that the decoder should correct (training only). ``Queries`` never contains them."""
 
     content: Tensor
     """[B, M, D] embedded noisy labels."""
     reference: Tensor
     """[B, M, 4] noisy boxes as fractions of the frame."""
     mask: Tensor
-    """[M + N, M + N] added to the self-attention: nobody sees another group."""
+    """[M + N, M + N] mask added to the self-attention, so that queries of different groups do not attend to each other."""
     labels: tuple[dict[str, Tensor], ...]
-    """The ground truth it was made of: ``loss`` may be asked about other targets."""
+    """Ground truth of the denoising queries; the batch given to ``loss`` may have other targets."""
     positive: tuple[Tensor, ...]
-    """Of each image the queries that should find a box: box 0, 1, ... again and again."""
+    """Indices of the positive queries of each image; they belong to box 0, 1, ... in turn, repeated."""
     groups: int
 
     def pairs(self, weights_of: Tensor) -> shared.Pairs:
-        """Every positive query answers for the box it was made of. ``weights_of``: [B, M, ...] of the right type."""
+        """Match each positive query to its ground-truth box. ``weights_of``: tensor [B, M, ...] of the dtype for weights."""
         matched = torch.full(weights_of.shape[:2], -1, device=weights_of.device)
         for image, (queries, label) in enumerate(zip(self.positive, self.labels, strict=True)):
             if len(label["boxes"]):
@@ -78,43 +78,43 @@ class Denoising(Movable):
 
 @dataclass(frozen=True)
 class Run(Movable):
-    """What the decoder made of some queries, layer by layer."""
+    """Outputs of the decoder for a set of queries, for each layer."""
 
     layers: tuple[Outputs, ...]
     embedding: Tensor
     """[L, B, N, D]."""
     first: Outputs | None = None
-    """D-FINE's first boxes, before any refinement; trained as one more set."""
+    """D-FINE's first boxes, before any refinement; trained as an additional set."""
 
     def take(self, start: int, stop: int | None) -> Run:
-        """A range of the queries."""
+        """Select a range of the queries."""
         first = None if self.first is None else self.first.take(start, stop)
         return Run(tuple(layer.take(start, stop) for layer in self.layers), self.embedding[:, :, start:stop], first)
 
 
 @dataclass(frozen=True)
 class Own(Movable):
-    """What the losses need beside ``Queries``."""
+    """Outputs for the losses that ``Queries`` does not contain."""
 
     run: Run
     encoder: Outputs | None = None
-    """None for foreign queries."""
+    """Predictions of the encoder's heads; None: the queries come from elsewhere."""
     denoising: Denoising | None = None
     noisy: Run | None = None
-    """What the decoder made of the denoising queries."""
+    """Outputs of the decoder for the denoising queries."""
 
 
 class HybridEncoderDetector(transformers_base.TransformersDetector):
-    """A detector of the family, in stages; each adapter adds its decoder (``run``) and its losses (``set_losses``)."""
+    """Base class of the family's adapters. Each adapter adds its decoder (``run``) and its losses (``set_losses``)."""
 
     backbone_modules = ("model.backbone",)
     neck_modules = ("model.encoder_input_proj", "model.encoder")
     head_modules = (
         "model.decoder_input_proj",
         *("model.enc_output", "model.enc_score_head", "model.enc_bbox_head"),
-        *("model.denoising_class_embed", "model.weight_embedding"),  # where the config wants them
+        *("model.denoising_class_embed", "model.weight_embedding"),  # only in some configs
         "model.decoder",
-        *("class_embed", "bbox_embed"),  # where the library has the decoder's outputs twice, as one
+        *("class_embed", "bbox_embed"),  # models in which transformers has the decoder's outputs under a second name
     )
     class_outputs = ("model.enc_score_head", "model.denoising_class_embed", "model.decoder.class_embed", "class_embed")
     image_processor = "RTDetrImageProcessor"
@@ -122,27 +122,27 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
 
     @property
     def width(self) -> int:
-        """Channels of the encoder's maps."""
+        """Return the channels of the encoder's maps."""
         return int(self.config.encoder_hidden_dim)
 
     # ----------------------------------------------------------------------------------------------- images and features
 
     def frame_hw(self, batch: Batch) -> tuple[int, int]:
-        """Height and width of the tensor that the model sees: the batch's, padded on to a multiple of the coarsest stride."""
+        """Return height and width of the frame in pixels: the batch's tensor, padded to a multiple of the coarsest stride."""
         height, width = batch.padding_hw
         step = self.spec.strides[-1]
         return -(-height // step) * step, -(-width // step) * step
 
     def frames(self, batch: Batch) -> Tensor:
-        """[B, 2] the frame once for each image."""
+        """Return the frame size [B, 2], repeated for each image."""
         return torch.tensor([self.frame_hw(batch)] * len(batch), device=batch.images.device)
 
     def scale(self, batch: Batch) -> Tensor:
-        """[B, 1, 4] parts of the valid image for one part of the frame, x y x y."""
+        """Return the factors [B, 1, 4] that convert fractions of the frame to fractions of the valid image, for x, y, x, y."""
         return (self.frames(batch) / batch.sizes).flip(1).repeat(1, 2)[:, None]
 
     def labels(self, batch: Batch, only_trainable: bool = True) -> list[dict[str, Tensor]]:
-        """As in the base, but boxes as fractions of the frame."""
+        """Convert targets as the base class does, but with boxes as fractions of the frame."""
         height, width = self.frame_hw(batch)
         found = []
         for target in batch.targets:
@@ -152,7 +152,7 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         return found
 
     def backbone_features(self, batch: Batch) -> Features:
-        """The backbone's maps of the whole frame."""
+        """Compute the backbone's maps of the whole frame."""
         height, width = self.frame_hw(batch)
         missing = (0, width - batch.padding_hw[1], 0, height - batch.padding_hw[0])
         pixel_mask = F.pad((~batch.padding_mask()).long(), missing)
@@ -162,11 +162,11 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         return Features(tuple(level for level, _ in maps), self.spec.strides, padding if padded else None)
 
     def backbone_maps(self, images: Tensor, pixel_mask: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """The library's backbone."""
+        """Run transformers' backbone."""
         return self.model.model.backbone(images, pixel_mask)
 
     def encode(self, features: Features) -> Features:
-        """Projection and hybrid encoder; the maps before the decoder's own projection. Padding is looked at like the image."""
+        """Run projection and hybrid encoder; return the maps before the decoder's projection. Padding is treated as image."""
         core = self.model.model
         projected = [project(level) for project, level in zip(core.encoder_input_proj, features.maps, strict=True)]
         return replace(features, maps=tuple(core.encoder(projected).last_hidden_state))
@@ -174,14 +174,14 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
     # ----------------------------------------------------------------------------------------------------------- queries
 
     def memory(self, features: Features) -> Memory:
-        """The maps as the decoder reads them."""
+        """Project the maps and flatten them for the decoder."""
         projections = list(self.model.model.decoder_input_proj)
-        last = features.maps[-1]  # levels above the encoder's are all made of its last, as in the library
+        last = features.maps[-1]  # all levels above the encoder's are computed from its last map, as in transformers
         maps = [*features.maps, *[last] * (len(projections) - len(features.maps))]
         return shared.flatten([project(level) for project, level in zip(projections, maps, strict=True)])
 
     def choose(self, memory: Memory, batch: Batch) -> Chosen:
-        """The encoder tokens of the highest class score, and the boxes that the encoder's head gives them.
+        """Select the encoder tokens with the highest class scores, and the encoder head's boxes for them.
 
         Raises:
             DataError: the images have fewer cells than the detector has queries.
@@ -196,7 +196,7 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
             )
         exact = tokens.dtype if tokens.dtype == torch.float64 else torch.float32
         anchors, valid = core.generate_anchors(memory.shapes, device=tokens.device, dtype=exact)
-        anchors, valid = anchors.clone(), valid.clone()  # the library caches them, perhaps as inference tensors
+        anchors, valid = anchors.clone(), valid.clone()  # transformers caches them, perhaps as inference tensors
         hidden = core.enc_output(valid.to(tokens.dtype) * tokens)
         logits = core.enc_score_head(hidden)
         boxes = (core.enc_bbox_head(hidden) + anchors).sigmoid()
@@ -208,15 +208,16 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         return Chosen(content, chosen[2].detach(), Outputs(chosen[1].to(exact), chosen[2]))
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
-        """Content and boxes of the chosen encoder tokens; the family has no position beside the box."""
+        """Compute content and boxes of the selected encoder tokens. Queries of this family have no position besides the box."""
         with shared.still_statistics(self.model.model.decoder_input_proj):
             chosen = self.choose(self.memory(features), batch)
         return QuerySeed(chosen.content, reference=chosen.reference * self.scale(batch))
 
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
-        """Decode from any seed with a box (cxcywh) for each query; a seed's ``position`` is not used: the box is it.
+        """Decode from any seed with a box (cxcywh) for each query. The box gives the position; ``seed.position`` is not used.
 
-        ``attention``: [L, B, heads, N, S] cross-attention, spread over the S cells of all levels (``dense_attention``).
+        The prediction's ``attention`` is the cross-attention [L, B, heads, N, S] over the S cells of all levels (see
+        ``dense_attention``).
 
         Raises:
             ValueError: the seed has no boxes.
@@ -233,7 +234,7 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         return replace(found, attention=looks.attention, self_attention=looks.self_attention)
 
     def predict(self, features: Features, batch: Batch, attention: bool = False) -> Queries:
-        """Decode the own queries; in training beside denoising queries made of ``batch.targets`` (torch's random numbers)."""
+        """Decode the detector's own queries; in training also denoising queries from ``batch.targets`` (torch's random state)."""
         memory, layers = self.memory(features), self.model.model.decoder.layers
         chosen = self.choose(memory, batch)
         seed = QuerySeed(chosen.content, reference=chosen.reference * self.scale(batch))
@@ -254,7 +255,7 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         return replace(found, attention=looks.attention, self_attention=looks.self_attention)
 
     def denoising(self, batch: Batch, chosen: Chosen) -> Denoising | None:
-        """The library's contrastive denoising queries; None in eval mode, without boxes, or when they are switched off."""
+        """Build transformers' contrastive denoising queries; None in eval mode, without boxes, or with ``denoising=0``."""
         config = self.config
         if not (self.training and config.num_denoising > 0 and batch.targets):
             return None
@@ -274,7 +275,7 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         return Denoising(content, reference, mask, tuple(labels), tuple(meta["dn_positive_idx"]), meta["dn_num_group"])
 
     def without(self, modules: Sequence[str], fresh: bool) -> transformers_base.TransformersDetector:
-        """As in the base; fresh norms as ``unit_norms`` has them."""
+        """Copy as the base class does; ``fresh`` norms are initialised by ``unit_norms``."""
         other = super().without(modules, fresh)
         if fresh:
             unit_norms(other.model)
@@ -282,52 +283,55 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
 
     @abstractmethod
     def run(self, memory: Memory, content: Tensor, reference: Tensor, mask: Tensor | None) -> Run:
-        """The decoder, layer by layer.
+        """Run the decoder layers.
 
         Args:
-            memory: what it reads.
-            content: [B, N, D].
+            memory: flattened maps for the cross-attention.
+            content: [B, N, D] content of the queries.
             reference: [B, N, 4] cxcywh as fractions of the frame.
-            mask: [N, N] added to the self-attention, or None.
+            mask: [N, N] mask added to the self-attention; None: no mask.
         """
 
     def queries(self, run: Run, seed: QuerySeed, own: Own, batch: Batch) -> Queries:
-        """A run as the contract's structure."""
+        """Convert the decoder outputs to ``Queries``."""
         boxes = torch.stack([layer.boxes for layer in run.layers]) * self.scale(batch)
         return Queries(torch.stack([layer.logits for layer in run.layers]), boxes, run.embedding, seed, own=own)
 
     def own(self, prediction: Prediction) -> Own:
-        """What the losses need.
+        """Return the raw outputs of a prediction for the losses.
 
         Raises:
-            ValueError: the prediction was split by image or read from a cache, so it has none.
+            ValueError: the prediction has no raw outputs, because it was split by image or read from a cache.
         """
         if not isinstance(prediction.own, Own):
-            raise ValueError(f"{self.spec.name}: this prediction lost its own outputs; predict again from features")
+            raise ValueError(f"{self.spec.name}: this prediction has no raw outputs; call predict again on the features")
         return prediction.own
 
     # ------------------------------------------------------------------------------------------------------------ training
 
     def criterion(self) -> RTDetrLoss:
-        """The library's; its matcher with the model's costs."""
+        """Build transformers' criterion; its matcher has the costs of the model's config."""
         return RTDetrLoss(self.config)
 
     def trained(self, outputs: Outputs) -> Outputs:
-        """Predictions as matcher and losses see them."""
+        """Collect the predictions of all layers for matcher and losses."""
         return outputs
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """The library's one-to-one matching of every decoder layer (Hungarian; focal, L1 and GIoU costs)."""
+        """Assign by transformers' one-to-one matching in each decoder layer (Hungarian; focal, L1 and GIoU costs)."""
         matcher, labels = self.criterion().matcher, self.labels(batch)
         layers = [self.trained(layer) for layer in self.own(prediction).run.layers]
         return Assignment(torch.stack([shared.hungarian(matcher, layer, labels, batch) for layer in layers]))
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
-        """The library's terms under its names: last layer, ``_aux_i`` (layers before, then the encoder's), ``_dn_i``.
+        """Compute the loss terms under transformers' names.
 
-        A foreign assignment is that of the decoder layers. The encoder's set (and D-FINE's first boxes) keep their own
-        matching, and the denoising queries the boxes they were made of in ``predict``.
+        No suffix: last layer; ``_aux_i``: earlier layers, then the encoder; ``_dn_i``: denoising queries. A given
+        ``assignment`` applies to the decoder layers. The encoder's predictions (and D-FINE's first boxes) use their own
+        matching; each denoising query keeps the box from which ``predict`` built it.
         """
+        if (diverged := transformers_base.diverged_losses(prediction)) is not None:
+            return diverged
         own, config, matcher = self.own(prediction), self.config, self.criterion().matcher
         usable = self.labels(batch)
         labels = self.labels(batch, only_trainable=False)
@@ -355,7 +359,7 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         return Losses(terms)
 
     def sets(self, own: Own) -> list[tuple[str, Outputs, int | None]]:
-        """What is trained: suffix of the terms, predictions, and the decoder layer whose assignment is theirs (or None)."""
+        """List the trained sets: suffix of the loss terms, predictions, decoder layer of the assignment (None: own matching)."""
         *before, last = own.run.layers
         sets: list[tuple[str, Outputs, int | None]] = [("", last, len(before))]
         if self.config.auxiliary_loss:
@@ -365,21 +369,21 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         return sets
 
     def noisy_sets(self, noisy: Run) -> Sequence[Outputs]:
-        """The denoising queries' predictions that are trained."""
+        """List the trained predictions of the denoising queries."""
         return noisy.layers
 
     def place_rows(self, rows: Sequence[Tensor], boxes: Any) -> tuple[Sequence[Tensor], Any]:
-        """What the losses of boxes are computed with: matches [B, N] of each set, and the normalizer; the default is the same."""
+        """Return the matches [B, N] of each set and the normaliser for the box losses; by default unchanged."""
         return rows, boxes
 
     def class_losses(self, outputs: Outputs, pairs: shared.Pairs, normalizer: Any) -> dict[str, Tensor]:
-        """Varifocal loss of one set, weighted."""
+        """Compute the weighted varifocal loss of one set."""
         config = self.config
         quality = shared.varifocal_loss(outputs, pairs, config.focal_loss_alpha, config.focal_loss_gamma)
         return {"loss_vfl": quality / normalizer * config.weight_loss_vfl}
 
     def place_losses(self, outputs: Outputs, pairs: shared.Pairs, normalizer: Any) -> dict[str, Tensor]:
-        """L1 and GIoU loss of one set, weighted."""
+        """Compute the weighted L1 and GIoU losses of one set."""
         distance, overlap = shared.box_losses(outputs, pairs)
         return {
             "loss_bbox": distance / normalizer * self.config.weight_loss_bbox,
@@ -388,10 +392,10 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
 
 
 class RefiningDetector(HybridEncoderDetector):
-    """RT-DETR and RT-DETRv2: each decoder layer moves the boxes of the layer before."""
+    """Adapter of RT-DETR and RT-DETRv2: each decoder layer refines the boxes of the previous layer."""
 
     def run(self, memory: Memory, content: Tensor, reference: Tensor, mask: Tensor | None) -> Run:
-        """The decoder's layers with their outputs; no gradient goes from a layer's reference to the layer before."""
+        """Run the decoder layers with their outputs; no gradient flows from a layer's reference boxes to the previous layer."""
         decoder, hidden = self.model.model.decoder, content
         layers, embedding = [], []
         for layer, box_head, class_head in zip(decoder.layers, decoder.bbox_embed, decoder.class_embed, strict=True):
@@ -415,17 +419,17 @@ class RefiningDetector(HybridEncoderDetector):
 
 @dataclass(frozen=True, kw_only=True)
 class HybridOptions(DetrSelectionOptions, SamplingOptions, QueryOptions, EncoderOptions, BackboneOptions, LevelOptions):
-    """Options of RT-DETR and its relatives; levels end at the backbone's deepest."""
+    """Options of RT-DETR and its relatives; the last level is the backbone's deepest."""
 
     levels: Levels = (3, 5)
     encoder: Count = 1
     ffn: Count = 1024
     denoising: Index = 100
-    """Denoising queries in training, about; 0: none."""
+    """Approximate number of denoising queries in training; 0: no denoising."""
 
 
 def family_arguments(detector: str, backbone: str, options: HybridOptions) -> dict[str, Any]:
-    """A config's arguments from the options of a model string.
+    """Compute the arguments of transformers' config from the options of a model string.
 
     Raises:
         ModelError: the backbone lacks a level, or the width does not fit the heads.
@@ -463,9 +467,9 @@ def family_arguments(detector: str, backbone: str, options: HybridOptions) -> di
 
 @torch.no_grad()
 def unit_norms(model: Any) -> Any:
-    """Set the weights of neck and decoder BatchNorms to one, as the authors' code has them.
+    """Set the weights of the BatchNorms in neck and decoder to 1, as in the authors' code.
 
-    transformers draws them around zero (deviation 0.01), which leaves maps of a hundredth of the size to train from.
+    transformers initialises them around 0 (standard deviation 0.01), which scales the maps by about 0.01.
     """
     for name, module in model.model.named_modules():
         if isinstance(module, nn.BatchNorm2d) and not name.startswith("backbone."):

@@ -1,19 +1,19 @@
-"""What the adapters of transformers' DETR families share.
+"""Base class of the adapters of transformers' DETR families.
 
-A family's adapter derives from ``TransformersDetector`` and says how its library model encodes and decodes; everything
-else is here: backbones and their traps, images and masks, matching as a value, losses by the library's own criterion,
-detections by its image processor's rule, copies, files.
+A family's adapter derives from ``TransformersDetector`` and implements encoder and decoder. This file has the rest:
+backbones, images and masks, assignment, losses by transformers' own criterion, detections by the rule of its image
+processor, copies, export. In this file, *the library* is transformers.
 
-Facts of transformers 5 that the code below answers:
+The code below works around these properties of transformers 5:
 
 - A ``TimmBackboneConfig`` cannot hold timm's keyword arguments, so a scaled resnet (``width``, ``channels``, ``stem``) is
   built as transformers' own ResNet of the same depth and widths (``backbone_config``).
-- Half of the families turn every BatchNorm of the backbone into constants and freeze parameters of backbones whose type
-  contains "resnet": ``fresh_model`` undoes both. What is saved still loads into the library's constants.
-- The matcher fails on a batch without any box; ``assign`` does not ask it then.
+- Half of the families replace each BatchNorm of the backbone by constants and freeze parameters of backbones whose type
+  contains "resnet". ``fresh_model`` undoes both. Saved models still load into the library's constant norms.
+- The matcher fails on a batch without boxes, so ``assign`` does not call it for such a batch.
 
-Boxes of these models are parts of the VALID image, not of the padded tensor: the library trains them on boxes divided by
-each image's own size, and its position embeddings count valid cells only.
+Boxes of these models are fractions of the VALID image, not of the padded tensor: the library divides the ground-truth boxes
+by the size of each image, and its position embeddings count valid cells only.
 
 Shape letters: B images, L decoder layers, N queries, K classes, C = K or K+1 outputs, D width, S cells of all maps.
 """
@@ -38,6 +38,7 @@ from transformers.models.conditional_detr.modeling_conditional_detr import inver
 
 from detdistill.detectors.contract import Detector, DetectorSpec, Parts, Pyramid, query_positives
 from detdistill.detectors.queries.shared.transformers_models import quiet, saved_state
+from detdistill.detectors.single_cells import accept_single_cells
 from detdistill.detectors.torchvision.targets import trainable, whole_indices
 from detdistill.functional.modes import evaluating
 from detdistill.structures import (
@@ -56,33 +57,33 @@ from detdistill.structures import (
 )
 
 Matches = list[tuple[Tensor, Tensor]]
-"""The library's form of a matching: for each image the queries [M] and the boxes [M] they answer for."""
+"""The library's form of a matching: for each image the indices of the matched queries [M] and of their boxes [M]."""
 
 
 class TransformersDetector(Detector):
-    """The parts that are the same for all DETR families. ``model`` is the library's ``...ForObjectDetection``.
+    """Base class of all DETR families. ``model`` is the library's ``...ForObjectDetection``.
 
-    A family gives ``backbone_maps``, ``encode``, ``seed``, ``decode`` and ``criterion``, and the names of its modules.
+    A subclass implements ``backbone_maps``, ``encode``, ``seed``, ``decode`` and ``criterion``, and names its modules.
     """
 
     backbone_modules: tuple[str, ...]
-    """Dotted names, inside ``model``, of what runs before the neck."""
+    """Dotted names, inside ``model``, of the modules before the neck."""
     neck_modules: tuple[str, ...]
     """Dotted names of projection and encoder."""
     head_modules: tuple[str, ...]
     """Dotted names of queries, decoder and outputs."""
     class_outputs: tuple[str, ...]
-    """Dotted names of the modules whose outputs (rows of weight and bias) are classes; for head inheritance."""
+    """Dotted names of the modules with one output (row of weight and bias) per class; for head inheritance."""
     model_class: Any
     """The library's ``...ForObjectDetection`` of the family."""
     softmax = False
     """K+1 softmax outputs with the background last, or K sigmoid outputs."""
     class_term = "loss_ce"
-    """The name of the classification loss in the library's criterion."""
+    """Name of the classification loss in the library's criterion."""
     top_k: int | None = 100
-    """Detections of an image by the library's image processor; None: as many as queries."""
+    """Number of detections of an image in the library's image processor; None: the number of queries."""
     image_processor = "DetrImageProcessor"
-    """The library's image processor, whose rule for detections is the family's; exported beside the model."""
+    """The library's image processor, which defines the selection of detections; exported with the model."""
 
     def __init__(
         self,
@@ -97,14 +98,15 @@ class TransformersDetector(Detector):
         """Wrap a library model; its classes are those of its config.
 
         Args:
-            model: its parameters keep their names below ``model.``.
-            name: as the command line writes it.
-            mean: of the normalisation.
-            std: of the normalisation.
-            score: detections must score above this; None: any.
-            dets: detections of an image at most; None: the family's rule (``top_k``).
+            model: library model; its parameters are named ``model.<the library's name>``.
+            name: model string.
+            mean: mean of the image normalisation.
+            std: standard deviation of the image normalisation.
+            score: score threshold of detections; None: no threshold.
+            dets: maximum number of detections of an image; None: the family's rule (``top_k``).
         """
         super().__init__()
+        accept_single_cells(model)
         self.model = model
         self.score = 0.0 if score is None else score
         self.dets = dets
@@ -124,7 +126,7 @@ class TransformersDetector(Detector):
         )
 
     def parts(self) -> Parts:
-        """The family's modules by name; what is neither neck nor head is the backbone's."""
+        """Group the family's modules by name; all modules outside neck and head belong to the backbone."""
         present = dict(self.model.named_modules(remove_duplicate=False))
 
         def modules(names: Sequence[str]) -> tuple[nn.Module, ...]:
@@ -139,16 +141,16 @@ class TransformersDetector(Detector):
 
     @property
     def width(self) -> int:
-        """Channels of every map of ``features``."""
+        """Return the number of channels of each map of ``features``."""
         return int(self.config.d_model)
 
     def neck_strides(self) -> tuple[int, ...]:
-        """Strides of ``features``; families whose neck adds levels override it."""
+        """Compute the strides of ``features``. Families with additional levels in the neck override this method."""
         return self.backbone_strides
 
     @torch.no_grad()
     def find_backbone_pyramid(self, size: int = 128) -> Pyramid:
-        """Channels and strides of the backbone's maps, found out by an empty image (statistics stay untouched)."""
+        """Determine channels and strides of the backbone's maps by a run on an empty image; statistics stay unchanged."""
         parameter = next(self.model.parameters())
         image = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
         with evaluating(self.model):
@@ -159,7 +161,7 @@ class TransformersDetector(Detector):
 
     @abstractmethod
     def backbone_maps(self, images: Tensor, pixel_mask: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """The maps that enter the neck, each with its mask, as the library's backbone module returns them.
+        """Compute the input maps of the neck, each with its mask, as the library's backbone module returns them.
 
         Args:
             images: [B, 3, H, W] normalised.
@@ -171,22 +173,22 @@ class TransformersDetector(Detector):
 
     @abstractmethod
     def encode(self, features: Features) -> Features:
-        """Projection and encoder: backbone ``Features`` to the detector's. Needs nothing but them."""
+        """Run projection and encoder: convert the backbone's ``Features`` to the detector's."""
 
     @abstractmethod
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
-        """The detector's own initial queries."""
+        """Compute the detector's own initial queries."""
 
     @abstractmethod
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:
-        """Decode from any seed; a second pass of the decoder, which knows nothing of an earlier one."""
+        """Decode from any seed, independently of earlier passes of the decoder."""
 
     @abstractmethod
     def criterion(self) -> Any:
-        """The library's criterion, fresh: called with outputs and labels, its ``matcher`` may be replaced."""
+        """Build a new instance of the library's criterion, which takes outputs and labels; the caller may replace ``matcher``."""
 
     def criterion_outputs(self, prediction: Queries) -> dict[str, Any]:
-        """What the library's criterion reads; the default has all decoder layers and nothing else."""
+        """Convert a prediction to the input of the library's criterion; by default the outputs of all decoder layers."""
         layers = [
             {"logits": prediction.logits[layer], "pred_boxes": prediction.boxes_cxcywh01[layer]}
             for layer in layers_of(prediction)
@@ -194,17 +196,17 @@ class TransformersDetector(Detector):
         return layers[-1] | ({"auxiliary_outputs": layers[:-1]} if len(layers) > 1 else {})
 
     def term_weights(self) -> Mapping[str, float]:
-        """Weight of each of the criterion's losses, by its name without the layer's number; others are monitors."""
+        """Return the weights of the criterion's losses, by name without layer number. Losses without weight are monitors."""
         config = self.config
         return {"loss_ce": 1.0, "loss_bbox": config.bbox_loss_coefficient, "loss_giou": config.giou_loss_coefficient}
 
     def class_loss(self, logits: Tensor, wanted: Tensor, overlap: Tensor) -> Tensor:
-        """[B, N] the family's classification loss of each query, not normalised; the default is the focal loss.
+        """Compute the family's classification loss [B, N] of each query, not normalised; by default the focal loss.
 
         Args:
-            logits: [B, N, C].
-            wanted: [B, N] the class, or K for none.
-            overlap: [B, N] IoU of the predicted with the matched box, no gradient; for families that need it.
+            logits: [B, N, C] class logits.
+            wanted: [B, N] target class of each query; K: no class.
+            overlap: [B, N] IoU of the predicted and the matched box, no gradient; used by some families.
         """
         onehot = F.one_hot(wanted, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)
         probability = logits.sigmoid()
@@ -214,19 +216,19 @@ class TransformersDetector(Detector):
         return (entropy * missing**2 * (alpha * onehot + (1 - alpha) * (1 - onehot))).sum(dim=-1)
 
     def class_normalizer(self, wanted: Tensor, counted: Tensor, boxes: Tensor) -> Tensor:
-        """[] what the classification loss is divided by, unless the assignment says.
+        """Compute the divisor [] of the classification loss, used if the assignment has no normaliser.
 
         Args:
-            wanted: [B, N] the class, or K for none.
-            counted: [B, N] bool, False where the assignment ignores a query.
-            boxes: [] the divisor of the box losses.
+            wanted: [B, N] target class of each query; K: no class.
+            counted: [B, N] mask, False for queries that the assignment ignores.
+            boxes: [] divisor of the box losses.
         """
         return boxes
 
     # --------------------------------------------------------------------------------------------------------- features
 
     def backbone_features(self, batch: Batch) -> Features:
-        """The backbone's maps that enter the neck; masks as the library makes them."""
+        """Compute the input maps of the neck, with masks computed as in the library."""
         pixel_mask = (~batch.padding_mask()).long()
         maps = self.backbone_maps(self.normalized(batch), pixel_mask)
         padding = tuple(~mask for _, mask in maps)
@@ -234,24 +236,24 @@ class TransformersDetector(Detector):
         return Features(tuple(level for level, _ in maps), self.backbone_strides, padding if padded else None)
 
     def features(self, batch: Batch) -> Features:
-        """The encoder's maps."""
+        """Compute the encoder's maps."""
         return self.neck(self.backbone_features(batch), batch)
 
     def neck(self, features: Features, batch: Batch) -> Features:
-        """Projection and encoder, with masks as the library makes them; families whose neck adds levels override it."""
+        """Run projection and encoder, with masks computed as in the library. Families with additional levels override this."""
         return self.encode(features)
 
     # -------------------------------------------------------------------------------------------------------- prediction
 
     def predict(self, features: Features, batch: Batch, attention: bool = False) -> Queries:
-        """The decoder on the detector's own queries."""
+        """Run the decoder on the detector's own queries."""
         return self.decode(features, self.seed(features, batch), batch, attention)
 
     @contextmanager
     def attention_maps(self, wanted: bool) -> Iterator[dict[str, bool]]:
-        """Inside, attention runs in the form that yields its maps, if wanted; gives the argument that asks for them.
+        """Context in which attention layers return their maps, if wanted; gives the keyword argument that requests the maps.
 
-        The library's faster forms yield none. Values differ by rounding.
+        The library's faster forms of attention return no maps. The results differ by rounding.
         """
         if not wanted:
             yield {}
@@ -266,12 +268,14 @@ class TransformersDetector(Detector):
     # ----------------------------------------------------------------------------------------------------------- training
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """The library's Hungarian matching of every layer: [L, B, N]."""
+        """Assign by the library's Hungarian matching in each decoder layer: [L, B, N]; nothing if a prediction is not finite."""
         queries = cast(Queries, prediction)
         matched = torch.full(queries.logits.shape[:3], NEGATIVE, device=queries.logits.device)
         labels = self.labels(batch)
         if not any(len(entry["boxes"]) for entry in labels):
-            return Assignment(matched)  # the library's matcher cannot reshape an empty cost matrix
+            return Assignment(matched)  # the library's matcher fails on an empty cost matrix
+        if diverged_losses(queries) is not None:
+            return Assignment(matched)
         matcher = self.criterion().matcher
         for layer in layers_of(queries):
             outputs = {"logits": queries.logits[layer].detach(), "pred_boxes": queries.boxes_cxcywh01[layer].detach()}
@@ -282,14 +286,16 @@ class TransformersDetector(Detector):
         return Assignment(matched)
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
-        """The library's losses with its weights, for every decoder layer; the others of its criterion as monitors.
+        """Compute the library's losses with its weights, for each decoder layer; losses without weight become monitors.
 
-        A plain assignment (matches only) goes through the library's criterion, whoever made it. With weights, ignored
-        queries, a normalizer, or matches to boxes that training leaves out, the same formulas are computed here: weights
-        multiply each query's losses and leave the divisors alone, ignored queries count nowhere, and a normalizer takes the
-        place of every divisor.
+        The library's criterion computes the losses if the assignment contains only matches to trainable boxes. Assignments
+        with weights, ignored queries, a normaliser or other matches use the same formulas, computed here: weights multiply
+        the losses of each query and do not change the divisors, ignored queries do not count, and a normaliser replaces
+        each divisor.
         """
         queries = cast(Queries, prediction)
+        if (diverged := diverged_losses(queries)) is not None:
+            return diverged
         if assignment is None:
             assignment = self.assign(queries, batch)
         if self.is_plain(assignment, batch):
@@ -297,7 +303,7 @@ class TransformersDetector(Detector):
         return self.weighted_losses(queries, batch, assignment)
 
     def is_plain(self, assignment: Assignment, batch: Batch) -> bool:
-        """True when the library's criterion can express an assignment: matches to trainable boxes, and nothing else."""
+        """Whether an assignment contains only matches to trainable boxes, so that the library's criterion can use it."""
         if assignment.weights is not None or assignment.normalizer is not None or bool((assignment.matched == IGNORED).any()):
             return False
         for image, target in enumerate(batch.targets):
@@ -307,21 +313,21 @@ class TransformersDetector(Detector):
         return True
 
     def criterion_losses(self, queries: Queries, batch: Batch, assignment: Assignment) -> Losses:
-        """The library's criterion under given matches."""
+        """Compute the library's criterion under given matches."""
         criterion = self.criterion().to(queries.logits.device)
         layers = list(layers_of(queries))
         criterion.matcher = GivenMatches([self.criterion_matches(assignment.matched[layer], batch) for layer in layers])
         return self.weighed(criterion(self.criterion_outputs(queries), self.labels(batch)))
 
     def weighed(self, found: Mapping[str, Tensor]) -> Losses:
-        """A criterion's losses times their weights; those without weight as monitors."""
+        """Multiply the criterion's losses by their weights; losses without weight become monitors."""
         weights = self.term_weights()
         terms = {key: value * weights[kind_of(key)] for key, value in found.items() if kind_of(key) in weights}
         monitors = {key: value.detach() for key, value in found.items() if kind_of(key) not in weights}
         return Losses(terms, monitors)
 
     def criterion_matches(self, matched: Tensor, batch: Batch) -> Matches:
-        """[B, N] matches of one layer in the library's form, as indices into ``labels``; queries in ascending order."""
+        """Convert matches [B, N] of one layer to the library's form, as indices into ``labels``; queries in ascending order."""
         matches = []
         for row, target in zip(matched, batch.targets, strict=True):
             query = torch.nonzero(row >= 0).flatten()
@@ -332,7 +338,7 @@ class TransformersDetector(Detector):
         return matches
 
     def weighted_losses(self, queries: Queries, batch: Batch, assignment: Assignment) -> Losses:
-        """The same formulas with weights, ignored queries and a normalizer."""
+        """Compute the criterion's formulas with weights, ignored queries and a normaliser."""
         labels = self.labels(batch, only_trainable=False)
         count = sum(len(trainable(target)) for target in batch.targets)
         boxes_divisor = queries.logits.new_tensor(float(max(1, count)))
@@ -366,11 +372,12 @@ class TransformersDetector(Detector):
         return Losses(terms)
 
     def labels(self, batch: Batch, only_trainable: bool = True) -> list[dict[str, Tensor]]:
-        """Targets in the library's form: ``class_labels`` [G], ``boxes`` [G, 4] as cxcywh as fractions of the valid image.
+        """Convert targets to the library's form: ``class_labels`` [G], ``boxes`` [G, 4] (cxcywh, fractions of the valid image).
 
         Args:
-            batch: its targets are read.
-            only_trainable: leave out crowd and empty boxes; False keeps the indices that an ``Assignment`` speaks of.
+            batch: batch with targets.
+            only_trainable: True: leave out crowd and empty boxes; False: keep all boxes, so that the indices of an
+                ``Assignment`` stay valid.
         """
         found = []
         for target, (height, width) in zip(batch.targets, batch.sizes.tolist(), strict=True):
@@ -383,10 +390,10 @@ class TransformersDetector(Detector):
     # ------------------------------------------------------------------------------------------------------------ results
 
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
-        """The last layer by the rule of the library's image processor, best first, clipped to the valid image.
+        """Select the last layer's detections as the library's image processor does, best first, clipped to the valid image.
 
-        Softmax: each query's best class. Sigmoid: the best ``top_k`` pairs of query and class, so a query may be found
-        twice. ``origin.anchor`` is the query; level and cell are -1.
+        Softmax: the best class of each query. Sigmoid: the best ``top_k`` pairs of query and class, so a query can give
+        several detections. ``origin.anchor`` is the index of the query; level and cell are -1.
         """
         queries = cast(Queries, prediction)
         logits = queries.logits[-1]
@@ -411,25 +418,25 @@ class TransformersDetector(Detector):
         return found
 
     def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
-        """By the assignment, of all layers."""
+        """Gather the predictions of all layers that ``assignment`` matches to a ground-truth box."""
         return query_positives(cast(Queries, prediction), assignment, batch)
 
     # ------------------------------------------------------------------------------------------------------------- copies
 
     def copy_head(self, fresh: bool = False) -> TransformersDetector:
-        """A copy that decodes, assigns and computes losses on anybody's features, on its own trainable parameters."""
+        """Copy the head into a detector with parameters of its own, without backbone and neck; ``fresh``: newly initialised."""
         return self.without((*self.backbone_modules, *self.neck_modules), fresh)
 
     def copy_neck(self, fresh: bool = False) -> EncoderNeck:
-        """Projection and encoder alone, on their own trainable parameters."""
+        """Copy projection and encoder into a module with trainable parameters of its own; ``fresh``: newly initialised."""
         return EncoderNeck(self.without((*self.backbone_modules, *self.head_modules), fresh))
 
     def without(self, modules: Sequence[str], fresh: bool) -> TransformersDetector:
-        """A copy of the detector without some of its modules, trainable and in training mode.
+        """Copy the detector without some of its modules, trainable and in training mode.
 
         Args:
-            modules: dotted names inside ``model``; those that this variant of the family lacks are passed over.
-            fresh: random weights, drawn as the library draws them.
+            modules: dotted names, inside ``model``, of the modules to leave out; missing modules are skipped.
+            fresh: initialise the weights randomly, by the library's rules.
         """
         present = dict(self.model.named_modules(remove_duplicate=False))
         gone: dict[int, Any] = {id(present[name]): nn.Identity() for name in modules if name in present}
@@ -442,7 +449,7 @@ class TransformersDetector(Detector):
         return other
 
     def class_rows(self, name: str) -> Tensor | None:
-        """Rows of the class outputs; see ``inherit``."""
+        """Return the rows of the class outputs of each class; see ``inherit``."""
         if not any(name.startswith(f"model.{part}.") for part in self.class_outputs):
             return None
         return torch.arange(len(self.spec.classes))[:, None]
@@ -473,31 +480,31 @@ class TransformersDetector(Detector):
 
 
 class EncoderNeck(nn.Module):
-    """A detector's projection and encoder: maps backbone ``Features`` to its own."""
+    """Projection and encoder of a detector: maps backbone ``Features`` to the detector's."""
 
     def __init__(self, detector: TransformersDetector) -> None:
         super().__init__()
         self.detector = detector
 
     def forward(self, features: Features) -> Features:
-        """As ``Detector.features`` after the backbone."""
+        """Compute the detector's features from the backbone's."""
         return self.detector.encode(features)
 
 
 class GivenMatches(nn.Module):
-    """Stands in for the library's matcher: the criterion asks for the last layer first, then for the others in order."""
+    """Replacement of the library's matcher with given matches: the last layer first, then the others in order."""
 
     def __init__(self, layers: Sequence[Matches]) -> None:
         super().__init__()
         self.waiting = [layers[-1], *layers[:-1]]
 
     def forward(self, outputs: Any, targets: Any) -> Matches:
-        """The next layer's."""
+        """Return the matches of the next layer."""
         return self.waiting.pop(0)
 
 
 def focal_criterion(config: Any, matcher_class: Any, criterion_class: Any) -> Any:
-    """The criterion of Deformable, Conditional and DAB-DETR, whose classes the caller imports from the library."""
+    """Build the criterion of Deformable, Conditional and DAB-DETR from the library's classes that the caller imported."""
     matcher = matcher_class(class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost)
     return criterion_class(matcher, config.num_labels, config.focal_alpha, ["labels", "boxes", "cardinality"])
 
@@ -505,49 +512,60 @@ def focal_criterion(config: Any, matcher_class: Any, criterion_class: Any) -> An
 # ------------------------------------------------------------------------------------------------------------ small parts
 
 
+def diverged_losses(prediction: Prediction) -> Losses | None:
+    """The term ``prediction``, which is NaN, if a logit or a box is not finite; None otherwise.
+
+    The library's matching and box losses fail on such numbers. A loss that is not finite stops training in the usual way.
+    """
+    queries = cast(Queries, prediction)
+    if bool(torch.isfinite(queries.logits).all()) and bool(torch.isfinite(queries.boxes_cxcywh01).all()):
+        return None
+    return Losses({"prediction": (queries.logits.sum() + queries.boxes_cxcywh01.sum()) * torch.nan})
+
+
 def layers_of(queries: Queries) -> range:
-    """Numbers of the decoder layers."""
+    """Return the indices of the decoder layers."""
     return range(len(queries.logits))
 
 
 def kind_of(name: str) -> str:
-    """A criterion's loss without the number of its layer: ``loss_ce`` of ``loss_ce_2``."""
+    """Remove the layer number from the name of a loss: ``loss_ce_2`` -> ``loss_ce``."""
     head, _, tail = name.rpartition("_")
     return head if tail.isdigit() else name
 
 
 def corners_of(boxes_cxcywh: Tensor) -> Tensor:
-    """[..., 4] as xyxy."""
+    """Convert boxes [..., 4] from cxcywh to xyxy."""
     return box_convert(boxes_cxcywh, "cxcywh", "xyxy")
 
 
 def class_names(config: Any) -> tuple[str, ...]:
-    """Names of a config's classes, in label order."""
+    """Return the class names of a config, in label order."""
     return tuple(str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels))
 
 
 def valid_masks(features: Features) -> tuple[Tensor, ...]:
-    """[B, H_l, W_l] bool for each map, True where a cell shows the image: the library's masks."""
+    """Compute the library's mask [B, H_l, W_l] of each map: True for cells inside the image."""
     if features.padding is not None:
         return tuple(~mask for mask in features.padding)
     return tuple(torch.ones_like(level[:, 0], dtype=torch.bool) for level in features.maps)
 
 
 def flat_map(level: Tensor) -> Tensor:
-    """A map [B, D, H, W] as a sequence [B, H*W, D]."""
+    """Convert a map [B, D, H, W] to a sequence [B, H*W, D]."""
     return level.flatten(2).transpose(1, 2)
 
 
 def as_map(sequence: Tensor, like: Tensor) -> Tensor:
-    """A sequence [B, H*W, D] as a map [B, D, H, W] of the size of another."""
+    """Convert a sequence [B, H*W, D] to a map [B, D, H, W] with the size of another map."""
     return sequence.transpose(1, 2).unflatten(2, like.shape[-2:])
 
 
 def inverse_sigmoid(value: Tensor, eps: float = 1e-5) -> Tensor:
-    """The logit of a value in 0..1, kept away from the ends by ``eps``, with the rounding of the library's own function."""
+    """Compute the logit of a value in 0..1, clamped by ``eps`` at both ends, with the same rounding as the library's function."""
     return library_inverse_sigmoid(value, eps)
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """float32 under mixed precision, else as it is."""
+    """Convert to float32 under mixed precision, else keep the dtype."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.utils import get_session
 from torch import nn
@@ -18,7 +21,7 @@ from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 from detdistill.detectors.queries.shared.transformers_detector import TransformersDetector, class_names
 from detdistill.detectors.queries.shared.transformers_models import label_maps, quiet, ready_model, selection
-from detdistill.errors import ClassCountError, ModelError
+from detdistill.errors import ClassCountError, DetdistillWarning, ModelError
 
 NO_CLASS = "N/A"
 """Class name of unused category ids in hub models that have one output for each of COCO's 90 ids."""
@@ -45,6 +48,11 @@ def load_pretrained(
         ModelError: files are missing or broken, hold another kind of model, or need a package that is not installed.
     """
     config = read_config(source)
+    if getattr(config, "use_focal_loss", True) is False:
+        raise ModelError(
+            f"{source}: its config says use_focal_loss: false (softmax classes), which this adapter does not support; "
+            "train with use_focal_loss: true"
+        )
     own = [label for label in class_names(config) if label != NO_CLASS]
     if classes is not None and len(own) != len(classes):
         raise ClassCountError(f"{source}: has {len(own)} classes ({few(own)}), but {len(classes)} are wanted ({few(classes)})")
@@ -53,6 +61,7 @@ def load_pretrained(
             model, info = detector_class.model_class.from_pretrained(
                 source,
                 config=config,
+                dtype=torch.float32,  # a folder of half precision would be loaded as such
                 use_safetensors=True,
                 local_files_only=is_offline(source),
                 ignore_mismatched_sizes=True,  # they are named below
@@ -66,7 +75,7 @@ def load_pretrained(
         raise ModelError(f"{source}: {len(lost)} tensors of a {kind} are missing or of another shape, e.g. {sorted(lost)[0]}")
     drop_unused_classes(model, detector_class.class_outputs)
     model = ready_model(model, detector_class.backbone_modules)
-    return detector_class(model, name, **read_statistics(source), **selection(options))
+    return detector_class(model, name, **read_statistics(source, detector_class.image_processor), **selection(options))
 
 
 def drop_unused_classes(model: Any, class_outputs: Sequence[str]) -> None:
@@ -132,8 +141,15 @@ def read_config(source: str | Path) -> Any:
             raise ModelError(f"{source}: {reason_of(error)}") from error
 
 
-def read_statistics(source: str | Path) -> dict[str, Any]:
-    """Mean and standard deviation of images from ``preprocessor_config.json``; empty (ImageNet's) if there is no such file.
+def read_statistics(source: str | Path, image_processor: str) -> dict[str, Any]:
+    """Mean and standard deviation of images from ``preprocessor_config.json``.
+
+    Without such a file (``model.save_pretrained`` alone writes none), the defaults of the family's image processor apply, and
+    a ``DetdistillWarning`` says so.
+
+    Args:
+        source: folder, or name on the hub.
+        image_processor: name of the library's class.
 
     Raises:
         ModelError: the file cannot be read as JSON.
@@ -147,11 +163,19 @@ def read_statistics(source: str | Path) -> dict[str, Any]:
             _raise_exceptions_for_connection_errors=False,
         )
     if found is None:
-        return {}
+        content = vars(getattr(transformers, image_processor)())
+        normalised = "normalises images" if content.get("do_normalize") else "does not normalise images"
+        message = f"{source}: no preprocessor_config.json; assumed the defaults of {image_processor}, which {normalised}"
+        warnings.warn(message, DetdistillWarning, stacklevel=2)
+        return _statistics(content)
     try:
         content = json.loads(Path(found).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{found}: cannot be read as JSON: {error}") from error
+    return _statistics(content)
+
+
+def _statistics(content: Mapping[str, Any]) -> dict[str, Any]:
     if content.get("do_normalize") is False:
         return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     given = {"mean": content.get("image_mean"), "std": content.get("image_std")}

@@ -77,7 +77,15 @@ def fresh_model(
         ModelError: the library would break the backbone, or there are no pretrained weights.
     """
     config.backbone_norm = options.norm
-    model = model_class(config)
+    try:
+        model = model_class(config)
+    except ValueError as error:
+        if "tie_weights_keys" not in str(error):
+            raise
+        raise ModelError(
+            f"{config.model_type}: decoder=1 cannot be built: transformers shares outputs between decoder layers and fails "
+            "with a single layer; use decoder=2 or more"
+        ) from error
     body = backbone_body(model, backbone_modules)
     if config.backbone_config.model_type == "timm_backbone":
         refuse_lost_activations(body, backbone)

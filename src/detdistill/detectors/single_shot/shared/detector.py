@@ -1,9 +1,9 @@
-"""What SSD and SSDLite share: torchvision's ``SSD``, called part by part.
+"""Adapter of torchvision's ``SSD`` for SSD and SSDLite.
 
 Shape letters: B images, L levels, A default boxes of a cell, P default boxes of an image, K classes, C = K+1 or more outputs.
 
-torchvision's output 0 is the background; here the background is the last logit. Outputs that belong to no class of ours
-(pretrained models have some) count as background: their probabilities are added to its own, so that all others stay equal.
+torchvision's output 0 is the background; here the background is the last logit. Pretrained models have outputs without a
+class. Their probabilities are added to the background, so that the probabilities of the K classes do not change.
 """
 
 from __future__ import annotations
@@ -50,18 +50,20 @@ def wrap_ssd(
     columns: Sequence[int] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> SingleShotDetector:
-    """Somebody's ``torchvision.models.detection.SSD``, with either head.
+    """Wrap a built ``torchvision.models.detection.SSD`` with the head of SSD or SSDLite.
 
     Raises:
-        ModelError: it is no SSD, or its backbone is of an unknown kind.
+        ModelError: the model is not an SSD, or its backbone is of an unsupported kind.
     """
     if not isinstance(model, SSD):
-        raise ModelError(f"{name}: a {type(model).__name__} is no torchvision SSD")
+        raise ModelError(f"{name}: a {type(model).__name__} is not torchvision's SSD; give a torchvision.models.detection.SSD")
     known = (SSDFeatureExtractorVGG, SSDLiteFeatureExtractorMobileNet, TimmLevels)
     if not isinstance(model.backbone, known):
         kind = type(model.backbone).__name__
-        raise ModelError(f"{name}: the backbone is a {kind}; only those of torchvision's two SSDs and of timm are understood")
-    fixed = model.transform.fixed_size  # (width, height), None for a model that keeps the size of its images
+        raise ModelError(
+            f"{name}: the backbone is a {kind}; only the backbones of torchvision's SSD and SSDLite and of timm are supported"
+        )
+    fixed = model.transform.fixed_size  # (width, height); None: images keep their size
     return SingleShotDetector(
         model,
         classes,
@@ -76,25 +78,25 @@ def wrap_ssd(
 
 
 class SingleShotDetector(TorchvisionDetector):
-    """SSD with towers, copies and backbone features. Its neck are the levels above the backbone's; softmax, background last.
+    """Adapter of SSD and SSDLite. The neck is the added levels above the backbone's maps. Softmax with the background last.
 
-    Works at the batch's own size; the default boxes are parts of it. torchvision's two named models resize every image to
-    300 or 320 pixels, which is ``spec.fixed_size_hw``: give them images of that size.
+    Images are not resized; the sizes of default boxes are fractions of the batch's image size. torchvision's own SSD300 and
+    SSDLite320 resize each image to 300 or 320 pixels. This size is ``spec.fixed_size_hw``: give images of this size.
     """
 
     model: Any
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        """See ``TorchvisionDetector``."""
+        """Wrap a model; see ``TorchvisionDetector``."""
         super().__init__(*arguments, **options)
         self._num_backbone_levels = len(self.spec.strides) - len(_added(self.model.backbone))
 
     def anchors_per_cell(self) -> tuple[int, ...]:
-        """As the model's generator of default boxes has them."""
+        """Return the numbers of the model's generator of default boxes."""
         return tuple(self._boxes_per_cell())
 
     def parts(self) -> Parts:
-        """The backbone with the maps that are its own, the levels added above, and the head."""
+        """Group the modules: the backbone, the blocks of the added levels, the head."""
         backbone, added = self.model.backbone, _added(self.model.backbone)
         if isinstance(backbone, TimmLevels):
             below: list[nn.Module] = [backbone.body]
@@ -107,10 +109,10 @@ class SingleShotDetector(TorchvisionDetector):
     # ---------------------------------------------------------------------------------------------------------- features
 
     def features(self, batch: Batch) -> Features:
-        """The maps that the head reads.
+        """Compute the maps of all levels.
 
         Raises:
-            ModelError: the images are too small for a model of a fixed size.
+            ModelError: the images are too small for a model of fixed size.
         """
         try:
             return super().features(batch)
@@ -119,15 +121,15 @@ class SingleShotDetector(TorchvisionDetector):
             if fixed is None or min(batch.padding_hw) >= min(fixed):
                 raise
             sizes = f"images of {fixed[0]}x{fixed[1]}, but got {batch.padding_hw[0]}x{batch.padding_hw[1]}"
-            raise ModelError(f"{self.spec.name} is made for {sizes}; set --size {max(fixed)}") from error
+            raise ModelError(f"{self.spec.name} needs {sizes}; set --size {max(fixed)}") from error
 
     def backbone_features(self, batch: Batch) -> Features:
-        """The backbone's own maps; VGG-16: conv4_3 (rescaled) and fc7."""
+        """Compute the backbone's maps, without the added levels; for VGG-16: conv4_3 (rescaled) and fc7."""
         maps = _body_maps(self.model.backbone, self.image_list(batch).tensors)
         return with_padding(tuple(maps), self.spec.strides[: len(maps)], batch)
 
     def neck(self, features: Features, batch: Batch) -> Features:
-        """The added levels above the backbone's maps."""
+        """Compute the added levels above the backbone's maps; return all levels."""
         maps = list(features.maps)
         for block in _added(self.model.backbone):
             maps.append(block(maps[-1]))
@@ -136,16 +138,16 @@ class SingleShotDetector(TorchvisionDetector):
     # -------------------------------------------------------------------------------------------------------- prediction
 
     def predict(self, features: Features, batch: Batch) -> Dense:
-        """One prediction for each default box, cell by cell, finest level first."""
+        """Compute one prediction for each default box, cell by cell, finest level first."""
         return self.finish(self.tower(features, upto=0), batch)
 
     @property
     def tower_depth(self) -> int:
-        """Blocks before the output layers: none in SSD, one depthwise in SSDLite; each level has its own."""
+        """Number of blocks before the output layers: 0 in SSD, 1 (depthwise) in SSDLite. Each level has blocks of its own."""
         return len(_layers(self.model.head.classification_head.module_list[0])) - 1
 
     def tower(self, features: Features, upto: int | None = None) -> Tower:
-        """Both sides after ``upto`` blocks."""
+        """Compute the inner maps of both branches after ``upto`` blocks (None: all blocks)."""
         depth = self.tower_depth if upto is None else upto
         head = self.model.head
         sides = [
@@ -155,7 +157,7 @@ class SingleShotDetector(TorchvisionDetector):
         return Tower(sides[0], sides[1], depth, features.strides)
 
     def finish(self, hidden: Tower, batch: Batch) -> Dense:
-        """The remaining blocks and the output layers."""
+        """Run the remaining blocks and the output layers."""
         classification, regression = self.model.head.classification_head, self.model.head.regression_head
 
         def outputs(side: Any, maps: tuple[Tensor, ...], width: int) -> Tensor:
@@ -165,7 +167,7 @@ class SingleShotDetector(TorchvisionDetector):
         logits = outputs(classification, hidden.classification, classification.num_columns)
         deltas = outputs(regression, hidden.regression, regression.num_columns)
         shapes = [(level.shape[-2], level.shape[-1]) for level in hidden.classification]
-        stand_ins = [batch.images.new_empty(1, 1, *shape) for shape in shapes]  # boxes in full precision under autocast
+        stand_ins = [batch.images.new_empty(1, 1, *shape) for shape in shapes]  # so that boxes have full precision under autocast
         priors = torch.stack(self.model.anchor_generator(self.image_shapes(batch), stand_ins))
         boxes = self.model.box_coder.decode_single(deltas.flatten(0, 1), priors.flatten(0, 1)).reshape(priors.shape)
         levels, cells, anchors = layout(shapes, self._boxes_per_cell(), priors.device)
@@ -181,7 +183,7 @@ class SingleShotDetector(TorchvisionDetector):
         )
 
     def _background_last(self, outputs: Tensor) -> Tensor:
-        """[B, P, C] outputs as logits [B, P, K+1]."""
+        """Convert outputs [B, P, C] to logits [B, P, K+1]."""
         if outputs.shape[-1] == len(self.columns) + 1:
             background = outputs[..., :1]
         else:
@@ -196,7 +198,7 @@ class SingleShotDetector(TorchvisionDetector):
     # -------------------------------------------------------------------------------------------------- training, results
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """By torchvision's ``SSDMatcher``: an IoU of one half, and for each ground truth its best default box."""
+        """Assign by torchvision's ``SSDMatcher``: IoU of at least 0.5, and for each ground-truth box its best default box."""
         dense = cast(Dense, prediction)
         matched = torch.full(dense.logits.shape[:2], NEGATIVE, dtype=torch.int64, device=dense.logits.device)
         for image, target in enumerate(batch.targets):
@@ -207,10 +209,10 @@ class SingleShotDetector(TorchvisionDetector):
         return Assignment(matched)
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
-        """As in torchvision: smooth L1 of positives; cross-entropy of positives and of the three hardest negatives for each.
+        """Compute torchvision's terms ``bbox_regression`` (smooth L1) and ``classification`` (cross-entropy).
 
-        Terms ``bbox_regression`` and ``classification``, both divided by the batch's number of positives. An image without
-        positives has no negatives either, as in the library.
+        ``classification`` uses the positives and the hardest negatives, three for each positive, so an image without
+        positives has no negatives either. Both terms are divided by the number of positives in the batch.
         """
         dense = cast(Dense, prediction)
         if assignment is None:
@@ -222,7 +224,7 @@ class SingleShotDetector(TorchvisionDetector):
         return Losses(self.model.compute_loss(targets, outputs, list(dense.priors_xyxy), list(assignment.matched)))
 
     def _weighted_loss(self, dense: Dense, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
-        """``SSD.compute_loss`` with a weight for each prediction; ignored ones are neither positive nor mined."""
+        """Compute ``SSD.compute_loss`` with weights; ignored predictions are neither positives nor hard negatives."""
         positives = dense_positives(dense, assignment, batch)
         where = (positives.image, positives.index)
         wanted = torch.full_like(assignment.matched, len(self.spec.classes))
@@ -242,7 +244,7 @@ class SingleShotDetector(TorchvisionDetector):
         }
 
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
-        """As ``SSD.postprocess_detections``, with the origin of each box."""
+        """Select the detections like ``SSD.postprocess_detections``, and keep the origin of each box."""
         dense = cast(Dense, prediction)
         return [self._detect(dense, image, size) for image, size in enumerate(image_sizes(batch))]
 
@@ -259,27 +261,27 @@ class SingleShotDetector(TorchvisionDetector):
         return Detections(boxes[index], scores[keep], label[keep], origin)
 
     def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
-        """The default boxes that answer for a box."""
+        """Gather the predictions that ``assignment`` matches to a ground-truth box."""
         return dense_positives(cast(Dense, prediction), assignment, batch)
 
     # ------------------------------------------------------------------------------------------------------------ copies
 
     def copy_head(self, fresh: bool = False) -> SingleShotDetector:
-        """The head alone: this detector without its backbone, on its own parameters."""
+        """Copy the head into a detector with parameters of its own; ``fresh``: newly initialised. It cannot compute features."""
         head = cast(SingleShotDetector, self.without_backbone())
         if fresh:
             _initialize(head.model.head)
         return head
 
     def copy_neck(self, fresh: bool = False) -> ExtraLevels:  # type: ignore[override]
-        """The levels above the backbone's alone, on their own parameters."""
+        """Copy the blocks of the added levels into a module with parameters of its own; ``fresh``: newly initialised."""
         neck = ExtraLevels(copy.deepcopy(_added(self.model.backbone)), self.spec.strides[self._num_backbone_levels :])
         if fresh:
             _initialize(neck, lite=isinstance(self.model.head, SSDLiteHead))
         return neck.requires_grad_(True).train()
 
     def class_rows(self, name: str) -> Tensor | None:
-        """See ``inherit.HasClassRows``."""
+        """Return the rows of the class outputs of each class and default box; see ``inherit.HasClassRows``."""
         prefix = "model.head.classification_head.module_list."
         outputs: int = self.model.head.classification_head.num_columns
         if not name.startswith(prefix):
@@ -292,16 +294,16 @@ class SingleShotDetector(TorchvisionDetector):
 
 
 class ExtraLevels(nn.Module):
-    """An SSD's neck: levels above the backbone's, each made from the one below."""
+    """Neck of an SSD: levels above the backbone's maps, each computed from the level below."""
 
     def __init__(self, blocks: Sequence[nn.Module], strides: Sequence[int]) -> None:
-        """Take the blocks as they are; ``strides`` are those of the levels they add."""
+        """Store the blocks without a copy; ``strides`` are the strides of the added levels."""
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.strides = tuple(strides)
 
     def forward(self, features: Features) -> Features:
-        """The backbone's levels and those above."""
+        """Compute the added levels; return all levels, the backbone's first."""
         maps = list(features.maps)
         for block in self.blocks:
             maps.append(block(maps[-1]))
@@ -310,7 +312,7 @@ class ExtraLevels(nn.Module):
             return Features(tuple(maps), strides)
         finest, padding = features.padding[0], list(features.padding)
         for level, stride in zip(maps[len(padding) :], self.strides, strict=True):
-            rows, columns = (  # a coarse cell is padding when its first fine cell is
+            rows, columns = (  # a coarse cell is padding if its first fine cell is padding
                 (torch.arange(length, device=finest.device) * stride // features.strides[0]).clamp(max=fine - 1)
                 for length, fine in zip(level.shape[-2:], finest.shape[-2:], strict=True)
             )
@@ -319,12 +321,12 @@ class ExtraLevels(nn.Module):
 
 
 def _background_first(logits: Tensor) -> Tensor:
-    """Logits [..., K+1] in torchvision's order."""
+    """Reorder logits [..., K+1] to torchvision's order (background first)."""
     return torch.cat([logits[..., -1:], logits[..., :-1]], dim=-1)
 
 
 def _body_maps(backbone: Any, images: Tensor) -> list[Tensor]:
-    """The backbone's maps, finest first, before the added levels."""
+    """Compute the backbone's maps, finest first, without the added levels."""
     if isinstance(backbone, TimmLevels):
         return backbone.maps(images)
     if isinstance(backbone, SSDFeatureExtractorVGG):
@@ -335,13 +337,13 @@ def _body_maps(backbone: Any, images: Tensor) -> list[Tensor]:
 
 
 def _added(backbone: Any) -> list[nn.Module]:
-    """The blocks that make the added levels; in VGG-16 the first block is the rest of the backbone."""
+    """Return the blocks of the added levels; with VGG-16, the first entry of ``extra`` belongs to the backbone."""
     return list(backbone.extra[1:] if isinstance(backbone, SSDFeatureExtractorVGG) else backbone.extra)
 
 
 @torch.no_grad()
 def _pyramids(backbone: Any, fixed_size: tuple[int, int] | None) -> tuple[Pyramid, Pyramid]:
-    """Of all levels, and of the backbone's; at a fixed size strides are the rounded ratios of sizes (300 / 38: 8)."""
+    """Determine the pyramid of all levels and that of the backbone's; with a fixed size, strides are rounded (300 / 38: 8)."""
     if isinstance(backbone, TimmLevels):
         channels, strides = tuple(backbone.out_channels), backbone.strides
     else:
@@ -357,7 +359,7 @@ def _pyramids(backbone: Any, fixed_size: tuple[int, int] | None) -> tuple[Pyrami
 
 
 def _initialize(module: nn.Module, lite: bool = False) -> None:
-    """Random weights, drawn as torchvision draws them for this kind of head and its added levels."""
+    """Initialise the weights randomly, by torchvision's rules for this kind of head and its added levels."""
     lite = lite or isinstance(module, SSDLiteHead)
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
@@ -372,5 +374,5 @@ def _initialize(module: nn.Module, lite: bool = False) -> None:
 
 
 def _layers(block: nn.Module) -> nn.Sequential:
-    """The layers of one level's side of the head, the output layer last."""
+    """Return the layers of one level and branch of the head, the output layer last."""
     return block if isinstance(block, nn.Sequential) else nn.Sequential(block)

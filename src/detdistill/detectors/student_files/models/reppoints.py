@@ -71,7 +71,9 @@ class DeformableConv(nn.Conv2d):
         """
         with torch.autocast(features.device.type, enabled=False):
             wide = self.weight.dtype
-            return deform_conv2d(features.to(wide), offset.to(wide), self.weight, padding=1)
+            # The kernel reads memory at the offsets: a diverged model must not give it numbers that are none.
+            usable = offset.to(wide).where(offset.isfinite(), 0.0)
+            return deform_conv2d(features.to(wide), usable, self.weight, padding=1)
 
 
 class ClassificationHead(nn.Module):

@@ -1,4 +1,4 @@
-"""What Cascade R-CNN and Cascade Mask R-CNN share: several stages of RoI heads, each on the boxes of the one before."""
+"""Base class of Cascade R-CNN and Cascade Mask R-CNN: stages of RoI heads, each on the refined boxes of the previous stage."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from detdistill.structures import Assignment, Batch, Dense, Features, Losses, Or
 
 
 class CascadeDetector(TwoStageDetector):
-    """Several stages of RoI heads (``models.cascade``), each on the boxes that the one before refined.
+    """Several stages of RoI heads (``models.cascade``), each on the refined boxes of the previous stage.
 
-    A prediction is that of the last stage; ``previous`` leads to the stages before it, and the length of that chain says
-    which stage a prediction is of: ``assign`` takes the overlap of that stage. In training mode each stage inserts the
-    ground truth, samples, and hands on what it sampled, refined and clipped, without the inserted boxes; in eval mode, and
-    on given boxes, row r of every stage is about the same region. Refined boxes keep the origin of their proposal.
+    ``predict`` returns the prediction of the last stage; ``previous`` links to the prediction of the stage before. The length
+    of this chain gives the stage of a prediction, and ``assign`` uses the IoU threshold of that stage. In training mode each
+    stage adds the ground truth, samples, and passes its sampled regions, refined and clipped, to the next stage, except the
+    added ground truth. In eval mode and on given boxes, row r is the same region in all stages. Refined boxes keep the origin
+    of their proposal.
 
-    The paper's weights and losses (as released): stage t counts 0.5^t, smooth L1 has beta 1, both terms are divided by the
-    sampled regions.
+    Weights and losses are those of the released code: stage t = 0, 1, 2 has weight 0.5^t, smooth L1 has beta 1, both terms
+    are divided by the number of sampled regions.
     """
 
     without_masks = "cascade_rcnn"
@@ -39,17 +40,17 @@ class CascadeDetector(TwoStageDetector):
         columns: Sequence[int] | None = None,
         description: Mapping[str, Any] | None = None,
     ) -> None:
-        """As ``TwoStageDetector``.
+        """Wrap a model; see ``TwoStageDetector``.
 
         Raises:
-            ModelError: as there, or outputs of the model are no class of ours.
+            ModelError: as ``TwoStageDetector``, or the model has outputs without a class.
         """
         super().__init__(model, classes, name, columns, description)
         if len(self.unused) > 0:
-            raise ModelError(f"{name}: {len(self.unused)} outputs of the model are no class; name all of its classes")
+            raise ModelError(f"{name}: {len(self.unused)} outputs of the model have no class; name all of its classes")
 
     def class_rows(self, name: str) -> Tensor | None:
-        """As there; the boxes belong to no class."""
+        """Return class rows as ``TwoStageDetector``, but none for the box outputs, which are class-agnostic."""
         return None if ".bbox_pred." in name else super().class_rows(name)
 
     def _after_first_stage(
@@ -58,7 +59,7 @@ class CascadeDetector(TwoStageDetector):
         regions: Regions | None = None
         for heads in self.model.roi_heads.stages:
             if sample:
-                proposed = [origin.ground_truth < 0 for origin in origins]  # each stage inserts the ground truth anew
+                proposed = [origin.ground_truth < 0 for origin in origins]  # each stage adds the ground truth again
                 boxes = [given[mine] for given, mine in zip(boxes, proposed, strict=True)]
                 origins = [origin[mine] for origin, mine in zip(origins, proposed, strict=True)]
                 boxes, origins = self._sample_regions(boxes, origins, batch, heads)
@@ -69,7 +70,7 @@ class CascadeDetector(TwoStageDetector):
         return cast(Regions, regions)
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """IoU with the boxes that the prediction's stage pooled from, by that stage's threshold; crowds match nothing."""
+        """Assign by IoU with the input boxes and the threshold of the prediction's stage; crowd boxes match nothing."""
         if isinstance(prediction, Dense):
             return super().assign(prediction, batch)
         prediction = cast(Regions, prediction)
@@ -77,14 +78,14 @@ class CascadeDetector(TwoStageDetector):
         return self._assign_regions(prediction, batch, heads)
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
-        """Terms ``loss_objectness``, ``loss_rpn_box_reg`` and, for each stage t, ``loss_classifier_stage<t>`` and so on.
+        """Compute ``loss_objectness``, ``loss_rpn_box_reg`` and, for each stage t, ``loss_classifier_stage<t>`` and so on.
 
-        A foreign ``assignment`` is that of the last stage's regions; the stages before, and the first of all, keep their
-        own rules. Otherwise as ``TwoStageDetector.loss``.
+        A given ``assignment`` applies to the regions of the last stage; the earlier stages and the region proposal network use
+        their own assignments. Otherwise as ``TwoStageDetector.loss``.
 
         Raises:
-            DataError: a mask branch and a target without masks.
-            ModelError: a mask branch and a prediction that has lost the features it was made from.
+            DataError: the model has a mask branch, and a target has no masks.
+            ModelError: the model has a mask branch, and the prediction was split or read from a cache.
         """
         if isinstance(prediction, Dense):
             return super().loss(prediction, batch, assignment)
@@ -98,11 +99,11 @@ class CascadeDetector(TwoStageDetector):
         return Losses(terms)
 
     def _detection_logits(self, prediction: Regions) -> Tensor:
-        """The mean over the stages that a region went through."""
+        """Average the logits over all stages that contain the region."""
         earlier = _chain(prediction)[:-1]
         if all(_same_origin(regions.origin, prediction.origin) for regions in earlier):
             return mean_logits([*(regions.logits for regions in earlier), prediction.logits])
-        # sampled: a proposal was in all stages before, an inserted box perhaps not
+        # after sampling, a proposal is in all earlier stages, an added ground-truth box perhaps not
         total, count = prediction.logits, torch.ones_like(prediction.logits[:, :1])
         for regions in earlier:
             row = _rows_of_origin(prediction.origin, regions.origin)
@@ -113,7 +114,7 @@ class CascadeDetector(TwoStageDetector):
 
 
 def cascade_description(call: str, backbone: str, classes: Sequence[str], options: TwoStageOptions) -> dict[str, Any]:
-    """The call of a model of ``models.cascade``: as ``two_stage_description``, with the box heads of three stages.
+    """Compute the description of a model of ``models.cascade``: ``two_stage_description`` with the box heads of three stages.
 
     Raises:
         ModelError: the options do not fit the backbone or the detector.
@@ -126,19 +127,19 @@ def cascade_description(call: str, backbone: str, classes: Sequence[str], option
 
 
 def _chain(prediction: Regions) -> list[Regions]:
-    """The stages of a cascade's prediction, the first one first."""
+    """List the predictions of all stages, first stage first."""
     earlier = [] if prediction.previous is None else _chain(prediction.previous)
     return [*earlier, prediction]
 
 
 def _same_origin(first: Origin, second: Origin) -> bool:
-    """Two predictions are about the same regions, row by row."""
+    """Whether two predictions have the same regions in the same rows."""
     mine, theirs = _origin_table(first), _origin_table(second)
     return mine.shape == theirs.shape and torch.equal(mine, theirs)
 
 
 def _rows_of_origin(wanted: Origin, given: Origin) -> Tensor:
-    """[R] the row of ``given`` with the origin of each row of ``wanted``, -1 where there is none."""
+    """Find for each row of ``wanted`` the row [R] of ``given`` with the same origin; -1: no such row."""
     numbers = torch.cat([_origin_table(given), _origin_table(wanted)]).unique(dim=0, return_inverse=True)[1]
     rows = torch.full_like(numbers, -1)
     rows[numbers[: len(given.image)]] = torch.arange(len(given.image), device=numbers.device)
@@ -146,5 +147,5 @@ def _rows_of_origin(wanted: Origin, given: Origin) -> Tensor:
 
 
 def _origin_table(origin: Origin) -> Tensor:
-    """[R, 6] all that is known of each row."""
+    """Stack all fields of the origin into a table [R, 6]."""
     return torch.cat([getattr(origin, f.name)[:, None].flatten(1) for f in fields(Origin)], dim=1)

@@ -1,11 +1,11 @@
-"""What Faster R-CNN, Mask R-CNN and their cascades share: torchvision's region proposal network and RoI heads in parts.
+"""Base class of Faster R-CNN, Mask R-CNN and their cascades: torchvision's region proposal network and RoI heads.
 
 Shape letters: B images, L levels, A anchors of a cell, P anchors of an image, R regions of the batch, K classes.
 
-torchvision counts the background as class 0 and drops where a proposal came from. Here the background is the last logit
-and each box keeps its ``Origin``. Outputs that are no class of ours (COCO's unused numbers in pretrained models) count as
-background. The random draws keep the library's order (anchors of all images, then regions of all images), so that under
-one seed ``predict`` and ``loss`` give what ``model(images, targets)`` gives.
+In torchvision, class 0 is the background and the origin of a proposal is lost. Here the background is the last logit and
+each box keeps its ``Origin``. Outputs without a class (COCO's unused numbers in pretrained models) count as background.
+Random samples are drawn in torchvision's order (anchors of all images, then regions of all images). With the same seed,
+``predict`` and ``loss`` therefore give the losses of ``model(images, targets)``.
 """
 
 from __future__ import annotations
@@ -51,27 +51,27 @@ from detdistill.structures import (
 from detdistill.values import Count
 
 SMOOTH_L1_BETA = 1 / 9
-"""Of both stages, as in torchvision (written into its losses)."""
+"""Parameter beta of the smooth L1 loss of both stages, as in torchvision."""
 
 
 @dataclass(frozen=True)
 class SampledFor(Movable):
-    """The ground truth that ``Regions.first_assignment`` was drawn for."""
+    """Ground truth for which ``Regions.first_assignment`` was sampled."""
 
     targets: tuple[Target, ...]
 
 
 class TwoStageDetector(TorchvisionDetector):
-    """A region proposal network and RoI heads on a pyramid.
+    """A region proposal network and RoI heads on a feature pyramid.
 
-    In training mode (that of ``model.roi_heads``) ``predict`` adds the ground truth to the proposals and samples; in eval
-    mode it does neither and needs no targets.
+    In training mode (of ``model.roi_heads``), ``predict`` adds the ground truth to the proposals and samples regions. In eval
+    mode it uses all proposals and needs no targets.
     """
 
     unused: Tensor
 
     without_masks = "faster_rcnn"
-    """The detector to use on data without masks, for messages."""
+    """Name of the same detector without mask branch, for error messages."""
 
     def __init__(
         self,
@@ -84,22 +84,22 @@ class TwoStageDetector(TorchvisionDetector):
         """Wrap a ``GeneralizedRCNN``.
 
         Args:
-            model: torchvision's, with the box head and predictor of Fast R-CNN.
-            classes: names of our labels.
-            name: as the command line writes it.
-            columns: the output of each class; None: 1 .. K.
-            description: of the model, for its export.
+            model: torchvision's model, with the box head and predictor of Fast R-CNN.
+            classes: names of the K classes, in label order.
+            name: model string.
+            columns: index of the output of each class; None: 1 .. K.
+            description: description of the model, for its export; see ``TorchvisionDetector``.
 
         Raises:
-            ModelError: the backbone has no feature pyramid, the predictor is not torchvision's, or there are keypoints.
+            ModelError: the backbone has no feature pyramid, the box predictor is not torchvision's, or the model has keypoints.
         """
         if not hasattr(getattr(model, "backbone", None), "fpn"):
             raise ModelError(f"{name}: a two-stage detector needs a backbone with torchvision's feature pyramid as .fpn")
         predictor = model.roi_heads.box_predictor
         if not isinstance(predictor, FastRCNNPredictor):
-            raise ModelError(f"{name}: the box predictor is a {type(predictor).__name__}; only FastRCNNPredictor is understood")
+            raise ModelError(f"{name}: the box predictor is a {type(predictor).__name__}; only FastRCNNPredictor is supported")
         if model.roi_heads.has_keypoint():
-            raise ModelError(f"{name}: keypoints cannot be trained here; use a Faster R-CNN or Mask R-CNN")
+            raise ModelError(f"{name}: keypoints are not supported; use a Faster R-CNN or Mask R-CNN")
         super().__init__(
             model,
             classes,
@@ -112,7 +112,7 @@ class TwoStageDetector(TorchvisionDetector):
         )
         unused = set(range(predictor.cls_score.out_features)) - {0} - set(self.columns.tolist())
         self.register_buffer("unused", torch.tensor(sorted(unused), dtype=torch.int64), persistent=False)
-        # torchvision numbers the levels that stand on a map of the backbone; those above are never pooled from
+        # torchvision gives numbers to the levels with a backbone map; RoIAlign never reads the levels above
         self._pooled_levels = [
             level
             for level in range(len(model.backbone.fpn.inner_blocks))
@@ -120,23 +120,23 @@ class TwoStageDetector(TorchvisionDetector):
         ]
 
     def anchors_per_cell(self) -> tuple[int, ...]:
-        """Of the first stage."""
+        """Return the anchors per cell of the first stage."""
         return tuple(self.model.rpn.anchor_generator.num_anchors_per_location())
 
     def parts(self) -> Parts:
-        """The backbone's body, its feature pyramid, and both stages."""
+        """Group the modules: the backbone's body, its feature pyramid, both stages."""
         backbone = self.model.backbone
         return Parts((backbone.body,), (backbone.fpn,), (self.model.rpn, self.model.roi_heads))
 
     def copy_head(self, fresh: bool = False) -> TwoStageDetector:
-        """Both stages on their own, trainable parameters; ``fresh``: drawn anew by torchvision's rules."""
+        """Copy both stages into a detector with parameters of its own, without backbone; ``fresh``: newly initialised."""
         head = cast(TwoStageDetector, self.without_backbone())
         if fresh:
             _initialize(head.model)
         return head
 
     def class_rows(self, name: str) -> Tensor | None:
-        """Rows of the class outputs (one each), of the boxes (four each) and of the masks; see ``inherit``."""
+        """Return each class's rows: one in the class and the mask outputs, four in the box outputs; see ``inherit``."""
         outputs = (".box_predictor.cls_score.", ".mask_predictor.mask_fcn_logits.")
         if name.startswith("model.roi_heads.") and any(output in name for output in outputs):
             return self.columns[:, None]
@@ -147,10 +147,10 @@ class TwoStageDetector(TorchvisionDetector):
     # ------------------------------------------------------------------------------------------------ forward
 
     def predict(self, features: Features, batch: Batch) -> Regions:
-        """Both stages.
+        """Run both stages.
 
         Raises:
-            DataError: in training mode without targets.
+            DataError: training mode, and the batch has no targets.
         """
         features = features.float()
         first, sampled = self._first_stage(features, batch), None
@@ -167,7 +167,7 @@ class TwoStageDetector(TorchvisionDetector):
         return replace(regions, first=first, first_assignment=sampled)
 
     def regions(self, features: Features, boxes_xyxy: Sequence[Tensor], batch: Batch) -> Regions:
-        """The second stage on given boxes."""
+        """Run the second stage on given boxes."""
         features = features.float()
         boxes = [given.detach().to(features.maps[0]) for given in boxes_xyxy]
         origin = Origin.given([len(given) for given in boxes], features.maps[0].device)
@@ -175,7 +175,7 @@ class TwoStageDetector(TorchvisionDetector):
         return self._after_first_stage(features, boxes, origins, batch, sample=False)
 
     def proposals(self, features: Features, batch: Batch) -> tuple[list[Tensor], list[Origin]]:
-        """The first stage's boxes, best first, and their origins; as many as the mode (train or eval) keeps."""
+        """Compute the first stage's boxes, best first, and their origins; their number depends on the mode (train or eval)."""
         return self._propose(self._first_stage(features.float(), batch), batch)
 
     def _first_stage(self, features: Features, batch: Batch) -> Dense:
@@ -197,7 +197,7 @@ class TwoStageDetector(TorchvisionDetector):
         )
 
     def _propose(self, first: Dense, batch: Batch) -> tuple[list[Tensor], list[Origin]]:
-        """``RegionProposalNetwork.filter_proposals``, with the index of each proposal carried along."""
+        """Compute ``RegionProposalNetwork.filter_proposals`` and keep the index of each proposal."""
         objectness, decoded = first.logits.detach().squeeze(-1), first.boxes_xyxy.detach()
         per_level = torch.bincount(first.levels).tolist()
         # top n of each level, before suppression
@@ -221,7 +221,7 @@ class TwoStageDetector(TorchvisionDetector):
     def _after_first_stage(
         self, features: Features, boxes: Sequence[Tensor], origins: Sequence[Origin], batch: Batch, sample: bool
     ) -> Regions:
-        """Everything behind the proposals; ``sample``: among them and the ground truth, as in training."""
+        """Run the second stage on proposals; ``sample``: first sample regions from proposals and ground truth, as in training."""
         heads = self.model.roi_heads
         if sample:
             boxes, origins = self._sample_regions(boxes, origins, batch, heads)
@@ -230,7 +230,7 @@ class TwoStageDetector(TorchvisionDetector):
     def _region_stage(
         self, features: Features, boxes: Sequence[Tensor], origins: Sequence[Origin], batch: Batch, heads: Any
     ) -> Regions:
-        """One stage's ``heads`` (``RoIHeads``) on boxes."""
+        """Run ``heads`` (the ``RoIHeads`` of one stage) on boxes."""
         flat = torch.cat(list(boxes))
         pooled = self._pool(heads.box_roi_pool, features, boxes, batch)
         hidden = hidden_layers(heads.box_head, pooled)
@@ -251,14 +251,14 @@ class TwoStageDetector(TorchvisionDetector):
         )
 
     def _background_last(self, logits: Tensor) -> Tensor:
-        """[R, K+1] of the library's [R, C]. The softmax of each class stays: unused outputs join the background."""
+        """Convert torchvision's logits [R, C] to [R, K+1]. Unused outputs join the background: class probabilities stay."""
         background = logits[:, :1]
         if len(self.unused) > 0:
             background = torch.cat([background, logits[:, self.unused]], dim=1).logsumexp(dim=1, keepdim=True)
         return torch.cat([logits[:, self.columns], background], dim=1)
 
     def _pool(self, pool: MultiScaleRoIAlign, features: Features, boxes: Sequence[Tensor], batch: Batch) -> Tensor:
-        """[R, C, h, w]. The library guesses scales from the first images it ever sees; the pyramid's strides are known."""
+        """Pool [R, C, h, w]. The scales are set from the pyramid's strides; torchvision estimates them from the first batch."""
         strides = [features.strides[level] for level in self._pooled_levels]
         pool.scales = [1 / stride for stride in strides]
         pool.map_levels = initLevelMapper(
@@ -273,27 +273,27 @@ class TwoStageDetector(TorchvisionDetector):
     # ----------------------------------------------------------------------------------------------- training
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
-        """IoU with the regions' boxes, by the library's matcher and threshold (0.5). Crowd boxes match nothing.
+        """Assign by IoU with the regions' boxes, by torchvision's matcher and threshold (0.5). Crowd boxes match nothing.
 
-        Of the first stage's prediction: IoU with the anchors, by the first stage's matcher; all anchors, not a sample.
+        For a prediction of the first stage: assign all anchors (without sampling) by the first stage's matcher.
         """
         if isinstance(prediction, Dense):
             return self._assign_anchors(prediction, batch)
         return self._assign_regions(cast(Regions, prediction), batch, self.model.roi_heads)
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
-        """The library's terms; those of the first stage only where the prediction has one.
+        """Compute torchvision's loss terms; those of the first stage only if the prediction contains the first stage.
 
-        A foreign ``assignment`` is that of the regions: its weights multiply each region's terms, ignored regions count
-        nowhere, and its normaliser replaces the number of regions. The first stage keeps the anchors sampled by
-        ``predict`` if the batch still has the targets they were drawn for, else it samples anew.
+        A given ``assignment`` applies to the regions: its weights multiply the terms of each region, ignored regions do not
+        count, and its normaliser replaces the number of regions. The first stage uses the anchors sampled by ``predict`` if
+        the batch still has the same targets, else it samples again.
 
-        Of the first stage's prediction alone: its two terms, over the anchors that ``assignment`` does not ignore, weighted
-        by it, divided by its normaliser or their number; without one over anchors sampled anew.
+        For a prediction of the first stage: compute its two terms over the anchors that ``assignment`` does not ignore,
+        with its weights, divided by its normaliser or the number of anchors. Without an assignment, anchors are sampled.
 
         Raises:
-            DataError: a mask branch and a target without masks.
-            ModelError: a mask branch and a prediction that has lost the features it was made from.
+            DataError: the model has a mask branch, and a target has no masks.
+            ModelError: the model has a mask branch, and the prediction was split or read from a cache.
         """
         if isinstance(prediction, Dense):
             return Losses(self._first_stage_losses(prediction, batch, assignment))
@@ -310,7 +310,7 @@ class TwoStageDetector(TorchvisionDetector):
         return Assignment(matched)
 
     def _match(self, boxes: Tensor, target: Target, heads: Any) -> Tensor:
-        """[n] index of each box's ground truth among ALL of the target's boxes, -1 negative, -2 between thresholds."""
+        """Match each box: index [n] into ALL boxes of the target, -1 negative, -2 between the thresholds."""
         usable = trainable(target)
         if len(usable) == 0 or len(boxes) == 0:
             return torch.full((len(boxes),), NEGATIVE, device=boxes.device)
@@ -320,7 +320,7 @@ class TwoStageDetector(TorchvisionDetector):
     def _sample_regions(
         self, boxes: Sequence[Tensor], origins: Sequence[Origin], batch: Batch, heads: Any
     ) -> tuple[list[Tensor], list[Origin]]:
-        """``RoIHeads.select_training_samples``, with origins: ground truth is appended, then both are sampled."""
+        """Compute ``RoIHeads.select_training_samples`` with origins: add the ground truth to the proposals, then sample."""
         all_boxes, all_origins, labels = [], [], []
         for image, (proposals, origin, target) in enumerate(zip(boxes, origins, batch.targets, strict=True)):
             usable = trainable(target)
@@ -329,14 +329,14 @@ class TwoStageDetector(TorchvisionDetector):
             all_boxes.append(torch.cat([proposals, target.boxes_xyxy[usable].to(proposals.dtype)]))
             all_origins.append(Origin.cat([origin, inserted]))
             matched = self._match(all_boxes[-1], target, heads)
-            # as the sampler reads them: 1 positive, 0 negative, -1 left out
+            # the sampler's codes: 1 positive, 0 negative, -1 left out
             labels.append((matched >= 0).long() - (matched == IGNORED).long())
         sampled = heads.subsample(labels)
         chosen = [given[index] for given, index in zip(all_boxes, sampled, strict=True)]
         return chosen, [origin[index] for origin, index in zip(all_origins, sampled, strict=True)]
 
     def _assign_anchors(self, first: Dense, batch: Batch) -> Assignment:
-        """``RegionProposalNetwork.assign_targets_to_anchors`` as an assignment: [B, P], ignored between the thresholds."""
+        """Compute ``RegionProposalNetwork.assign_targets_to_anchors`` as assignment [B, P]; between the thresholds: ignored."""
         matched = torch.full(first.logits.shape[:2], NEGATIVE, device=first.logits.device)
         for image, target in enumerate(batch.targets):
             usable = trainable(target)
@@ -347,14 +347,14 @@ class TwoStageDetector(TorchvisionDetector):
         return Assignment(matched)
 
     def _sample_anchors(self, first: Dense, batch: Batch) -> Assignment:
-        """The library's random sample of anchors; all others are ignored."""
+        """Sample anchors as torchvision does; the assignment ignores all others."""
         matched = self._assign_anchors(first, batch).matched
         labels = (matched >= 0).to(first.logits.dtype) - (matched == IGNORED).to(first.logits.dtype)
         positive, negative = (torch.stack(masks) > 0 for masks in self.model.rpn.fg_bg_sampler(list(labels)))
         return Assignment(matched.masked_fill(~(positive | negative), IGNORED))
 
     def _losses_of_first(self, prediction: Regions, batch: Batch) -> dict[str, Tensor]:
-        """The first stage's losses, where the prediction has one, over the anchors that ``predict`` sampled."""
+        """Compute the first stage's losses over the anchors sampled by ``predict``; empty if there is no first stage."""
         if prediction.first is None:
             return {}
         drawn = prediction.first.own
@@ -362,7 +362,7 @@ class TwoStageDetector(TorchvisionDetector):
         return self._first_stage_losses(prediction.first, batch, prediction.first_assignment if kept else None)
 
     def _first_stage_losses(self, first: Dense, batch: Batch, assignment: Assignment | None) -> dict[str, Tensor]:
-        """``RegionProposalNetwork.compute_loss`` over the anchors of an assignment; None: sampled anew."""
+        """Compute ``RegionProposalNetwork.compute_loss`` over the anchors of an assignment; None: sample anchors."""
         if assignment is None:
             assignment = self._sample_anchors(first, batch)
         positives = dense_positives(first, assignment, batch)
@@ -389,7 +389,7 @@ class TwoStageDetector(TorchvisionDetector):
     def _region_losses(
         self, prediction: Regions, batch: Batch, assignment: Assignment, heads: Any, beta: float = SMOOTH_L1_BETA
     ) -> dict[str, Tensor]:
-        """``fastrcnn_loss`` under any assignment: both terms are divided by the number of regions that count."""
+        """Compute ``fastrcnn_loss`` under any assignment; both terms are divided by the number of regions not ignored."""
         logits, deltas = prediction.logits, prediction.deltas
         positives = region_positives(prediction, assignment, batch)
         labels = torch.full_like(assignment.matched, logits.shape[1] - 1)  # background, last
@@ -398,7 +398,7 @@ class TwoStageDetector(TorchvisionDetector):
         weights = counts if assignment.weights is None else counts * assignment.weights
         divisor = counts.sum().clamp(min=1) if assignment.normalizer is None else assignment.normalizer
         classifier = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
-        # an empty box (clipped away between two stages) cannot be moved onto another
+        # an empty box (clipped to zero size between two stages) has no valid regression target
         sized = _sized(prediction.boxes_xyxy[positives.index]) & _sized(positives.targets_xyxy)
         index, labels = positives.index[sized], positives.labels[sized]
         encoded = heads.box_coder.encode_single(positives.targets_xyxy[sized].to(deltas.dtype), prediction.boxes_xyxy[index])
@@ -410,16 +410,18 @@ class TwoStageDetector(TorchvisionDetector):
         return terms
 
     def _mask_loss(self, prediction: Regions, batch: Batch, assignment: Assignment, heads: Any) -> Tensor:
-        """``maskrcnn_loss`` on the positive regions: their mean, so weights and normaliser have no part in it."""
+        """Compute ``maskrcnn_loss``, the mean over the positive regions; weights and normaliser have no influence."""
         features = prediction.own
         if not isinstance(features, Features):
-            raise ModelError("Mask R-CNN's loss needs the prediction as predict() made it, not one that was cut or cached")
+            raise ModelError(
+                "Mask R-CNN's loss needs an unchanged prediction, but it was split or read from a cache; call predict() again"
+            )
         masks, labels, boxes, matched = [], [], [], []
         for image, (target, (height, width)) in enumerate(zip(batch.targets, image_sizes(batch), strict=True)):
             if target.masks is None and len(target) > 0:
                 raise DataError(
                     f"Mask R-CNN needs instance masks, but image {batch.ids[image]} has none; "
-                    f"use data with segmentations, or {self.without_masks} for boxes alone"
+                    f"use data with segmentations, or the detector {self.without_masks}, which trains on boxes"
                 )
             given = batch.images.new_zeros(0, height, width) if target.masks is None else target.masks
             mine = torch.nonzero((prediction.origin.image == image) & (assignment.matched >= 0)).flatten()
@@ -432,17 +434,17 @@ class TwoStageDetector(TorchvisionDetector):
         return cast(Tensor, maskrcnn_loss(logits, boxes, masks, labels, matched))
 
     def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
-        """The refined box of the ground truth's class."""
+        """Gather the regions that ``assignment`` matches to a ground-truth box, with the refined box of the box's class."""
         return region_positives(cast(Regions, prediction), assignment, batch)
 
     # ---------------------------------------------------------------------------------------------- inference
 
     @torch.no_grad()
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
-        """``RoIHeads.postprocess_detections``, with the origin of each detection's region."""
+        """Select the detections like ``RoIHeads.postprocess_detections``, and keep the origin of each region."""
         prediction = cast(Regions, prediction)
         heads, classes = self.model.roi_heads, prediction.logits.shape[1] - 1
-        # The library's order of logits, so that the softmax adds up in the same order and is equal to the last bit.
+        # torchvision's order of logits, so that the softmax sums in the same order and is equal to the last bit
         logits = self._detection_logits(prediction)
         scores = F.softmax(torch.cat([logits[:, -1:], logits[:, :-1]], dim=1), dim=1)[:, 1:]
         found = []
@@ -454,19 +456,19 @@ class TwoStageDetector(TorchvisionDetector):
             box = clip_boxes_to_image(prediction.refined_xyxy[region, column], size)
             keep = torch.nonzero(score > heads.score_thresh).flatten()
             keep = keep[remove_small_boxes(box[keep], min_size=1e-2)]
-            # + 1: suppression moves the boxes of each label apart by its number, and the library counts from 1
+            # + 1: NMS shifts the boxes by their label, and torchvision's labels start at 1
             best = batched_nms(box[keep], score[keep], label[keep] + 1, heads.nms_thresh)[: heads.detections_per_img]
             keep = keep[best]
             found.append(Detections(box[keep], score[keep], label[keep], prediction.origin[region[keep]]))
         return found
 
     def _detection_logits(self, prediction: Regions) -> Tensor:
-        """[R, K+1] what the scores of the detections come from."""
+        """Return the logits [R, K+1] for the scores of the detections."""
         return prediction.logits
 
 
 def hidden_layers(head: nn.Module, pooled: Tensor) -> tuple[Tensor, ...]:
-    """[R, D] what each fully connected layer of a box head gives, behind its ReLU; the last is the head's output."""
+    """Compute the outputs [R, D] of each fully connected layer of a box head, after its ReLU; the last is the head's output."""
     if isinstance(head, TwoMLPHead):
         first = F.relu(head.fc6(pooled.flatten(1)))
         return first, F.relu(head.fc7(first))
@@ -477,7 +479,7 @@ def hidden_layers(head: nn.Module, pooled: Tensor) -> tuple[Tensor, ...]:
         pooled = layer(pooled)
         if isinstance(layer, nn.Linear):
             found.append(pooled)
-        elif found:  # its activation, which may have worked in place
+        elif found:  # the activation after the layer, possibly in place
             found[-1] = pooled
     return tuple(found) or (pooled,)
 
@@ -488,25 +490,25 @@ class TwoStageOptions(SelectionOptions, BackboneOptions, PyramidOptions):
 
     levels: Levels = (2, 6)
     proposals: Count | None = None
-    """Proposals of an image after non-maximum suppression; where not given, 2000 in training and 1000 otherwise."""
+    """Number of proposals of an image after non-maximum suppression; default: 2000 in training, else 1000."""
     rois: Count = 512
-    """Regions of an image that the second stage is trained on."""
+    """Number of regions of an image sampled to train the second stage."""
     mlp: Count = 1024
     """Width of the box head's two layers."""
 
 
 def two_stage_description(call: str, backbone: str, classes: Sequence[str], options: TwoStageOptions) -> dict[str, Any]:
-    """The call of a torchvision two-stage model on a timm backbone.
+    """Compute the description of a torchvision two-stage model on a timm backbone.
 
-    Anchors have aspect ratios 1/2, 1 and 2, and one size on each level. A pyramid that begins at P2 has torchvision's sizes,
-    8 x stride (32 pixels on P2). One that begins higher is for images of 128 to 256 pixels and has 3 x stride (24 pixels on
-    P3): of the embedded digits at 128 pixels, 83 % then overlap an anchor by IoU 0.5 or more; with 8 x stride none would.
+    Anchors have aspect ratios 1/2, 1 and 2 and one size per level. In a pyramid from P2 the size is torchvision's, 8 x stride
+    (32 pixels on P2). A pyramid from a higher level is for images of 128 to 256 pixels, with size 3 x stride (24 pixels on
+    P3). On the embedded digits at 128 pixels, 83 % of the boxes then have an anchor with IoU >= 0.5; with 8 x stride, none.
 
     Args:
-        call: the model's class.
+        call: name of the model class.
         backbone: name of a timm model.
-        classes: names of our labels.
-        options: of the model string.
+        classes: names of the K classes, in label order.
+        options: options of the model string.
 
     Raises:
         ModelError: the options do not fit the backbone or the detector.
@@ -552,12 +554,12 @@ def two_stage_description(call: str, backbone: str, classes: Sequence[str], opti
 
 
 def _sized(boxes: Tensor) -> Tensor:
-    """[n] bool: the box has a width and a height."""
+    """Return the mask [n] of boxes with a width and height above zero."""
     return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
 
 
 def _full(output: Tensor) -> Tensor:
-    """At least single precision: boxes decoded in half precision are pixels off (autocast)."""
+    """Convert to at least single precision: under autocast, boxes decoded in half precision would be wrong by pixels."""
     return output if output.dtype == torch.float64 else output.float()
 
 
@@ -571,7 +573,7 @@ def _same_boxes(first: Sequence[Target], second: Sequence[Target]) -> bool:
 
 
 def _initialize(model: Any) -> None:
-    """Draw all weights of both stages anew, by torchvision's rules for these modules."""
+    """Initialise all weights of both stages randomly, by torchvision's rules for these modules."""
     predictors = []
     for module in (*model.rpn.modules(), *model.roi_heads.modules()):
         if isinstance(module, nn.Linear | nn.BatchNorm2d):
