@@ -84,6 +84,7 @@ class TrainSettings:
         strict: refuse data with defects instead of skipping them.
         out: run folder; none creates a new one under runs/.
         resume: continue the run in the folder ``out``.
+        allow_changes: resume although the data or the teacher changed since the run started.
         report: write ``report.html`` at the end.
     """
 
@@ -126,6 +127,7 @@ class TrainSettings:
     strict: Annotated[bool, CHANCE] = False
     out: Annotated[Path | None, NOTHING_FOR_CACHES] = None
     resume: Annotated[bool, NOTHING_FOR_CACHES] = False
+    allow_changes: Annotated[bool, NOTHING_FOR_CACHES] = False
     report: Annotated[bool, NOTHING_FOR_CACHES] = True
 
     def __post_init__(self) -> None:

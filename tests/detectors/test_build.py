@@ -170,9 +170,8 @@ def test_pretrained_weights_know_their_classes(hub, monkeypatch, tmp_path):
     assert torch.equal(mine.scores, theirs["scores"][kept])
 
     original = fcos_resnet50_fpn(weights=FCOS_ResNet50_FPN_Weights.COCO_V1, _skip_resize=True)
-    assert [type(module) for module in original.backbone.modules()] == [
-        type(module) for module in detector.model.backbone.modules()
-    ]
+    pairs = zip(original.backbone.modules(), detector.model.backbone.modules(), strict=True)
+    assert all(isinstance(module, type(other)) for other, module in pairs)  # some are subclasses, for maps of one cell
     for one in (original, copy.deepcopy(detector.model)):
         one.train()
         losses.append(one(library_images(batch), library_targets(batch)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,31 @@ def test_a_broken_checkpoint_is_said(teacher: Path, tmp_path: Path, monkeypatch)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(RunError, match=r"cannot resume from .*last.ckpt"):
         small.distill(teacher, tmp_path / "run", **DISTILLED, resume=True)
+
+
+def test_other_data_or_another_teacher_is_refused_unless_told(tmp_path: Path):
+    """The fingerprints of the start are compared; a finished file of an earlier version has none."""
+    from detdistill.training.folder import INPUTS, check_inputs
+
+    (tmp_path / INPUTS).write_text(json.dumps({"training data": "a", "validation data": "b", "teacher": "c"}))
+    check_inputs(tmp_path, {"training data": "a", "validation data": "b", "teacher": "c"})
+    with pytest.raises(
+        RunError, match=r"cannot resume .*: the training data and the teacher changed since .* --allow_changes true"
+    ):
+        check_inputs(tmp_path, {"training data": "x", "validation data": "b", "teacher": "y"})
+    (tmp_path / INPUTS).unlink()
+    check_inputs(tmp_path, {"training data": "x"})
+
+
+def test_a_run_keeps_the_fingerprints_it_started_with(uninterrupted: Path, teacher: Path, tmp_path: Path):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    kept = json.loads((folder / "inputs.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert kept["training data"] == summary["data"]["fingerprint"]
+    assert len(kept["teacher"]) >= 8
+    (folder / "summary.json").unlink()
+    (folder / "inputs.json").write_text(json.dumps({**kept, "validation data": "another"}))
+    with pytest.raises(RunError, match="the validation data changed since the run started"):
+        small.distill(teacher, folder, **DISTILLED, resume=True)
+    small.distill(teacher, folder, **DISTILLED, resume=True, allow_changes=True)
+    assert json.loads((folder / "inputs.json").read_text()) == kept

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import yaml
 
 from detdistill.errors import RunError
 from detdistill.settings import DistillSettings, names_where, renamed
+
+INPUTS = "inputs.json"
+"""Fingerprints of the data and the teacher with which a run started."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,28 @@ def resume_folder(path: Path | None, config: dict[str, Any]) -> RunFolder:
             f"use the same settings (--config {path / 'config.yaml'}) or a new --out"
         )
     return RunFolder(path)
+
+
+def check_inputs(path: Path, now: Mapping[str, str | None]) -> None:
+    """Compare the fingerprints of a run's data and teacher with those it started with (``inputs.json``).
+
+    Args:
+        path: the run folder; runs of earlier versions have no such file and are not checked.
+        now: fingerprints by what they are of, ``training data`` for example; None: there is no such thing.
+
+    Raises:
+        RunError: one of them differs.
+    """
+    file = path / INPUTS
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text())
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    if changed:
+        raise RunError(
+            f"cannot resume {path}: the {' and the '.join(changed)} changed since the run started; restore them, start a new run "
+            "with another --out, or continue all the same with --allow_changes true"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from detdistill.evaluation import Scores, evaluate
 from detdistill.methods.shared.contract import Stage
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, names_where
-from detdistill.training.folder import RunFolder, new_folder, resume_folder, start_folder
+from detdistill.training.folder import INPUTS, RunFolder, check_inputs, new_folder, resume_folder, start_folder
 from detdistill.training.machine import hardware, is_main_process, seed_everything, versions
 from detdistill.training.plan import Plan, view_settings
 from detdistill.training.session import Session
@@ -65,7 +65,9 @@ def run(session: Session, progress: Progress | None = None) -> Run:
         return done
     # Seeded again, so that baseline and distilled run draw the same random numbers although the method has drawn some.
     seed_everything(settings.seed)
-    loop = StageLoop(session, _open(plan, path), progress)
+    folder = _open(plan, path)
+    _note_inputs(session, folder)
+    loop = StageLoop(session, folder, progress)
     stages = (plain_stage(session.student),) if session.method is None else session.method.stages(session.student)
     for index, stage in enumerate(stages):
         loop.fit(stage, done_before=[earlier.name for earlier in stages[:index]])
@@ -145,6 +147,24 @@ def _open(plan: Plan, path: Path | None) -> RunFolder:
     if not is_main_process():
         return RunFolder(path)
     return start_folder(path, config)
+
+
+def _note_inputs(session: Session, folder: RunFolder) -> None:
+    """Write the fingerprints of data and teacher; when a run is resumed, compare them first.
+
+    Raises:
+        RunError: one of them changed since the run started, and ``allow_changes`` is off.
+    """
+    settings, splits = session.plan.settings, session.splits
+    now = {
+        "training data": splits.train.fingerprint,
+        "validation data": splits.val.fingerprint,
+        "teacher": None if session.teacher is None else session.teacher.fingerprint,
+    }
+    if settings.resume and not settings.allow_changes:
+        check_inputs(folder.path, now)
+    if is_main_process():
+        folder.write_json(INPUTS, now)
 
 
 def _finish(loop: StageLoop) -> Run:

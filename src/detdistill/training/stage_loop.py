@@ -39,6 +39,7 @@ from detdistill.training.module import NonFiniteLoss, StageModule
 from detdistill.training.plan import Plan, view_settings
 from detdistill.training.session import Session
 from detdistill.training.stage_results import load_result, reusable, save_result, stage_file, stage_length
+from detdistill.training.workers import workers_run
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
@@ -139,7 +140,8 @@ class StageLoop:
         with warnings.catch_warnings():
             # Lightning's warnings about loaders and intervals concern its own defaults, which are not used here.
             warnings.filterwarnings("ignore", module="lightning")
-            _fit(trainer, self.module, self.folder.checkpoints, resuming)
+            with workers_run(self.folder.path, self.plan.distilling is not None, self.settings.resume):
+                _fit(trainer, self.module, self.folder.checkpoints, resuming)
         self.module.restore_random_state()  # needed if the checkpoint is from the last step: Lightning then trains nothing
         if students:
             self.trained_steps += trainer.global_step
