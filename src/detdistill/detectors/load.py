@@ -18,6 +18,7 @@ from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.errors import ClassCountError, ModelError
+from detdistill.files import FOLDER_CHECKSUMS, checksum_file, damage, folder_damage
 
 
 def load_detector(name: str | Path, classes: Sequence[str] | None = None) -> Detector:
@@ -69,6 +70,11 @@ def load_student(folder: Path, classes: Sequence[str] | None = None) -> Detector
         ModelError: files are missing, broken, or belong to another model.
         ClassCountError: the detector has another number of classes than ``classes``.
     """
+    if wrong := folder_damage(folder):
+        raise ModelError(
+            f"{folder}: {wrong}: the file is damaged or was changed after it was saved; save it again, or delete "
+            f"{FOLDER_CHECKSUMS} to use it as it is"
+        )
     about = _read_json(folder / "student.json")
     try:
         name, own_classes, kind = str(about["name"]), [str(item) for item in about["classes"]], str(about["adapter"])
@@ -112,6 +118,12 @@ def load_checkpoint(path: Path, classes: Sequence[str] | None = None) -> Detecto
         detector = build_detector(str(name), classes)
     else:
         raise ModelError(f"{path}: a checkpoint is read inside its run folder, with config.yaml and student/ two levels up")
+    try:
+        wrong = damage(path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if wrong:
+        raise ModelError(f"{path}: {wrong}: it is damaged, or {checksum_file(path).name} belongs to another file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises errors of pickle, of zip and of its own

@@ -12,13 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from detdistill.detectors.contract import Detector
-from detdistill.files import write_atomically
+from detdistill.files import seal_folder, unseal_folder, write_atomically
 
 PACKAGES = ("detdistill", "torch", "torchvision", "timm", "transformers", "safetensors")
 
 
 def save_student(detector: Detector, folder: str | Path) -> Path:
-    """Write a detector into a student folder. Each file is replaced atomically.
+    """Write a detector into a student folder. Each file is replaced atomically; the last one holds the checksums of the others.
 
     Args:
         detector: the detector to save.
@@ -29,6 +29,7 @@ def save_student(detector: Detector, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    unseal_folder(folder)
     detector.export(folder)
     content = {
         "name": detector.spec.name,
@@ -39,6 +40,7 @@ def save_student(detector: Detector, folder: str | Path) -> Path:
     }
     text = json.dumps(content, indent=2) + "\n"
     write_atomically(folder / "student.json", lambda path: path.write_text(text, encoding="utf-8"))
+    seal_folder(folder)
     return folder
 
 

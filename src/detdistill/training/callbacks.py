@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from detdistill.detectors.contract import Detector
 from detdistill.errors import RunError
 from detdistill.evaluation.scores import Scores
+from detdistill.files import replace_with_checksum
 from detdistill.structures import Batch
 from detdistill.training.metrics_table import MetricsTable
 from detdistill.training.module import StageModule
@@ -176,7 +176,7 @@ class Checkpoints(Listener):
         try:
             trainer.save_checkpoint(temporary, weights_only=False)
             if trainer.is_global_zero:
-                os.replace(temporary, path)
+                replace_with_checksum(temporary, path)
         except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
             temporary.unlink(missing_ok=True)
             kept = "the previous one is kept" if path.exists() else "there is no earlier one"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import save
 
 from detdistill.cache.encoding import Store
 from detdistill.cache.fill import Lecture, compare, fill, look
@@ -38,7 +37,7 @@ from detdistill.training.machine import seed_everything
 from detdistill.training.plan import Plan, view_settings
 from detdistill.training.run import prepare
 from detdistill.training.session import Session
-from detdistill.training.stage_results import cached_stage_file, state_of
+from detdistill.training.stage_results import cached_stage_file, packed
 
 TOLERANCES: dict[Store, float] = {"float32": 1e-3, "float16": 2e-3, "bfloat16": 1e-2, "int8": 1e-2, "int6": 4e-2}
 """Largest differences that ``verify`` accepts, as fractions of a tensor's largest value. Other hardware sums in another order,
@@ -109,7 +108,7 @@ def make_cache(
     cache = cache or KnowledgeCache.create(url, about)
     if rank == 0:
         for stage in stages:
-            write(folder, cached_stage_file(stage), save(state_of(stage)))
+            write(folder, cached_stage_file(stage), packed(stage))
     if missing:
         bar = progress.bar("cache", len(missing))
         share = {"rank": rank, "world": world, "workers": settings.workers, "shard_records": settings.shard}

@@ -164,7 +164,10 @@ def _note_inputs(session: Session, folder: RunFolder) -> None:
     if settings.resume and not settings.allow_changes:
         check_inputs(folder.path, now)
     if is_main_process():
-        folder.write_json(INPUTS, now)
+        try:
+            folder.write_json(INPUTS, now)
+        except OSError as error:
+            raise RunError(f"cannot write {folder.path / INPUTS}: {error.strerror or error}; make space") from error
 
 
 def _finish(loop: StageLoop) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import signal
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.markup import escape
 from torch import Tensor
 
 from detdistill.cache.knowledge import KnowledgeCache
@@ -24,6 +26,7 @@ from detdistill.detectors.contract import Detector
 from detdistill.errors import RunError
 from detdistill.evaluation import Scores, evaluate
 from detdistill.evaluation.instability import first_images, index_vectors
+from detdistill.files import damage
 from detdistill.methods.shared.contract import Method, Stage
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, TrainSettings
@@ -62,20 +65,25 @@ class StageLoop:
         self.seconds = 0.0
         self.module: StageModule | None = None
         self.evaluation: Evaluation | None = None
-        self.resume_stage, self.resume_step = self._checkpoint()
+        self.resume_from = self._resume_from()
+        self.resume_stage: str | None = None
+        self.resume_step = 0
+        if self.resume_from is not None:
+            self.resume_stage, self.resume_step = _stage_and_step(self.resume_from)
         self.table: MetricsTable | None = None
 
-    def _checkpoint(self) -> tuple[str | None, int]:
-        """Stage and step of ``last.ckpt`` if the run is resumed from it, otherwise None and 0."""
-        path = self.folder.checkpoints / "last.ckpt"
-        if not self.settings.resume or not path.exists():
-            return None, 0
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return content["detdistill"]["stage"], int(content["global_step"])
-        except Exception as error:  # torch raises errors of pickle, of zip files and of its own
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(f"cannot resume from {path}: {reason}; replace it by best.ckpt, or start a new run") from error
+    def _resume_from(self) -> Path | None:
+        """The checkpoint to continue from: ``last.ckpt``, or ``best.ckpt`` if there is no ``last.ckpt``; None: from step 0."""
+        if not self.settings.resume:
+            return None
+        for name in ("last.ckpt", "best.ckpt"):
+            path = self.folder.checkpoints / name
+            if path.exists():
+                if name != "last.ckpt":
+                    self.progress.say(f"[yellow]no last.ckpt in {escape(str(self.folder.path))}: continuing from {name}[/yellow]")
+                return path
+        self.progress.say(f"[yellow]no checkpoint in {escape(str(self.folder.path))} yet: starting from step 0[/yellow]")
+        return None
 
     def loader(self, data: DetectionSet, train: bool, rank: int, world: int) -> DetectionLoader:
         """The batches of a data set under the run's settings, for process ``rank`` of ``world`` processes."""
@@ -141,7 +149,7 @@ class StageLoop:
             # Lightning's warnings about loaders and intervals concern its own defaults, which are not used here.
             warnings.filterwarnings("ignore", module="lightning")
             with workers_run(self.folder.path, self.plan.distilling is not None, self.settings.resume):
-                _fit(trainer, self.module, self.folder.checkpoints, resuming)
+                _fit(trainer, self.module, self.folder.checkpoints, self.resume_from if resuming else None)
         self.module.restore_random_state()  # needed if the checkpoint is from the last step: Lightning then trains nothing
         if students:
             self.trained_steps += trainer.global_step
@@ -272,6 +280,32 @@ class StageLoop:
         return loggers
 
 
+def _stage_and_step(path: Path) -> tuple[str, int]:
+    """Stage and step of a checkpoint, which is compared with its checksum.
+
+    Raises:
+        RunError: the checkpoint is damaged or cannot be read; the other checkpoint of the run is offered if it is whole.
+    """
+    try:
+        reason = damage(path)
+        if not reason:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return content["detdistill"]["stage"], int(content["global_step"])
+    except Exception as error:  # torch raises errors of pickle, of zip files and of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise RunError(f"cannot resume from {path}: {reason}; {_instead(path)}")
+
+
+def _instead(path: Path) -> str:
+    """What to do about a damaged checkpoint, in words."""
+    best = path.with_name("best.ckpt")
+    if path.name != best.name and best.exists():
+        with contextlib.suppress(RunError):
+            step = _stage_and_step(best)[1]
+            return f"delete it, then --resume true continues from {best.name} (step {step}), which is whole"
+    return "there is no whole checkpoint beside it: start a new run (another --out)"
+
+
 def found_result(
     stage: Stage,
     settings: DistillSettings,
@@ -304,12 +338,12 @@ def plain_stage(student: Detector) -> Stage:
     return Stage("train", step, lambda clock: (student,), student)
 
 
-def _fit(trainer: L.Trainer, module: StageModule, checkpoints: Path, resuming: bool) -> None:
+def _fit(trainer: L.Trainer, module: StageModule, checkpoints: Path, resume_from: Path | None) -> None:
     """Train, and turn Lightning's reactions to SIGTERM and Ctrl-C into a ``RunError`` and ``KeyboardInterrupt``."""
     interrupt = signal.getsignal(signal.SIGINT)
     try:
-        path = str(checkpoints / "last.ckpt") if resuming else None
-        trainer.fit(module, ckpt_path=path, weights_only=True if resuming else None)
+        path = None if resume_from is None else str(resume_from)
+        trainer.fit(module, ckpt_path=path, weights_only=None if resume_from is None else True)
     except NonFiniteLoss as error:
         last = checkpoints / "last.ckpt"
         kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -43,7 +47,30 @@ def save_result(folder: Storage, name: str, stage: Stage) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    folder.write(name, save(state_of(stage)))
+    folder.write(name, packed(stage))
+
+
+def packed(stage: Stage) -> bytes:
+    """The tensors that a stage has trained, as a safetensors file with their checksum."""
+    state = state_of(stage)
+    return save(state, {"crc32": _checksum(state)})
+
+
+def _checksum(state: Mapping[str, Tensor]) -> str:
+    """crc32 of names, types, shapes and bytes of tensors."""
+    crc = 0
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        crc = zlib.crc32(f"{key}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), crc)
+    return f"{crc:08x}"
+
+
+def _noted_checksum(content: bytes | bytearray) -> str | None:
+    """The checksum in the header of a safetensors file; None: a file of an earlier version has none."""
+    (length,) = struct.unpack_from("<Q", content)
+    note = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    return note.get("crc32") if isinstance(note, dict) else None
 
 
 def state_of(stage: Stage) -> dict[str, Tensor]:
@@ -62,8 +89,10 @@ def load_result(folder: Storage, name: str, stage: Stage) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     try:
-        kept = load(bytes(content))
-    except SafetensorError as error:
+        kept, noted = load(bytes(content)), _noted_checksum(content)
+        if noted not in (None, _checksum(kept)):
+            raise SafetensorError("its checksum is wrong")
+    except (SafetensorError, ValueError, struct.error) as error:
         raise RunError(
             f"{folder.url}/{name} is damaged ({error}); delete it, then stage {stage.name} is trained again"
         ) from error

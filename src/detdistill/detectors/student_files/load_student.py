@@ -47,11 +47,25 @@ def load(folder: str | Path) -> nn.Module:
     ``model.classes`` are the names of its labels: label ``i`` of torchvision (0 is the background) is ``classes[i]``.
     """
     folder = Path(folder)
+    check(folder)
     description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     model = build(description["model"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
     model.classes = description["labels"]
     return model.eval()
+
+
+def check(folder: Path) -> None:
+    """Compare the files with ``checksums.json``, if it is there.
+
+    Raises:
+        ValueError: a file is damaged, or was changed after it was saved.
+    """
+    path = folder / "checksums.json"
+    for name, wanted in (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}).items():
+        content = (folder / name).read_bytes()
+        if f"{len(content)} {zlib.crc32(content):08x}" != wanted:
+            raise ValueError(f"{folder / name} differs from its checksum in {path.name}; copy the folder again")
 
 
 def build(tree: Mapping[str, Any]) -> Any:

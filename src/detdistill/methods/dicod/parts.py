@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from detdistill.errors import ModelError, nearest
+from detdistill.files import damage, replace_with_checksum
 from detdistill.functional.crops import crop_boxes
 from detdistill.functional.modes import evaluating, frozen
 from detdistill.structures import Batch, Taught
@@ -74,6 +75,8 @@ class Classifier(nn.Module):
         if Path(path).suffix != ".safetensors":
             raise ModelError(f"classifier weights {path}: only .safetensors files are read")
         try:
+            if wrong := damage(Path(path)):
+                raise ModelError(f"classifier weights {path} are damaged: {wrong}; copy or save them again")
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
             state = load_file(path)
@@ -97,11 +100,16 @@ class Classifier(nn.Module):
         return loaded
 
     def save(self, path: str | Path) -> None:
-        """Write a file that ``weights=`` reads: timm's state dict, with the model's and the classes' names as metadata."""
+        """Write a file that ``weights=`` reads: timm's state dict, with names as metadata; and the checksum beside it."""
         from safetensors.torch import save_file
 
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.network.state_dict().items()}
-        save_file(state, path, metadata={"classifier": self.name, "classes": json.dumps(self.classes)})
+        temporary = Path(path).with_suffix(".tmp")
+        try:
+            save_file(state, temporary, metadata={"classifier": self.name, "classes": json.dumps(self.classes)})
+            replace_with_checksum(temporary, Path(path))
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def crops(self, batch: Batch, boxes_xyxy: Tensor, image: Tensor, size: int) -> Tensor:
         """[M, 3, S, S] crops of boxes [M, 4], normalised by the classifier's statistics; zeros outside the image."""
