@@ -42,7 +42,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 
 def load(folder: str | Path) -> nn.Module:
-    """The detector of an exported folder (``model.json``, ``model.safetensors``), in eval mode.
+    """Load the detector of an exported folder (``model.json``, ``model.safetensors``), in eval mode.
 
     ``model.classes`` are the names of its labels: label ``i`` of torchvision (0 is the background) is ``classes[i]``.
     """
@@ -69,7 +69,7 @@ def check(folder: Path) -> None:
 
 
 def build(tree: Mapping[str, Any]) -> Any:
-    """A freshly initialised detector from its description; images keep their size (see ``KeepSize``)."""
+    """Build a freshly initialised detector from its description; images keep their size (see ``KeepSize``)."""
     model = make(tree)
     transform = getattr(model, "transform", None)
     if isinstance(transform, GeneralizedRCNNTransform) and transform.fixed_size is None:
@@ -78,7 +78,7 @@ def build(tree: Mapping[str, Any]) -> Any:
 
 
 def make(node: Any) -> Any:
-    """Turn a description into what it describes: calls are made from the inside out, lists and numbers stay.
+    """Build the object that a description stands for: calls are made from the inside out; lists and numbers stay.
 
     Raises:
         ValueError: a call names neither a part of torchvision nor a function of this file.
@@ -94,7 +94,7 @@ def make(node: Any) -> Any:
 
 
 def find(name: str) -> Any:
-    """What a call names.
+    """The class or function that a call names.
 
     Raises:
         ValueError: it names neither a part of torchvision, nor a class of ``models``, nor a function of this file.
@@ -127,13 +127,13 @@ def beside(module: str) -> ModuleType:
 
 
 class KeepSize(GeneralizedRCNNTransform):
-    """torchvision's transform without its resizing: a detector sees the pixels it is given, as it did in training."""
+    """torchvision's transform without its resizing: the detector gets the pixels as they are, as in training."""
 
     def __init__(self, original: GeneralizedRCNNTransform) -> None:
         super().__init__(original.min_size, original.max_size, original.image_mean, original.image_std, original.size_divisible)
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """As they are."""
+        """Return image and target unchanged."""
         return image, target
 
 
