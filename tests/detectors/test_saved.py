@@ -40,6 +40,7 @@ def test_a_folder_loads_with_its_script_and_with_this_package(name, tmp_path):
     assert min(map(len, expected)) > 5
     folder = save_student(detector, tmp_path / "student")
     assert sorted(path.name for path in folder.iterdir()) == [
+        "checksums.json",
         "load_student.py",
         "model.json",
         "model.safetensors",
@@ -118,6 +119,7 @@ def test_class_counts_that_differ_are_named(student):
 
 
 def test_another_models_weights_are_refused(student):
+    (student / "checksums.json").unlink()  # changed on purpose
     state = load_file(student / "model.safetensors")
     few = dict(list(state.items())[:7])
     save_file(few, student / "model.safetensors")
@@ -138,6 +140,7 @@ def test_shapes_that_differ_are_named(tmp_path):
 
 
 def test_broken_descriptions_are_one_line(student):
+    (student / "checksums.json").unlink()  # changed on purpose
     (student / "student.json").write_text("{}")
     with pytest.raises(ModelError, match="no 'name' in it"):
         load_detector(student)
@@ -182,6 +185,7 @@ def test_files_are_whole_or_not_there(student, monkeypatch):
 
 def test_a_detector_wrapped_in_python_is_not_loaded_by_name(tmp_path):
     save_student(TinyDense(("a", "b")), tmp_path / "tiny")
+    (tmp_path / "tiny" / "checksums.json").unlink()
     about = json.loads((tmp_path / "tiny" / "student.json").read_text())
     about["adapter"] = "wrap"
     (tmp_path / "tiny" / "student.json").write_text(json.dumps(about))
