@@ -297,9 +297,9 @@ def test_data_inspect(see, document, tmp_path):
     (folder / "labels" / "val" / "v.txt").write_text("7 0.5 0.5 0.2 0.2\n")
     line = f"data inspect '{folder}' --out '{tmp_path / 'report.json'}'"
     file = f"labels/train/{name}.txt"
-    lines = see(line, names=[str(folder), file])
+    lines = see(line, names=[str(folder), f"{folder}:", file])
     assert lines[:2] == [str(folder), "YOLO, 3 classes"]
-    assert [line.split() for line in lines[2:5]] == [[], ["train", "val"], ["images", "1", "1"]]
+    assert [line.split() for line in lines[2:5]] == [[], ["train", "val"], ["images", "1", "0"]]
     begin = lines.index("empty box: 22")
     assert lines[begin + 1 : begin + 5] == [
         "  train",
@@ -310,7 +310,7 @@ def test_data_inspect(see, document, tmp_path):
     assert lines.count(file) == 20
     assert "  ... and 2 more" in lines
     assert "  val  labels/val/v.txt  row 1: class 7 is not in 0 .. 2 (skipped: box)" in lines
-    assert lines[-1] == "23 defects (headers checked, images not decoded)"
+    assert lines[-1] == "24 defects (headers checked, images not decoded)"
     shown = document(line)
     assert shown == json.loads((tmp_path / "report.json").read_text()) == json.loads(inspect_data(str(folder)).to_json())
     assert len(shown["defects"]["empty box"]) == 22
