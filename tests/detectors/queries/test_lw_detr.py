@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForObjectDetection, DeformableDetrImageProcessor, RfDetrConfig, RfDetrDinov2Config
 from transformers import RfDetrForObjectDetection as LibraryRfDetr
+from transformers.loss.loss_lw_detr import LwDetrImageLoss
 
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.load import load_detector
@@ -200,20 +201,56 @@ def test_what_cannot_be_built():
     assert rf_detr.TINY is None
 
 
+def class_loss(logits, matched):
+    """Our class loss of logits [N] of one class; the first ``matched`` queries have boxes with which they overlap by half."""
+    boxes, queries = half_overlapping(logits.numel())
+    index = torch.arange(matched)
+    zeros = torch.zeros_like(index)
+    pairs = Pairs(zeros, index, zeros, boxes[:matched], torch.ones(matched), torch.ones(1, logits.numel()))
+    return family.quality_loss(Outputs(logits.view(1, -1, 1), queries[None]), pairs, 0.25)
+
+
+def library_class_loss(logits, matched):
+    boxes, queries = half_overlapping(logits.numel())
+    index = torch.arange(matched)
+    loss = LwDetrImageLoss(None, 1, 0.25, ["labels"], 1)
+    outputs = {"logits": logits.view(1, -1, 1), "pred_boxes": queries[None]}
+    targets = [{"class_labels": torch.zeros_like(index), "boxes": boxes[:matched]}]
+    return loss.loss_labels(outputs, targets, [(index, index)], 1)["loss_ce"]
+
+
+def half_overlapping(count):
+    boxes = torch.tensor([0.5, 0.5, 0.2, 0.2]).expand(count, 4)
+    return boxes, boxes * torch.tensor([1.0, 1.0, 0.5, 1.0])
+
+
 def test_class_loss_of_extreme_logits():
-    """transformers has inf from logit 17 and NaN from -104 on in float32; where it is finite, ours is equal."""
-
-    def losses(logits):
-        outputs = Outputs(logits.view(1, -1, 1), torch.tensor([0.5, 0.5, 0.2, 0.2]).expand(1, logits.numel(), 4))
-        none = torch.zeros(0, dtype=torch.int64)
-        pairs = Pairs(none, none, none, torch.zeros(0, 4), torch.zeros(0), torch.ones(1, logits.numel()))
-        return family.quality_loss(outputs, pairs, 0.25)
-
+    """transformers has inf from logit 17 and NaN from -104 on in float32."""
     extreme = torch.tensor([17.0, 60.0, -104.0, -500.0], requires_grad=True)
-    found = losses(extreme)
+    found = class_loss(extreme, 0)
     torch.testing.assert_close(found, torch.tensor(77.0), rtol=1e-5, atol=0)  # log(1 - sigmoid(x)) is -x for a large x
     found.backward()
     assert bool(torch.isfinite(extreme.grad).all())
-    usual = torch.linspace(-20, 16, 37)
-    probability = usual.sigmoid()
-    assert torch.equal(losses(usual), (-probability.pow(2.0) * (1 - probability).log()).view(1, -1, 1).sum(dim=-1).sum())
+    assert not bool(torch.isfinite(library_class_loss(extreme, 0)))
+    wrong = torch.tensor([-500.0, -104.0, 17.0], requires_grad=True)
+    found = class_loss(wrong, 3)
+    found.backward()
+    assert bool(torch.isfinite(found))
+    assert bool((wrong.grad[:2] < 0).all())  # pulled up
+    assert bool(torch.isfinite(wrong.grad).all())
+
+
+@pytest.mark.parametrize("matched", [0, 1])
+def test_class_loss_is_the_librarys_where_that_is_finite(matched):
+    """Bit by bit for each logit, and so are the gradients where the library's are finite."""
+    for logit in torch.cat([torch.linspace(-106, 20, 127), torch.linspace(-104, -86, 91), torch.linspace(16, 17, 21)]):
+        mine, theirs = (logit.clone().view(1).requires_grad_() for _ in range(2))
+        own, library = class_loss(mine, matched), library_class_loss(theirs, matched)
+        own.backward()
+        library.backward()
+        assert bool(torch.isfinite(own))
+        assert bool(torch.isfinite(mine.grad).all())
+        if bool(torch.isfinite(library)):
+            assert torch.equal(own, library), float(logit)
+            if bool(torch.isfinite(theirs.grad).all()):
+                assert torch.equal(mine.grad, theirs.grad), float(logit)

@@ -269,8 +269,9 @@ class GroupDetector(shared.TransformersDetector):
 def quality_loss(outputs: Outputs, pairs: deformable.Pairs, alpha: float, gamma: float = 2.0) -> Tensor:
     """Sum the IoU-aware cross-entropy over queries and classes; the target of the matched class is score^a * IoU^(1-a).
 
-    Logarithms are those of the rounded probabilities, as in transformers. If a probability is rounded to 0 or 1 (float32: logits
-    above 16 or below -87), where transformers computes inf or NaN, the logarithm of the exact sigmoid takes its place.
+    Logarithms are those of the rounded probabilities, as in transformers. Where they or their gradients are not finite because
+    a probability is rounded to 0 or 1 (float32: logits above 16 or below -88), the logarithm of the exact sigmoid takes their
+    place.
     """
     probability, where = outputs.logits.sigmoid(), (pairs.image, pairs.query, pairs.labels)
     iou = deformable.overlaps(outputs.boxes[pairs.image, pairs.query].detach(), pairs.boxes)[0].to(probability.dtype)
@@ -282,9 +283,12 @@ def quality_loss(outputs: Outputs, pairs: deformable.Pairs, alpha: float, gamma:
 
 
 def _log(probability: Tensor, logits: Tensor) -> Tensor:
-    """Logarithm of a sigmoid's probability, finite for all finite logits."""
-    usable = probability >= torch.finfo(probability.dtype).tiny
-    return torch.where(usable, probability.where(usable, 1.0).log(), F.logsigmoid(logits))
+    """Logarithm of a sigmoid's probability, finite with its gradient for all finite logits."""
+    rounded, exact = probability.detach().log(), F.logsigmoid(logits)
+    usable = torch.isfinite(probability.detach().reciprocal())  # the gradient of the logarithm
+    log = torch.where(usable, probability.where(usable, 1.0).log(), exact)
+    # In between, a probability has a logarithm but no finite gradient: the value is still that of the rounded probability.
+    return log + torch.where(torch.isfinite(rounded) & ~usable, rounded - log.detach(), 0.0)
 
 
 def moved_boxes(boxes: Tensor, deltas: Tensor) -> Tensor:
