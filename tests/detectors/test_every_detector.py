@@ -5,10 +5,13 @@ from contextlib import suppress
 import pytest
 import torch
 
+from detdistill.data.transforms import ViewSettings
 from detdistill.detectors.adapters import adapter_names
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import HasQueries, HasTowers
 from detdistill.detectors.probe import has_tiny, tiny_detector
 from detdistill.errors import ModelError
+from detdistill.evaluation.predict import predict_image
 from detdistill.structures import Batch, Target, View
 from tests.detectors.checks import check_detector
 from tests.tiny import TinyDense, TinyQueries, TinyRegions
@@ -103,7 +106,7 @@ def test_the_checks_find_what_they_are_for(broken, message):
         check_detector(broken())
 
 
-SIDES = (32, 64, 96, 128, 256, 300)
+SIDES = (1, 32, 64, 96, 128, 256, 300)
 """Sides of images that are tried until a detector accepts one, in pixels."""
 
 
@@ -127,11 +130,8 @@ def smallest(detector):
     raise AssertionError(f"{detector.spec.name} refuses images of {SIDES}")
 
 
-@pytest.mark.parametrize("name", [name for name in adapter_names() if has_tiny(name)])
-def test_one_smallest_image(name):
-    """Levels of one cell and a batch of one: in training, evaluation and detection, in float32 and bf16."""
-    detector = tiny_detector(name)
-    batch = smallest(detector)
+def check_one_image(detector, batch):
+    """In training, evaluation and detection, in float32 and bf16: losses, gradients and boxes are finite."""
     for half in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             detector.train()
@@ -147,6 +147,27 @@ def test_one_smallest_image(name):
         losses.total().backward()
         assert all(bool(torch.isfinite(p.grad).all()) for p in detector.parameters() if p.grad is not None)
         detector.zero_grad()
+    image = (batch.images[0] * 255).to(torch.uint8)
+    boxes, scores, _ = predict_image(detector, image, ViewSettings(size=image.shape[-1]))
+    assert bool(torch.isfinite(boxes).all())
+    assert bool(torch.isfinite(scores).all())
+
+
+@pytest.mark.parametrize("name", [name for name in adapter_names() if has_tiny(name)])
+def test_one_smallest_image(name):
+    """Levels of one cell and a batch of one."""
+    detector = tiny_detector(name)
+    check_one_image(detector, smallest(detector))
+
+
+@pytest.mark.parametrize("name", ["fcos", "gfl", "atss", "reppoints"])
+def test_one_image_whose_heads_normalise_one_value_per_group(name):
+    """With neck=32 the 32 groups of the heads' GroupNorm have a channel each, and the last level has a cell."""
+    options = "resnet10t,channels=8-16-32-64,stem=8,neck=32,levels=3-7,convs=1,score=0"
+    detector = build_detector(f"{name}:{options}", ("a", "b"))
+    batch = one_image(128, masks=False)
+    assert detector.features(batch).maps[-1].shape == (1, 32, 1, 1)
+    check_one_image(detector, batch)
 
 
 @pytest.mark.parametrize("name", [name for name in adapter_names() if has_tiny(name)])
@@ -159,3 +180,4 @@ def test_weights_that_are_not_numbers_give_a_loss_that_is_none(name):
     batch = one_image(128 if detector.spec.fixed_size_hw is None else detector.spec.fixed_size_hw[0], detector.spec.needs_masks)
     total = detector.loss(detector(batch).prediction, batch).total()
     assert not bool(torch.isfinite(total))
+    assert total.requires_grad
