@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import resource
 import shutil
 from pathlib import Path
@@ -14,12 +15,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from detdistill import cli
+from detdistill import api, cli
 from detdistill.data.discover import load_data
+from detdistill.detectors.contract import Teacher
 from detdistill.detectors.load import load_detector
 from detdistill.errors import RunError
 from detdistill.methods.mgd import MGD
-from detdistill.structures import Losses
+from detdistill.progress import Progress
+from detdistill.structures import Losses, map_tensors
 from detdistill.training import folder as folder_module
 from detdistill.training.folder import write_text
 from detdistill.training.metrics_table import MetricsTable, idle_terms
@@ -89,6 +92,40 @@ def test_not_finite(how: str, clip: float, accumulate: int, teacher: Path, tmp_p
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_teacher_that_gives_nan_is_named(saved: bool, teacher: Path, tmp_path: Path, monkeypatch):
+    """Neither the learning rate nor a checkpoint that does not exist is spoken of."""
+    observe = Teacher.observe
+
+    def spoilt(self, *arguments, **options):
+        seen = observe(self, *arguments, **options)
+        calls.append(1)
+        return map_tensors(seen, lambda tensor: tensor * float("nan")) if len(calls) > good else seen
+
+    good, calls = 2 if saved else 0, []
+    monkeypatch.setattr(Teacher, "observe", spoilt)
+    with pytest.raises(NonFiniteLoss) as caught:
+        small.distill(teacher, tmp_path / "run", checkpoint_every=1)
+    text = str(caught.value)
+    assert text.startswith(f"the teacher's output is NaN at step {good} (epoch 0) on images [")
+    assert "; check the teacher's weights, or verify the cache; " in text
+    assert text.endswith("checkpoints/last.ckpt" if saved else "; there is no checkpoint yet")
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() == saved
+    assert "lower lr" not in text
+
+
+def test_a_teacher_that_gives_nan_to_an_earlier_stage_is_named(teacher: Path, tmp_path: Path, monkeypatch):
+    """UniKD's extractors learn on the teacher itself, not on what is taught."""
+    observe = Teacher.observe
+    monkeypatch.setattr(
+        Teacher,
+        "observe",
+        lambda *given, **options: map_tensors(observe(*given, **options), lambda tensor: tensor * float("nan")),
+    )
+    with pytest.raises(NonFiniteLoss, match=r"the teacher's output is NaN at step 0 .*; there is no checkpoint yet"):
+        small.distill(teacher, tmp_path / "run", "unikd", stages=tmp_path / "stages")
+
+
 def test_weights_ruined_by_a_finite_gradient_are_not_saved(tmp_path: Path, monkeypatch):
     """The step itself overflows: loss and gradient were finite."""
     step = torch.optim.SGD.step
@@ -123,6 +160,16 @@ def test_an_absurd_learning_rate_ends_with_2_and_one_line(tmp_path: Path, capsys
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     if path.exists():
         assert all(torch.isfinite(value).all() for value in small.checkpoint(tmp_path / "run")["state_dict"].values())
+
+
+def test_a_last_batch_of_one_image_whose_levels_have_one_cell(tmp_path: Path):
+    """BatchNorm of one value per channel, which torch refuses in training."""
+    model = "ssdlite:resnet10t,channels=8-16-16-24,stem=8,neck=16,levels=3-7"
+    with Progress(quiet=True) as progress:
+        settings = {**small.SETTINGS, "epochs": 1, "out": tmp_path / "run", "progress": progress}
+        result = api.train(model, "digits:train=5,val=2,size=64,seed=0", **settings)
+    assert result.summary["steps"] == 2
+    assert all(math.isfinite(float(row["loss"])) for row in small.rows(tmp_path / "run") if row["loss"])
 
 
 def no_space(*_: Any, **__: Any) -> None:

@@ -171,11 +171,14 @@ class StageModule(L.LightningModule):
         return f"{what} is not finite {where}; {self._advice()}"
 
     def _is_the_teachers_fault(self, batch: Batch) -> bool:
-        """Whether what is taught about a batch, computed or read once more, is not finite."""
-        if self.stage.learns_from is None:
+        """Whether what is taught about a batch, computed or read once more, holds NaN.
+
+        Stages without it, which train networks of the method on the teacher itself: whether the teacher's features do.
+        """
+        if self.method is None:
             return False
-        taught = self.source(self.stage.learns_from, batch)
-        broken = False
+        method, broken = self.stage.learns_from, False
+        taught = [teacher.observe(batch) for teacher in self.method.teachers()] if method is None else self.source(method, batch)
 
         def look(tensor: Tensor) -> Tensor:
             nonlocal broken
