@@ -9,6 +9,7 @@ and write ends that do not belong to the box; a 0 in xmin or ymin shows it, and 
 from __future__ import annotations
 
 import math
+import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def read_voc(root: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     find_image = ImageFinder(root, files)
     sets: dict[SplitName, DetectionSet] = {}
     for name, each in parsed.items():
-        if name == "test" and not any(file.is_file() for file in files.by_split[name]):
+        if name == "test" and not any(os.path.isfile(file) for file in files.by_split[name]):
             notes.append(f"none of the {len(files.by_split[name])} test images has an annotation: there is no test split")
             continue
         paths = [find_image(annotation.file, annotation.tree) for annotation in each]
@@ -108,7 +109,7 @@ def _parse(root: Path, files: list[Path], defects: list[Defect]) -> list[_Annota
     """The annotations that exist and can be parsed; the others are added to the defects."""
     found = []
     for file in files:
-        tree = parse_xml(file) if file.is_file() else None
+        tree = parse_xml(file) if os.path.isfile(file) else None  # unlike Path.is_file, it is False for names that are too long
         if isinstance(tree, str):
             defects.append(Defect(BROKEN_FILE, relative(file, root), file.stem, tree, "image"))
         elif tree is not None and tree.tag != "annotation":

@@ -348,7 +348,7 @@ class ImageFinder:
             return path
         first = next((place for place in own if place.is_dir()), own[0])
         missing = first / (name if name and self.stems[os.path.splitext(name)[0]] == 0 else stem + os.path.splitext(name)[1])
-        return first / f"{stem} (not the only one)" if missing.exists() else missing
+        return first / f"{stem} (not the only one)" if os.path.exists(missing) else missing
 
     def _places(self, parent: Path) -> tuple[Path, list[Path]]:
         """The annotation's folder below that of all annotations, and the folders that belong to it, itself the last."""
