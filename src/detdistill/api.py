@@ -131,6 +131,7 @@ def distill(
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
         live = None if teacher is None else Teacher(_load_teacher(teacher, splits, wanted.other_classes))
+        _compare_sizes(teacher, wanted, shown)
         knowledge = None
         if wanted.cache is not None:
             knowledge = open_cache(wanted.cache, wanted.method, splits, view_settings(wanted), live)
@@ -213,6 +214,7 @@ def cache(
 
         splits = _load(data, wanted.strict, shown)
         loaded = _load_teacher(teacher, splits, wanted.other_classes)
+        _compare_sizes(teacher, wanted, shown)
         return Cached(*make_cache(str(out), (teacher, loaded), (data, splits), student, wanted, _device(wanted.device), shown))
 
 
@@ -442,33 +444,29 @@ def write(path: Path, text: str) -> None:
 
 
 def _load(data: str, strict: bool, progress: Progress) -> DataSplits:
-    from rich.markup import escape
-
     from detdistill.data.discover import load_data
 
     splits = load_data(data, strict=strict)
     _tell(data, splits.notes, splits.defects, progress)
     if not any((~record.crowd).any() for record in splits.val.records):
         progress.say(
-            f"[bold red]WARNING: no image of the val split of {escape(data)} has an object to be found: AP is undefined (shown "
-            "as -), and no checkpoint is better than another. Are labels missing? Give a val split with objects.[/bold red]"
+            f"WARNING: no image of the val split of {data} has an object to be found: AP is undefined (shown "
+            "as -), and no checkpoint is better than another. Are labels missing? Give a val split with objects.",
+            "bold red",
         )
     return splits
 
 
 def _tell(data: str, notes: Sequence[str], defects: Sequence[Defect], progress: Progress) -> None:
     """Show the notes and the number of defects that were found when the data were read."""
-    from rich.markup import escape
-
     for note in notes:
-        progress.say(f"[dim]{escape(note)}[/dim]")
+        progress.say(note, "dim")
     if defects:
         kinds: dict[str, int] = {}
         for defect in defects:
             kinds[defect.kind] = kinds.get(defect.kind, 0) + 1
         counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        where = escape(data)
-        progress.say(f"[yellow]{len(defects)} defects in {where}: {counted}; see `detdistill data inspect {where}`[/yellow]")
+        progress.say(f"{len(defects)} defects in {data}: {counted}; see `detdistill data inspect {data}`", "yellow")
 
 
 def _load_teacher(teacher: str, splits: DataSplits, other_classes: bool) -> Detector:
@@ -499,6 +497,16 @@ def _load_teacher(teacher: str, splits: DataSplits, other_classes: bool) -> Dete
         f"{f' (it spells {spelling[0]!r} as {spelling[1]!r})' if spelling else ''}"
         f"; --other_classes true lets such a teacher serve methods on features"
     )
+
+
+def _compare_sizes(teacher: str | None, settings: TrainSettings, progress: Progress) -> None:
+    """Say so if the teacher was trained on images of another size than it will be shown: its AP may be far lower there."""
+    trained = {} if teacher is None else _image_settings_of(teacher)
+    differing = [name for name, value in trained.items() if value != getattr(settings, name)]
+    if differing:
+        then = ", ".join(f"{name} {trained[name]}" for name in differing)
+        now = ", ".join(f"{name} {getattr(settings, name)}" for name in differing)
+        progress.say(f"the teacher was trained with {then} and is shown images with {now}: it may detect less there", "yellow")
 
 
 def _report(runs: Sequence[Path], page: Path, progress: Progress) -> None:

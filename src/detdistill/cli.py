@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args
 from jsonargparse import ArgumentParser, Namespace
 
 from detdistill.errors import DetdistillError, DetdistillWarning, nearest
+from detdistill.processes import end_with_parent
 from detdistill.settings import RENAMED, CacheSettings, DistillSettings, TrainSettings, names_where, renamed
 from detdistill.values import choices, in_words
 
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the words after ``detdistill``; None: those of this process.
     """
+    end_with_parent()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _notes_on(warnings.showwarning)
@@ -78,7 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in DISK:
             raise
-        _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}; make space or write elsewhere")
+        name = error.filename or "a file"
+        if error.errno == errno.EACCES and os.path.exists(name) and not os.access(name, os.R_OK):
+            _fail(f"cannot read {name}: {error.strerror}; change its permissions")
+        _fail(f"cannot write {name}: {error.strerror}; make space or write elsewhere")
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted; --resume true goes on from the last checkpoint\n")
         sys.exit(130)

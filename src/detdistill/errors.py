@@ -30,6 +30,10 @@ class RunError(DetdistillError):
     """A run cannot start or continue."""
 
 
+class StoppedError(RunError):
+    """A signal stopped a run, which can be continued."""
+
+
 class DetdistillWarning(UserWarning):
     """Something was assumed about the user's input; the command line prints only the message."""
 

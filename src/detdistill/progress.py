@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 
 class Progress:
@@ -60,13 +61,18 @@ class Progress:
         """Add a bar for ``total`` steps."""
         return Bar(self, title, total)
 
-    def say(self, text: str) -> None:
-        """Print a line above the bars; on a terminal it wraps between words, so that paths are not broken."""
+    def say(self, text: str | Text, style: str = "") -> None:
+        """Print a line above the bars; on a terminal it wraps between words, so that paths are not broken.
+
+        Args:
+            text: the line; brackets in it are no markup, because paths and names may hold them.
+            style: style of the whole line, e.g. ``yellow``.
+        """
         from rich.text import Text
 
         from detdistill import printing
 
-        words = Text.from_markup(text, emoji=False)
+        words = Text(text, style) if isinstance(text, str) else text
         if self.live:
             printing.paragraph(self.rich.console, words)
         else:
@@ -79,7 +85,7 @@ class Bar:
     def __init__(self, progress: Progress, title: str, total: int) -> None:
         """Made by ``Progress.bar``."""
         self.progress, self.title, self.total = progress, title, total
-        self.task = progress.rich.add_task(title, total=total, text="")
+        self.task = progress.rich.add_task(_escaped(title), total=total, text="")
         self._said = time.monotonic()
 
     def update(self, done: int, text: str | None = None) -> None:
@@ -87,7 +93,7 @@ class Bar:
         if text is None:
             self.progress.rich.update(self.task, completed=done)
         else:
-            self.progress.rich.update(self.task, completed=done, text=text)
+            self.progress.rich.update(self.task, completed=done, text=_escaped(text))
         if not self.progress.live and time.monotonic() - self._said > 15:
             self.say(f"{done}/{self.total} {text or ''}")
 
@@ -104,5 +110,14 @@ class Bar:
 
     def say(self, text: str) -> None:
         """Print a line about this task, beginning with its title."""
+        from rich.text import Text
+
         self._said = time.monotonic()
-        self.progress.say(f"[bold]{self.title}[/bold]  {text}")
+        self.progress.say(Text.assemble((self.title, "bold"), f"  {text}"))
+
+
+def _escaped(text: str) -> str:
+    """The text for a column of rich's bars, which would read brackets as markup."""
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from safetensors import safe_open
 
 from detdistill.cache.encoding import decode, encode
 from detdistill.cache.shards import FOLDER, ShardIndex, ShardWriter
-from detdistill.cache.storage import CacheError, LocalFolder, storage
+from detdistill.cache.storage import SECRET_URL, CacheError, LocalFolder, masked, storage
+from detdistill.errors import DetdistillWarning
 from detdistill.structures import Features
 
 CACHE = "fingerprint"
@@ -172,3 +174,72 @@ def test_urls_survive_paths():
     assert storage("file:///x/y").url == "/x/y"
     with pytest.raises(CacheError, match="nosuch://"):
         storage("nosuch://a")
+
+
+def test_swapped_files_are_named(tmp_path):
+    folder = LocalFolder(tmp_path)
+    write(folder, [f"{number}/-" for number in range(4)], max_records=2)
+    one, two = sorted((tmp_path / FOLDER).glob("*.safetensors"))
+    for kind, said in (
+        (".json", r"00000.json describes .*00001.safetensors, so it was renamed"),
+        (".safetensors", r"00000.safet"),
+    ):
+        first, second = one.with_suffix(kind), two.with_suffix(kind)
+        contents = first.read_bytes(), second.read_bytes()
+        first.write_bytes(contents[1])
+        second.write_bytes(contents[0])
+        with pytest.raises(CacheError, match=said) as caught:
+            ShardIndex(folder, CACHE).read("0/-")
+        assert "renamed or swapped" in str(caught.value)
+        first.write_bytes(contents[0])
+        second.write_bytes(contents[1])
+    assert read(ShardIndex(folder, CACHE), "0/-").maps[0][0, 0, 0, 0] == 0
+
+
+def test_temporary_files_of_dead_writers_are_removed(tmp_path):
+    folder = LocalFolder(tmp_path)
+    write(folder, ["0/-"])
+    mine = tmp_path / FOLDER / "0-abc-00001.safetensors.1234.tmp"
+    others = tmp_path / FOLDER / "001of002-abc-00001.safetensors.1234.tmp"
+    old = tmp_path / FOLDER / "003of004-abc-00001.safetensors.1234.tmp"
+    about = tmp_path / "cache.json.1234.tmp"
+    for path in (mine, others, old, about):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    ShardWriter(folder, CACHE)
+    assert [path.exists() for path in (mine, others, old, about)] == [False, True, False, False]
+
+
+def test_passwords_of_urls_are_hidden(monkeypatch):
+    url = f"memory://me:SECRET/1@host/{id(monkeypatch)}"
+    with pytest.warns(DetdistillWarning, match=r"the password in memory://me:\*\*\*@host/.* is hidden") as told:
+        folder = storage(url)
+    assert "SECRET" not in str(told[0].message)
+    assert folder.url == masked(url)
+    folder.write("a", b"b")
+    with pytest.raises(CacheError, match=r"its password is not stored; give the whole URL, or set DETDISTILL_CACHE_URL"):
+        storage(folder.url)
+    monkeypatch.setenv(SECRET_URL, url)
+    assert storage(folder.url).read("a") == b"b"
+
+
+def test_errors_of_file_systems_become_one_line(monkeypatch):
+    folder = storage("memory://host/x")
+
+    def refuse(*_, **__):
+        raise RuntimeError("530 Login of memory://me:SECRET@host failed")
+
+    for name in ("ls", "cat_file", "pipe_file", "exists"):
+        monkeypatch.setattr(folder._files, name, refuse, raising=False)
+    for action in (
+        lambda: folder.sizes(""),
+        lambda: folder.read("a"),
+        lambda: folder.write("a", b""),
+        lambda: folder.remove("a"),
+    ):
+        with pytest.raises(OSError, match=r"^530 Login of memory://me:\*\*\*@host failed$"):
+            action()
+    with pytest.raises(CacheError, match=r"x/shards cannot be read: 530 Login"):
+        ShardIndex(folder, CACHE)
+    with pytest.raises(CacheError, match=r"^cache ftp://127.0.0.1:9/x: "):
+        storage("ftp://127.0.0.1:9/x")

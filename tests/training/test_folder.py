@@ -104,3 +104,44 @@ def test_the_table_grows_and_is_taken_up_again(tmp_path: Path):
     assert "train/kd" not in kept[0]
     MetricsTable(path)
     assert read_rows(path) == []
+
+
+@pytest.mark.parametrize("written", [0, 5, 100])
+def test_a_process_killed_while_it_starts_a_run_does_not_stop_the_next(tmp_path: Path, written: int, monkeypatch):
+    text = Path.write_text
+
+    def killed_halfway(self, content, **options):
+        text(self, content[:written], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed_halfway)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # nothing is cleaned up by a process that is killed
+    with pytest.raises(KeyboardInterrupt):
+        start_folder(new_folder(tmp_path / "run", "x"), {"epochs": 3})
+    monkeypatch.undo()
+    with pytest.raises(RunError, match=r"contains no run to resume"):
+        resume_folder(tmp_path / "run", {"epochs": 3})
+    start_folder(new_folder(tmp_path / "run", "x"), {"epochs": 3})
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.yaml"]
+    assert resume_folder(tmp_path / "run", {"epochs": 3}).checkpoints.is_dir()
+
+
+def test_a_damaged_config_is_named(tmp_path: Path):
+    for content in (b"epochs: [", b"\xff\xfe\x00", b"- a", b""):
+        (tmp_path / "config.yaml").write_bytes(content)
+        with pytest.raises(RunError, match=r"config.yaml (cannot be read: .*|holds no settings); start a new run"):
+            resume_folder(tmp_path, {"epochs": 3})
+
+
+def test_a_refused_run_leaves_no_folder_and_a_trained_one_is_kept(tmp_path: Path):
+    folder = start_folder(tmp_path / "run", {})
+    folder.discard(folder_too=True)
+    assert not folder.path.exists()
+    folder = start_folder(tmp_path / "run", {})
+    MetricsTable(folder.metrics).add({"stage": "train", "step": 1})
+    folder.discard(folder_too=True)
+    assert folder.metrics.exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    start_folder(mine, {}).discard(folder_too=False)
+    assert list(mine.iterdir()) == []

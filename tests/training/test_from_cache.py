@@ -2,15 +2,18 @@
 
 import dataclasses
 import errno
+import io
 import json
+import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
 from detdistill import api, cli
 from detdistill.cache.knowledge import KnowledgeCache
-from detdistill.cache.storage import CacheError, LocalFolder
-from detdistill.errors import RunError
+from detdistill.cache.storage import CacheError, LocalFolder, storage
+from detdistill.errors import DetdistillWarning, RunError
 from detdistill.methods.shared.contract import Method
 from detdistill.progress import Progress
 from tests.training import small
@@ -46,8 +49,6 @@ def filled(teacher, tmp_path_factory):
 @pytest.fixture
 def copied(filled, tmp_path):
     """One that may be changed."""
-    import shutil
-
     return shutil.copytree(filled, tmp_path / "cache")
 
 
@@ -341,3 +342,58 @@ def test_what_an_earlier_stage_learnt_is_in_the_cache(teacher, tmp_path, monkeyp
         path.unlink()
     with pytest.raises(RunError, match=r"stage extractors has no result in .*cache nor in .*none"):
         offline(tmp_path / "cache", tmp_path / "lost", UNIKD, stages=tmp_path / "none")
+
+
+def test_images_that_changed_since_the_cache_was_made_are_refused(teacher, tmp_path):
+    from detdistill.data.discover import load_data
+
+    data = tmp_path / "data"
+    root = load_data(small.DATA).train.root
+    shutil.copytree(root, data)
+    folder = tmp_path / "cache"
+    cache(teacher, folder, data=str(data))
+    first = load_data(str(data)).train.records[0].path
+    content = bytearray(first.read_bytes())
+    first.write_bytes(content)  # the same bytes at another time
+    offline(folder, tmp_path / "same", data=str(data), epochs=1)
+    content[-20] ^= 1
+    first.write_bytes(content)
+    with pytest.raises(CacheError, match=rf"1 of 24 images changed since it was made \(the first: {first}\); restore them"):
+        offline(folder, tmp_path / "other", data=str(data), epochs=1)
+
+
+def test_verify_counts_what_is_missing(copied):
+    shard = sorted((copied / "shards").glob("*.json"))[0]
+    lost = len(json.loads(shard.read_text())["content"]["records"])
+    shard.unlink()
+    with pytest.raises(CacheError, match=rf"is unfinished: {VIEWS - lost} of {VIEWS} records, all checksums right; run the same"):
+        api.verify_cache(copied, progress=Progress(quiet=True))
+
+
+def test_no_file_of_a_run_holds_the_password_of_its_cache(teacher, filled, tmp_path):
+    url = "memory://me:SECRET@host/cache"
+    with pytest.warns(DetdistillWarning, match="is hidden"):
+        remote = storage(url)
+    for path in filled.rglob("*.*"):
+        remote.write(str(path.relative_to(filled)), path.read_bytes())
+    with pytest.warns(DetdistillWarning, match="is hidden"):
+        offline(url, tmp_path / "run", report=True)
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.is_dir() or b"SECRET" not in path.read_bytes(), path
+    assert "me:***@host" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_teacher_trained_at_another_size_is_named(teacher, tmp_path):
+    told = io.StringIO()
+    small.distill(teacher, tmp_path / "run", "pkd", Console(file=told, width=200), size=96, epochs=1)
+    assert "the teacher was trained with size 64 and is shown images with size 96: it may detect less there" in told.getvalue()
+    told = io.StringIO()
+    small.distill(teacher, tmp_path / "same", "pkd", Console(file=told, width=200), epochs=1)
+    assert "was trained with" not in told.getvalue()
+
+
+def test_brackets_in_a_path_are_no_markup(teacher, tmp_path):
+    told = io.StringIO()
+    small.distill(teacher, tmp_path / "a[" / "red]", "pkd", Console(file=told, width=200), epochs=1)
+    small.distill(teacher, tmp_path / "a[" / "red]", "pkd", Console(file=told, width=200), epochs=1, resume=True)
+    assert "a[/red] is finished" in told.getvalue()

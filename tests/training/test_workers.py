@@ -6,17 +6,21 @@ import sys
 import pytest
 from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 
+from detdistill.settings import DistillSettings
+from detdistill.training.plan import Plan
 from detdistill.training.workers import workers_run
 from tests.training import small
 
 
 def test_the_command_of_workers(tmp_path):
     before = sys.argv
-    with workers_run(tmp_path, distilled=True, resuming=False):
+    plan = Plan(small.MODEL, small.DATA, DistillSettings(cache="memory://me:SECRET@host/x"), role="distilled")
+    with workers_run(tmp_path, plan):
         python, flag, module, *words = _basic_subprocess_cmd()
     assert (python, flag, module) == (sys.executable, "-m", "detdistill.__main__")
     assert words == ["distill", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path), "--resume", "false"]
     assert sys.argv is before
+    assert "SECRET" not in " ".join(words)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from detdistill.cache.encoding import decode, encode
 from detdistill.cache.forecast import Probe, loss_changes
 from detdistill.cache.identity import knowledge_of, unique
 from detdistill.cache.knowledge import KnowledgeCache, unwritable
-from detdistill.cache.shards import ShardWriter
+from detdistill.cache.shards import ShardWriter, source_of
 from detdistill.cache.storage import CacheError
 from detdistill.data.records import DetectionSet
 from detdistill.data.transforms import ViewSettings
@@ -70,7 +71,7 @@ class Lecture:
             for part in self.asked:
                 taught = part.teach(moved)
                 if taught is None:
-                    raise CacheError(f"{part.slug} is taught nothing, so there is nothing to cache")
+                    raise CacheError(f"{part.slug} learns nothing from a teacher, so there is nothing to cache")
                 said.append(taught.split(len(batch)))
         for teacher in self.method.teachers():
             teacher.forget()
@@ -170,6 +171,7 @@ def fill(
     missing = set(cache.index.missing(sight.key for sight in share))
     todo = [sight for sight in share if sight.key in missing]
     done = len(share) - len(todo)
+    sources: dict[Path, tuple[int, int]] = {}
     if bar is not None:
         bar.resize(len(share))
         bar.update(done)
@@ -177,7 +179,10 @@ def fill(
         writer = ShardWriter(cache.folder, cache.about.fingerprint, f"{rank:03d}of{world:03d}", shard_records)
         for group, batch in batches_of(data, settings, todo, batch_size, workers):
             for sight, pieces in zip(group, lecture.teach(batch), strict=True):
-                writer.add(sight.key, encode(pieces, cache.about.store))
+                path = data.records[sight.index].path
+                if path not in sources:
+                    sources[path] = source_of(path)
+                writer.add(sight.key, encode(pieces, cache.about.store), sources[path])
             done += len(group)
             if bar is not None:
                 bar.update(done, f"{writer.written} written")

@@ -60,12 +60,8 @@ class Forecast:
     changes: Mapping[Store, float]
 
     def lines(self, chosen: Store) -> list[str]:
-        """The forecast as two lines of text, with ``chosen`` in bold (rich markup)."""
-        sizes = ", ".join(
-            f"{'[bold]' if store == chosen else ''}{store} {in_bytes(self.bytes[store])} "
-            f"(loss {100 * self.changes[store]:.2g} %){'[/bold]' if store == chosen else ''}"
-            for store in STORES
-        )
+        """The forecast as two lines of text."""
+        sizes = ", ".join(f"{store} {in_bytes(self.bytes[store])} (loss {100 * self.changes[store]:.2g} %)" for store in STORES)
         free = "unknown" if self.free is None else in_bytes(self.free)
         return [
             f"{self.records} records, about {in_seconds(self.seconds)}; free space {free}",

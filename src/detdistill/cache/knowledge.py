@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.cache.encoding import Store, decode
 from detdistill.cache.identity import Knowledge, digest, in_words, knowledge_of, views_lacking
-from detdistill.cache.shards import ShardIndex, sealed, unsealed
+from detdistill.cache.shards import ShardIndex, sealed, source_of, unsealed
 from detdistill.cache.storage import CacheError, Storage, storage
 from detdistill.data.views import key_of
 from detdistill.detectors.contract import DetectorSpec, Teacher
@@ -104,7 +105,7 @@ class KnowledgeCache:
         folder = storage(url)
         there = found_about(folder)
         if there is None:
-            if folder.sizes(""):
+            if _names(folder):
                 raise CacheError(f"{folder.url} holds other files and no cache; give an empty or a new folder")
             write(folder, ABOUT, sealed({"format": FORMAT, **dataclasses.asdict(about)}))
             return cls(folder, about)
@@ -165,6 +166,30 @@ class KnowledgeCache:
                 f"(the first: image {missing[0]}); run the same `detdistill cache` again, it goes on where it stopped"
             )
 
+    def check_sources(self, images: Iterable[tuple[str, Path]]) -> None:
+        """Check that the image files are those that the records were made from.
+
+        A file with the time of change that it had then is not read again.
+
+        Args:
+            images: key and file of each view of the run.
+
+        Raises:
+            CacheError: files have another content now; the message names the first and gives their number.
+        """
+        changed: dict[Path, bool] = {}
+        for key, path in images:
+            place = self.index.places.get(key)
+            if place is None or place.source is None or path in changed:
+                continue
+            time_then, crc_then = place.source
+            changed[path] = path.stat().st_mtime_ns != time_then and source_of(path)[1] != crc_then
+        if wrong := [path for path, differs in changed.items() if differs]:
+            raise CacheError(
+                f"cache {self.folder.url} does not fit: {len(wrong)} of {len(changed)} images changed since it was made "
+                f"(the first: {wrong[0]}); restore them, or make the cache again in a new folder"
+            )
+
     def teacher(self) -> AbsentTeacher:
         """The stand-in with which methods are built if no teacher is loaded."""
         return AbsentTeacher(self.about.spec, self.about.teacher_fingerprint)
@@ -218,6 +243,18 @@ class KnowledgeCache:
         except ValueError as error:
             raise CacheError(f"cache {self.folder.url}, image {key}: {error}") from error
         return parts
+
+
+def _names(folder: Storage) -> list[str]:
+    """Names of the files in a cache's folder.
+
+    Raises:
+        CacheError: the folder cannot be read.
+    """
+    try:
+        return list(folder.sizes(""))
+    except OSError as error:
+        raise CacheError(f"{folder.url} cannot be read: {error.strerror or error}") from error
 
 
 def found_about(folder: Storage) -> About | None:

@@ -12,6 +12,7 @@ import uuid
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from detdistill.cache.encoding import Encoded, slots_of
@@ -80,22 +81,32 @@ class ShardWriter:
         self._number = 0
         self.written = 0
         """Records in finished shards."""
+        self._sources: dict[str, tuple[int, int]] = {}
         self._clean()
 
     def _clean(self) -> None:
+        self.folder.clean("", "cache.json.")
+        self.folder.clean(FOLDER, f"{self.writer}-")
         there = self.folder.sizes(FOLDER)
         for name in there:
             stem, _, kind = name.rpartition(".")
             if kind == "safetensors" and name.startswith(f"{self.writer}-") and f"{stem}.json" not in there:
                 self.folder.remove(f"{FOLDER}/{name}")
 
-    def add(self, key: str, record: Encoded) -> None:
+    def add(self, key: str, record: Encoded, source: tuple[int, int] | None = None) -> None:
         """Add a record; write a shard if a limit is reached.
+
+        Args:
+            key: key of the record.
+            record: its bytes.
+            source: time of change and crc32 of the image file that it was made from (``source_of``).
 
         Raises:
             OSError: the shard cannot be written. Its records stay in memory, and the next call tries again.
         """
         self._waiting[key] = record
+        if source is not None:
+            self._sources[key] = source
         self._bytes += len(record.data)
         if len(self._waiting) >= self.max_records or self._bytes >= self.max_bytes:
             self.flush()
@@ -115,12 +126,22 @@ class ShardWriter:
         for key, record in self._waiting.items():
             crc = checksum(key, record.layout, record.data)
             records[key] = [*places[key], crc, layouts.setdefault(record.layout, len(layouts))]
-        manifest = {"cache": self.cache, "bytes": len(content), "layouts": list(layouts), "records": records}
+        manifest = {"cache": self.cache, "shard": stem, "bytes": len(content), "layouts": list(layouts), "records": records}
+        manifest["sources"] = {key: self._sources[key] for key in self._waiting if key in self._sources}
         self.folder.write(f"{FOLDER}/{stem}.safetensors", content)
         self.folder.write(f"{FOLDER}/{stem}.json", sealed(manifest))
         self.written += len(self._waiting)
         self._number += 1
-        self._waiting, self._bytes = {}, 0
+        self._waiting, self._bytes, self._sources = {}, 0, {}
+
+
+def source_of(path: Path) -> tuple[int, int]:
+    """Time of change in nanoseconds and crc32 of a file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return path.stat().st_mtime_ns, zlib.crc32(path.read_bytes())
 
 
 def shard_bytes(records: Mapping[str, Encoded]) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -163,6 +184,8 @@ class Place:
     end: int
     crc: int
     layout: str
+    source: tuple[int, int] | None
+    """Time of change and crc32 of the image file that the record was made from; None: unknown (caches of earlier versions)."""
 
 
 class ShardIndex:
@@ -190,7 +213,10 @@ class ShardIndex:
         Raises:
             CacheError: a manifest is damaged or belongs to another cache, or its shard is missing or truncated.
         """
-        there = self.folder.sizes(FOLDER)
+        try:
+            there = self.folder.sizes(FOLDER)
+        except OSError as error:
+            raise CacheError(f"{self.folder.url}/{FOLDER} cannot be read: {error.strerror or error}") from error
         for name in sorted(there):
             if not name.endswith(".json") or name in self._known:
                 continue
@@ -199,18 +225,25 @@ class ShardIndex:
 
     def _take(self, name: str, there: Mapping[str, int]) -> None:
         path = f"{self.folder.url}/{FOLDER}/{name}"
-        manifest = unsealed(self.folder.read(f"{FOLDER}/{name}"), path)
+        try:
+            manifest = unsealed(self.folder.read(f"{FOLDER}/{name}"), path)
+        except OSError as error:
+            raise CacheError(f"{path} cannot be read: {error.strerror or error}") from error
         shard = name.removesuffix(".json") + ".safetensors"
         if manifest["cache"] != self.cache:
             raise CacheError(f"{path} belongs to another cache; remove it and its shard")
+        if (stem := manifest.get("shard", name.removesuffix(".json"))) != name.removesuffix(".json"):
+            raise CacheError(f"{path} describes {stem}.safetensors, so it was renamed or swapped; rename it to {stem}.json")
         if there.get(shard) != manifest["bytes"]:
             found = f"has {there[shard]} of {manifest['bytes']} bytes" if shard in there else "is missing"
             raise CacheError(
                 f"{self.folder.url}/{FOLDER}/{shard} {found}; delete {name} there and run the same `detdistill cache` again"
             )
         layouts = [self._layouts.setdefault(layout, layout) for layout in manifest["layouts"]]
+        sources = manifest.get("sources", {})
         for key, (start, end, crc, layout) in manifest["records"].items():
-            self.places.setdefault(key, Place(shard, start, end, crc, layouts[layout]))
+            source = tuple(sources[key]) if key in sources else None
+            self.places.setdefault(key, Place(shard, start, end, crc, layouts[layout], source))
 
     def read(self, key: str) -> tuple[str, bytearray]:
         """Read the layout and bytes of a record and check them.
@@ -228,11 +261,22 @@ class ShardIndex:
         except OSError as error:
             raise CacheError(f"{path} cannot be read: {error.strerror or error}") from error
         if len(data) != place.end - place.start or checksum(key, place.layout, data) != place.crc:
+            if not self._holds(place.shard, key):
+                raise CacheError(f"{path} holds other records than its .json lists, so it was renamed or swapped; undo that")
             raise CacheError(
                 f"{path}: the record of image {key} is damaged (its checksum is wrong); "
                 f"delete this shard and its .json and run the same `detdistill cache` again"
             )
         return place.layout, data
+
+    def _holds(self, shard: str, key: str) -> bool:
+        """Whether a shard's own header lists a record; True if the header cannot be read."""
+        try:
+            (length,) = struct.unpack("<Q", self.folder.read(f"{FOLDER}/{shard}", 0, 8))
+            header = json.loads(self.folder.read(f"{FOLDER}/{shard}", 8, 8 + min(length, 1 << 28)))
+            return any(name.startswith(f"{key}:") for name in header)
+        except (OSError, ValueError, TypeError, struct.error):
+            return True
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The keys that have no record."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import time
 import uuid
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from detdistill.errors import RunError
+from detdistill.errors import DetdistillWarning, RunError
 
 
 class CacheError(RunError):
@@ -22,7 +26,11 @@ class Storage(Protocol):
     url: str
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Size in bytes of each finished file of a sub-folder, by name; empty if there is no such folder."""
+        """Size in bytes of each finished file of a sub-folder, by name; empty if there is no such folder.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
         ...
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
@@ -41,9 +49,29 @@ class Storage(Protocol):
         """Remove a file; a missing file is no error."""
         ...
 
+    def clean(self, folder: str, start: str) -> None:
+        """Remove what killed writers left in a sub-folder: temporary files that begin with ``start`` or are old."""
+        ...
+
     def free_bytes(self) -> int | None:
         """Free space in bytes; None if unknown."""
         ...
+
+
+SECRET_URL = "DETDISTILL_CACHE_URL"
+"""Environment variable with the whole URL of a cache whose password is hidden in ``config.yaml`` (``user:***@host``)."""
+OLD = 24 * 3600
+"""Age in seconds from which a temporary file belongs to no running writer."""
+
+
+def masked(text: str) -> str:
+    """Hide the passwords and keys of all URLs in a text.
+
+    >>> masked("s3://me:pass/word@host/folder?token=abc&part=1")
+    's3://me:***@host/folder?token=***&part=1'
+    """
+    text = re.sub(r"(?<=://)([^/@:\s]*):[^@\s]*@", r"\1:***@", text)
+    return re.sub(r"(?i)([?&][\w-]*(?:token|key|secret|password|signature|sig)[\w-]*=)[^&\s]+", r"\1***", text)
 
 
 def storage(url: str) -> Storage:
@@ -106,6 +134,13 @@ class LocalFolder:
         """See ``Storage``."""
         (self.path / name).unlink(missing_ok=True)
 
+    def clean(self, folder: str, start: str) -> None:
+        """See ``Storage``."""
+        with contextlib.suppress(OSError):
+            for path in (self.path / folder).glob("*.tmp"):
+                if path.name.startswith(start) or time.time() - path.stat().st_mtime > OLD:
+                    path.unlink(missing_ok=True)
+
     def free_bytes(self) -> int | None:
         """Free space in bytes on the disk that holds (or will hold) the folder."""
         existing = self.path.absolute()
@@ -120,36 +155,75 @@ class RemoteFolder:
     def __init__(self, url: str) -> None:
         import fsspec  # imported here: most caches are local
 
-        self.url = url
+        self.url = masked(url)
+        if "***" in url:
+            url = os.environ.get(SECRET_URL, "")
+            if masked(url) != self.url:
+                raise CacheError(f"cache {self.url}: its password is not stored; give the whole URL, or set {SECRET_URL} to it")
+        elif self.url != url:
+            warnings.warn(
+                f"the password in {self.url} is hidden in all files of the run; better give it to the storage by its own "
+                "environment variables or configuration files",
+                DetdistillWarning,
+                stacklevel=2,
+            )
         try:
             self._files, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise CacheError(f"cache {url}: {error}") from error
+        except Exception as error:  # each file system has its own errors, e.g. ftplib's and botocore's
+            raise CacheError(f"cache {self.url}: {_reason(error)}") from error
 
     def sizes(self, folder: str) -> dict[str, int]:
         """See ``Storage``."""
         self._files.invalidate_cache()
         try:
-            found = self._files.ls(f"{self._root}/{folder}", detail=True)
+            with _reached():
+                found = self._files.ls(f"{self._root}/{folder}", detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
         return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
         """See ``Storage``."""
-        return bytearray(self._files.cat_file(f"{self._root}/{name}", start=start, end=end))
+        with _reached():
+            return bytearray(self._files.cat_file(f"{self._root}/{name}", start=start, end=end))
 
     def write(self, name: str, content: bytes) -> None:
         """See ``Storage``."""
         path = f"{self._root}/{name}"
-        self._files.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        self._files.pipe_file(path, content)
+        with _reached():
+            self._files.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            self._files.pipe_file(path, content)
 
     def remove(self, name: str) -> None:
         """See ``Storage``."""
-        if self._files.exists(f"{self._root}/{name}"):
-            self._files.rm_file(f"{self._root}/{name}")
+        with _reached():
+            if self._files.exists(f"{self._root}/{name}"):
+                self._files.rm_file(f"{self._root}/{name}")
+
+    def clean(self, folder: str, start: str) -> None:
+        """Nothing to do: an upload is visible only when it is complete."""
 
     def free_bytes(self) -> int | None:
         """None: unknown."""
         return None
+
+
+@contextlib.contextmanager
+def _reached() -> Iterator[None]:
+    """Context in which the errors of a remote file system that are not OSErrors become one.
+
+    Raises:
+        OSError: with the reason, without passwords.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line and without passwords."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return masked(" ".join(said.split())) or type(error).__name__

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import yaml
 from detdistill.errors import RunError
 from detdistill.evaluation import Scores
 from detdistill.evaluation.scores import points
+from detdistill.processes import stopped_by_signals, with_parent
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings
 from detdistill.training.folder import new_folder, resume_folder
@@ -66,7 +67,7 @@ def run_experiment(session: Session, teacher_scores: Scores | None, progress: Pr
     Raises:
         RunError: a run failed; finished runs are kept, and ``resume`` continues the experiment.
     """
-    plan, settings = session.plan, session.plan.settings
+    settings = session.plan.settings
     assert isinstance(settings, DistillSettings)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RunError("several runs cannot be started by torchrun; use --devices without it, or start each seed by itself")
@@ -76,7 +77,29 @@ def run_experiment(session: Session, teacher_scores: Scores | None, progress: Pr
         parent = settings.out
     else:
         parent = new_folder(settings.out, f"distill-{settings.method.split(',')[0]}")
-    parent.mkdir(parents=True, exist_ok=True)
+    with _made(parent):
+        return _run_all(session, parent, teacher_scores, progress)
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder; after an error, remove it if it is empty."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the folder {folder}: {error.strerror}; give another --out") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
+
+
+def _run_all(session: Session, parent: Path, teacher_scores: Scores | None, progress: Progress) -> Experiment:
+    """Run all plans of an experiment in the folder ``parent``."""
+    plan, settings = session.plan, session.plan.settings
+    assert isinstance(settings, DistillSettings)
     plans = plans_of(plan, parent)
     for single in plans:
         if single.settings.resume:  # checked for finished runs too: all runs must have the same settings
@@ -104,6 +127,7 @@ def _run_side_by_side(plans: Sequence[Plan], jobs: int, progress: Progress) -> N
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         waiting, running = list(enumerate(plans)), list[_Child]()
         stack.callback(_stop, running)
+        stack.enter_context(stopped_by_signals())
         while waiting or running:
             while waiting and len(running) < jobs:
                 index, plan = waiting.pop(0)
@@ -128,7 +152,8 @@ class _Child:
         self.plan, self.folder = plan, plan.settings.out
         scratch.mkdir()
         config = scratch / "config.yaml"
-        config.write_text(yaml.safe_dump(plan.config(), sort_keys=False))
+        config.touch(mode=0o600)  # it holds the passwords of URLs
+        config.write_text(yaml.safe_dump(plan.arguments(), sort_keys=False))
         verb = "distill" if plan.distilling else "train"
         self.log = scratch / "log.txt"
         with self.log.open("w") as log:
@@ -136,7 +161,7 @@ class _Child:
                 [sys.executable, "-m", "detdistill", verb, "--config", str(config)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**with_parent(), "OMP_NUM_THREADS": "1"},
             )
         self.bar = progress.bar(plan.title, total=1)
         self.progress, self._position, self._columns = progress, 0, list[str]()

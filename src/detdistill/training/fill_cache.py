@@ -30,6 +30,7 @@ from detdistill.detectors.contract import Detector, DetectorSpec, HasQueries, Te
 from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.contract import Method, Stage, teach_by_canvas
 from detdistill.methods.shared.needs import PairError
+from detdistill.processes import stopped_by_signals, with_parent
 from detdistill.progress import Progress
 from detdistill.settings import CacheSettings, DistillSettings, as_plain, names_where
 from detdistill.training.from_cache import stage_from_cache
@@ -190,11 +191,12 @@ def _others(settings: CacheSettings, store: Store, names: dict[str, str | None])
                         [sys.executable, "-m", "detdistill", "cache", "--config", str(config)],
                         stdout=log,
                         stderr=subprocess.STDOUT,
-                        env={**os.environ, **{name: str(value) for name, value in numbers.items()}},
+                        env={**with_parent(), **{name: str(value) for name, value in numbers.items()}},
                     )
                 )
         try:
-            yield
+            with stopped_by_signals():
+                yield
             for rank, child in enumerate(children, start=1):
                 if child.wait() != 0:
                     lines = (Path(scratch) / f"{rank}.txt").read_text().strip().splitlines()
@@ -253,7 +255,7 @@ def check_cache(
         The findings, in one line.
 
     Raises:
-        CacheError: a record is damaged, or records differ from the teacher's outputs by more than ``TOLERANCES``.
+        CacheError: a record is damaged or missing, or records differ from the teacher's outputs by more than ``TOLERANCES``.
     """
     cache = KnowledgeCache.open(url)
     keys = list(cache.index.places)
@@ -262,6 +264,8 @@ def check_cache(
         cache.read(key)
         bar.update(number)
     words = f"{len(keys)} of {cache.about.records} records, all checksums right"
+    if len(keys) < cache.about.records:
+        raise CacheError(f"cache {cache.folder.url} is unfinished: {words}; run the same `detdistill cache` again to complete it")
     if live is None:
         return words
     detector, splits = live(cache.about.data)

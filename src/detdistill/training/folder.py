@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -41,6 +42,24 @@ class RunFolder:
         """The table of losses and scores: metrics.csv."""
         return self.path / "metrics.csv"
 
+    def discard(self, folder_too: bool) -> None:
+        """Remove a run in which nothing was trained, so that the same command can start it again.
+
+        Nothing is removed if there is a checkpoint or a row of losses.
+
+        Args:
+            folder_too: remove the folder itself, because the run has created it.
+        """
+        with contextlib.suppress(OSError):
+            trained = self.metrics.exists() and len(self.metrics.read_text(encoding="utf-8").splitlines()) > 1
+            if trained or (self.checkpoints.exists() and any(self.checkpoints.iterdir())):
+                return
+        for entry in (self.path,) if folder_too else tuple(self.path.iterdir()):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
@@ -54,7 +73,7 @@ def new_folder(out: Path | None, name: str) -> Path:
     """
     path = out if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
-        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        taken = path.exists() and (not path.is_dir() or any(not _left_over(entry) for entry in path.iterdir()))
     except OSError as error:
         raise RunError(f"cannot use {path} as run folder: {error.strerror}; give another --out") from error
     if taken:
@@ -63,26 +82,50 @@ def new_folder(out: Path | None, name: str) -> Path:
 
 
 def start_folder(path: Path, config: dict[str, Any]) -> RunFolder:
-    """Create the folder of a new run and write its ``config.yaml``.
+    """Create the folder of a new run. It is a run from the moment it has its ``config.yaml``, which appears whole.
 
     Raises:
         RunError: the folder cannot be written, or another run has just created it.
     """
-    folder = RunFolder(path)
-    empty_before = path.exists()
+    folder, there_before = RunFolder(path), path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        folder.checkpoints.mkdir()  # if two runs start at the same time, one of them fails here
+        _write_first(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        folder.checkpoints.mkdir(exist_ok=True)
     except FileExistsError as error:
         raise _exists(path) from error
     except OSError as error:
-        raise _unwritable(path, error) from error
-    try:
-        write_text(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    except OSError as error:
-        shutil.rmtree(folder.checkpoints if empty_before else path, ignore_errors=True)
+        if not there_before:
+            shutil.rmtree(path, ignore_errors=True)
         raise _unwritable(path, error) from error
     return folder
+
+
+def _write_first(path: Path, text: str) -> None:
+    """Write a file that must not exist, whole or not at all.
+
+    Raises:
+        FileExistsError: it exists; of two processes that write it at the same time, one gets this error.
+    """
+    for entry in path.parent.iterdir():
+        if _left_over(entry):
+            entry.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        try:
+            os.link(temporary, path)  # unlike a rename, it fails if the file exists
+        except FileExistsError:
+            raise
+        except OSError:  # some disks have no links
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _left_over(path: Path) -> bool:
+    """True for the temporary file of a process that was killed while it started a run."""
+    return path.name.startswith(".config.yaml.")
 
 
 def _exists(path: Path) -> RunError:
@@ -103,7 +146,7 @@ def resume_folder(path: Path | None, config: dict[str, Any]) -> RunFolder:
         raise RunError("--resume true needs --out with the run folder")
     if not (path / "config.yaml").exists():
         raise RunError(f"{path} contains no run to resume (no config.yaml); leave out --resume to start a new one")
-    before = renamed(yaml.safe_load((path / "config.yaml").read_text()))
+    before = _config_of(path / "config.yaml")
     free = names_where(DistillSettings, "run", False)
     differing = [key for key in config if key not in free and before.get(key) != config[key]]
     if differing:
@@ -112,7 +155,27 @@ def resume_folder(path: Path | None, config: dict[str, Any]) -> RunFolder:
             f"cannot resume {path}: {key} was {before.get(key)!r} and is now {config[key]!r}; "
             f"use the same settings (--config {path / 'config.yaml'}) or a new --out"
         )
-    return RunFolder(path)
+    folder = RunFolder(path)
+    try:
+        folder.checkpoints.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return folder
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """The settings of a run, with today's names.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"{path} cannot be read: {' '.join(str(error).split())}; start a new run with another --out") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} holds no settings; start a new run with another --out")
+    return renamed(content)
 
 
 def check_inputs(path: Path, now: Mapping[str, str | None]) -> None:
@@ -128,7 +191,10 @@ def check_inputs(path: Path, now: Mapping[str, str | None]) -> None:
     file = path / INPUTS
     if not file.is_file():
         return
-    before = json.loads(file.read_text())
+    try:
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{file} cannot be read: {error}; continue without this comparison with --allow_changes true") from error
     changed = [name for name in now if name in before and before[name] != now[name]]
     if changed:
         raise RunError(

@@ -24,11 +24,14 @@ def open_cache(url: str, method: str, splits: DataSplits, views: ViewSettings, t
         teacher: the loaded teacher, if the run has one.
 
     Raises:
-        CacheError: there is no cache, it is damaged or unfinished, or it was made for other data, views, knowledge or teacher.
+        CacheError: there is no cache, it is damaged or unfinished, or it was made for other data (or
+            images that changed since), views, knowledge or teacher.
     """
     cache = KnowledgeCache.open(url)
     cache.check(method, splits.train.fingerprint, views_of(views), teacher)
-    cache.check_complete(sight.key for sight in sights(splits.train, views))
+    wanted = sights(splits.train, views)
+    cache.check_complete(sight.key for sight in wanted)
+    cache.check_sources((sight.key, splits.train.records[sight.index].path) for sight in wanted)
     return cache
 
 

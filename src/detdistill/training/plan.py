@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from detdistill.cache.storage import masked
 from detdistill.data.transforms import ViewSettings
 from detdistill.settings import DistillSettings, TrainSettings, as_plain, names_where
 
@@ -29,7 +30,11 @@ class Plan:
         return self.settings if isinstance(self.settings, DistillSettings) and (known or self.settings.cache) else None
 
     def config(self) -> dict[str, Any]:
-        """Content of ``config.yaml``: all arguments of ``detdistill train`` or ``detdistill distill``."""
+        """Content of ``config.yaml``: all arguments of ``detdistill train`` or ``detdistill distill``, passwords hidden."""
+        return {name: masked(value) if isinstance(value, str) else value for name, value in self.arguments().items()}
+
+    def arguments(self) -> dict[str, Any]:
+        """All arguments of ``detdistill train`` or ``detdistill distill``, with the passwords of URLs."""
         if self.distilling is None:
             plain = as_plain(self.settings)
             plain = {name: plain[name] for name in as_plain(TrainSettings())}

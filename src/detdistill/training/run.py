@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,12 +18,13 @@ from safetensors import SafetensorError
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.detectors.load import load_detector
 from detdistill.detectors.save import save_student
-from detdistill.errors import RunError
+from detdistill.errors import DetdistillError, RunError, StoppedError
 from detdistill.evaluation import Scores, evaluate
 from detdistill.methods.shared.contract import Stage
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, names_where
 from detdistill.training.folder import INPUTS, RunFolder, check_inputs, new_folder, resume_folder, start_folder
+from detdistill.training.lock import locked
 from detdistill.training.machine import hardware, is_main_process, seed_everything, versions
 from detdistill.training.plan import Plan, view_settings
 from detdistill.training.session import Session
@@ -65,9 +67,21 @@ def run(session: Session, progress: Progress | None = None) -> Run:
         return done
     # Seeded again, so that baseline and distilled run draw the same random numbers although the method has drawn some.
     seed_everything(settings.seed)
+    there_before = path is not None and path.exists()
     folder = _open(plan, path)
-    _note_inputs(session, folder)
-    loop = StageLoop(session, folder, progress)
+    try:
+        with locked(folder.path) if is_main_process() else contextlib.nullcontext():
+            _note_inputs(session, folder)
+            return _train(StageLoop(session, folder, progress))
+    except DetdistillError as error:
+        if not (settings.resume or isinstance(error, StoppedError)) and is_main_process():
+            folder.discard(folder_too=not there_before)
+        raise
+
+
+def _train(loop: StageLoop) -> Run:
+    """Train all stages and write the result."""
+    session = loop.session
     stages = (plain_stage(session.student),) if session.method is None else session.method.stages(session.student)
     for index, stage in enumerate(stages):
         loop.fit(stage, done_before=[earlier.name for earlier in stages[:index]])

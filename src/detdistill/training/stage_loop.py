@@ -15,15 +15,14 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.markup import escape
 from torch import Tensor
 
 from detdistill.cache.knowledge import KnowledgeCache
-from detdistill.cache.storage import storage
+from detdistill.cache.storage import masked, storage
 from detdistill.data.loader import DetectionLoader
 from detdistill.data.records import DataSplits, DetectionSet
 from detdistill.detectors.contract import Detector
-from detdistill.errors import RunError
+from detdistill.errors import RunError, StoppedError
 from detdistill.evaluation import Scores, evaluate
 from detdistill.evaluation.instability import first_images, index_vectors
 from detdistill.files import damage
@@ -39,9 +38,11 @@ from detdistill.training.machine import is_main_process, seed_everything
 from detdistill.training.matching_instability import MatchingInstability
 from detdistill.training.metrics_table import MetricsTable, idle_terms, read_rows
 from detdistill.training.module import NonFiniteLoss, StageModule
-from detdistill.training.plan import Plan, view_settings
+from detdistill.training.plan import view_settings
 from detdistill.training.session import Session
+from detdistill.training.signals import EndTogether, wait_for_the_end
 from detdistill.training.stage_results import load_result, reusable, save_result, stage_file, stage_length
+from detdistill.training.trackers import tracker
 from detdistill.training.workers import workers_run
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -80,9 +81,9 @@ class StageLoop:
             path = self.folder.checkpoints / name
             if path.exists():
                 if name != "last.ckpt":
-                    self.progress.say(f"[yellow]no last.ckpt in {escape(str(self.folder.path))}: continuing from {name}[/yellow]")
+                    self.progress.say(f"no last.ckpt in {self.folder.path}: continuing from {name}", "yellow")
                 return path
-        self.progress.say(f"[yellow]no checkpoint in {escape(str(self.folder.path))} yet: starting from step 0[/yellow]")
+        self.progress.say(f"no checkpoint in {self.folder.path} yet: starting from step 0", "yellow")
         return None
 
     def loader(self, data: DetectionSet, train: bool, rank: int, world: int) -> DetectionLoader:
@@ -148,7 +149,7 @@ class StageLoop:
         with warnings.catch_warnings():
             # Lightning's warnings about loaders and intervals concern its own defaults, which are not used here.
             warnings.filterwarnings("ignore", module="lightning")
-            with workers_run(self.folder.path, self.plan.distilling is not None, self.settings.resume):
+            with workers_run(self.folder.path, self.plan):
                 _fit(trainer, self.module, self.folder.checkpoints, self.resume_from if resuming else None)
         self.module.restore_random_state()  # needed if the checkpoint is from the last step: Lightning then trains nothing
         if students:
@@ -174,8 +175,8 @@ class StageLoop:
             return True
         if self.cache is not None:
             raise RunError(
-                f"stage {stage.name} has no result in {self.cache.folder.url} nor in {settings.stages}, and the cached knowledge "
-                f"depends on it; run the same `detdistill cache` again, or train online (without --cache)"
+                f"stage {stage.name} has no result in {self.cache.folder.url} nor in {masked(settings.stages)}, and the cached "
+                f"knowledge depends on it; run the same `detdistill cache` again, or train online (without --cache)"
             )
         return False
 
@@ -215,7 +216,7 @@ class StageLoop:
             callbacks.append(records)
             if settings.instability:
                 callbacks.append(MatchingInstability(self.index_vectors, records))
-        return [*callbacks, evaluation, Checkpoints(self.folder.checkpoints, settings.checkpoint_every)]
+        return [*callbacks, evaluation, Checkpoints(self.folder.checkpoints, settings.checkpoint_every), EndTogether()]
 
     def _warn_about_idle_terms(self, stage: Stage) -> None:
         """Name the loss terms of the stage that had no gradient in any measurement."""
@@ -223,8 +224,9 @@ class StageLoop:
             return
         for term in idle_terms(row for row in read_rows(self.table.path) if row["stage"] == stage.name):
             self.progress.say(
-                f"[yellow]{term}: no gradient in any measurement, so the term had no effect; check its weight, and whether the "
-                "data give it something to compare (several classes, boxes, levels of both detectors)[/yellow]"
+                f"{term}: no gradient in any measurement, so the term had no effect; check its weight, and whether the "
+                "data give it something to compare (several classes, boxes, levels of both detectors)",
+                "yellow",
             )
 
     def _keep(self, stage: Stage, settings: DistillSettings) -> None:
@@ -235,7 +237,9 @@ class StageLoop:
                 save_result(storage(settings.stages), name, stage)
             except OSError as error:
                 why = error.strerror or error
-                self.progress.say(f"[yellow]stage {stage.name}: its result cannot be stored in {settings.stages}: {why}[/yellow]")
+                self.progress.say(
+                    f"stage {stage.name}: its result cannot be stored in {masked(settings.stages)}: {why}", "yellow"
+                )
         seed_everything(settings.seed)
 
     def _table(self, done_before: list[str] | None) -> MetricsTable:
@@ -276,7 +280,7 @@ class StageLoop:
     def _loggers(self) -> list[Logger]:
         loggers: list[Logger] = [TensorBoardLogger(self.folder.path, name="", version="tensorboard")]
         for service in self.settings.track:
-            loggers.append(_service(service, self.folder, self.plan))
+            loggers.append(tracker(service, self.folder.path, self.plan.config()))
         return loggers
 
 
@@ -349,29 +353,14 @@ def _fit(trainer: L.Trainer, module: StageModule, checkpoints: Path, resume_from
         kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
         raise NonFiniteLoss(f"{error}; {kept}") from error
     except SIGTERMException as error:
-        raise RunError("stopped by SIGTERM; continue from the last checkpoint with --resume true") from error
+        start = "from the last checkpoint" if any(checkpoints.glob("*.ckpt")) else "from step 0, since there is no checkpoint yet"
+        raise StoppedError(f"stopped by SIGTERM; --resume true continues {start}") from error
+    except RuntimeError:
+        if trainer.world_size > 1:  # the connection to a process that has ended
+            wait_for_the_end()
+        raise
     except SystemExit as error:  # Lightning exits on Ctrl-C, and ignores the signal afterwards
         if trainer.state.status != TrainerStatus.INTERRUPTED:
             raise
         signal.signal(signal.SIGINT, interrupt)
         raise KeyboardInterrupt from error
-
-
-def _service(service: str, folder: RunFolder, plan: Plan) -> Logger:
-    """The Lightning logger of a tracking service: wandb or mlflow.
-
-    Raises:
-        RunError: the service's package is not installed.
-    """
-    try:
-        if service == "wandb":
-            from lightning.pytorch.loggers import WandbLogger
-
-            return WandbLogger(project="detdistill", name=folder.path.name, save_dir=folder.path, config=plan.config())
-        from lightning.pytorch.loggers import MLFlowLogger
-
-        return MLFlowLogger(
-            experiment_name="detdistill", run_name=folder.path.name, tracking_uri=f"file:{folder.path / 'mlruns'}"
-        )
-    except ModuleNotFoundError as error:
-        raise RunError(f"--track {service}: {service} is not installed; pip install detdistill[track]") from error

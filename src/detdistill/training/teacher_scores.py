@@ -27,7 +27,7 @@ def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings,
     """
     unknown = [name for name in splits.val.classes if name not in teacher.spec.classes]
     if unknown:
-        progress.say(f"[yellow]teacher {teacher.spec.name} does not know {', '.join(unknown[:5])}: it is not scored[/yellow]")
+        progress.say(f"teacher {teacher.spec.name} does not know {', '.join(unknown[:5])}: it is not scored", "yellow")
         return None
     bar = progress.bar("score the teacher", len(splits.val.records))
     device = "cuda" if torch.cuda.is_available() and settings.device != "cpu" else "cpu"
@@ -44,8 +44,9 @@ def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings,
     bar.say(f"AP {points(ap)}  AP50 {points(scores.metrics['AP50'])} on {scores.images} images")
     if 0 <= ap < NEAR_ZERO_AP:
         progress.say(
-            f"[bold red]WARNING: the teacher's AP is {100 * ap:.2f} of 100 on {splits.val.root}, so a student can learn next to "
-            f"nothing from it; check its weights, its classes and --size[/bold red]"
+            f"WARNING: the teacher's AP is {100 * ap:.2f} of 100 on {splits.val.root}, so a student can learn next to "
+            f"nothing from it; check its weights, its classes and --size",
+            "bold red",
         )
     return scores
 

@@ -7,28 +7,35 @@ calls before this one, and the code after it. A worker must run this run alone.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from detdistill.cache.storage import SECRET_URL
+from detdistill.processes import with_parent
+from detdistill.training.plan import Plan
+
 
 @contextmanager
-def workers_run(folder: Path, distilled: bool, resuming: bool) -> Iterator[None]:
+def workers_run(folder: Path, plan: Plan) -> Iterator[None]:
     """Context in which Lightning starts workers by ``python -m detdistill`` with the settings of a run folder.
 
     Args:
         folder: the run folder, whose ``config.yaml`` holds the settings.
-        distilled: the command is ``distill``, else ``train``.
-        resuming: the run continues from its last checkpoint.
+        plan: the plan of the run.
     """
     import __main__
 
     before = sys.argv, __main__.__spec__
-    verb = "distill" if distilled else "train"
-    settings = ["--config", str(folder / "config.yaml"), "--out", str(folder), "--resume", str(resuming).lower()]
+    verb = "train" if plan.distilling is None else "distill"
+    settings = ["--config", str(folder / "config.yaml"), "--out", str(folder), "--resume", str(plan.settings.resume).lower()]
     sys.argv = ["detdistill", verb, *settings]
     __main__.__spec__ = importlib.util.find_spec("detdistill.__main__")
+    os.environ.update(with_parent())
+    if plan.distilling is not None and plan.distilling.cache is not None:
+        os.environ[SECRET_URL] = plan.distilling.cache  # config.yaml hides its password
     try:
         yield
     finally:
