@@ -171,9 +171,14 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Measure a case alternately in both checkouts."""
+    """Measure each case alternately in both checkouts; the file is written after each case and keeps cases measured before."""
+    from detdistill.training.machine import hardware, versions
+
     mine, other = Checkout(ROOT), Checkout(options.other.resolve())
+    described = {"hardware": hardware(), "versions": versions(), "rounds": options.rounds}
     found: dict[str, dict[str, float]] = {}
+    if options.out and options.out.exists():
+        found = json.loads(options.out.read_text())["cases"]
     for case in options.cases:
         pairs = []
         for index in range(options.rounds):
@@ -184,11 +189,8 @@ def compare(options: argparse.Namespace) -> None:
         here, there = (statistics.median(column) for column in zip(*pairs, strict=True))
         found[case] = {"ratio": round(ratio, 3), "seconds": round(here, 4), "other_seconds": round(there, 4)}
         print(f"{ratio:6.3f}  {here:8.3f} s / {there:8.3f} s  {case}", flush=True)
-    if options.out:
-        from detdistill.training.machine import hardware, versions
-
-        described = {"hardware": hardware(), "versions": versions(), "rounds": options.rounds}
-        options.out.write_text(json.dumps({**described, "cases": found}, indent=2) + "\n")
+        if options.out:
+            options.out.write_text(json.dumps({**described, "cases": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
