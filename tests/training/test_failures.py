@@ -230,6 +230,7 @@ def test_disk_full_while_writing_the_result(tmp_path: Path, monkeypatch):
             small.train(tmp_path / "run")
     with monkeypatch.context() as patched:
         patched.setattr(folder_module.os, "replace", no_space)
+        patched.setattr(folder_module.os, "link", no_space)
         with pytest.raises(RunError, match=r"cannot save|cannot write"):
             small.train(tmp_path / "run", resume=True)
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -244,6 +245,7 @@ def test_disk_full_while_writing_config(tmp_path: Path, monkeypatch):
     load_data(small.DATA)  # makes the images
     with monkeypatch.context() as patched:
         patched.setattr(folder_module.os, "replace", no_space)
+        patched.setattr(folder_module.os, "link", no_space)
         with pytest.raises(RunError, match=r"cannot make the run folder .*: No space left on device; give another --out"):
             small.train(tmp_path / "run")
     assert not (tmp_path / "run").exists()
