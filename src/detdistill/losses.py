@@ -51,6 +51,14 @@ from detdistill.methods.fkd import (
     fkd_relation_loss,
     fkd_spatial_loss,
 )
+from detdistill.methods.glamd.loss import (
+    glamd_attention,
+    glamd_box_loss,
+    glamd_channel_loss,
+    glamd_class_loss,
+    glamd_feature_loss,
+    glamd_spatial_loss,
+)
 from detdistill.methods.kd_detr import (
     kd_detr_loss,
     kd_detr_terms,
@@ -60,8 +68,23 @@ from detdistill.methods.mgd import (
     mgd_keep,
     mgd_loss,
 )
+from detdistill.methods.pgd.loss import (
+    pgd_background,
+    pgd_box_terms,
+    pgd_candidates,
+    pgd_class_terms,
+    pgd_loss,
+    pgd_normalized,
+    pgd_weights,
+)
 from detdistill.methods.pkd import (
     pkd_loss,
+)
+from detdistill.methods.tbd import (
+    tbd_feature_loss,
+    tbd_harmony,
+    tbd_harmony_loss,
+    tbd_task_weights,
 )
 from detdistill.methods.unikd.loss import (
     unikd_boxes,
@@ -101,12 +124,29 @@ __all__ = [
     "fkd_loss",
     "fkd_relation_loss",
     "fkd_spatial_loss",
+    "glamd_attention",
+    "glamd_box_loss",
+    "glamd_channel_loss",
+    "glamd_class_loss",
+    "glamd_feature_loss",
+    "glamd_spatial_loss",
     "kd_detr_loss",
     "kd_detr_terms",
     "kd_detr_weights",
     "mgd_keep",
     "mgd_loss",
+    "pgd_background",
+    "pgd_box_terms",
+    "pgd_candidates",
+    "pgd_class_terms",
+    "pgd_loss",
+    "pgd_normalized",
+    "pgd_weights",
     "pkd_loss",
+    "tbd_feature_loss",
+    "tbd_harmony",
+    "tbd_harmony_loss",
+    "tbd_task_weights",
     "unikd_boxes",
     "unikd_loss",
 ]
