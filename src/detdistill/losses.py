@@ -33,6 +33,14 @@ from detdistill.methods.dicod.loss import (
     dicod_pooled,
     dicod_sample,
 )
+from detdistill.methods.dsig.loss import (
+    dsig_box_loss,
+    dsig_class_loss,
+    dsig_edge_loss,
+    dsig_feature_loss,
+    dsig_mine,
+    dsig_node_losses,
+)
 from detdistill.methods.fgd import (
     fgd_loss,
     fgd_masks,
@@ -67,6 +75,16 @@ from detdistill.methods.kd_detr import (
 from detdistill.methods.mgd import (
     mgd_keep,
     mgd_loss,
+)
+from detdistill.methods.mimic import (
+    mimic_loss,
+    mimic_prediction_loss,
+)
+from detdistill.methods.odkd import (
+    odkd_box_loss,
+    odkd_class_loss,
+    odkd_hint_loss,
+    odkd_worse,
 )
 from detdistill.methods.pgd.loss import (
     pgd_background,
@@ -112,6 +130,12 @@ __all__ = [
     "dicod_localization_loss",
     "dicod_pooled",
     "dicod_sample",
+    "dsig_box_loss",
+    "dsig_class_loss",
+    "dsig_edge_loss",
+    "dsig_feature_loss",
+    "dsig_mine",
+    "dsig_node_losses",
     "fgd_loss",
     "fgd_masks",
     "fgd_terms",
@@ -135,6 +159,12 @@ __all__ = [
     "kd_detr_weights",
     "mgd_keep",
     "mgd_loss",
+    "mimic_loss",
+    "mimic_prediction_loss",
+    "odkd_box_loss",
+    "odkd_class_loss",
+    "odkd_hint_loss",
+    "odkd_worse",
     "pgd_background",
     "pgd_box_terms",
     "pgd_candidates",

@@ -440,6 +440,7 @@ class Teacher:
     def __init__(self, detector: Detector) -> None:
         self.detector = detector.eval().requires_grad_(False)
         self._seen: tuple[Batch, Observation] | None = None
+        self._on_regions: tuple[Tensor, Features, Regions] | None = None
 
     @property
     def spec(self) -> DetectorSpec:
@@ -491,6 +492,45 @@ class Teacher:
         # Only the selected parts: the knowledge of a method (and its size in a cache) must not depend on the other methods.
         return seen.only(look)
 
+    @torch.no_grad()
+    def predict_regions(self, like: Regions, features: Features, batch: Batch) -> Regions:
+        """Run the teacher's region head on the boxes of another detector's prediction, for all images in one pass.
+
+        Calls with the same boxes and equal features share one pass, so the methods of a composition pool and predict once.
+
+        Args:
+            like: prediction of R boxes, such as the student's; only ``boxes_xyxy`` and ``origin.image`` are read.
+            features: the teacher's neck features of the batch, computed or from a cache.
+            batch: the images.
+
+        Returns:
+            The prediction for the boxes, in their order. A cascade returns its first stage, because its later stages move
+            the boxes.
+
+        Raises:
+            ModelError: the teacher has no region head.
+        """
+        if self._on_regions is not None:
+            boxes, seen, known = self._on_regions
+            if boxes is like.boxes_xyxy and _same_maps(seen, features):
+                return known
+        if not isinstance(self.detector, HasRegions):
+            raise ModelError(f"{self.spec.name} has no region head that predicts on given boxes")
+        by_image = [torch.nonzero(like.origin.image == image).flatten() for image in range(len(batch))]
+        found = self.detector.regions(features, [like.boxes_xyxy[mine] for mine in by_image], batch).before_refinement()
+        order = torch.cat(by_image)
+        if not torch.equal(order, torch.arange(len(order), device=order.device)):
+            found = found.rows(order.argsort())
+        found = found.float()
+        self._on_regions = (like.boxes_xyxy, features, found)
+        return found
+
     def forget(self) -> None:
-        """Release the observation of the last batch (the training loop calls this after each step)."""
-        self._seen = None
+        """Release the results for the last batch (the training loop calls this after each step)."""
+        self._seen = self._on_regions = None
+
+
+def _same_maps(first: Features, second: Features) -> bool:
+    """Whether two pyramids have equal maps; the parts of a composition's knowledge may be copies of one pyramid."""
+    pairs = zip(first.maps, second.maps, strict=False)
+    return len(first.maps) == len(second.maps) and all(mine is other or torch.equal(mine, other) for mine, other in pairs)

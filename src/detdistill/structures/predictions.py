@@ -186,15 +186,22 @@ class Regions(PerImage):
         """[R, D] the features that the predictor's output layers read."""
         return self.hidden[-1] if self.hidden else None
 
+    def before_refinement(self) -> Regions:
+        """The prediction whose boxes no stage has moved: the first stage of a cascade, else this prediction itself."""
+        return self if self.previous is None else self.previous.before_refinement()
+
+    def rows(self, index: Tensor) -> Self:
+        """The prediction for some of the regions, given by their rows, without first and previous stages and ``own``."""
+        alone = replace(self, first=None, first_assignment=None, previous=None, own=None)
+        return map_tensors(alone, lambda tensor: tensor[index])
+
     def split(self, count: int) -> list[Self]:
         """Split into one prediction for each image, with ``origin.image`` 0; ``first_assignment`` and ``own`` are dropped."""
         first = [None] * count if self.first is None else self.first.split(count)
         previous = [None] * count if self.previous is None else self.previous.split(count)
-        alone = replace(self, first=None, first_assignment=None, previous=None, own=None)
         pieces = []
         for index in range(count):
-            mine = self.origin.image == index
-            flat = map_tensors(alone, lambda tensor, mine=mine: tensor[mine])  # type: ignore[misc]
+            flat = self.rows(self.origin.image == index)
             origin = replace(flat.origin, image=torch.zeros_like(flat.origin.image))
             pieces.append(replace(flat, origin=origin, first=first[index], previous=previous[index]))
         return pieces
