@@ -14,6 +14,13 @@ from detdistill.methods.d3etr.loss import (
     d3etr_match,
     d3etr_terms,
 )
+from detdistill.methods.defeat.loss import (
+    defeat_backbone_masks,
+    defeat_decay,
+    defeat_head_terms,
+    defeat_map_terms,
+    defeat_masks,
+)
 from detdistill.methods.detrdistill.loss import (
     detrdistill_contrastive_loss,
     detrdistill_feature_loss,
@@ -32,6 +39,11 @@ from detdistill.methods.dicod.loss import (
     dicod_localization_loss,
     dicod_pooled,
     dicod_sample,
+)
+from detdistill.methods.drkd import (
+    drkd_instance_loss,
+    drkd_pixel_loss,
+    drkd_regions,
 )
 from detdistill.methods.dsig.loss import (
     dsig_box_loss,
@@ -67,6 +79,12 @@ from detdistill.methods.glamd.loss import (
     glamd_feature_loss,
     glamd_spatial_loss,
 )
+from detdistill.methods.icd.loss import (
+    icd_auxiliary_losses,
+    icd_queries,
+    icd_value_loss,
+    icd_value_weights,
+)
 from detdistill.methods.kd_detr import (
     kd_detr_loss,
     kd_detr_terms,
@@ -98,6 +116,11 @@ from detdistill.methods.pgd.loss import (
 from detdistill.methods.pkd import (
     pkd_loss,
 )
+from detdistill.methods.rm_pfi import (
+    rm_pfi_feature_loss,
+    rm_pfi_prediction_gap,
+    rm_pfi_rank_loss,
+)
 from detdistill.methods.tbd import (
     tbd_feature_loss,
     tbd_harmony,
@@ -115,6 +138,11 @@ __all__ = [
     "d3etr_loss",
     "d3etr_match",
     "d3etr_terms",
+    "defeat_backbone_masks",
+    "defeat_decay",
+    "defeat_head_terms",
+    "defeat_map_terms",
+    "defeat_masks",
     "detrdistill_contrastive_loss",
     "detrdistill_feature_loss",
     "detrdistill_layers",
@@ -130,6 +158,9 @@ __all__ = [
     "dicod_localization_loss",
     "dicod_pooled",
     "dicod_sample",
+    "drkd_instance_loss",
+    "drkd_pixel_loss",
+    "drkd_regions",
     "dsig_box_loss",
     "dsig_class_loss",
     "dsig_edge_loss",
@@ -154,6 +185,10 @@ __all__ = [
     "glamd_class_loss",
     "glamd_feature_loss",
     "glamd_spatial_loss",
+    "icd_auxiliary_losses",
+    "icd_queries",
+    "icd_value_loss",
+    "icd_value_weights",
     "kd_detr_loss",
     "kd_detr_terms",
     "kd_detr_weights",
@@ -173,6 +208,9 @@ __all__ = [
     "pgd_normalized",
     "pgd_weights",
     "pkd_loss",
+    "rm_pfi_feature_loss",
+    "rm_pfi_prediction_gap",
+    "rm_pfi_rank_loss",
     "tbd_feature_loss",
     "tbd_harmony",
     "tbd_harmony_loss",
