@@ -47,7 +47,7 @@ def test_the_demo_in_miniature(tmp_path, capsys, monkeypatch):
         assert len(falling) == 8
         assert sum(falling[-3:]) < sum(falling[:3])
     comparison = json.loads((folder / "students" / "compare.json").read_text())
-    assert comparison["gains"][0]["verdict"] == "no gain shown"
+    assert comparison["gains"][0]["verdict"] == "one seed: no verdict"
     assert comparison["gains"][0]["pairs"][0]["seed"] == 0
     text = " ".join(said.out.split())
     assert "verdict" in text

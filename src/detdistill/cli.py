@@ -32,6 +32,24 @@ T = TypeVar("T")
 ALIASES = {"distill_model": "teacher", "distill-model": "teacher", **RENAMED}
 """Names of flags in other tools or earlier versions, and our name for each."""
 
+SYNONYMS = {
+    "amp": "precision", "batch_size": "batch", "bs": "batch", "checkpoint": "model", "cos_lr": "schedule", "epoch": "epochs",
+    "fliplr": "flip", "grad_clip": "clip", "hsv_h": "colour", "image_size": "size", "img": "size", "img_size": "size",
+    "imgsz": "size", "input_size": "size", "learning_rate": "lr", "loss_weight": "distill_weight", "lr0": "lr",
+    "max_epochs": "epochs", "max_steps": "steps", "momentum": "optimizer", "name": "out", "num_epochs": "epochs",
+    "num_workers": "workers", "output": "out", "output_dir": "out", "pretrained": "model", "project": "out",
+    "save_dir": "out", "source": "images", "wandb": "track", "warmup_epochs": "warmup_steps", "wd": "weight_decay",
+    "weights": "model", "work_dir": "out", "yaml": "data",
+}  # fmt: skip
+"""Flags of other tools and words for the same thing, for suggestions; our name for each."""
+
+VERB_SYNONYMS = {
+    "benchmark": "eval", "detect": "predict", "evaluate": "eval", "fit": "train", "infer": "predict", "inference": "predict",
+    "inspect": "data inspect", "list": "methods", "models": "detectors", "test": "eval", "val": "eval", "validate": "eval",
+    "verify": "cache verify",
+}  # fmt: skip
+"""Commands of other tools and words for the same thing; our command for each."""
+
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """Errors of a disk that is full or not writable. They are reported as user errors, wherever they occur."""
 
@@ -54,10 +72,14 @@ class Parser(ArgumentParser):
                 kind = get_args(kind)[0]
             text = f"{name}: {given!r} is not {in_words(kind)}"
             hint = nearest(given, choices(kind))
+            if name == "device" and re.fullmatch(r"(cuda:|gpu:?)?\d+", given):
+                hint = " (did you mean 'cuda'? the environment variable CUDA_VISIBLE_DEVICES chooses among GPUs)"
         elif unknown:
             name = unknown.group(1).partition("=")[0]
             text = f"no flag or key {name!r}"
-            hint = nearest(name, flags) or f"; `{self.prog} --help` lists what there is"
+            known = SYNONYMS.get(name.replace("-", "_").lower())
+            hint = f" (did you mean {known!r}?)" if known in flags else nearest(name, flags)
+            hint = hint or f"; `{self.prog} --help` lists what there is"
         sys.stderr.write(f"{self.prog}: {text}{hint}\n")
         sys.exit(2)
 
@@ -104,7 +126,9 @@ def _run(given: list[str]) -> None:
     names = {verb: verb.replace("-", " ") for verb in VERBS}
     if verb not in VERBS:
         typed = " ".join(given[:2]) if verb == "data" else verb
-        _fail(f"no command {typed!r}{nearest(typed, names.values())}; commands: {', '.join(names.values())}")
+        known = VERB_SYNONYMS.get(typed)
+        hint = f" (did you mean {known!r}?)" if known else nearest(typed, names.values())
+        _fail(f"no command {typed!r}{hint}; commands: {', '.join(names.values())}")
     describe, act, summary = VERBS[verb]
     parser = Parser(prog=f"detdistill {names[verb]}", description=summary, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
@@ -212,7 +236,9 @@ def _checked_config(parser: Parser, path: Path) -> str:
     today = renamed(content)
     for key in today:
         if key not in known:
-            raise DetdistillError(f"config: {path}: no key {key!r}{nearest(str(key), known)}")
+            other = SYNONYMS.get(str(key).replace("-", "_").lower())
+            hint = f" (did you mean {other!r}?)" if other in known else nearest(str(key), known)
+            raise DetdistillError(f"config: {path}: no key {key!r}{hint}")
     return str(path) if today == content else yaml.safe_dump(today)
 
 

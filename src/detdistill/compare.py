@@ -58,8 +58,12 @@ class Gain:
     high: float | None
     """Upper end of the interval; None with a single pair."""
     verdict: str
-    """``gain``, ``no gain shown`` or ``worse``."""
+    """``gain``, ``no gain shown``, ``worse``, or ``one seed: no verdict``."""
     notes: tuple[str, ...] = ()
+
+
+ONE_SEED = "one seed: no verdict"
+"""The verdict on a single pair of runs, which has no interval."""
 
 
 def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_unequal: bool = False) -> list[Gain]:
@@ -86,9 +90,10 @@ def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_une
                 f"two baselines with seed {one['seed']}: {baselines[key]['folder']} and {one['folder']}; give one of them"
             )
         baselines[key] = one
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for one in (one for one in runs if one["role"] == "distilled"):
-        group = groups.setdefault((_label(one), one["teacher"] or "none", one["student"]), [])
+        same = (_label(one), one["teacher"] or "none", one["student"], one["data"]["fingerprint"])
+        group = groups.setdefault(same, [])
         twin = next((other for other in group if other["seed"] == one["seed"]), None)
         if twin is not None:
             raise RunError(
@@ -101,7 +106,8 @@ def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_une
             f"{', '.join(map(str, folders))}; `detdistill distill --baseline true --seeds 0,1,2` makes both"
         )
     gains = []
-    for (method, teacher, student), distilled in sorted(groups.items()):
+    data_sets = {data for *_, data in groups}
+    for (method, teacher, student, _), distilled in sorted(groups.items()):
         pairs, notes = [], []
         for one in sorted(distilled, key=lambda run: int(run["seed"])):
             baseline = baselines.get((student, one["data"]["fingerprint"], one["seed"]))
@@ -125,6 +131,8 @@ def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_une
                 )
             notes += [f"seed {one['seed']}: {text}" for text in different]
             pairs.append(Pair(one["seed"], baseline["metrics"][metric], one["metrics"][metric]))
+        if len(data_sets) > 1:
+            notes.insert(0, f"data {distilled[0]['data'].get('path')}")
         if not pairs:
             raise RunError(f"{method}: no baseline with the same student, data and seed; notes: {'; '.join(notes)}")
         gains.append(summarize(method, teacher, student, metric, pairs, notes))
@@ -137,7 +145,7 @@ def summarize(method: str, teacher: str, student: str, metric: str, pairs: Seque
     mean = statistics.fmean(gains)
     if len(gains) < 2:
         extra = ("one pair shows a difference, not a gain; run more seeds (--seeds 0,1,2)",)
-        return Gain(method, teacher, student, metric, tuple(pairs), mean, None, None, "no gain shown", (*notes, *extra))
+        return Gain(method, teacher, student, metric, tuple(pairs), mean, None, None, ONE_SEED, (*notes, *extra))
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(gains) - 1)) * statistics.stdev(gains) / math.sqrt(len(gains))

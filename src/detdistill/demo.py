@@ -111,4 +111,11 @@ def demo(
     printing.line(console)
     printing.labelled(console, "report:", str(page))
     printing.labelled(console, "student (loads without detdistill):", str(result.runs[-1] / "student"))
+    printing.line(console)
+    if len(seeds) == 1:
+        printing.labelled(console, "a verdict needs several seeds:", "detdistill demo --seeds 0,1,2")
+    printing.line(console, "with your own data (a COCO, YOLO or VOC folder) and your own teacher:")
+    printing.line(console, f"  detdistill train --role teacher --model {TEACHER.split(',')[0]} --data DATA --out teacher")
+    printing.line(console, f"  detdistill distill --teacher teacher --student {STUDENT.split(',')[0]},width=0.5 \\")
+    printing.line(console, f"      --data DATA --method {method} --baseline --seeds 0,1,2")
     return result

@@ -11,8 +11,12 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
+QUIET = 8.0
+"""Seconds without a line, after which a task says how far it is; only where bars cannot be drawn."""
+
+
 class Progress:
-    """Progress bars on a terminal; elsewhere a plain line at most every 15 seconds for each task.
+    """Progress bars on a terminal; elsewhere a plain line every few seconds for each task.
 
     Example:
         with Progress() as progress:
@@ -89,12 +93,12 @@ class Bar:
         self._said = time.monotonic()
 
     def update(self, done: int, text: str | None = None) -> None:
-        """Show the number of steps done; without a terminal, print a plain line at most every 15 seconds."""
+        """Show the number of steps done; without a terminal, print a plain line every ``QUIET`` seconds."""
         if text is None:
             self.progress.rich.update(self.task, completed=done)
         else:
             self.progress.rich.update(self.task, completed=done, text=_escaped(text))
-        if not self.progress.live and time.monotonic() - self._said > 15:
+        if not self.progress.live and time.monotonic() - self._said > QUIET:
             self.say(f"{done}/{self.total} {text or ''}")
 
     def follow(self, done: int, total: int) -> None:

@@ -62,8 +62,17 @@ def test_sentence_speaks_of_what_the_seeds_agree_on(tmp_path: Path) -> None:
     apart = groups_of(write_pairs(tmp_path / "a", [errors(), errors()], [errors(Miss=0.10), errors(Miss=0.21)]))
     said = words.error_sentence("pkd", *apart)
     assert said == "pkd: no kind of error changed by 0.5 AP50 or more in the same direction in all seeds."
-    one = groups_of(write_pairs(tmp_path / "b", [errors()], [errors(Cls=0.03, Loc=0.06, Miss=0.199)]))
-    assert words.error_sentence("pkd", *one) == (
-        "pkd: the student loses 4.0 less to loose boxes and 2.0 less to wrong classes than without distillation "
-        "(points of AP50, one seed)."
+    agreed = groups_of(
+        write_pairs(tmp_path / "b", [errors(), errors()], [errors(Cls=0.03, Miss=0.199), errors(Cls=0.03, Loc=0.06)])
     )
+    assert words.error_sentence("pkd", *agreed) == (
+        "pkd: the student loses 2.0 less to wrong classes than without distillation (points of AP50, mean of 2 seeds, which "
+        "agree on the direction)."
+    )
+
+
+def test_no_sentence_on_one_seed_or_on_nothing(tmp_path: Path) -> None:
+    one = groups_of(write_pairs(tmp_path / "a", [errors()], [errors(Cls=0.03)]))
+    assert words.error_sentence("pkd", *one) == "pkd: one seed, so no change of a kind of error can be told from chance."
+    zero = [write_run(tmp_path / role, role, 0.001, errors=errors(), method="pkd") for role in ("baseline", "distilled")]
+    assert words.error_sentence("pkd", *groups_of(zero)) == "pkd: AP is near 0, so the kinds of errors say nothing."

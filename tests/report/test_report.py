@@ -329,3 +329,25 @@ def test_pictures_of_real_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     _, text = parsed(build_report([teacher.folder, *result.runs], tmp_path / "again.html"))
     assert "teacher is not shown:" in text
     assert "baseline" in text
+
+
+def test_runs_of_two_data_sets_or_budgets_are_not_averaged(tmp_path: Path) -> None:
+    digits = {"path": "sets/digits", "fingerprint": "one", "val_fingerprint": "v1", "train_images": 80, "val_images": 20}
+    cells = {"path": "sets/cells", "fingerprint": "two", "val_fingerprint": "v2", "train_images": 50, "val_images": 10}
+    folders = []
+    for name, data, alone, taught in (("digits", digits, 0.20, 0.30), ("cells", cells, 0.50, 0.48)):
+        for seed in (0, 1):
+            folders.append(write_run(tmp_path / f"{name}-b{seed}", "baseline", alone, seed=seed, data=data))
+            folders.append(write_run(tmp_path / f"{name}-d{seed}", "distilled", taught, seed=seed, method="pkd", data=data))
+    _, text = parsed(build_report(folders, tmp_path / "page.html"))
+    for label in ("baseline, data digits", "baseline, data cells", "pkd, data digits", "pkd, data cells"):
+        assert f"{label}, mean of 2 seeds" in text
+    assert "mean of 4 seeds" not in text
+    assert "2 data sets: digits, cells" in text
+    assert "+10.0 AP" in text
+    assert "\N{MINUS SIGN}2.0 AP" in text
+    longer = write_run(tmp_path / "longer", "baseline", 0.6, seed=2, data=digits, steps=240)
+    labels = [one.label for one in group([read(folder) for folder in (*folders, longer)])]
+    assert "baseline, data digits, 240 steps" in labels
+    assert "baseline, data digits, 120 steps" in labels
+    assert "baseline, data cells" in labels

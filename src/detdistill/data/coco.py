@@ -39,6 +39,8 @@ Sets = dict[SplitName, DetectionSet]
 
 CROWD_KEYS = ("iscrowd", "is_crowd", "ignore", "ignored", "is_group_of")
 """Flags of an annotation that mark a region without single objects: it is neither trained on nor counted as a mistake."""
+LARGEST_AREA = 1e15
+"""Square pixels; no image has as many, and sums of larger numbers are not exact."""
 DEPTH = 4
 """Folders are searched this many levels below the annotations' folder."""
 
@@ -358,11 +360,11 @@ def _crowd(item: dict[str, Any], record: str, reading: _Reading) -> bool | None:
 
 
 def _area(value: Any, record: str, reading: _Reading) -> float | None:
-    if value is None or (type(value) is float and math.isfinite(value)):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(area := _float(value)):
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(area := _float(value)) <= LARGEST_AREA:
         return area
-    message = f"area is {value!r:.60}, not a number; width times height is used"
+    message = f"area is {value!r:.60}, not a number of square pixels; width times height is used"
     reading.report("malformed area", record, message, "nothing")
     return None
 

@@ -15,7 +15,7 @@ import yaml
 from detdistill.errors import RunError
 from detdistill.report import figures, pictures, words
 from detdistill.report.pictures import Gallery
-from detdistill.report.runs import Group, Run, baselines_for, defined, distillation_terms, group, paired, read
+from detdistill.report.runs import Group, Run, baselines_for, data_name, defined, distillation_terms, group, paired, read
 
 if TYPE_CHECKING:
     from detdistill.data.records import DataSplits
@@ -195,11 +195,19 @@ def _title(groups: Sequence[Group]) -> str:
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
-    """Student or model, teacher and data of the last run."""
+    """Student or model, teacher and data of the runs; of the last run, if there are several."""
     last = runs[-1].summary
-    teacher = f", teacher {last['teacher']}" if last.get("teacher") else ""
+    data = {run.summary["data"].get("fingerprint"): run for run in runs}
+    teachers = {run.summary["teacher"] for run in runs if run.summary.get("teacher")}
+    students = {run.summary["student"] for run in runs if run.role != "teacher"} or {last["student"]}
+    teacher = f", teacher {teachers.pop()}" if len(teachers) == 1 else f", {len(teachers)} teachers" if teachers else ""
+    name = f"{'student' if teacher else 'model'} {students.pop()}" if len(students) == 1 else f"{len(students)} models"
+    if len(data) > 1:
+        return (
+            f"{name}{teacher}, {len(data)} data sets: {', '.join(data_name(run, list(data.values())) for run in data.values())}"
+        )
     images = f"{last['data'].get('train_images')} training and {last['data'].get('val_images')} validation images"
-    return f"{'student' if teacher else 'model'} {last['student']}{teacher}, data {last['data'].get('path')} ({images})"
+    return f"{name}{teacher}, data {last['data'].get('path')} ({images})"
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables

@@ -134,7 +134,7 @@ def _number(text: str | None) -> float | None:
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """Group runs by role, student, method and teacher; the runs of a group are sorted by seed."""
+    """Group runs by role, student, method, teacher, data and budget; the runs of a group are sorted by seed."""
     students = {run.summary["student"] for run in runs if run.role in ("baseline", "distilled")}
     teachers = {run.summary.get("teacher") for run in runs if run.role == "distilled"}
     groups: dict[tuple[str, str], list[Run]] = {}
@@ -147,9 +147,36 @@ def group(runs: Sequence[Run]) -> list[Group]:
             label = str(run.summary["student"])
         if len(students) > 1 and run.role in ("baseline", "distilled"):
             label += f" of {run.summary['student']}"
+        label += _circumstances(run, runs)
         groups.setdefault((run.role, label), []).append(run)
     ordered = sorted(groups.items(), key=lambda item: ROLES.index(item[0][0]) if item[0][0] in ROLES else 1)
     return [Group(label, role, tuple(sorted(found, key=lambda run: run.seed))) for (role, label), found in ordered]
+
+
+def _circumstances(run: Run, runs: Sequence[Run]) -> str:
+    """Data and length of a run, in words, as far as runs of the same role differ in them; a mean over both means nothing."""
+    others = [other for other in runs if other.role == run.role]
+    words = ""
+    if len({_fingerprint(other) for other in others}) > 1:
+        words += f", data {data_name(run, others)}"
+    if len({other.summary.get("steps") for other in others if _fingerprint(other) == _fingerprint(run)}) > 1:
+        words += f", {run.summary.get('steps')} steps"
+    return words
+
+
+def _fingerprint(run: Run) -> object:
+    return run.summary["data"].get("fingerprint")
+
+
+def data_name(run: Run, others: Sequence[Run]) -> str:
+    """The last parts of the path of a run's data that tell it from the data of the other runs."""
+    mine = Path(str(run.summary["data"].get("path", "")))
+    paths = {Path(str(other.summary["data"].get("path", ""))) for other in others}
+    for count in range(1, len(mine.parts) + 1):
+        name = Path(*mine.parts[-count:])
+        if sum(path.parts[-count:] == mine.parts[-count:] for path in paths) == 1:
+            return str(name)
+    return f"{mine} ({str(_fingerprint(run))[:8]})"  # the same path with another content
 
 
 def baselines_for(group: Group, runs: Sequence[Run]) -> list[Run]:

@@ -218,10 +218,14 @@ def error_sentence(label: str, baseline: Group, distilled: Group) -> str:
     ]
     if not pairs:
         return f"{label}: no baseline with the same seed noted its errors."
-    seeds = "one seed" if len(pairs) == 1 else f"mean of {len(pairs)} seeds, which agree on the direction"
+    scores = [score for one in (baseline, distilled) if (score := one.metric("AP")) is not None]
+    if not scores or max(scores) < NEAR_ZERO_AP:
+        return f"{label}: AP is near 0, so the kinds of errors say nothing."
+    if len(pairs) == 1:
+        return f"{label}: one seed, so no change of a kind of error can be told from chance."
     if not less and not more:
-        which = "" if len(pairs) == 1 else " in the same direction in all seeds"
-        return f"{label}: no kind of error changed by {points(NOTED_CHANGE)} AP50 or more{which}."
+        return f"{label}: no kind of error changed by {points(NOTED_CHANGE)} AP50 or more in the same direction in all seeds."
+    seeds = f"mean of {len(pairs)} seeds, which agree on the direction"
     parts = [_listed(part) for part in (less, more) if part]
     return f"{label}: the student loses {', but '.join(parts)} than without distillation (points of AP50, {seeds})."
 

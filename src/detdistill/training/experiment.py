@@ -187,10 +187,9 @@ class _Child:
 
     def _read(self) -> None:
         path = self.folder / "metrics.csv"
-        if not path.exists():
-            return
-        rows = read_rows(path)
+        rows = read_rows(path) if path.exists() else []
         if not rows:
+            self.bar.update(0, "starting")
             return
         steps = [row for row in rows if row.get("loss")]
         scored = [row for row in rows if row.get("val/AP")]
