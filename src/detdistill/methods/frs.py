@@ -64,7 +64,7 @@ def frs_feature_loss(
         [] the loss.
 
     Example:
-        >>> float(frs_feature_loss([torch.ones(1, 3, 1, 2)], [torch.zeros(1, 3, 1, 2)], [torch.tensor([[[0.5, 0.1]]])], 1.0))
+        >>> float(frs_feature_loss([torch.ones(1, 3, 1, 2)], [torch.zeros(1, 3, 1, 2)], [torch.tensor([[[0.5, 0.25]]])], 1.0))
         3.0
     """
     levels = [
