@@ -29,7 +29,7 @@ from detdistill.training.machine import hardware, versions
 STRIDES = (8, 16, 32, 64, 128)
 SIZE = (800, 1088)
 CHANNELS = 256
-METHODS = ("fitnet", "fitnet,variant=normalized", "fitnet,variant=modified", "pkd", "cwd", "fkd", "fgd", "mgd")
+METHODS = ("fitnet", "fitnet,variant=normalized", "fitnet,variant=modified", "pkd", "cwd", "fkd", "fgd", "mgd", "skd")
 
 
 class Pyramid(Detector):

@@ -10,6 +10,7 @@ from detdistill.structures.assigned_cells import AssignedCells
 from detdistill.structures.base import ADDED, SECOND, SHARED, Movable, PerImage, map_tensors
 from detdistill.structures.batch import Batch, Target, View
 from detdistill.structures.features import Features
+from detdistill.structures.masked_cells import MaskedCells
 from detdistill.structures.observation import WHOLE_TOWER, Look, Observation, Taught, TaughtTogether, Tower
 from detdistill.structures.predictions import NO_OBJECT, Dense, Origin, Prediction, Queries, QuerySeed, Regions
 from detdistill.structures.step import Clock, Losses
@@ -32,6 +33,7 @@ __all__ = [
     "Features",
     "Look",
     "Losses",
+    "MaskedCells",
     "Movable",
     "Observation",
     "Origin",
