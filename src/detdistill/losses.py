@@ -58,6 +58,11 @@ from detdistill.methods.fgd import (
     fgd_masks,
     fgd_terms,
 )
+from detdistill.methods.fgfi import (
+    fgfi_loss,
+    fgfi_masks,
+    fgfi_virtual_anchors,
+)
 from detdistill.methods.fitnet import (
     fitnet_loss,
     fitnet_modified_loss,
@@ -70,6 +75,11 @@ from detdistill.methods.fkd import (
     fkd_loss,
     fkd_relation_loss,
     fkd_spatial_loss,
+)
+from detdistill.methods.frs import (
+    frs_class_loss,
+    frs_feature_loss,
+    frs_richness,
 )
 from detdistill.methods.glamd.loss import (
     glamd_attention,
@@ -121,6 +131,20 @@ from detdistill.methods.rm_pfi import (
     rm_pfi_prediction_gap,
     rm_pfi_rank_loss,
 )
+from detdistill.methods.skd import (
+    skd_loss,
+    skd_scaled,
+    skd_ssim,
+)
+from detdistill.methods.tadf import (
+    tadf_box_gate,
+    tadf_box_loss,
+    tadf_class_gate,
+    tadf_class_loss,
+    tadf_decay,
+    tadf_feature_loss,
+    tadf_masks,
+)
 from detdistill.methods.tbd import (
     tbd_feature_loss,
     tbd_harmony,
@@ -170,6 +194,9 @@ __all__ = [
     "fgd_loss",
     "fgd_masks",
     "fgd_terms",
+    "fgfi_loss",
+    "fgfi_masks",
+    "fgfi_virtual_anchors",
     "fitnet_loss",
     "fitnet_modified_loss",
     "fitnet_normalized_loss",
@@ -179,6 +206,9 @@ __all__ = [
     "fkd_loss",
     "fkd_relation_loss",
     "fkd_spatial_loss",
+    "frs_class_loss",
+    "frs_feature_loss",
+    "frs_richness",
     "glamd_attention",
     "glamd_box_loss",
     "glamd_channel_loss",
@@ -211,6 +241,16 @@ __all__ = [
     "rm_pfi_feature_loss",
     "rm_pfi_prediction_gap",
     "rm_pfi_rank_loss",
+    "skd_loss",
+    "skd_scaled",
+    "skd_ssim",
+    "tadf_box_gate",
+    "tadf_box_loss",
+    "tadf_class_gate",
+    "tadf_class_loss",
+    "tadf_decay",
+    "tadf_feature_loss",
+    "tadf_masks",
     "tbd_feature_loss",
     "tbd_harmony",
     "tbd_harmony_loss",
