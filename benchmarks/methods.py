@@ -1,4 +1,4 @@
-"""All six methods on the embedded digits: one teacher, the same student, paired seeds, the demo's settings.
+"""Methods on the embedded digits: one teacher, the same student, paired seeds, the demo's settings.
 
     uv run python benchmarks/methods.py --work runs/methods --out benchmarks/results/methods_digits.json
 
@@ -15,8 +15,31 @@ from pathlib import Path
 import detdistill
 from detdistill.compare import compare_runs, read_run, show_gains
 from detdistill.demo import SETTINGS, STUDENT, TEACHER
+from detdistill.report.runs import distillation_terms, read
+from detdistill.report.words import kd_share
 
-METHODS = ("pkd", "fitnet", "cwd", "mgd", "fkd,profile=one_stage", "fgd,profile=anchor_free")
+METHODS = (
+    "pkd",
+    "fitnet",
+    "cwd",
+    "mgd",
+    "fkd,profile=one_stage",
+    "fgd,profile=anchor_free",
+    "skd",
+    "glamd",
+    "frs,profile=fcos",
+    "fgfi,form=fpn,weight=3",
+    "defeat",
+    "drkd,profile=one_stage",
+    "icd",
+    "pgd",
+    "tbd",
+    "rm_pfi",
+    "bckd",
+    "mimic,two_stage=false",
+    "dsig,profile=one_stage",
+    "odkd,rcn_weight=0",
+)
 
 
 def main() -> None:
@@ -56,6 +79,12 @@ def main() -> None:
     show_gains(gains)
 
 
+def share(folder: Path) -> float | None:
+    """Share of the distillation terms in the gradient, mean over the second half of the training; None: no such terms."""
+    one = read(folder)
+    return kd_share(one, distillation_terms(one, []))
+
+
 def write(chosen: argparse.Namespace, runs: list[Path], gains: list) -> None:
     """Write the results so far."""
     summaries = [read_run(run) for run in runs]
@@ -70,7 +99,10 @@ def write(chosen: argparse.Namespace, runs: list[Path], gains: list) -> None:
         "teacher": {"model": TEACHER, "AP": teacher["metrics"]["AP"], "epochs": teacher["epochs"]},
         "student": {"model": STUDENT, "epochs": chosen.epochs},
         "gains": [{**asdict(gain), "teacher": "teacher"} for gain in gains],
-        "runs": [{key: run[key] for key in ("role", "method", "seed", "metrics", "seconds")} for run in summaries],
+        "runs": [
+            {key: run[key] for key in ("role", "method", "seed", "metrics", "seconds")} | {"share": share(run["folder"])}
+            for run in summaries
+        ],
         "hardware": summaries[0]["hardware"],
         "versions": summaries[0]["versions"],
     }
