@@ -59,6 +59,8 @@ class Needs:
     same_cells: bool = False
     """For each level of the student the teacher must have a level with the same stride and the same number of anchors of a cell,
     because dense predictions are compared one by one."""
+    box_distributions: bool = False
+    """Both sides must predict box sides as distributions (``spec.box_bins`` above 0), because these are compared."""
 
     def why_live(self) -> str:
         """Reason why a cache is not enough; empty if it is enough."""
@@ -100,6 +102,12 @@ def _reasons(needs: Needs, teacher: Teacher | None, student: Detector) -> Iterat
     yield from _lacking("teacher", teacher.detector, teaching, needs.teacher_families)
     mine, theirs = student.spec, teacher.spec
     yield from _class_reasons(needs, mine, theirs)
+    for side, spec in (("student", mine), ("teacher", theirs)):
+        if needs.box_distributions and not spec.box_bins:
+            yield (
+                f"it compares distributions of box sides, but the {side} {spec.name} predicts each side as one number; take "
+                f"detectors such as gfl, d_fine or deimv2"
+            )
     cells = set(zip(theirs.strides, theirs.anchors, strict=False))
     if needs.same_cells and not (mine.anchors and set(zip(mine.strides, mine.anchors, strict=False)) <= cells):
         yield (
