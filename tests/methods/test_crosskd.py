@@ -454,7 +454,7 @@ def test_the_teachers_head_runs_in_the_callers_precision_and_with_gradient(monke
     ("teacher", "student", "settings", "message"),
     [
         (TinyRegions, TinyDense, {"depth": 1}, "the teacher .* predicts regions"),
-        (TinyDense, TinyDense, {}, r"depth=3, but the towers of the student .* have 2 blocks; give crosskd,depth="),
+        (TinyDense, TinyDense, {}, "the towers of the student tinydense:patches after 3 blocks, but they have 2"),
         (lambda: TinyDense(channels=(16, 16)), TinyDense, {"depth": 1}, "reads 16 channels.* have 8; .*adapt=true"),
         (lambda: TinyDense(classes=("a", "c")), TinyDense, {"depth": 1}, "the teacher does not know b"),
         (TinyDense, lambda: TinyDense(channels=(8,), strides=(8,)), {"depth": 1}, r"strides \(8,\), the teacher .*\(8, 16\)"),

@@ -150,7 +150,7 @@ class CrossKD(Method[CrossKDTaught]):
         self.normalizer: Normalizer = normalizer or published.normalizer
         self.beta, self.temperature = beta, temperature
         self.wants_centerness = centerness_weight is not None
-        self._check_heads(student, mine, theirs)
+        self._check_heads(mine, theirs)
         self.columns = class_columns(mine.classes, theirs.classes, softmax=False)
         self.pairs = pair_levels(self.slug, mine, theirs)
         if not adapt and (differ := [p for p in self.pairs if p.student_channels != p.teacher_channels]):
@@ -178,8 +178,8 @@ class CrossKD(Method[CrossKDTaught]):
             same_cells=True,
         )
 
-    def _check_heads(self, student: Detector, mine: DetectorSpec, theirs: DetectorSpec) -> None:
-        """Check levels, depth and coding.
+    def _check_heads(self, mine: DetectorSpec, theirs: DetectorSpec) -> None:
+        """Check levels and coding.
 
         Raises:
             PairError: they do not fit.
@@ -190,13 +190,6 @@ class CrossKD(Method[CrossKDTaught]):
                 f"{mine.name} has strides {mine.strides}, the teacher {theirs.name} {theirs.strides}; build them with equal "
                 f"levels="
             )
-        for side, detector in (("student", student), ("teacher", self.teacher.detector)):
-            blocks = cast(HasTowers, detector).tower_depth
-            if self.depth > blocks:
-                raise PairError(
-                    f"{self.slug}: depth={self.depth}, but the towers of the {side} {detector.spec.name} have {blocks} blocks; "
-                    f"give {self.slug},depth= a number up to {blocks}"
-                )
         if self.weights["box"] and self.box_loss == "distribution" and not theirs.box_bins:
             raise PairError(
                 f"{self.slug}: the teacher {theirs.name} predicts each box side as one number, not as a distribution; set "
