@@ -93,8 +93,8 @@ def requirements_table(slug: str) -> str:
     """The table of a method's requirements, trained modules and stages, with default hyper-parameters."""
     needs, built = needs_of(slug), built_parts(slug)
     rows = [
-        ("teacher", _side(needs.teacher, needs.teacher_families, needs.teacher_capabilities)),
-        ("student", _side(needs.student, needs.student_families, needs.student_capabilities)),
+        ("teacher", _side(needs.teacher, needs.teacher_families, needs.teacher_capabilities, needs.box_distributions)),
+        ("student", _side(needs.student, needs.student_families, needs.student_capabilities, needs.box_distributions)),
     ]
     if needs.teacher is not None:
         cells = "compared: both sides have the same strides, with as many anchors" if needs.same_cells else "not compared"
@@ -159,10 +159,11 @@ def _looks(look: Look) -> str:
     return ", ".join(["features", *(name for name, yes in further if yes), *towers])
 
 
-def _side(look: Look | None, families: Sequence[str], capabilities: Sequence[type]) -> str:
+def _side(look: Look | None, families: Sequence[str], capabilities: Sequence[type], distributions: bool) -> str:
     if look is None:
         return "none"
     said = f"a detector that predicts {_families(families)}" if families else "any detector"
+    said += " with distributions of box sides" if distributions else ""
     said += f"; looked at: {_looks(look)}"
     if capabilities:
         said += f"; parts run again while learning: {', '.join(CAPABILITIES[capability] for capability in capabilities)}"

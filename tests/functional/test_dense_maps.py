@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from detdistill.errors import DetdistillError
-from detdistill.functional.dense_maps import Partners, at_cells, find_partners, from_map, prediction_grid, to_map
+from detdistill.functional.dense_maps import Partners, at_cells, find_partners, from_map, only_parts, prediction_grid, to_map
 from detdistill.structures import Dense
 
 
@@ -210,3 +212,19 @@ def test_gradient_goes_back_to_the_partner_only_and_no_number_leaks():
     assert values.grad[0].flatten().tolist() == [10.0, 1.0]
     empty = Partners(torch.zeros(3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.bool))
     assert empty.take(torch.full((2, 1, 4), torch.nan)).tolist() == [[[0.0] * 4] * 3] * 2
+
+
+def test_only_parts_keeps_logits_boxes_and_what_is_named():
+    whole = replace(dense(places(SIZES, ANCHORS)), quality=torch.ones(2, 1), own=object())
+    small = only_parts(whole)
+    assert small.logits is whole.logits
+    assert small.boxes_xyxy is whole.boxes_xyxy
+    assert small.deltas.shape == small.priors_xyxy.shape == (*whole.logits.shape[:2], 0)
+    assert (small.quality, small.own) == (None, None)
+    more = only_parts(whole, "deltas", "quality", "priors_xyxy")
+    assert (more.deltas, more.quality, more.priors_xyxy) == (whole.deltas, whole.quality, whole.priors_xyxy)
+
+
+def test_only_parts_of_images_with_unequal_maps_can_be_stacked():
+    pieces = [only_parts(dense(places([size], [1]), images=1)) for size in ((2, 3), (3, 2))]
+    assert Dense.stack(pieces).deltas.shape == (2, 9, 0)

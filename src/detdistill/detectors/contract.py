@@ -32,6 +32,7 @@ from detdistill.structures import (
     WHOLE_TOWER,
     Assignment,
     Batch,
+    BoxDistributions,
     Dense,
     Detections,
     Features,
@@ -343,6 +344,18 @@ class HasCopies(Protocol):
 
     def copy_neck(self, fresh: bool = False) -> nn.Module:
         """Copy the neck into a module that maps backbone ``Features`` to neck ``Features``; ``fresh``: newly initialised."""
+        ...
+
+
+@runtime_checkable
+class HasBoxDistributions(Protocol):
+    """Box sides that are distributions; ``spec.box_bins`` is above 0."""
+
+    def distributions(self, prediction: Prediction, batch: Batch) -> BoxDistributions:
+        """Return the distributions of a prediction of this detector; of queries: those of the last decoder layer.
+
+        The means of the sides are the predicted box; gradient flows to the logits only.
+        """
         ...
 
 

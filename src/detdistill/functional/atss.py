@@ -46,16 +46,8 @@ def atss_assign(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Tensor,
         return matched, none
     overlaps = pairwise_iou(anchors_xyxy, ground_truth_xyxy)  # [P, G]
     centers = (anchors_xyxy[:, :2] + anchors_xyxy[:, 2:]) / 2
-    box_centers = (ground_truth_xyxy[:, :2] + ground_truth_xyxy[:, 2:]) / 2
-    distances = (centers[:, None] - box_centers[None]).pow(2).sum(dim=-1).sqrt()  # [P, G]
-    chosen = []
-    for level in torch.unique(levels).tolist():
-        mine = torch.nonzero(levels == level).flatten()
-        nearest = distances[mine].topk(min(candidates, len(mine)), dim=0, largest=False).indices
-        chosen.append(mine[nearest])
-    index = torch.cat(chosen)  # [c, G] candidates of each box
+    index, threshold = _candidates(centers, levels, ground_truth_xyxy, overlaps, candidates)
     own = overlaps.gather(0, index)
-    threshold = own.mean(dim=0) + (own.std(dim=0) if len(own) > 1 else 0)  # one value has no deviation
     from_start = centers[index] - ground_truth_xyxy[None, :, :2]
     to_end = ground_truth_xyxy[None, :, 2:] - centers[index]
     inside = torch.cat([from_start, to_end], dim=-1).amin(dim=-1) > 0.01
@@ -64,3 +56,42 @@ def atss_assign(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Tensor,
     best, box = claims.max(dim=1)  # max gives the first of equal boxes
     positive = best >= 0
     return torch.where(positive, box, matched), torch.where(positive, best, none)
+
+
+@torch.no_grad()
+def atss_thresholds(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Tensor, candidates: int = 9) -> Tensor:
+    """Smallest IoU of a positive anchor for each ground truth: mean + standard deviation of the candidates' IoUs.
+
+    Args:
+        anchors_xyxy: [P, 4], at least one.
+        levels: [P] level of each anchor.
+        ground_truth_xyxy: [G, 4].
+        candidates: as in ``atss_assign``.
+
+    Returns:
+        [G].
+
+    Example:
+        >>> anchors = torch.tensor([[0.0, 0.0, 8.0, 8.0], [8.0, 0.0, 16.0, 8.0]])
+        >>> atss_thresholds(anchors, torch.zeros(2, dtype=torch.int64), anchors[:1])
+        tensor([1.2071])
+    """
+    overlaps = pairwise_iou(anchors_xyxy, ground_truth_xyxy)
+    centers = (anchors_xyxy[:, :2] + anchors_xyxy[:, 2:]) / 2
+    return _candidates(centers, levels, ground_truth_xyxy, overlaps, candidates)[1]
+
+
+def _candidates(
+    centers: Tensor, levels: Tensor, ground_truth_xyxy: Tensor, overlaps: Tensor, candidates: int
+) -> tuple[Tensor, Tensor]:
+    """Indices [c, G] of each box's candidates, and the threshold [G] of their IoUs."""
+    box_centers = (ground_truth_xyxy[:, :2] + ground_truth_xyxy[:, 2:]) / 2
+    distances = (centers[:, None] - box_centers[None]).pow(2).sum(dim=-1).sqrt()  # [P, G]
+    chosen = []
+    for level in torch.unique(levels).tolist():
+        mine = torch.nonzero(levels == level).flatten()
+        nearest = distances[mine].topk(min(candidates, len(mine)), dim=0, largest=False).indices
+        chosen.append(mine[nearest])
+    index = torch.cat(chosen)
+    own = overlaps.gather(0, index)
+    return index, own.mean(dim=0) + (own.std(dim=0) if len(own) > 1 else 0)  # one value has no deviation

@@ -10,13 +10,41 @@ Shape letters: B images, P predictions of an image, A anchors of a cell, R numbe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from detdistill.errors import DetdistillError
 from detdistill.structures import Dense
+
+
+def only_parts(prediction: Dense, *parts: Literal["deltas", "priors_xyxy", "quality"]) -> Dense:
+    """The prediction with its logits, boxes and the named parts. A cache of it holds no other numbers.
+
+    Args:
+        prediction: predictions of B images.
+        parts: the parts to keep besides logits and boxes.
+
+    Returns:
+        A prediction whose other parts are empty: ``deltas`` and ``priors_xyxy`` [B, P, 0], ``quality`` None.
+
+    Example:
+        >>> place = torch.zeros(1, dtype=torch.int64)
+        >>> numbers = torch.zeros(1, 1, 4)
+        >>> dense = Dense(numbers, numbers, numbers, numbers, place, torch.zeros(1, 2), place)
+        >>> small = only_parts(dense, "priors_xyxy")
+        >>> small.deltas.shape[-1], small.boxes_xyxy.shape[-1], small.priors_xyxy.shape[-1]
+        (0, 4, 4)
+    """
+    return replace(
+        prediction,
+        deltas=prediction.deltas if "deltas" in parts else prediction.deltas[..., :0],
+        priors_xyxy=prediction.priors_xyxy if "priors_xyxy" in parts else prediction.priors_xyxy[..., :0],
+        quality=prediction.quality if "quality" in parts else None,
+        own=None,
+    )
 
 
 def prediction_grid(prediction: Dense, level: int) -> Tensor:

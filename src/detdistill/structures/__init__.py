@@ -12,7 +12,7 @@ from detdistill.structures.batch import Batch, Target, View
 from detdistill.structures.features import Features
 from detdistill.structures.masked_cells import MaskedCells
 from detdistill.structures.observation import WHOLE_TOWER, Look, Observation, Taught, TaughtTogether, Tower
-from detdistill.structures.predictions import NO_OBJECT, Dense, Origin, Prediction, Queries, QuerySeed, Regions
+from detdistill.structures.predictions import NO_OBJECT, BoxDistributions, Dense, Origin, Prediction, Queries, QuerySeed, Regions
 from detdistill.structures.step import Clock, Losses
 from detdistill.structures.targets import IGNORED, NEGATIVE, Assignment, Detections, Positives
 
@@ -27,6 +27,7 @@ __all__ = [
     "AssignedCells",
     "Assignment",
     "Batch",
+    "BoxDistributions",
     "Clock",
     "Dense",
     "Detections",

@@ -256,4 +256,18 @@ class Queries(PerImage):
         return super(Queries, replace(self, own=None)).split(count)
 
 
+@dataclass(frozen=True)
+class BoxDistributions(PerImage):
+    """Distributions of the four sides of boxes over steps: side left, top, right or bottom lies at ``origin + unit * step``."""
+
+    logits: Tensor
+    """[B, P, 4, S] logits of the softmax over the S steps of each side."""
+    origins: Tensor
+    """[B, P, 4] x or y in pixels of each side at step 0."""
+    units: Tensor
+    """[B, P, 4] pixels of one step; negative for left and top, whose coordinates fall with the distance."""
+    steps: Tensor = field(metadata=SHARED)
+    """[S] steps in ascending order; they need not be evenly spaced."""
+
+
 Prediction = Dense | Regions | Queries

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from detdistill.detectors.contract import DetectorSpec
-from detdistill.methods.shared.align import LevelAdapters, LevelPair, PairedMaps, pair_levels, resize_like
+from detdistill.functional.dense_maps import find_partners
+from detdistill.methods.shared.align import LevelAdapters, LevelPair, PairedMaps, check_same_anchors, pair_levels, resize_like
 from detdistill.methods.shared.needs import PairError
-from detdistill.structures import Features
+from detdistill.structures import Dense, Features
 
 
 def spec(strides, channels=None, name="some"):
@@ -146,3 +147,31 @@ def test_paired_maps_come_level_by_level_in_the_teachers_channels_and_size():
     torch.testing.assert_close(mine, adapters[0](student.maps[1]))
     mine.sum().backward()
     assert adapters[0].weight.grad is not None
+
+
+# ------------------------------------------------------------------------------------------------------------ anchors
+
+
+def two_cells(sides, anchors):
+    """Square anchors of the given sides, centred on two cells of stride 8."""
+    count = len(sides) * 2
+    column, anchor = torch.arange(2).repeat_interleave(len(sides)), torch.tensor(anchors).repeat(2)
+    center = torch.stack([column * 8.0, torch.zeros(count)], dim=1)
+    half = torch.tensor(sides).repeat(2)[:, None] / 2
+    priors = torch.cat([center - half, center + half], dim=1)[None]
+    cells = torch.stack([torch.zeros_like(column), column], dim=1)
+    return Dense(torch.zeros(1, count, 1), priors, priors, priors, torch.zeros_like(column), cells, anchor)
+
+
+def test_several_anchors_must_be_the_same():
+    student, other = two_cells([8.0, 16.0], [0, 1]), two_cells([8.0, 12.0], [0, 1])
+    check_same_anchors("m", student, student, find_partners(student, student))
+    turned = two_cells([16.0, 8.0], [1, 0])  # the order does not matter
+    check_same_anchors("m", student, turned, find_partners(student, turned))
+    with pytest.raises(PairError, match=r"^m: .* anchor 1 of level 0 has 16x16 pixels in the student and 12x12 in the teacher"):
+        check_same_anchors("m", student, other, find_partners(student, other))
+
+
+def test_a_single_anchor_may_differ():
+    student, other = two_cells([8.0], [0]), two_cells([12.0], [0])
+    check_same_anchors("m", student, other, find_partners(student, other))

@@ -19,6 +19,11 @@ def softmax(student):
     return student
 
 
+def with_bins(detector):
+    detector.spec = dataclasses.replace(detector.spec, box_bins=5)
+    return detector
+
+
 def absent(detector):
     teacher = Teacher(detector)
     return AbsentTeacher(detector.spec, teacher.fingerprint)
@@ -75,6 +80,20 @@ def refusal(needs, teacher, student):
             Teacher(TinyDense()),
             TinyDense(),
             f"the teacher tinydense:patches lacks {QUERIES}",
+        ),
+        (
+            Needs(student=Look(towers=(1, 3)), teacher=Look(towers=(2,))),
+            Teacher(TinyDense()),
+            TinyDense(),
+            "it looks at the towers of the student tinydense:patches after 3 blocks, but they have 2; choose a smaller depth, or "
+            "build the detector with more blocks",
+        ),
+        (
+            Needs(box_distributions=True),
+            Teacher(TinyDense()),
+            with_bins(TinyDense()),
+            "it compares distributions of box sides, but the teacher tinydense:patches predicts each side as one number; take "
+            "detectors such as gfl, d_fine or deimv2",
         ),
         (
             Needs(same_classes=True),

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from detdistill.detectors.dense.shared.heads import (
@@ -23,7 +24,7 @@ from detdistill.detectors.student_files.models.gfl import GFL
 from detdistill.functional.boxes import distances_to_sides, giou_loss, paired_iou
 from detdistill.functional.counting import EPSILON, mean_over_ranks, number_of_positives
 from detdistill.functional.focal import distribution_focal_loss, quality_focal_loss
-from detdistill.structures import Assignment, Batch, Dense, Prediction
+from detdistill.structures import Assignment, Batch, BoxDistributions, Dense, Prediction
 
 MODEL_CLASS = GFL
 OPTIONS = DenseOptions
@@ -71,6 +72,15 @@ class GFLDetector(OwnDenseDetector):
         """Wrap a model; see ``TorchvisionDetector``."""
         super().__init__(*arguments, **options)
         self.spec = replace(self.spec, box_bins=self.model.reg_max + 1)
+
+    def distributions(self, prediction: Prediction, batch: Batch) -> BoxDistributions:
+        """Return the distributions; a step is one stride, and step 0 lies at the anchor's centre."""
+        dense = cast(Dense, prediction)
+        centers = (dense.priors_xyxy[..., :2] + dense.priors_xyxy[..., 2:]) / 2
+        signs = dense.boxes_xyxy.new_tensor([-1.0, -1.0, 1.0, 1.0])
+        units = (self.strides(dense.levels, signs)[:, None] * signs).expand_as(dense.priors_xyxy)
+        steps = torch.arange(self.model.reg_max + 1, dtype=signs.dtype, device=signs.device)
+        return BoxDistributions(dense.deltas.unflatten(-1, (4, -1)), centers.repeat(1, 1, 2), units, steps)
 
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
         """Assign by adaptive training sample selection with ``candidates`` anchors of each level, as in ATSS."""

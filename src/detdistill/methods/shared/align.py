@@ -9,12 +9,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detdistill.detectors.contract import DetectorSpec
+from detdistill.functional.dense_maps import Partners
 from detdistill.methods.shared.needs import PairError
-from detdistill.structures import Features
+from detdistill.structures import Dense, Features
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,36 @@ def pair_levels(
                 f"levels with one: {sorted(pairs)} (strides {[student.strides[i] for i in sorted(pairs)]})"
             )
     return tuple(pairs[level] for level in chosen)
+
+
+def check_same_anchors(slug: str, student: Dense, teacher: Dense, partners: Partners) -> None:
+    """Check that each prediction and its partner belong to the same anchor, where cells have several anchors.
+
+    The number of anchors of a cell is known before the first image (``Needs.same_cells``), their sides only from a prediction.
+    With one anchor for each cell nothing is checked, because the partner is then the right one whatever the anchor's sides.
+
+    Args:
+        slug: the method's slug, for the message.
+        student: its prediction.
+        teacher: the teacher's prediction of the same images, with ``priors_xyxy``.
+        partners: pairs of both predictions.
+
+    Raises:
+        PairError: an anchor differs from its partner by more than a hundredth of a pixel (or 0.1 % of its size).
+    """
+    if not bool((student.anchors > 0).any()):
+        return
+    mine, theirs = student.priors_xyxy.detach(), partners.take(teacher.priors_xyxy)
+    apart = partners.mask[..., None] & ~mine.isclose(theirs, rtol=1e-3, atol=0.01)
+    if bool(apart.any()):
+        image, index, _ = (int(number) for number in torch.nonzero(apart)[0])
+        sides = [(boxes[image, index, 2:] - boxes[image, index, :2]).tolist() for boxes in (mine, theirs)]
+        shown = [f"{width:g}x{height:g}" for width, height in sides]
+        raise PairError(
+            f"{slug}: it compares predictions of equal anchors, but anchor {int(student.anchors[index])} of level "
+            f"{int(student.levels[index])} has {shown[0]} pixels in the student and {shown[1]} in the teacher; build both with "
+            f"the same anchors"
+        )
 
 
 def resize_like(student: Tensor, teacher: Tensor) -> Tensor:

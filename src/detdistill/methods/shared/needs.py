@@ -59,6 +59,8 @@ class Needs:
     same_cells: bool = False
     """For each level of the student the teacher must have a level with the same stride and the same number of anchors of a cell,
     because dense predictions are compared one by one."""
+    box_distributions: bool = False
+    """Both sides must predict box sides as distributions (``spec.box_bins`` above 0), because these are compared."""
 
     def why_live(self) -> str:
         """Reason why a cache is not enough; empty if it is enough."""
@@ -92,14 +94,23 @@ def _reasons(needs: Needs, teacher: Teacher | None, student: Detector) -> Iterat
         yield "it needs a teacher; give one with --teacher"
     learning = (*needs.student_capabilities, *_capabilities(needs.student))
     yield from _lacking("student", student, learning, needs.student_families)
+    yield from _too_deep("student", student, needs.student)
     if needs.teacher is None or teacher is None:
         return
     if not teacher.present and (why := needs.why_live()):
         yield f"{why}; give the teacher too (--teacher {teacher.spec.name})"
     teaching = (*needs.teacher_capabilities, *_capabilities(needs.teacher)) if teacher.present else ()
     yield from _lacking("teacher", teacher.detector, teaching, needs.teacher_families)
+    if teacher.present:
+        yield from _too_deep("teacher", teacher.detector, needs.teacher)
     mine, theirs = student.spec, teacher.spec
     yield from _class_reasons(needs, mine, theirs)
+    for side, spec in (("student", mine), ("teacher", theirs)):
+        if needs.box_distributions and not spec.box_bins:
+            yield (
+                f"it compares distributions of box sides, but the {side} {spec.name} predicts each side as one number; take "
+                f"detectors such as gfl, d_fine or deimv2"
+            )
     cells = set(zip(theirs.strides, theirs.anchors, strict=False))
     if needs.same_cells and not (mine.anchors and set(zip(mine.strides, mine.anchors, strict=False)) <= cells):
         yield (
@@ -139,6 +150,14 @@ def _lacking(side: str, detector: Detector, capabilities: tuple[type, ...], fami
     missing = [CAPABILITIES[kind] for kind in dict.fromkeys(capabilities) if not isinstance(detector, kind)]
     if missing:
         yield f"the {side} {detector.spec.name} lacks {', '.join(missing)}"
+
+
+def _too_deep(side: str, detector: Detector, look: Look) -> Iterator[str]:
+    if look.towers and isinstance(detector, HasTowers) and max(look.towers) > detector.tower_depth:
+        yield (
+            f"it looks at the towers of the {side} {detector.spec.name} after {max(look.towers)} blocks, but they have "
+            f"{detector.tower_depth}; choose a smaller depth, or build the detector with more blocks"
+        )
 
 
 def _capabilities(look: Look) -> Iterator[type]:

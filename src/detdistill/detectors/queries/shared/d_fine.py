@@ -19,6 +19,7 @@ from detdistill.detectors.queries.shared import deformable
 from detdistill.detectors.queries.shared import rt_detr as family
 from detdistill.detectors.queries.shared import transformers_detector as shared
 from detdistill.detectors.queries.shared.deformable import Memory, Outputs
+from detdistill.structures import Batch, BoxDistributions, Prediction
 
 TEMPERATURE = 5.0
 """Temperature of the distributions in DDF, as in transformers and the authors' code."""
@@ -87,6 +88,19 @@ class FineDetector(family.HybridEncoderDetector):
             embedding.append(hidden)
             previous, reference = hidden.detach(), boxes.detach()
         return family.Run(tuple(layers), torch.stack(embedding), first)
+
+    def distributions(self, prediction: Prediction, batch: Batch) -> BoxDistributions:
+        """Return the distributions of the last layer; a step is ``1 / reg_scale`` of the side of the first layer's box."""
+        last = cast(FineOutputs, self.own(prediction).run.layers[-1])
+        decoder = self.model.model.decoder
+        height, width = self.frame_hw(batch)
+        boxes = last.initial * last.initial.new_tensor([width, height, width, height])
+        center, side = boxes[..., :2], boxes[..., 2:]
+        units = side.repeat(1, 1, 2) / decoder.reg_scale.abs().to(boxes)
+        units = units * boxes.new_tensor([-1.0, -1.0, 1.0, 1.0])
+        steps = weighting_function(decoder.max_num_bins, decoder.up, decoder.reg_scale).to(boxes)
+        origins = torch.cat([center - side / 2, center + side / 2], dim=-1)
+        return BoxDistributions(last.sides.unflatten(-1, (4, -1)), origins.detach(), units.detach(), steps.detach())
 
     # ------------------------------------------------------------------------------------------------------------ training
 
