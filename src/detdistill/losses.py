@@ -5,6 +5,20 @@
 Written by ``tools/losses.py`` from the files of the methods; a method's public functions begin with its slug.
 """
 
+from detdistill.methods.bckd import (
+    bckd_box_loss,
+    bckd_class_loss,
+    bckd_weights,
+)
+from detdistill.methods.crosskd.loss import (
+    crosskd_align,
+    crosskd_box_loss,
+    crosskd_centerness_loss,
+    crosskd_class_loss,
+    crosskd_distribution_loss,
+    crosskd_moments,
+    crosskd_scores,
+)
 from detdistill.methods.cwd import (
     cwd_logit_map,
     cwd_loss,
@@ -100,6 +114,14 @@ from detdistill.methods.kd_detr import (
     kd_detr_terms,
     kd_detr_weights,
 )
+from detdistill.methods.ld.loss import (
+    ld_box_loss,
+    ld_class_loss,
+    ld_general_instances,
+    ld_imitation_loss,
+    ld_rebinned,
+    ld_valuable_region,
+)
 from detdistill.methods.mgd import (
     mgd_keep,
     mgd_loss,
@@ -157,6 +179,16 @@ from detdistill.methods.unikd.loss import (
 )
 
 __all__ = [
+    "bckd_box_loss",
+    "bckd_class_loss",
+    "bckd_weights",
+    "crosskd_align",
+    "crosskd_box_loss",
+    "crosskd_centerness_loss",
+    "crosskd_class_loss",
+    "crosskd_distribution_loss",
+    "crosskd_moments",
+    "crosskd_scores",
     "cwd_logit_map",
     "cwd_loss",
     "d3etr_loss",
@@ -222,6 +254,12 @@ __all__ = [
     "kd_detr_loss",
     "kd_detr_terms",
     "kd_detr_weights",
+    "ld_box_loss",
+    "ld_class_loss",
+    "ld_general_instances",
+    "ld_imitation_loss",
+    "ld_rebinned",
+    "ld_valuable_region",
     "mgd_keep",
     "mgd_loss",
     "mimic_loss",
