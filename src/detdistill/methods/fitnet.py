@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
@@ -56,7 +57,7 @@ def fitnet_loss(
     """
     factor = weight / 2 if half else weight
     pairs = zip(student, teacher, strict=True)
-    return factor * _added([_reduce(resize_like(mine, theirs) - theirs.detach(), reduction) for mine, theirs in pairs])
+    return factor * _added([_reduce(resize_like(mine, theirs), theirs.detach(), reduction) for mine, theirs in pairs])
 
 
 def fitnet_normalized_loss(
@@ -86,8 +87,7 @@ def fitnet_normalized_loss(
     """
     losses = []
     for mine, theirs in zip(student, teacher, strict=True):
-        difference = _unit_length(resize_like(mine, theirs)) - _unit_length(theirs.detach())
-        losses.append(_reduce(difference, reduction))
+        losses.append(_reduce(_unit_length(resize_like(mine, theirs)), _unit_length(theirs.detach()), reduction))
     return weight * _added(losses) / (len(losses) if mean_over_levels else 1)
 
 
@@ -115,13 +115,13 @@ def fitnet_modified_loss(
     return weight * _added(losses)
 
 
-def _reduce(difference: Tensor, reduction: str) -> Tensor:
+def _reduce(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
     if reduction == "mean":
-        return difference.square().mean()
+        return F.mse_loss(student, teacher)
     if reduction == "batch":
-        return difference.square().sum() / len(difference)
+        return F.mse_loss(student, teacher, reduction="sum") / len(student)
     if reduction == "dist":
-        distance: Tensor = torch.linalg.vector_norm(difference)  # its gradient at zero is zero
+        distance: Tensor = torch.linalg.vector_norm(student - teacher)  # its gradient at zero is zero
         return distance
     raise DetdistillError(f"fitnet: reduction={reduction!r} is not one of mean, batch, dist")
 

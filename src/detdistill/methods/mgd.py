@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
@@ -54,7 +55,8 @@ def mgd_loss(generated: Sequence[Tensor], teacher: Sequence[Tensor], weight: flo
         >>> float(mgd_loss([torch.ones(2, 3, 2, 2)], [torch.zeros(2, 3, 2, 2)], weight=0.5))
         6.0
     """
-    losses = [(mine - theirs.detach()).square().sum() / len(mine) for mine, theirs in zip(generated, teacher, strict=True)]
+    pairs = zip(generated, teacher, strict=True)
+    losses = [F.mse_loss(mine, theirs.detach(), reduction="sum") / len(mine) for mine, theirs in pairs]
     return weight * sum(losses[1:], losses[0])
 
 

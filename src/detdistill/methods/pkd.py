@@ -6,7 +6,9 @@ Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearso
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,17 +19,45 @@ from detdistill.methods.shared.contract import Method
 from detdistill.structures import Batch, Clock, Losses, Observation
 from detdistill.values import Weight
 
+EPS = 1e-6
+"""Added to the standard deviation of a channel, so that a constant channel becomes all zeros."""
 
-def standardize_channels(maps: Tensor, eps: float = 1e-6) -> Tensor:
-    """Scale each channel to zero mean and unit (unbiased) standard deviation over batch and positions together.
 
-    Args:
-        maps: [B, C, H, W].
-        eps: added to the standard deviation, so that a constant channel becomes all zeros.
+class _StandardizedDistance(torch.autograd.Function):
+    """Half the mean squared difference of two maps whose channels are standardised over batch and positions.
+
+    With z = (x - mean) / (std + EPS), the gradient is a combination of the two centred maps with one pair of factors for each
+    channel. So no map is kept for the backward pass but the inputs; autograd would keep six.
     """
-    mean = maps.mean(dim=(0, 2, 3), keepdim=True)
-    std = maps.std(dim=(0, 2, 3), keepdim=True)
-    return (maps - mean) / (std + eps)
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        mine, theirs = student.flatten(2), teacher.flatten(2)  # [B, C, N]
+        means = tuple(maps.mean(dim=2).mean(dim=0)[:, None] for maps in (mine, theirs))  # rows of equal length: the mean of all
+        mine, theirs = mine - means[0], theirs - means[1]
+        rows = max(1, mine.shape[0] * mine.shape[2] - 1)  # unbiased, as torch.std
+        stds = tuple((_dot(maps, maps) / rows).sqrt() for maps in (mine, theirs))
+        scales = tuple(1 / (std + EPS) for std in stds)
+        correlation = _dot(mine, theirs) * scales[0] * scales[1] / rows
+        shrunk = stds[0] * scales[0]  # std of z: 1, less what EPS takes
+        along = torch.where(stds[0] > 0, (shrunk.square() - correlation) / shrunk, 0)
+        ctx.save_for_backward(student, teacher, *means, scales[0].square() * (1 - along), scales[0] * scales[1])
+        difference = mine.mul_(scales[0][:, None]).sub_(theirs.mul_(scales[1][:, None]))
+        return _dot(difference, difference).sum() / (2 * student.numel())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        student, teacher, my_mean, their_mean, mine, theirs = ctx.saved_tensors
+        grad = grad / student.numel()
+        # The maps are centred before they are multiplied: the factors of a nearly constant channel are huge.
+        result = (student - my_mean[..., None]).mul_((mine * grad)[:, None, None])
+        return result.addcmul_(teacher - their_mean[..., None], (theirs * grad)[:, None, None], value=-1), None
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    """[B, C, N] -> [C]: sum of the products of each channel."""
+    return torch.einsum("bcn,bcn->bc", first, second).sum(dim=0)
 
 
 def pkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: float = 6.0, resize_student: bool = True) -> Tensor:
@@ -60,8 +90,7 @@ def pkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: float
                 mine = F.interpolate(mine, size=fixed.shape[-2:], mode="bilinear", align_corners=False)
             else:
                 fixed = F.interpolate(fixed, size=mine.shape[-2:], mode="bilinear", align_corners=False)
-        difference = standardize_channels(mine) - standardize_channels(fixed)
-        losses.append(weight * 0.5 * difference.square().mean())
+        losses.append(weight * cast(Tensor, _StandardizedDistance.apply(mine, fixed)))
     return sum(losses[1:], losses[0])
 
 
