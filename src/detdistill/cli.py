@@ -25,7 +25,7 @@ from detdistill.values import choices, in_words
 
 if TYPE_CHECKING:
     from detdistill.data.inspect import DataReport
-    from detdistill.methods.shared.contract import Method
+    from detdistill.methods.shared.catalogue import Entry
 
 T = TypeVar("T")
 
@@ -477,14 +477,13 @@ def _cite_flags(parser: Parser) -> None:
 
 
 def _cite(chosen: Namespace) -> None:
-    from detdistill.listing import citations_json
-    from detdistill.methods.shared.compose import parse_methods
+    from detdistill.listing import citations_json, list_citations
 
-    def show(methods: Sequence[type[Method]]) -> None:
-        for method in methods:
-            print(method.bibtex)
+    def show(found: Sequence[Entry]) -> None:
+        for method in found:
+            _say(method.bibtex)
 
-    _show(chosen, lambda: [method for method, _ in parse_methods(chosen.method)], show, citations_json)
+    _show(chosen, lambda: list_citations(chosen.method), show, citations_json)
 
 
 def _inspect_flags(parser: Parser) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from detdistill.detectors.contract import Detector
     from detdistill.detectors.probe import Probed
     from detdistill.evaluation.scores import Scores
-    from detdistill.methods.shared.contract import Method
+    from detdistill.methods.shared.catalogue import Entry
 
 
 # ---------------------------------------------------------------------------------------------------------- methods
@@ -53,13 +53,15 @@ def list_methods(teacher: str | None = None, student: str | None = None) -> Meth
     Raises:
         DetdistillError: teacher or student cannot be built or loaded.
     """
-    from detdistill.detectors.contract import Teacher
-    from detdistill.methods.shared.compose import build_method, method_class, method_slugs
-    from detdistill.methods.shared.needs import PairError
+    from detdistill.methods.shared.catalogue import entry, method_slugs
 
     teacher, student = teacher or student, student or teacher
     if teacher is None or student is None:
-        return MethodList(None, None, tuple(Listed(slug, method_class(slug).title) for slug in method_slugs()))
+        return MethodList(None, None, tuple(Listed(slug, entry(slug).title) for slug in method_slugs()))
+    from detdistill.detectors.contract import Teacher
+    from detdistill.methods.shared.compose import build_method
+    from detdistill.methods.shared.needs import PairError
+
     frozen = Teacher(_detector(teacher, ("one", "two")))
     learner = _detector(student, frozen.spec.classes)
     found = []
@@ -69,7 +71,7 @@ def list_methods(teacher: str | None = None, student: str | None = None) -> Meth
             build_method(slug, frozen, learner)
         except PairError as error:
             reason = error.reason.removeprefix(f"{slug}: ")
-        found.append(Listed(slug, method_class(slug).title, reason is None, reason))
+        found.append(Listed(slug, entry(slug).title, reason is None, reason))
     return MethodList(teacher, student, tuple(found))
 
 
@@ -197,6 +199,17 @@ def show_scores(scores: Scores) -> None:
         printing.grid(console, {name: f"{100 * value:.1f}" for name, value in scores.errors.items()})
 
 
-def citations_json(methods: Sequence[type[Method]]) -> dict[str, Any]:
+def list_citations(methods: str) -> list[Entry]:
+    """Read title and BibTeX of each method in a text such as ``fgd,temperature=0.8+pkd``.
+
+    Raises:
+        MethodError: there is no such method.
+    """
+    from detdistill.methods.shared.catalogue import entry, split_methods
+
+    return [entry(slug) for slug, *_ in split_methods(methods)]
+
+
+def citations_json(methods: Sequence[Entry]) -> dict[str, Any]:
     """Name, title and BibTeX of each method, as JSON."""
     return {"methods": [{"name": method.slug, "title": method.title, "bibtex": method.bibtex} for method in methods]}

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import re
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.errors import nearest
+from detdistill.methods.shared.catalogue import METHODS, check_slug, method_slugs, split_methods
 from detdistill.methods.shared.contract import Composition, Method
 from detdistill.methods.shared.hyper_parameters import MethodError, checked_settings, read_setting
 from detdistill.methods.shared.needs import why_not
-
-METHODS = Path(__file__).parent.parent
-
-
-@cache
-def method_slugs() -> tuple[str, ...]:
-    """Slugs of all methods: names of the files in the folder ``methods``, and of its folders with a ``method.py``."""
-    files = (path.stem for path in METHODS.glob("*.py") if path.stem != "__init__")
-    return tuple(sorted((*files, *(path.parent.name for path in METHODS.glob("*/method.py")))))
 
 
 def method_class(slug: str) -> type[Method[Any]]:
@@ -30,8 +18,7 @@ def method_class(slug: str) -> type[Method[Any]]:
     Raises:
         MethodError: there is no such method.
     """
-    if slug not in method_slugs():
-        raise MethodError(f"no method {slug!r}{nearest(slug, method_slugs())}; methods: {', '.join(method_slugs())}")
+    check_slug(slug)
     name = f"detdistill.methods.{slug}" + (".method" if (METHODS / slug).is_dir() else "")
     found = vars(importlib.import_module(name)).values()
     classes = [c for c in found if isinstance(c, type) and issubclass(c, Method) and c.__module__ == name]
@@ -45,8 +32,7 @@ def parse_methods(text: str) -> list[tuple[type[Method[Any]], dict[str, Any]]]:
         MethodError: unknown method or hyper-parameter (with the nearest name), or a value of the wrong type.
     """
     parsed = []
-    for part in re.split(r"\+(?!\d)", text):  # the + of 1e+2 joins nothing
-        slug, *settings = (piece.strip() for piece in part.split(","))
+    for slug, *settings in split_methods(text):
         found = method_class(slug)
         values: dict[str, Any] = {}
         for setting in settings:
