@@ -271,7 +271,7 @@ def test_compare(see, gains):
     assert lines[7] == f"  {gains[0].method}"
     low, high = (f"{100 * end:+.1f}" for end in (gains[0].low, gains[0].high))
     assert lines[8].split() == ["3", "0.0", "83.3", "+83.3", low, "..", high, "gain"]
-    assert lines[9].split() == ["pkd", "1", "0.0", "50.0", "+50.0", "-", "no", "gain", "shown"]
+    assert lines[9].split() == ["pkd", "1", "0.0", "50.0", "+50.0", "-", "no", "verdict"]
     text = joined(lines)
     assert all(f"{gain.method}: {' '.join(note.split())}" in text for gain in gains for note in gain.notes)
     assert "teacher runs/other" in lines

@@ -241,7 +241,8 @@ def _row(gain: Gain) -> tuple[str | Text, ...]:
         f"{100 * statistics.fmean(pair.distilled for pair in gain.pairs):.1f}",
         f"{100 * gain.mean:+.1f}",
         "-" if gain.low is None or gain.high is None else f"{100 * gain.low:+.1f} .. {100 * gain.high:+.1f}",
-        Text(gain.verdict, {"gain": "green", "worse": "red"}.get(gain.verdict, "yellow")),
+        # The column before tells the number of seeds.
+        Text(gain.verdict.removeprefix("one seed: "), {"gain": "green", "worse": "red"}.get(gain.verdict, "yellow")),
     )
 
 
