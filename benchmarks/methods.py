@@ -1,81 +1,123 @@
-"""Methods on the embedded digits: one teacher, the same student, paired seeds, the demo's settings.
+"""Methods on the embedded digits: one teacher, the same student, paired seeds.
 
     uv run python benchmarks/methods.py --work runs/methods --out benchmarks/results/methods_digits.json
+    uv run python benchmarks/methods.py --pair faster_rcnn --work runs/two_stage --out benchmarks/results/methods_faster_rcnn.json
 
-Finished runs in ``--work`` are not repeated. Loss weights are the published ones for FCOS and similar students.
+Pair ``fcos`` is the demo's, in the demo's settings; the others train for fewer steps. Finished runs are not repeated.
+Loss weights are the published ones for such students, unless the method's text names others.
 """
 
 import argparse
 import json
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import detdistill
 from detdistill.compare import compare_runs, read_run, show_gains
 from detdistill.demo import SETTINGS, STUDENT, TEACHER
+from detdistill.errors import DetdistillError
 from detdistill.report.runs import distillation_terms, read
 from detdistill.report.words import kd_share
 
-METHODS = (
-    "pkd",
-    "fitnet",
-    "cwd",
-    "mgd",
-    "fkd,profile=one_stage",
-    "fgd,profile=anchor_free",
-    "skd",
-    "glamd",
-    "frs,profile=fcos",
-    "fgfi,form=fpn,weight=3",
-    "defeat",
-    "drkd,profile=one_stage",
-    "icd",
-    "pgd",
-    "tbd",
-    "rm_pfi",
-    "bckd",
-    "mimic,two_stage=false",
-    "dsig,profile=one_stage",
-    "odkd,rcn_weight=0",
-)
+LARGE = "resnet10t,channels=32-64-128-256,neck=64,levels=3-5"
+SMALL = "resnet10t,channels=16-32-64-128,stem=16,neck=64,levels=3-5"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and its student, their training, and the methods that are compared on them."""
+
+    teacher: str
+    student: str
+    methods: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings that differ from the demo's."""
+    teacher_length: dict[str, int] = field(default_factory=lambda: {"epochs": 5})
+    length: dict[str, int] = field(default_factory=lambda: {"epochs": 3})
+
+
+MAPS = (
+    "pkd", "fitnet", "cwd", "mgd", "fkd,profile=one_stage", "fgd,profile=anchor_free", "skd", "glamd", "frs,profile=fcos",
+    "fgfi,form=fpn,weight=3", "defeat", "drkd,profile=one_stage", "icd", "pgd", "tbd", "rm_pfi", "bckd", "mimic,two_stage=false",
+    "dsig,profile=one_stage", "odkd,rcn_weight=0", "lgd", "ssd_det", "labelenc", "gid", "scalekd",
+)  # fmt: skip
+SHORT = {"teacher_length": {"steps": 1250}, "length": {"steps": 400}}
+PAIRS = {
+    "fcos": Pair(TEACHER, STUDENT, MAPS),
+    "faster_rcnn": Pair(
+        f"faster_rcnn:{LARGE},proposals=100,rois=48,mlp=256",
+        f"faster_rcnn:{SMALL},proposals=100,rois=48,mlp=256",
+        (
+            "pkd",
+            "mimic",
+            "odkd",
+            "dsig",
+            "g_detkd",
+            "tadf,feature_weight=0.01",
+            "glamd,profile=two_stage",
+            "frs,profile=faster_rcnn",
+        ),
+        {"lr": 1e-3},
+        **SHORT,
+    ),
+    "gfl": Pair(f"gfl:{LARGE},convs=2", f"gfl:{SMALL},convs=2", ("pkd", "bckd", "ld", "crosskd", "crosskd+pkd"), **SHORT),
+    "paa": Pair(f"paa:{LARGE},convs=2", f"paa:{SMALL},convs=2", ("pkd", "lad"), **SHORT),
+    "heterogeneous": Pair(
+        f"faster_rcnn:{LARGE},proposals=100,rois=48,mlp=256",
+        f"fcos:{SMALL},convs=2",
+        ("pkd", "unikd", "head"),
+        {"lr": 1e-3},
+        **SHORT,
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--pair", choices=PAIRS, default="fcos")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--teacher-epochs", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", help="instead of those of the pair")
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
+    pair = PAIRS[chosen.pair]
+    settings = {**SETTINGS, **pair.settings}
     teacher = chosen.work / "teacher"
     if not (teacher / "summary.json").exists():
         resume = (teacher / "config.yaml").exists()
-        detdistill.train(TEACHER, "digits", role="teacher", out=teacher, epochs=chosen.teacher_epochs, resume=resume, **SETTINGS)
+        long = {**settings, **pair.teacher_length, "evaluate_every": 5}
+        detdistill.train(pair.teacher, "digits", role="teacher", out=teacher, resume=resume, report=False, **long)
     runs: list[Path] = []
-    for index, method in enumerate(chosen.methods):
+    for index, method in enumerate(chosen.methods or pair.methods):
         folder = chosen.work / method.replace(",", "_").replace("=", "-")
-        result = detdistill.distill(
-            str(teacher),
-            STUDENT,
-            "digits",
-            method,
-            out=folder,
-            resume=folder.exists(),
-            epochs=chosen.epochs,
-            seeds=tuple(chosen.seeds),
-            baseline=index == 0,  # one baseline per seed, for all methods
-            jobs=chosen.jobs,
-            report=False,
-            **SETTINGS,
-        )
+        try:
+            result = detdistill.distill(
+                str(teacher),
+                pair.student,
+                "digits",
+                method,
+                out=folder,
+                resume=folder.exists(),
+                seeds=tuple(chosen.seeds),
+                baseline=index == 0,  # one baseline per seed, for all methods
+                jobs=chosen.jobs,
+                report=False,
+                score_teacher=False,
+                evaluate_every=100,
+                stages=str(chosen.work / "stages"),
+                **settings,
+                **pair.length,
+            )
+        except DetdistillError as error:  # one method must not cost the results of the others
+            print(f"{method}: {error}", flush=True)
+            continue
         runs += result.runs
         gains = compare_runs(runs)
-        write(chosen, runs, gains)  # after each method, so that an interrupted benchmark leaves its results
+        write(chosen, pair, runs, gains)  # after each method, so that an interrupted benchmark leaves its results
     show_gains(gains)
 
 
@@ -85,7 +127,7 @@ def share(folder: Path) -> float | None:
     return kd_share(one, distillation_terms(one, []))
 
 
-def write(chosen: argparse.Namespace, runs: list[Path], gains: list) -> None:
+def write(chosen: argparse.Namespace, pair: Pair, runs: list[Path], gains: list) -> None:
     """Write the results so far."""
     summaries = [read_run(run) for run in runs]
     teacher = read_run(chosen.work / "teacher")
@@ -96,8 +138,8 @@ def write(chosen: argparse.Namespace, runs: list[Path], gains: list) -> None:
         .replace(str(chosen.work), "runs/methods")
         .replace(str(chosen.out), "benchmarks/results/" + chosen.out.name),
         "seeds": chosen.seeds,
-        "teacher": {"model": TEACHER, "AP": teacher["metrics"]["AP"], "epochs": teacher["epochs"]},
-        "student": {"model": STUDENT, "epochs": chosen.epochs},
+        "teacher": {"model": pair.teacher, "AP": teacher["metrics"]["AP"], **pair.teacher_length},
+        "student": {"model": pair.student, **pair.length},
         "gains": [{**asdict(gain), "teacher": "teacher"} for gain in gains],
         "runs": [
             {key: run[key] for key in ("role", "method", "seed", "metrics", "seconds")} | {"share": share(run["folder"])}
