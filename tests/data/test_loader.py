@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from PIL import Image
+from PIL import Image, ImageOps
 
 from detdistill.data.loader import DetectionLoader, collate, read_image
 from detdistill.data.records import DetectionSet, Record
@@ -307,3 +307,18 @@ def test_lightning_loses_and_repeats_nothing(data, tmp_path, workers, when, save
     fit(resumed, tmp_path / "resumed", *loaders(workers), resume=file, every_n_train_steps=100)
     assert broken.seen[:saved] + resumed.seen == whole.seen
     assert torch.equal(resumed.weight, whole.weight)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_jpeg_and_png_are_decoded_to_the_pixels_of_pil(tmp_path, mode, turn):
+    pixels = np.random.default_rng(0).integers(0, 255, (7, 11, 3), dtype=np.uint8).repeat(5, 0).repeat(3, 1)
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112] = turn
+    names = ["a.jpg", "b.jpg"] + ["c.png"] * (mode != "CMYK")
+    for name in names:
+        options = {"progressive": True} if name == "b.jpg" else {}
+        image.convert(mode).save(tmp_path / name, exif=exif, **options)
+        with Image.open(tmp_path / name) as file:
+            expected = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+        assert np.array_equal(read_image(tmp_path / name).permute(1, 2, 0).numpy(), expected)
