@@ -160,7 +160,7 @@ def test_one_smallest_image(name):
     check_one_image(detector, smallest(detector))
 
 
-@pytest.mark.parametrize("name", ["fcos", "gfl", "atss", "reppoints"])
+@pytest.mark.parametrize("name", ["fcos", "gfl", "atss", "paa", "reppoints"])
 def test_one_image_whose_heads_normalise_one_value_per_group(name):
     """With neck=32 the 32 groups of the heads' GroupNorm have a channel each, and the last level has a cell."""
     options = "resnet10t,channels=8-16-32-64,stem=8,neck=32,levels=3-7,convs=1,score=0"

@@ -26,6 +26,7 @@ STRIDES = {
     "retinanet": (8, 16, 32, 64, 128),
     "fcos": (8, 16, 32, 64, 128),
     "atss": (8, 16, 32, 64, 128),
+    "paa": (8, 16, 32, 64, 128),
     "gfl": (8, 16, 32, 64, 128),
     "reppoints": (8, 16, 32, 64, 128),
     "ssd": (8, 16, 32, 64, 128, 256),
@@ -40,7 +41,7 @@ FINE = "fcos on levels 3-4"
 STRIDES_WITH_FINE = {**STRIDES, FINE: (8, 16)}
 SOFTMAX = {"ssd"}
 """Dense detectors whose classes and background share a softmax; the others have sigmoids."""
-DENSE = {"retinanet", "fcos", "atss", "gfl", "reppoints", "ssd"}
+DENSE = {"retinanet", "fcos", "atss", "paa", "gfl", "reppoints", "ssd"}
 
 
 def model_name(name):

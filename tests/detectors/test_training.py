@@ -63,6 +63,8 @@ COURSES = {
     "retinanet": Course(f"{DENSE},convs=1", 0.31),
     # 0.73 0.72, 5 s
     "atss": Course(f"{DENSE},convs=1", 0.43),
+    # 0.55 0.63, 7 s
+    "paa": Course(f"{DENSE},convs=1", 0.33),
     # 0.65 0.66, 5 s
     "gfl": Course(f"{DENSE},convs=1", 0.38),
     # 0.79 0.91, 8 s

@@ -157,11 +157,16 @@ def check_teach_is_independent_of_student(pair: _Pair) -> None:
 
 
 def check_gradients(pair: _Pair) -> None:
-    """Of ``learn`` alone to the student; of all stages to everything trainable; none to the teacher."""
+    """Of ``learn`` alone to the student (of ``supervise`` where only that is taught); of all stages to everything trainable;
+    none to the teacher."""
     method, batch = pair.build(), tiny_batch(3)
     student = pair.student
     teacher_state = copy.deepcopy(pair.teacher.detector.state_dict()) if pair.teacher else {}
-    total = learn(method, student, batch, method.teach(batch)).total()
+    taught = method.teach(batch)
+    losses = learn(method, student, batch, taught)
+    if not losses.terms:
+        losses = method.supervise(student, observe(method, student, batch), taught, batch)
+    total = losses.total()
     own = [p for p in student.parameters() if p.requires_grad]
     reached = [g for g in torch.autograd.grad(total, own, allow_unused=True) if g is not None]
     assert any(float(g.abs().sum()) > 0 for g in reached), "no gradient of learn() reaches the student"

@@ -220,3 +220,15 @@ def test_size_in_bytes(canvas_hw, per_cell):
     weighted = AssignedCells.of(Assignment(matched, torch.ones(matched.shape)), dense, batch, strides)
     assert len(encode(weighted, "float32").data) == count * (per_cell + 4) + 1
     assert torch.equal(cells.on(dense, batch).matched, matched)
+
+
+def test_cells_go_to_the_levels_of_another_detector_by_stride():
+    dense, batch = dense_on((32, 32), anchors=(2, 1)), batch_of([(32, 32)])
+    cells = AssignedCells.of(assigned(dense, l0r1c2a1=5, l1r0c1a0=0, l0r0c0a0=IGNORED), dense, batch, STRIDES)
+    coarse = dense_on((32, 32), strides=(16, 32), anchors=(1, 1))
+    assert_same(cells.with_strides((16, 32)).on(coarse, batch), assigned(coarse, l0r0c1a0=0), "")
+    both = dense_on((32, 32), strides=(4, 8, 16), anchors=(1, 2, 1))
+    found = cells.with_strides((4, 8, 16)).on(both, batch)
+    assert_same(found, assigned(both, l1r1c2a1=5, l2r0c1a0=0, l1r0c0a0=IGNORED), "")
+    assert not (cells.with_strides((64,)).ground_truth != NEGATIVE).any()
+    assert_same(cells.with_strides(STRIDES), cells, "")

@@ -6,7 +6,7 @@ N queries of an image, M positives of the whole batch, K classes, D embedding wi
 Class labels are ``0 .. K-1``; the background is never a label. Softmax detectors have K+1 logits, **background last**.
 """
 
-from detdistill.structures.assigned_cells import AssignedCells
+from detdistill.structures.assigned_cells import AssignedCells, cells_inside
 from detdistill.structures.base import ADDED, SECOND, SHARED, Movable, PerImage, map_tensors
 from detdistill.structures.batch import Batch, Target, View
 from detdistill.structures.features import Features
@@ -49,5 +49,6 @@ __all__ = [
     "TaughtTogether",
     "Tower",
     "View",
+    "cells_inside",
     "map_tensors",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class AssignedCells(PerImage):
             batch: gives the valid sizes of the images.
             strides: stride of each level of the prediction, in pixels.
         """
-        inside = _inside(prediction, batch, strides)
+        inside = cells_inside(prediction, batch, strides)
         padding_ignored = ((assignment.matched == IGNORED) & ~inside).any(dim=1)
         listed = (assignment.matched != NEGATIVE) & inside
         where = torch.stack([prediction.levels, *prediction.cells.unbind(dim=1), prediction.anchors], dim=1)
@@ -84,11 +84,24 @@ class AssignedCells(PerImage):
             pieces[0].strides,
         )
 
+    def with_strides(self, strides: Sequence[int]) -> AssignedCells:
+        """The same cells for a detector whose levels have the given strides; cells on strides that it lacks are left out."""
+        levels = torch.tensor([strides.index(stride) if stride in strides else -1 for stride in self.strides])
+        level = levels.to(self.places.device)[self.places[..., 0].clamp(min=0)]
+        there = (level >= 0) & (self.ground_truth != NEGATIVE)
+        places = torch.cat([level[..., None], self.places[..., 1:]], dim=-1)
+        return replace(
+            self,
+            places=torch.where(there[..., None], places, -1),
+            ground_truth=torch.where(there, self.ground_truth, NEGATIVE),
+            strides=tuple(strides),
+        )
+
     def on(self, prediction: Dense, batch: Batch) -> Assignment:
         """Convert back to an assignment [B, P] of ``prediction``; listed cells that the prediction lacks are skipped."""
         count = len(batch)
         matched = torch.full(prediction.boxes_xyxy.shape[:2], NEGATIVE, dtype=torch.int64, device=prediction.cells.device)
-        matched[self.padding_ignored[:, None] & ~_inside(prediction, batch, self.strides)] = IGNORED
+        matched[self.padding_ignored[:, None] & ~cells_inside(prediction, batch, self.strides)] = IGNORED
         own = torch.stack([prediction.levels, *prediction.cells.unbind(dim=1), prediction.anchors], dim=1)
         spread = torch.cat([own, self.places.flatten(0, 1)]).amax(dim=0) + 1
         numbers, order = _number(own, spread).sort()
@@ -111,8 +124,14 @@ def _number(places: Tensor, spread: Tensor) -> Tensor:
     return ((level * spread[1] + row) * spread[2] + column) * spread[3] + anchor
 
 
-def _inside(prediction: Dense, batch: Batch, strides: Sequence[int]) -> Tensor:
-    """[B, P] bool, True where the top left pixel of a prediction's cell lies inside the image's valid size."""
+def cells_inside(prediction: Dense, batch: Batch, strides: Sequence[int]) -> Tensor:
+    """[B, P] bool, True where the top left pixel of a prediction's cell lies inside the image's valid size.
+
+    Args:
+        prediction: gives level and cell of each prediction.
+        batch: gives the valid sizes of the images.
+        strides: stride of each level of the prediction, in pixels.
+    """
     stride = torch.tensor(strides, device=prediction.levels.device)[prediction.levels]
     first = prediction.cells * stride[:, None]
     return (first[None] < batch.sizes[:, None].to(first.device)).all(dim=-1)

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from detdistill.detectors.dense.shared.heads import OwnDenseDetector
 from tests.detectors.dense import own as own_dense
 
-KINDS = ("atss", "gfl")
+KINDS = ("atss", "gfl", "paa")
 
 
 def _confident(kind: str) -> OwnDenseDetector:
