@@ -49,9 +49,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch, step: int, how: str) -> list[tuple[in
     return seen_ids
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_term_without_gradient_is_said(cut: bool, teacher: Path, tmp_path: Path, monkeypatch):
-    """The commonest silent failure: a loss that is there and falls on nobody."""
+@pytest.mark.parametrize(("cut", "alone"), [(False, False), (True, False), (True, True)])
+def test_a_term_without_gradient_is_said(cut: bool, alone: bool, teacher: Path, tmp_path: Path, monkeypatch):
+    """The commonest silent failure: a loss that is there and falls on nobody. A method may name terms that train it alone."""
     learn = MGD.learn
 
     def detached(self, student, seen, taught, batch, clock):
@@ -60,10 +60,12 @@ def test_a_term_without_gradient_is_said(cut: bool, teacher: Path, tmp_path: Pat
 
     if cut:
         monkeypatch.setattr(MGD, "learn", detached)
+    if alone:
+        monkeypatch.setattr(MGD, "trains_alone", ("mgd",))
     console = Console(file=io.StringIO(), width=300)
     small.distill(teacher, tmp_path / "run", console=console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert ("mgd: no gradient in any measurement, so the term had no effect" in said) == cut
+    assert ("mgd: no gradient in any measurement, so the term had no effect" in said) == (cut and not alone)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

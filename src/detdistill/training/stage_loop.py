@@ -219,10 +219,13 @@ class StageLoop:
         return [*callbacks, evaluation, Checkpoints(self.folder.checkpoints, settings.checkpoint_every), EndTogether()]
 
     def _warn_about_idle_terms(self, stage: Stage) -> None:
-        """Name the loss terms of the stage that had no gradient in any measurement."""
+        """Name the loss terms of the stage that had no gradient in any measurement, except those that train the method alone."""
         if self.table is None:
             return
+        alone = () if self.method is None else self.method.trains_alone
         for term in idle_terms(row for row in read_rows(self.table.path) if row["stage"] == stage.name):
+            if term in alone:
+                continue
             self.progress.say(
                 f"{term}: no gradient in any measurement, so the term had no effect; check its weight, and whether the "
                 "data give it something to compare (several classes, boxes, levels of both detectors)",

@@ -66,6 +66,8 @@ class Method(nn.Module, Generic[T]):
     teach_settings: ClassVar[tuple[str, ...] | None] = None
     """Names of the hyper-parameters that change what ``teach`` returns; only these enter a cache's identity.
     None: all, if the class overrides ``teach``; those that change ``needs``, if it inherits ``teach``."""
+    trains_alone: tuple[str, ...] = ()
+    """Names of terms that train only modules of the method; a run does not warn that they give the student no gradient."""
     settings: dict[str, Any]
     """Values of all hyper-parameters, checked against the types of the constructor before it runs."""
 
@@ -223,6 +225,7 @@ class Composition(Method[TaughtTogether]):
                 before = self._teacher_looks.get(method._teacher, Look())
                 self._teacher_looks[method._teacher] = before | method.requirements.teacher
         self.requirements = replace(self.requirements, student=student_look)
+        self.trains_alone = tuple(f"{method.slug}/{name}" for method in methods for name in method.trains_alone)
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
