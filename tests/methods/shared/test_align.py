@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from detdistill.detectors.contract import DetectorSpec
-from detdistill.methods.shared.align import LevelAdapters, LevelPair, PairedMaps, pair_levels, resize_like
+from detdistill.methods.shared.align import ConvolutionAdapters, LevelAdapters, LevelPair, PairedMaps, pair_levels, resize_like
 from detdistill.methods.shared.needs import PairError
 from detdistill.structures import Features
 
@@ -146,3 +146,10 @@ def test_paired_maps_come_level_by_level_in_the_teachers_channels_and_size():
     torch.testing.assert_close(mine, adapters[0](student.maps[1]))
     mine.sum().backward()
     assert adapters[0].weight.grad is not None
+
+
+def test_one_convolution_adapter_for_each_width():
+    adapters = ConvolutionAdapters([4, 6, 4])
+    maps = adapters([torch.ones(1, 4, 2, 2), torch.ones(1, 6, 1, 1), torch.ones(1, 4, 1, 1)])
+    assert [tuple(level.shape) for level in maps] == [(1, 4, 2, 2), (1, 6, 1, 1), (1, 4, 1, 1)]
+    assert list(adapters) == ["4", "6"]
