@@ -4,6 +4,7 @@ The folder is ``DETDISTILL_GOLDEN`` (default ``tests/golden``). Shapes and hyper
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ class Golden:
     def parameters(self, prefix: str) -> dict[str, Tensor]:
         """All tensors whose name starts with ``prefix``, without it: a state dict."""
         return {name[len(prefix) :]: self[name] for name in self.arrays if name.startswith(prefix)}
+
+
+def sine_parameter(number: int, shape: list[int]) -> Tensor:
+    """The weights of files whose ``meta`` gives them as a formula: parameter ``number``, float32, uniform-looking.
+
+    Tensors of several dimensions lie within ``sqrt(6 / inputs)``, vectors within 0.1.
+    """
+    count = math.prod(shape)
+    x = 43758.5453 * torch.sin(12.9898 * (torch.arange(count, dtype=torch.float64) % 9973) + 78.233 * (number + 1))
+    scale = math.sqrt(6 / (count / shape[0])) if len(shape) > 1 else 0.1
+    return (scale * (2 * (x - x.floor()) - 1)).float().view(shape)
 
 
 def assert_golden(actual: Tensor, expected: Tensor) -> None:

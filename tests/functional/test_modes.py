@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from detdistill.functional.modes import evaluating, frozen
+from detdistill.functional.modes import evaluating, frozen, keeping_statistics
 
 
 def network():
@@ -94,3 +94,18 @@ def test_frozen_leaves_modes_alone_and_a_shared_parameter_outside_is_frozen_too(
         assert not second.weight.requires_grad
         assert second.bias.requires_grad
     assert second.weight.requires_grad
+
+
+def test_keeping_statistics_normalises_by_the_batch_and_leaves_the_buffers():
+    parts = network()
+    rows = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    before = {name: tensor.clone() for name, tensor in parts.state_dict().items()}
+    torch.manual_seed(1)
+    with keeping_statistics(parts):
+        kept = parts(rows)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parts.state_dict().items())
+    kept.sum().backward()
+    torch.manual_seed(1)
+    assert torch.equal(parts(rows), kept)
+    assert int(parts[1].num_batches_tracked) == 1
+    assert int(parts[3][0].num_batches_tracked) == 0  # its owner keeps it in evaluation mode

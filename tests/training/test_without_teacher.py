@@ -27,6 +27,16 @@ def test_a_baseline_and_a_run_without_teacher(tmp_path):
     assert result.gains[0].teacher == "none"
 
 
+def test_the_label_encoder_is_trained_once_for_all_seeds(tmp_path):
+    settings = {**SETTINGS, "steps": 3, "seeds": (0, 1), "stages": tmp_path / "stages", "out": tmp_path / "runs"}
+    with Progress(quiet=True) as progress:
+        result = api.distill(None, MODEL, DATA, "labelenc,auxiliary_until=0.5", progress=progress, **settings)
+    first, second = ({(row["stage"], row["total"]) for row in rows(run)} for run in result.runs)
+    assert first == {("encoder", "4"), ("distill", "3")}
+    assert second == {("distill", "3")}
+    assert len(list((tmp_path / "stages").glob("*.safetensors"))) == 1
+
+
 def test_other_methods_ask_for_a_teacher(tmp_path):
     with pytest.raises(RunError, match=r"teacher: pkd needs a teacher \(--teacher\) or a cache"):
         api.distill(None, MODEL, DATA, f"pkd+{DICOD}", out=tmp_path / "run", **SETTINGS)

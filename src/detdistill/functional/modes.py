@@ -1,4 +1,4 @@
-"""Context managers that put modules into evaluation mode or freeze them, and restore their state afterwards."""
+"""Context managers that put modules into evaluation mode, freeze them or keep their statistics, and restore them afterwards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class HasModules(Protocol):
@@ -72,3 +73,30 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def keeping_statistics(module: HasModules) -> Iterator[None]:
+    """Keep the running statistics of batch norms inside the context, in training mode too.
+
+    In training mode, batch norms still normalise by the statistics of the batch, unlike with ``evaluating``.
+
+    Args:
+        module: any module; only the ``track_running_stats`` flags of its batch norms are changed.
+
+    Example:
+        >>> import torch
+        >>> norm = nn.BatchNorm1d(1)
+        >>> with keeping_statistics(norm):
+        ...     normalised = norm(torch.tensor([[1.0], [3.0]]))
+        >>> normalised.detach().round().flatten().tolist(), norm.running_mean.tolist(), norm.num_batches_tracked.item()
+        ([-1.0, 1.0], [0.0], 0)
+    """
+    tracking = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    for part in tracking:
+        part.track_running_stats = False
+    try:
+        yield
+    finally:
+        for part in tracking:
+            part.track_running_stats = True

@@ -6,7 +6,15 @@ from torch import nn
 
 from detdistill.detectors.contract import DetectorSpec
 from detdistill.functional.dense_maps import find_partners
-from detdistill.methods.shared.align import LevelAdapters, LevelPair, PairedMaps, check_same_anchors, pair_levels, resize_like
+from detdistill.methods.shared.align import (
+    ConvolutionAdapters,
+    LevelAdapters,
+    LevelPair,
+    PairedMaps,
+    check_same_anchors,
+    pair_levels,
+    resize_like,
+)
 from detdistill.methods.shared.needs import PairError
 from detdistill.structures import Dense, Features
 
@@ -175,3 +183,10 @@ def test_several_anchors_must_be_the_same():
 def test_a_single_anchor_may_differ():
     student, other = two_cells([8.0], [0]), two_cells([12.0], [0])
     check_same_anchors("m", student, other, find_partners(student, other))
+
+
+def test_one_convolution_adapter_for_each_width():
+    adapters = ConvolutionAdapters([4, 6, 4])
+    maps = adapters([torch.ones(1, 4, 2, 2), torch.ones(1, 6, 1, 1), torch.ones(1, 4, 1, 1)])
+    assert [tuple(level.shape) for level in maps] == [(1, 4, 2, 2), (1, 6, 1, 1), (1, 4, 1, 1)]
+    assert list(adapters) == ["4", "6"]

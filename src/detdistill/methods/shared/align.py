@@ -153,6 +153,24 @@ class LevelAdapters(nn.ModuleList):
         return [adapter(level) for adapter, level in zip(self, maps, strict=True)]
 
 
+class ConvolutionAdapters(nn.ModuleDict):
+    """Three 3x3 convolutions with ReLUs between them, shared by all levels of equal width; maps keep width and size.
+
+    The adapter of LabelEnc and LGD, whose pyramids have one width. Weights are initialised by PyTorch's default.
+    """
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        """Build one adapter for each different width of a pyramid's levels; its key is the width."""
+        super().__init__()
+        for width in sorted(set(channels)):
+            layers = [nn.Conv2d(width, width, 3, padding=1) for _ in range(3)]
+            self[str(width)] = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Adapt each map [B, C_l, H_l, W_l]."""
+        return [self[str(level.shape[1])](level) for level in maps]
+
+
 @dataclass(frozen=True)
 class PairedMaps:
     """Align two pyramids: paired levels, the student's maps in the teacher's channels and, with ``resize``, at its size."""
