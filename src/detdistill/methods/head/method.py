@@ -75,7 +75,7 @@ WEIGHTS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "teacher_free": (0.0, 1.0),
     }
 )
-"""Released factors of AKD (each layer) and of CKD for each kind of pair; without a teacher each assistant has a further factor."""
+"""Released factors of AKD (each layer) and CKD for each kind of pair; without a teacher each assistant has a further factor."""
 WARM_UP_OF_ASSISTANTS: Mapping[str, int] = MappingProxyType(
     {"regions_to_dense": 0, "regions_to_regions": 0, "dense_to_dense": 2000, "teacher_free": 2000}
 )
@@ -273,7 +273,7 @@ class HEAD(Method[Observation | None]):
         self.columns = self._class_columns(student)
         self.stem = Stem(student.spec.channels, self._channels(detector.spec))
         trained = bool(self.assistant_weight or self.akd_weight)
-        self.assistant = cast(nn.Module, detector.copy_region_head()) if trained else None
+        self.assistant = _trainable(detector.copy_region_head()) if trained else None
         widths = hidden_widths(detector, detector.spec)
         if not widths:
             raise PairError(f"{self.slug}: the region head of the teacher {detector.spec.name} has no hidden layer to compare")
@@ -301,7 +301,7 @@ class HEAD(Method[Observation | None]):
         self.columns = self._class_columns(student)
         self.stem = Stem([mine.channels[level] for level in self.levels], self._channels(theirs))
         trained = bool(self.assistant_weight or self.akd_weight)
-        self.assistant = cast(nn.Module, detector.copy_head()) if trained else None
+        self.assistant = _trainable(detector.copy_head()) if trained else None
         width = tower_width(detector, theirs, None)
         self.akd = TowerAdapters(width, width) if self.akd_weight else None
         self.ckd = TowerAdapters(self.tower_channels, width) if self.ckd_weight else None
@@ -481,6 +481,12 @@ def _weights(settings: Mapping[str, Any]) -> tuple[float, float]:
     if settings["akd_weight"] is not None and settings["pair"] != "teacher_free":
         akd = settings["akd_weight"]
     return akd, ckd if settings["ckd_weight"] is None else settings["ckd_weight"]
+
+
+def _trainable(copied: Any) -> nn.Module:
+    """The copy of a frozen teacher's head, ready for training."""
+    assert isinstance(copied, nn.Module)
+    return copied.requires_grad_(True).train()
 
 
 def _mean_number(origin: Origin, batch: Batch) -> dict[str, Tensor]:
