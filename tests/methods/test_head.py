@@ -13,9 +13,10 @@ from detdistill.errors import DetdistillError
 from detdistill.functional.regions import features_at_origin
 from detdistill.losses import head_ckd_loss, head_layer_loss, head_neck_loss, head_neck_mask
 from detdistill.methods.head.method import HEAD
-from detdistill.methods.head.parts import AnchorLinear, DenseAssistant, RegionAdapters
+from detdistill.methods.head.parts import DenseAssistant, RegionAdapters
 from detdistill.methods.shared.contract import Composition
 from detdistill.methods.shared.needs import PairError
+from detdistill.methods.shared.region_heads import AnchorLinear
 from detdistill.structures import Clock, Features, Origin, Target
 from tests.golden import Golden, assert_golden
 from tests.methods.contract_checks import check_method, without_boxes
@@ -155,14 +156,6 @@ def test_targets_get_no_gradient():
     assert layers[0].grad is not None
     assert layers[1].grad is None
     assert layers[2].grad is None
-
-
-def test_each_anchor_has_its_own_layer():
-    psi, rows = AnchorLinear(3, 4, 5), torch.randn(6, 3)
-    anchor = torch.tensor([4, 0, 0, 2, 4, 1])
-    every = psi.layer(rows).unflatten(1, (5, 4))
-    torch.testing.assert_close(psi(rows, anchor), every[torch.arange(6), anchor])
-    assert psi(rows[:0], anchor[:0]).shape == (0, 4)
 
 
 def test_the_neck_mask_shares_one_among_boxes_and_the_gain_among_the_rest():

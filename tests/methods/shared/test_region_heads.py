@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from detdistill.functional.regions import SampledRegions
-from detdistill.methods.shared.region_heads import RegionHead, RegionOutput, region_loss, regions_of_dense
+from detdistill.methods.shared.region_heads import AnchorLinear, RegionHead, RegionOutput, region_loss, regions_of_dense
 from detdistill.structures import Features, Origin
 from tests.methods.contract_checks import without_boxes
 from tests.tiny import TinyDense, tiny_batch
@@ -82,3 +82,11 @@ def test_shapes_and_branches(branches):
     assert (output.class_hidden >= 0).all()
     alone = Features(tuple(level[1:] for level in features.maps), features.strides)
     torch.testing.assert_close(head.predict(alone, boxes[1:]).logits, output.logits[2:])
+
+
+def test_each_anchor_has_its_own_layer():
+    psi, rows = AnchorLinear(3, 4, 5), torch.randn(6, 3)
+    anchor = torch.tensor([4, 0, 0, 2, 4, 1])
+    every = psi.layer(rows).unflatten(1, (5, 4))
+    torch.testing.assert_close(psi(rows, anchor), every[torch.arange(6), anchor])
+    assert psi(rows[:0], anchor[:0]).shape == (0, 4)

@@ -39,7 +39,6 @@ from detdistill.functional.precision import full_precision
 from detdistill.functional.regions import features_at_origin
 from detdistill.methods.head.loss import head_ckd_loss, head_layer_loss, head_neck_loss, head_neck_mask
 from detdistill.methods.head.parts import (
-    AnchorLinear,
     DenseAssistant,
     RegionAdapters,
     Stem,
@@ -51,7 +50,7 @@ from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_leve
 from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.hyper_parameters import MethodError, check_some
 from detdistill.methods.shared.needs import Needs, PairError
-from detdistill.methods.shared.region_heads import RegionHead, region_loss, regions_of_dense
+from detdistill.methods.shared.region_heads import AnchorLinear, RegionHead, region_loss, regions_of_dense
 from detdistill.structures import (
     WHOLE_TOWER,
     Batch,

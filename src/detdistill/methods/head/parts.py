@@ -1,6 +1,6 @@
 """Modules of HEAD: assistants, adapters of the student's features, and trial runs that measure the widths of layers.
 
-Shape letters: B images, R regions of the whole batch, P points of an image, A anchors of a cell, C channels, D width, K classes.
+Shape letters: B images, R regions of the whole batch, P points of an image, C channels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -33,26 +33,6 @@ class Stem(nn.Module):
         """Compute the levels in ``wanted`` channels, in full precision."""
         with full_precision(features.maps[0].device):
             return replace(features, maps=tuple(self.adapters(features.maps)))
-
-
-class AnchorLinear(nn.Module):
-    """A linear layer with weights of its own for each anchor of a cell ("decoupled" in the released code).
-
-    The parameters are those of ``nn.Linear(C, A * D)``; a row only computes the D outputs of its anchor.
-    """
-
-    def __init__(self, inputs: int, outputs: int, anchors: int) -> None:
-        """C inputs, D outputs, A anchors; PyTorch's initialisation."""
-        super().__init__()
-        self.anchors = anchors
-        self.layer = nn.Linear(inputs, outputs * anchors)
-
-    def forward(self, rows: Tensor, anchor: Tensor) -> Tensor:
-        """Rows [R, C] of the anchors [R] -> [R, D]."""
-        weights, biases = self.layer.weight.unflatten(0, (self.anchors, -1)), self.layer.bias.unflatten(0, (self.anchors, -1))
-        index = [torch.nonzero(anchor == number).flatten() for number in range(self.anchors)]
-        found = [F.linear(rows[mine], weights[number], biases[number]) for number, mine in enumerate(index)]
-        return torch.cat(found)[torch.cat(index).argsort()]
 
 
 class RegionAdapters(nn.ModuleList):

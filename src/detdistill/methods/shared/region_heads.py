@@ -2,7 +2,8 @@
 
 Methods use it as an assistant or as a teacher that is trained with the student. It is a part of the method and never exported.
 
-Shape letters: B images, R regions of the whole batch, C channels, D width of the hidden layers, K classes, S side of a region.
+Shape letters: B images, R regions of the whole batch, C channels, D width of the hidden layers, K classes, S side of a region,
+A anchors of a cell.
 """
 
 from __future__ import annotations
@@ -57,6 +58,27 @@ def regions_of_dense(
     )
 
 
+class AnchorLinear(nn.Module):
+    """A linear layer with weights of its own for each anchor of a cell ("decoupled" in HEAD's released code).
+
+    The parameters are those of ``nn.Linear(C, A * D)``; a row only computes the D outputs of its anchor.
+    """
+
+    def __init__(self, inputs: int, outputs: int, anchors: int) -> None:
+        """C inputs, D outputs, A anchors; PyTorch's initialisation."""
+        super().__init__()
+        self.anchors = anchors
+        self.layer = nn.Linear(inputs, outputs * anchors)
+
+    def forward(self, rows: Tensor, anchor: Tensor) -> Tensor:
+        """Rows [R, C] of the anchors [R] -> [R, D]."""
+        weights = self.layer.weight.view(self.anchors, -1, rows.shape[1])
+        biases = self.layer.bias.view(self.anchors, -1)
+        index = [torch.nonzero(anchor == number).flatten() for number in range(self.anchors)]
+        found = [F.linear(rows[mine], weights[number], biases[number]) for number, mine in enumerate(index)]
+        return torch.cat(found)[torch.cat(index).argsort()]
+
+
 class RegionOutput(NamedTuple):
     """Output of ``RegionHead`` for R regions."""
 
@@ -102,14 +124,19 @@ class RegionHead(nn.Module):
             nn.init.normal_(layer.weight, std=deviation)
             nn.init.zeros_(layer.bias)
 
-    def predict(self, features: Features, boxes_xyxy: Sequence[Tensor]) -> RegionOutput:
+    def predict(self, features: Features, boxes_xyxy: Sequence[Tensor], levels: Tensor | None = None) -> RegionOutput:
         """Pool the boxes, B tensors [R_b, 4] in pixels, and compute the outputs, image by image in the order of the boxes.
 
-        Boxes below 112 pixels are pooled from the finest level, below 224 from the next, and so on (mmdet's rule).
+        Args:
+            features: maps of C channels; gradient flows.
+            boxes_xyxy: treated as constant.
+            levels: [R] level of each box. None: mmdet's rule, by which boxes below 112 pixels are pooled from the finest level,
+                below 224 from the next, and so on, up to the fourth.
         """
-        pyramid = features.take(range(min(POOLED_LEVELS, len(features.maps))))
-        levels = level_of_box(torch.cat(list(boxes_xyxy)), len(pyramid.maps))
-        pooled = pool_boxes(pyramid, boxes_xyxy, self.size, levels, sampling_ratio=2)
+        if levels is None:
+            features = features.take(range(min(POOLED_LEVELS, len(features.maps))))
+            levels = level_of_box(torch.cat(list(boxes_xyxy)), len(features.maps))
+        pooled = pool_boxes(features, boxes_xyxy, self.size, levels, sampling_ratio=2)
         class_hidden = self.classification(pooled)
         box_hidden = class_hidden if self.box is None else self.box(pooled)
         outputs = (self.logits(class_hidden), self.deltas(box_hidden).unflatten(1, (-1, 4)), class_hidden, box_hidden)
