@@ -311,6 +311,11 @@ class TinyRegions(TinyDetector):
         origin = Origin.given([len(boxes) for boxes in boxes_xyxy], device=batch.images.device)
         return self._second(features, boxes_xyxy, origin, batch)
 
+    def copy_region_head(self) -> TinyRegions:
+        copied = copy.deepcopy(self).requires_grad_(True).train()
+        del copied.backbone, copied.levels, copied.rpn
+        return copied
+
     def _second(self, features: Features, boxes_xyxy: Sequence[Tensor], origin: Origin, batch: Batch) -> Regions:
         """Four points of each box on the finest map, a linear layer, class and box."""
         height, width = batch.padding_hw

@@ -272,7 +272,8 @@ def check_arithmetic_is_exact_under_autocast(pair: _Pair) -> None:
     found = []
     for enabled in (False, True):
         method, batch = pair.build(), tiny_batch(3)
-        for detector in (pair.student, *([pair.teacher.detector] if pair.teacher else [])):
+        networks = [part for part in method.modules() if any(hasattr(part, name) for name in ("predict", "regions", "tower"))]
+        for detector in (pair.student, *([pair.teacher.detector] if pair.teacher else []), *networks):
             keep_exact(detector)
         pair.forget()
         torch.manual_seed(7)
@@ -281,8 +282,8 @@ def check_arithmetic_is_exact_under_autocast(pair: _Pair) -> None:
     assert_same(found[1], found[0], "a loss is computed in half precision in a bf16 run: ")
 
 
-def keep_exact(detector: Detector) -> None:
-    """Let a detector's parts run without autocast, whatever the caller does."""
+def keep_exact(detector: nn.Module) -> None:
+    """Let the parts of a detector, or of a network of the method, run without autocast, whatever the caller does."""
     for name in ("observe_features", "observe_head", "decode", "predict", "tower", "finish", "regions", "proposals", "neck"):
         part = getattr(detector, name, None)
         if part is not None and not isinstance(part, nn.Module):

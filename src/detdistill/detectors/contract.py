@@ -294,6 +294,18 @@ class HasTowers(Protocol):
         ...
 
 
+class RegionHeadCopy(Protocol):
+    """Result of ``HasRegions.copy_region_head``: an ``nn.Module`` with trainable parameters of its own."""
+
+    def regions(self, features: Features, boxes_xyxy: Sequence[Tensor], batch: Batch) -> Regions:
+        """As ``HasRegions.regions``."""
+        ...
+
+    def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
+        """As ``DetectionHead.loss``, of a prediction of ``regions``; labels are those of the copied detector."""
+        ...
+
+
 @runtime_checkable
 class HasRegions(Protocol):
     """A region head that predicts on any given boxes."""
@@ -310,6 +322,14 @@ class HasRegions(Protocol):
 
     def proposals(self, features: Features, batch: Batch) -> tuple[list[Tensor], list[Origin]]:
         """Compute the proposals of the first stage after NMS, [n_i, 4] for each image, and their ``Origin`` for each image."""
+        ...
+
+    def copy_region_head(self) -> RegionHeadCopy:
+        """Copy the region head with its weights into a module that only runs and trains it on given boxes.
+
+        The copy has no first stage and no mask branch, so ``loss`` of its predictions has box terms only and needs no masks.
+        It runs on any pyramid of equal channels; levels that the pyramid lacks are left out.
+        """
         ...
 
 

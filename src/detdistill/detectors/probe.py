@@ -240,6 +240,8 @@ def _regions(detector: Any, batch: Batch) -> None:
     _check(torch.equal(found.boxes_xyxy, torch.cat(boxes)), "regions differ from the given boxes or their order")
     _check(found.origin.image.tolist() == [0, 0, 2], "regions have the wrong image")
     _check(found.logits.shape[1] == len(detector.spec.classes) + 1, "regions have other classes than the detector")
+    copied = _eval(detector.copy_region_head()).regions(features, boxes, batch)
+    _check_same(copied, detector.regions(features, boxes, batch), "a copied region head predicts something else")
     proposals, origins = detector.proposals(features, batch)
     _check([len(rows) for rows in proposals] == [len(rows.image) for rows in origins], "proposals without their origin")
 

@@ -446,3 +446,15 @@ def test_heads_are_inherited_class_by_class(detector):
     for mine, theirs in zip(student.model.roi_heads.stages, detector.model.roi_heads.stages, strict=True):
         assert torch.equal(mine.box_predictor.cls_score.weight[[0, 1]], theirs.box_predictor.cls_score.weight[[0, 2]])
         assert torch.equal(mine.box_predictor.bbox_pred.weight, theirs.box_predictor.bbox_pred.weight)
+
+
+def test_a_copied_region_head_has_all_stages(detector, batch):
+    head = detector.copy_region_head()
+    features, boxes = detector.features(batch), [target.boxes_xyxy for target in batch.targets]
+    found = head.regions(features, boxes, batch)
+    for mine, other in zip(chain(found), chain(detector.regions(features, boxes, batch)), strict=True):
+        assert torch.equal(mine.logits, other.logits)
+    losses = head.loss(found, batch)
+    assert list(losses.terms) == [f"loss_{name}_stage{stage}" for stage in (1, 2, 3) for name in ("classifier", "box_reg")]
+    losses.total().backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())

@@ -129,3 +129,20 @@ def test_saved_and_loaded_detector_detects_the_same(detector, batch, tmp_path):
         assert torch.equal(mine.boxes_xyxy, other.boxes_xyxy)
         assert torch.equal(mine.scores, other.scores)
         assert torch.equal(mine.labels, other.labels)
+
+
+def test_a_copied_region_head_needs_no_masks(detector, batch):
+    head = detector.copy_region_head()
+    bare = batch.with_targets([replace(target, masks=None) for target in batch.targets])
+    boxes = [target.boxes_xyxy for target in batch.targets]
+    found = head.regions(detector.features(batch), boxes, bare)
+    assert torch.equal(found.logits, detector.regions(detector.features(batch), boxes, batch).logits)
+    losses = head.loss(found, bare)
+    assert list(losses.terms) == ["loss_classifier", "loss_box_reg"]
+    losses.total().backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+    assert not {id(parameter) for parameter in detector.parameters()} & {id(parameter) for parameter in head.parameters()}
+    assert detector.model.roi_heads.has_mask()
+    assert not head.spec.needs_masks
+    features = detector.features(batch)
+    assert len(head.regions(features.take([0]), boxes, bare).logits) == len(torch.cat(boxes))  # a pyramid of fewer levels

@@ -49,6 +49,9 @@ class CascadeDetector(TwoStageDetector):
         if len(self.unused) > 0:
             raise ModelError(f"{name}: {len(self.unused)} outputs of the model have no class; name all of its classes")
 
+    def _stages(self) -> Sequence[Any]:
+        return cast(Sequence[Any], self.model.roi_heads.stages)
+
     def class_rows(self, name: str) -> Tensor | None:
         """Return class rows as ``TwoStageDetector``, but none for the box outputs, which are class-agnostic."""
         return None if ".bbox_pred." in name else super().class_rows(name)

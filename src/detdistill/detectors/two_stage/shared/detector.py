@@ -135,6 +135,19 @@ class TwoStageDetector(TorchvisionDetector):
             _initialize(head.model)
         return head
 
+    def copy_region_head(self) -> TwoStageDetector:
+        """Copy the second stage (of a cascade: all stages of regions) without first stage, mask branches and backbone."""
+        head = self.copy_head()
+        head.model.rpn = nn.Identity()
+        for stage in head._stages():
+            stage.mask_roi_pool = stage.mask_head = stage.mask_predictor = None
+        head.spec = replace(head.spec, needs_masks=False)
+        return head
+
+    def _stages(self) -> Sequence[Any]:
+        """The ``RoIHeads`` of each stage of regions."""
+        return (self.model.roi_heads,)
+
     def class_rows(self, name: str) -> Tensor | None:
         """Return each class's rows: one in the class and the mask outputs, four in the box outputs; see ``inherit``."""
         outputs = (".box_predictor.cls_score.", ".mask_predictor.mask_fcn_logits.")
@@ -259,7 +272,8 @@ class TwoStageDetector(TorchvisionDetector):
 
     def _pool(self, pool: MultiScaleRoIAlign, features: Features, boxes: Sequence[Tensor], batch: Batch) -> Tensor:
         """Pool [R, C, h, w]. The scales are set from the pyramid's strides; torchvision estimates them from the first batch."""
-        strides = [features.strides[level] for level in self._pooled_levels]
+        levels = [level for level in self._pooled_levels if level < len(features.maps)]
+        strides = [features.strides[level] for level in levels]
         pool.scales = [1 / stride for stride in strides]
         pool.map_levels = initLevelMapper(
             strides[0].bit_length() - 1,
@@ -267,7 +281,7 @@ class TwoStageDetector(TorchvisionDetector):
             canonical_scale=pool.canonical_scale,
             canonical_level=pool.canonical_level,
         )
-        maps = {str(level): features.maps[level] for level in self._pooled_levels}
+        maps = {str(level): features.maps[level] for level in levels}
         return cast(Tensor, pool(maps, list(boxes), image_sizes(batch)))
 
     # ----------------------------------------------------------------------------------------------- training
