@@ -95,6 +95,21 @@ from detdistill.methods.frs import (
     frs_feature_loss,
     frs_richness,
 )
+from detdistill.methods.g_detkd.loss import (
+    g_detkd_blend,
+    g_detkd_box_loss,
+    g_detkd_ckd_loss,
+    g_detkd_class_loss,
+    g_detkd_level_weights,
+    g_detkd_sgfi_loss,
+    g_detkd_units,
+)
+from detdistill.methods.gid import (
+    gid_feature_loss,
+    gid_instances,
+    gid_relation_loss,
+    gid_response_loss,
+)
 from detdistill.methods.glamd.loss import (
     glamd_attention,
     glamd_box_loss,
@@ -102,6 +117,12 @@ from detdistill.methods.glamd.loss import (
     glamd_class_loss,
     glamd_feature_loss,
     glamd_spatial_loss,
+)
+from detdistill.methods.head.loss import (
+    head_ckd_loss,
+    head_layer_loss,
+    head_neck_loss,
+    head_neck_mask,
 )
 from detdistill.methods.icd.loss import (
     icd_auxiliary_losses,
@@ -114,6 +135,15 @@ from detdistill.methods.kd_detr import (
     kd_detr_terms,
     kd_detr_weights,
 )
+from detdistill.methods.labelenc import (
+    labelenc_distance,
+)
+from detdistill.methods.lad.loss import (
+    lad_label_terms,
+    lad_region,
+    lad_soft_terms,
+    lad_switched_costs,
+)
 from detdistill.methods.ld.loss import (
     ld_box_loss,
     ld_class_loss,
@@ -122,6 +152,9 @@ from detdistill.methods.ld.loss import (
     ld_rebinned,
     ld_valuable_region,
 )
+from detdistill.methods.lgd import (
+    lgd_loss,
+)
 from detdistill.methods.mgd import (
     mgd_keep,
     mgd_loss,
@@ -129,6 +162,9 @@ from detdistill.methods.mgd import (
 from detdistill.methods.mimic import (
     mimic_loss,
     mimic_prediction_loss,
+)
+from detdistill.methods.mimicdet import (
+    mimicdet_loss,
 )
 from detdistill.methods.odkd import (
     odkd_box_loss,
@@ -152,6 +188,12 @@ from detdistill.methods.rm_pfi import (
     rm_pfi_feature_loss,
     rm_pfi_prediction_gap,
     rm_pfi_rank_loss,
+)
+from detdistill.methods.scalekd.loss import (
+    scalekd_box_loss,
+    scalekd_class_loss,
+    scalekd_feature_loss,
+    scalekd_region_class_loss,
 )
 from detdistill.methods.skd import (
     skd_loss,
@@ -241,12 +283,27 @@ __all__ = [
     "frs_class_loss",
     "frs_feature_loss",
     "frs_richness",
+    "g_detkd_blend",
+    "g_detkd_box_loss",
+    "g_detkd_ckd_loss",
+    "g_detkd_class_loss",
+    "g_detkd_level_weights",
+    "g_detkd_sgfi_loss",
+    "g_detkd_units",
+    "gid_feature_loss",
+    "gid_instances",
+    "gid_relation_loss",
+    "gid_response_loss",
     "glamd_attention",
     "glamd_box_loss",
     "glamd_channel_loss",
     "glamd_class_loss",
     "glamd_feature_loss",
     "glamd_spatial_loss",
+    "head_ckd_loss",
+    "head_layer_loss",
+    "head_neck_loss",
+    "head_neck_mask",
     "icd_auxiliary_losses",
     "icd_queries",
     "icd_value_loss",
@@ -254,16 +311,23 @@ __all__ = [
     "kd_detr_loss",
     "kd_detr_terms",
     "kd_detr_weights",
+    "labelenc_distance",
+    "lad_label_terms",
+    "lad_region",
+    "lad_soft_terms",
+    "lad_switched_costs",
     "ld_box_loss",
     "ld_class_loss",
     "ld_general_instances",
     "ld_imitation_loss",
     "ld_rebinned",
     "ld_valuable_region",
+    "lgd_loss",
     "mgd_keep",
     "mgd_loss",
     "mimic_loss",
     "mimic_prediction_loss",
+    "mimicdet_loss",
     "odkd_box_loss",
     "odkd_class_loss",
     "odkd_hint_loss",
@@ -279,6 +343,10 @@ __all__ = [
     "rm_pfi_feature_loss",
     "rm_pfi_prediction_gap",
     "rm_pfi_rank_loss",
+    "scalekd_box_loss",
+    "scalekd_class_loss",
+    "scalekd_feature_loss",
+    "scalekd_region_class_loss",
     "skd_loss",
     "skd_scaled",
     "skd_ssim",
