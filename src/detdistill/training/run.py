@@ -23,6 +23,7 @@ from detdistill.evaluation import Scores, evaluate
 from detdistill.methods.shared.contract import Stage
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, names_where
+from detdistill.structures import Resizing
 from detdistill.training.folder import INPUTS, RunFolder, check_inputs, new_folder, resume_folder, start_folder
 from detdistill.training.lock import locked
 from detdistill.training.machine import hardware, is_main_process, seed_everything, versions
@@ -197,7 +198,7 @@ def _finish(loop: StageLoop) -> Run:
     summary = _summary(loop, scores)
     if is_main_process():
         try:
-            save_student(detector.cpu(), folder.student)
+            save_student(detector.cpu(), folder.student, Resizing.of(settings))
             folder.write_json("summary.json", summary)
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
