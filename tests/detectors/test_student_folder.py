@@ -50,9 +50,7 @@ def as_evaluated(detector, image, resizing):
 
 def same_rows(found, expected):
     """Boxes, scores and labels in any order: equal scores have none."""
-    rows = [
-        torch.cat([boxes, 100 * scores[:, None], labels[:, None].float()], dim=1) for boxes, scores, labels in (found, expected)
-    ]
+    rows = [torch.cat([boxes, 100 * scores[:, None], labels[:, None].float()], 1) for boxes, scores, labels in (found, expected)]
     assert len(rows[0]) == len(rows[1]) > 5
     distance = torch.cdist(*rows, p=torch.inf)
     assert max(float(distance.min(dim=side).values.max()) for side in (0, 1)) < 1e-2
@@ -131,7 +129,7 @@ def test_folders_that_say_nothing_warn_and_keep_images_as_they_are(tmp_path):
         (DETR, POLICIES[0]),
         (RT_DETR, POLICIES[3]),
         (RT_DETR, POLICIES[1]),
-        (DETR, Resizing(64, "short_side", 96)),
+        (DETR, SHORT_SIDE),
     ],
     ids=["fcos", "detr", "rt_detr-letterbox", "rt_detr-stretch", "detr-short_side"],
 )
