@@ -71,7 +71,7 @@ def train(
     _check_start(model, wanted)
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
-        result = run(open_session(Plan(model, data, wanted, role=role, title=role), splits), shown)
+        result = run(open_session(Plan(model, data, wanted, role=role, title=role), splits, progress=shown), shown)
         if wanted.report:
             _report([result.folder], result.folder / "report.html", shown)
     return result

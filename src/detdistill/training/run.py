@@ -165,7 +165,7 @@ def _open(plan: Plan, path: Path | None) -> RunFolder:
 
 
 def _note_inputs(session: Session, folder: RunFolder) -> None:
-    """Write the fingerprints of data and teacher; when a run is resumed, compare them first.
+    """Write the fingerprints of data, teacher and initial weights; when a run is resumed, compare them first.
 
     Raises:
         RunError: one of them changed since the run started, and ``allow_changes`` is off.
@@ -175,6 +175,7 @@ def _note_inputs(session: Session, folder: RunFolder) -> None:
         "training data": splits.train.fingerprint,
         "validation data": splits.val.fingerprint,
         "teacher": None if session.teacher is None else session.teacher.fingerprint,
+        "initial weights": None if session.started is None else session.started.fingerprint,
     }
     if settings.resume and not settings.allow_changes:
         check_inputs(folder.path, now)
@@ -224,10 +225,12 @@ def _summary(loop: StageLoop, scores: Scores) -> dict[str, Any]:
         "cache": {"path": cache.folder.url, "fingerprint": cache.about.fingerprint} if cache else None,
         "method": distilling.method if distilling else None,
         "inherit": bool(session.inherited and session.inherited.copied),
+        "init": None if session.started is None else {"from": settings.init, **dataclasses.asdict(session.started)},
         "seed": settings.seed,
         "epochs": settings.epochs,
         "steps": loop.trained_steps,
         "images_seen": loop.images_seen,
+        "stopped_early": loop.evaluation.stopped,
         "batch": settings.batch,
         "metrics": scores.metrics,
         "per_class": scores.per_class,
