@@ -85,6 +85,42 @@ def test_a_run_is_evaluated_and_predicts_at_its_own_size(tmp_path, student, monk
     assert (seen[-1].size, seen[-1].resize) == (96, "stretch")
 
 
+def test_a_moved_student_is_evaluated_at_its_own_size_and_an_older_one_says_what_is_assumed(tmp_path, student, capsys):
+    from detdistill.structures import Resizing
+
+    detector = load_detector(str(student))
+    moved = save_student(detector, tmp_path / "moved", Resizing(64, "stretch"))
+    found = api.evaluate(str(moved), DIGITS, device="cpu")
+    assert "does not say" not in capsys.readouterr().err
+    same = api.evaluate(str(student), DIGITS, device="cpu", size=64, resize="stretch")
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{student} does not say with which image size it was trained; it is shown images of size 64, stretch" in said
+    assert found.metrics == same.metrics
+    api.distill(
+        str(moved), MODEL, DIGITS, "pkd", **{**QUICK, "size": 96, "steps": 1, "score_teacher": False, "out": tmp_path / "run"}
+    )
+    assert "the teacher was trained with size 64, resize stretch" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_checkpoint_becomes_a_student_folder(tmp_path, capsys):
+    from detdistill.detectors.load import trained_resizing
+
+    run = api.train(MODEL, DIGITS, out=tmp_path / "run", **QUICK).folder
+    best = run / "checkpoints" / "best.ckpt"
+    cli.main(["student", "--model", str(best), "--out", str(tmp_path / "best")])
+    assert capsys.readouterr().out == f"student folder {tmp_path / 'best'}\n"
+    assert (tmp_path / "best" / "model.safetensors").read_bytes() == (run / "student" / "model.safetensors").read_bytes()
+    assert trained_resizing(tmp_path / "best").size == 64
+    (run / "student").rename(tmp_path / "gone")  # as in an unfinished run
+    api.export_student(str(best), tmp_path / "early", size=96, resize="stretch")
+    assert load_detector(tmp_path / "early").spec.classes == CLASSES
+    assert (trained_resizing(tmp_path / "early").size, trained_resizing(tmp_path / "early").resize) == (96, "stretch")
+    with pytest.raises(RunError, match=r"early exists; give another --out"):
+        api.export_student(str(best), tmp_path / "early")
+    with pytest.raises(RunError, match=r"max_size=99 has no effect with resize='letterbox'"):
+        api.export_student(str(best), tmp_path / "other", max_size=99)
+
+
 def test_data_are_inspected():
     found = api.inspect_data(DIGITS)
     assert json.loads(found.to_json())

@@ -23,6 +23,7 @@ def make_run(folder, role, seed, ap, **changes):
         "teacher": "runs/teacher" if role == "distilled" else None,
         "method": "pkd" if role == "distilled" else None,
         "inherit": False,
+        "init": None,
         "seed": seed,
         "steps": 100,
         "images_seen": 1600,
@@ -136,6 +137,16 @@ def test_unequal_budgets_are_refused_naming_each_difference(tmp_path):
     assert gain.mean == pytest.approx(0.1)
     assert "seed 0: epochs 12 and 24" in gain.notes
     assert len(gain.notes) == 8
+
+
+def test_other_initial_weights_and_early_stops_are_unequal_budgets(tmp_path):
+    make_run(tmp_path / "a", "baseline", 0, 0.2, init={"from": "runs/x", "fingerprint": "1", "taken": 3, "total": 3})
+    make_run(tmp_path / "b", "distilled", 0, 0.3, stopped_early=True)
+    with pytest.raises(RunError, match=r"initial weights runs/x and fresh; the distilled run stopped early; --allow_unequal"):
+        compare_runs([tmp_path])
+    make_run(tmp_path / "other" / "c", "distilled", 0, 0.3, init={"from": "moved/x", "fingerprint": "1", "taken": 3, "total": 3})
+    (gain,) = compare_runs([tmp_path / "a", tmp_path / "other"])
+    assert gain.mean == pytest.approx(0.1)
 
 
 def test_a_run_that_did_not_know_a_setting_had_its_default(tmp_path):

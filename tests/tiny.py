@@ -39,6 +39,7 @@ from detdistill.structures import (
     Queries,
     QuerySeed,
     Regions,
+    Resizing,
     Target,
     Tower,
     View,
@@ -125,7 +126,7 @@ class TinyDetector(Detector):
     def features(self, batch: Batch) -> Features:
         return self.neck(self.backbone_features(batch), batch)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, resizing: Resizing | None = None) -> None:
         save_file(self.state_dict(), folder / "model.safetensors")
 
 

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "train": "api", "distill": "api", "evaluate": "api", "predict": "api", "compare": "api", "report": "api",
-    "inspect_data": "api", "demo": "demo", "TrainSettings": "settings", "DistillSettings": "settings",
+    "export_student": "api", "inspect_data": "api", "demo": "demo", "TrainSettings": "settings", "DistillSettings": "settings",
     "load_data": "data.discover", "build_detector": "detectors.build", "load_detector": "detectors.load",
     "wrap": "detectors.wrap", "Detector": "detectors.contract", "Teacher": "detectors.contract",
     "Method": "methods.shared.contract", "Composition": "methods.shared.contract", "build_method": "methods.shared.compose",

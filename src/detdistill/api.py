@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -71,7 +71,7 @@ def train(
     _check_start(model, wanted)
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
-        result = run(open_session(Plan(model, data, wanted, role=role, title=role), splits), shown)
+        result = run(open_session(Plan(model, data, wanted, role=role, title=role), splits, progress=shown), shown)
         if wanted.report:
             _report([result.folder], result.folder / "report.html", shown)
     return result
@@ -267,8 +267,8 @@ def evaluate(
         split: val, test or train.
         batch: images per forward pass.
         progress: display of the progress; None: a new one on stderr.
-        settings: the fields size, resize, max_size, device, workers and strict of ``TrainSettings``. For a run folder, the first
-            three default to the run's values.
+        settings: the fields size, resize, max_size, device, workers and strict of ``TrainSettings``. The first three default
+            to the values with which the model was trained, for run folders, student folders and checkpoints.
 
     Raises:
         DetdistillError: one line that says what is wrong and what to do.
@@ -279,8 +279,8 @@ def evaluate(
     from detdistill.progress import Progress
     from detdistill.training.plan import view_settings
 
-    wanted = _settings(TrainSettings, {**_image_settings_of(model), **settings})
     with progress or Progress() as shown:
+        wanted = _settings(TrainSettings, {**_image_settings_of(model, shown, settings), **settings})
         if split not in ("train", "val", "test"):
             raise RunError(f"no split {split!r}; use val, test or train")
         chosen, notes = load_split(data, cast("SplitName", split), strict=wanted.strict)
@@ -317,7 +317,7 @@ def predict(
         images: an image or a folder of images.
         out: folder for the drawn images and ``detections.json``; created if missing.
         score: boxes with a lower score are neither drawn nor written; 0..1.
-        size: side of the detector's input images in pixels; None: the size of the model's run.
+        size: side of the detector's input images in pixels; None: the size with which the model was trained.
         device: auto, cpu or cuda.
         progress: display of the progress; None: a new one on stderr.
 
@@ -332,14 +332,64 @@ def predict(
     from detdistill.progress import Progress
     from detdistill.training.plan import view_settings
 
-    chosen = _image_settings_of(model)
-    if size is not None:
-        chosen["size"] = size
-    settings = view_settings(_settings(TrainSettings, chosen))
     with progress or Progress() as shown:
+        given = {} if size is None else {"size": size}
+        settings = view_settings(_settings(TrainSettings, {**_image_settings_of(model, shown, given), **given}))
         detector = load_detector(model).eval().to(_device(device))
         bar = shown.bar("predict", 1)
         return predict_folder(detector, Path(images), Path(out), settings, score=score, bar=bar)
+
+
+def export_student(
+    model: str,
+    out: str | Path,
+    *,
+    data: str | None = None,
+    size: int | None = None,
+    resize: str | None = None,
+    max_size: int | None = None,
+) -> Path:
+    """Write a model into a folder like ``student/`` of a run, e.g. the best checkpoint of a run, also of an unfinished one.
+
+    Args:
+        model: a checkpoint, a run folder, a ``student/`` folder, or a model string with weights.
+        out: the folder to write; it must not exist or be empty.
+        data: the training data, whose class names a checkpoint of an unfinished run needs; None: the data of the run.
+        size: image size that the folder will say; None: the one with which the model was trained.
+        resize: as ``size``, for the resizing: letterbox, stretch or short_side.
+        max_size: as ``size``, for the largest long side with short_side.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        DetdistillError: one line that says what is wrong and what to do.
+    """
+    from safetensors import SafetensorError
+
+    from detdistill.detectors.load import load_detector, trained_resizing
+    from detdistill.detectors.save import save_student
+    from detdistill.structures import Resizing
+    from detdistill.training.plan import view_settings
+
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists; give another --out")
+    given = {"size": size, "resize": resize, "max_size": max_size}
+    given = {name: value for name, value in given.items() if value is not None}
+    trained = trained_resizing(model)
+    if trained is None and "size" not in given and given:
+        raise RunError(f"{model} does not say with which image size it was trained; give --size too")
+    resizing = trained
+    if given:
+        settings = _settings(TrainSettings, {**(trained.plain() if trained else {}), **given})
+        view_settings(settings).validate()
+        resizing = Resizing.of(settings)
+    detector = load_detector(model, _classes_of_unfinished(model, data))
+    try:
+        return save_student(detector.eval(), folder, resizing)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; give another --out") from error
 
 
 def compare(
@@ -501,7 +551,8 @@ def _load_teacher(teacher: str, splits: DataSplits, other_classes: bool) -> Dete
 
 def _compare_sizes(teacher: str | None, settings: TrainSettings, progress: Progress) -> None:
     """Say so if the teacher was trained on images of another size than it will be shown: its AP may be far lower there."""
-    trained = {} if teacher is None else _image_settings_of(teacher)
+    given = {name: getattr(settings, name) for name in ("size", "resize", "max_size")}
+    trained = {} if teacher is None else _image_settings_of(teacher, progress, given)
     differing = [name for name, value in trained.items() if value != getattr(settings, name)]
     if differing:
         then = ", ".join(f"{name} {trained[name]}" for name in differing)
@@ -517,20 +568,41 @@ def _report(runs: Sequence[Path], page: Path, progress: Progress) -> None:
         build_report(runs, page, progress=progress)
 
 
-def _image_settings_of(model: str) -> dict[str, Any]:
-    """Image settings of the run that trained a model; empty if the model is not in a run folder."""
+def _image_settings_of(model: str, progress: Progress, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Image settings with which a model was trained; empty, with a line that says so, if its folder does not say.
+
+    Args:
+        model: path or model string.
+        progress: display of the line.
+        given: settings of the caller, which hold instead.
+    """
+    from detdistill.detectors.load import trained_resizing
+    from detdistill.structures import Resizing
+
+    trained = trained_resizing(model)
+    if trained is not None:
+        return trained.plain()
+    if Path(model.removeprefix("hf:")).exists():
+        assumed = Resizing.of(_settings(TrainSettings, dict(given)))
+        progress.say(f"{model} does not say with which image size it was trained; it is shown images of {assumed}", "yellow")
+    return {}
+
+
+def _classes_of_unfinished(model: str, data: str | None) -> Sequence[str] | None:
+    """Class names for the checkpoint of a run that is not finished, from its data; None: the model has its own."""
     import yaml
 
-    folder = Path(model)
-    for candidate in (folder, folder.parent, folder.parent.parent):
-        path = candidate / "config.yaml"
-        if folder.exists() and path.exists():
-            try:
-                config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            except (OSError, ValueError, yaml.YAMLError) as error:
-                raise RunError(f"{path} cannot be read: {error}") from error
-            return {key: config[key] for key in ("size", "resize", "max_size") if key in config}
-    return {}
+    from detdistill.data.discover import load_data
+
+    run = Path(model).parent.parent
+    if not Path(model).is_file() or (run / "student" / "student.json").is_file() or not (run / "config.yaml").is_file():
+        return None
+    if data is None:
+        try:
+            data = str(dict(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))["data"])
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            raise RunError(f"{run / 'config.yaml'} does not name the data ({error}); give --data") from error
+    return load_data(data).train.classes
 
 
 def _device(name: str) -> str:

@@ -394,6 +394,23 @@ def _predict(chosen: Namespace) -> None:
     _say(f"drawn images and detections.json are in {api.predict(**_plain(chosen))}")
 
 
+def _student_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--model", type=str, required=True, help="checkpoint (runs/x/checkpoints/best.ckpt), run folder or student folder"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--data", type=str | None, default=None, help="the run's data, if an unfinished run's data have moved")
+    parser.add_argument("--size", type=int | None, default=None, help="image size to be noted; none: that of the training")
+    parser.add_argument("--resize", type=Literal["letterbox", "stretch", "short_side"] | None, default=None)
+    parser.add_argument("--max_size", type=int | None, default=None)
+
+
+def _student(chosen: Namespace) -> None:
+    from detdistill import api
+
+    _say(f"student folder {api.export_student(**_plain(chosen))}")
+
+
 def _compare_flags(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", type=str, help="run folders, or folders that hold them")
     parser.add_argument("--metric", type=str, default="AP", help="one of the 12 COCO numbers")
@@ -517,6 +534,7 @@ VERBS: dict[str, tuple[Describe, Act, str]] = {
     "cache-verify": (_verify_flags, _verify, "check a cache's checksums, and compare it with its teacher"),
     "eval": (_eval_flags, _eval, "compute the 12 COCO numbers and the AP of each class"),
     "predict": (_predict_flags, _predict, "draw a detector's boxes on images"),
+    "student": (_student_flags, _student, "write a student folder from a checkpoint, e.g. best.ckpt"),
     "compare": (_compare_flags, _compare, "pair runs by seed: gain, 95 % interval, verdict"),
     "report": (_report_flags, _report, "write one self-contained HTML page about runs"),
     "methods": (_methods_flags, _methods, "list the methods, and which of them work with a pair"),

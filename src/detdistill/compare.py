@@ -162,6 +162,12 @@ def unequal(baseline: dict[str, Any], distilled: dict[str, Any]) -> list[str]:
     for key in ("steps", "images_seen"):
         if baseline[key] != distilled[key]:
             different.append(f"{key} done {baseline[key]} and {distilled[key]}")
+    starts = [run.get("init") or {} for run in (baseline, distilled)]
+    if starts[0].get("fingerprint") != starts[1].get("fingerprint"):
+        different.append(f"initial weights {' and '.join(str(start.get('from', 'fresh')) for start in starts)}")
+    for name, run in (("baseline", baseline), ("distilled run", distilled)):
+        if run.get("stopped_early"):
+            different.append(f"the {name} stopped early")
     return different
 
 

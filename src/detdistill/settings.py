@@ -48,6 +48,7 @@ class TrainSettings:
         epochs: passes over the training images.
         steps: optimizer steps; if given, this is the length of the training instead of ``epochs``.
         seed: random seed of weights, order of images and augmentation.
+        init: start from the weights of a run folder, checkpoint, student folder, hf:... or torchvision:...; none: fresh weights.
         batch: images per step and process.
         accumulate: batches per optimizer step.
         optimizer: AdamW, or SGD with momentum 0.9.
@@ -76,6 +77,7 @@ class TrainSettings:
         scales: factors on the size of the resized image, one drawn for each image, e.g. 0.8,1,1.2; caches support them.
         mosaic: probability of combining four images into one.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        patience: stop after this many evaluations without a better AP; 0: train to the end.
         instability: number of validation images for measuring how much the matching of queries changes; 0: off.
         checkpoint_every: steps between further checkpoints within an epoch; 0: none.
         log_every: steps between rows of metrics.csv.
@@ -91,6 +93,7 @@ class TrainSettings:
     epochs: Annotated[Count, CHANCE] = 12
     steps: Count | None = None
     seed: Annotated[Index, CHANCE] = 0
+    init: Annotated[str | None, RUN_ONLY] = None
     batch: Count = 16
     accumulate: Count = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -119,6 +122,7 @@ class TrainSettings:
     scales: Annotated[tuple[Weight, ...], VIEWS] = ()
     mosaic: Annotated[Fraction, VIEWS] = 0.0
     evaluate_every: Annotated[Count, RUN_ONLY] = 1
+    patience: Annotated[Index, RUN_ONLY] = 0
     instability: Annotated[Index, NOTHING_FOR_CACHES] = 0
     checkpoint_every: Annotated[Index, RUN_ONLY] = 0
     log_every: Annotated[Count, RUN_ONLY] = 10
@@ -184,6 +188,8 @@ class DistillSettings(TrainSettings):
         super().__post_init__()
         if len(set(self.seeds)) < len(self.seeds):
             raise RunError(f"seeds: {','.join(map(str, self.seeds))} must be different whole numbers, 0 or more")
+        if self.baseline and self.patience:
+            raise RunError("patience: baseline and student would stop at different steps; leave out --patience or --baseline")
 
 
 @dataclass(frozen=True, kw_only=True)

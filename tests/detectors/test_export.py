@@ -180,5 +180,5 @@ def test_folders_hold_what_they_say(tmp_path):
         ("detr", {"config.json", "model.safetensors", "preprocessor_config.json", "student.json"}),
     ):
         folder = save_student(varied(name), tmp_path / name)
-        assert {path.name for path in folder.iterdir()} == files | {"checksums.json"}
+        assert {path.name for path in folder.iterdir()} == files | {"README.md", "checksums.json"}
     assert {path.name for path in (tmp_path / "atss" / "models").iterdir()} >= {"__init__.py", "atss.py", "dense.py"}

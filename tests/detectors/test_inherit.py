@@ -62,8 +62,8 @@ def test_other_shapes_and_missing_tensors_are_named():
     student, teacher = TinyDense(channels=(4, 4, 4), strides=(8, 16, 32)), TinyDense(channels=(8, 8))
     inherited = inherit_head(student, teacher)
     reasons = dict(inherited.skipped)
-    assert reasons["levels.convs.0.weight"] == "its shape is [4, 6, 1, 1], the teacher's [8, 6, 1, 1]"
-    assert reasons["levels.convs.2.weight"] == "the teacher has no such tensor"
+    assert reasons["levels.convs.0.weight"] == "its shape is [4, 6, 1, 1], the other's [8, 6, 1, 1]"
+    assert reasons["levels.convs.2.weight"] == "the other detector has no such tensor"
     # The box layer's bias does not depend on the width.
     assert inherited.copied == ("head.logits.bias", "head.deltas.bias")
     assert str(inherited).startswith("2 tensors of neck and head inherited from the teacher; 16 skipped, the first is levels.")

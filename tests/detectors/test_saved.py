@@ -40,6 +40,7 @@ def test_a_folder_loads_with_its_script_and_with_this_package(name, tmp_path):
     assert min(map(len, expected)) > 5
     folder = save_student(detector, tmp_path / "student")
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "checksums.json",
         "load_student.py",
         "model.json",

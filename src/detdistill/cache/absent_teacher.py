@@ -9,7 +9,18 @@ from typing import NoReturn
 from detdistill.cache.storage import CacheError
 from detdistill.detectors.contract import FEATURES, Detector, DetectorSpec, Teacher
 from detdistill.functional.query_seeds import QuerySpec
-from detdistill.structures import Assignment, Batch, Detections, Features, Look, Losses, Observation, Positives, Prediction
+from detdistill.structures import (
+    Assignment,
+    Batch,
+    Detections,
+    Features,
+    Look,
+    Losses,
+    Observation,
+    Positives,
+    Prediction,
+    Resizing,
+)
 
 
 class SpecOnly(Detector):
@@ -49,7 +60,7 @@ class SpecOnly(Detector):
         """Raise ``CacheError``."""
         self._refuse()
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, resizing: Resizing | None = None) -> None:
         """Raise ``CacheError``."""
         self._refuse()
 

@@ -45,6 +45,7 @@ from detdistill.structures import (
     Queries,
     QuerySeed,
     Regions,
+    Resizing,
     Tower,
 )
 
@@ -186,8 +187,21 @@ class Detector(DetectionHead):
         """Run backbone and neck (in DETR families also the encoder). Channels and strides are those of ``spec``."""
 
     @abstractmethod
-    def export(self, folder: Path) -> None:
-        """Write the detector into an existing folder, in the format of its own library, loadable without this package."""
+    def export(self, folder: Path, resizing: Resizing | None = None) -> None:
+        """Write the detector into an existing folder, in the format of its own library, loadable without this package.
+
+        Args:
+            folder: the folder.
+            resizing: how images must be resized for the detector, written into the library's files; None: unknown.
+        """
+
+    def usage(self, resizing: Resizing | None = None) -> str:
+        """Markdown for the README of an exported folder: how to load the detector without this package.
+
+        Args:
+            resizing: as for ``export``.
+        """
+        return "`model.safetensors` is its state dict."
 
     def parts(self) -> Parts:
         """Group the modules into backbone, neck and head.

@@ -1,7 +1,8 @@
-"""Head inheritance: copy the teacher's neck and head into the student wherever the tensors have the same shape."""
+"""Copy weights into the student wherever the tensors have the same shape: the teacher's neck and head, or all of a detector's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -26,7 +27,7 @@ class HasClassRows(Protocol):
 
 @dataclass(frozen=True)
 class Inherited:
-    """Result of ``inherit_head``."""
+    """Result of ``inherit_head`` and ``start_from``."""
 
     copied: tuple[str, ...]
     """State-dict names of the student's tensors that hold the teacher's values, at least for the shared classes."""
@@ -62,15 +63,35 @@ def inherit_head(student: Detector, teacher: Detector) -> Inherited:
     if not (same_classes or (isinstance(student, HasClassRows) and isinstance(teacher, HasClassRows))):
         reason = f"class lists differ and {student.spec.name} does not tell which outputs belong to which class"
         return Inherited((), (("neck and head", reason),))
-    theirs = teacher.state_dict()
     parts = student.parts()
-    inherited = set(parts.names(student, (*parts.neck, *parts.head)))
+    return _copy_named(parts.names(student, (*parts.neck, *parts.head)), student, teacher)
+
+
+@torch.no_grad()
+def start_from(student: Detector, source: Detector) -> Inherited:
+    """Copy all weights of another detector into the student, tensor by tensor, where name and shape agree.
+
+    If the class lists differ, the outputs are copied class by class, matched by name; other classes keep their values.
+
+    Args:
+        student: detector; changed in place.
+        source: detector of the same architecture. Of another one, the parts with the same names are copied, e.g. the backbone.
+
+    Returns:
+        Names of the copied tensors, and the skipped ones with reasons.
+    """
+    return _copy_named(student.state_dict(), student, source)
+
+
+def _copy_named(names: Iterable[str], student: Detector, source: Detector) -> Inherited:
+    """Copy the tensors of these state-dict names where possible."""
+    theirs, wanted = source.state_dict(), set(names)
     copied: list[str] = []
     skipped: list[tuple[str, str]] = []
     for name, mine in student.state_dict().items():
-        if name not in inherited:
+        if name not in wanted:
             continue
-        reason = _copy(name, mine, theirs[name], student, teacher) if name in theirs else "the teacher has no such tensor"
+        reason = _copy(name, mine, theirs[name], student, source) if name in theirs else "the other detector has no such tensor"
         if reason:
             skipped.append((name, reason))
         else:
@@ -86,7 +107,7 @@ def _copy(name: str, mine: Tensor, theirs: Tensor, student: Detector, teacher: D
         if my_rows is not None and their_rows is not None:
             return _copy_classes(mine, theirs, my_rows, their_rows, student.spec.classes, teacher.spec.classes)
     if mine.shape != theirs.shape:
-        return f"its shape is {list(mine.shape)}, the teacher's {list(theirs.shape)}"
+        return f"its shape is {list(mine.shape)}, the other's {list(theirs.shape)}"
     mine.copy_(theirs)
     return ""
 
@@ -96,7 +117,7 @@ def _copy_classes(
 ) -> str:
     """Copy the rows of the shared classes, and those of the background; return the reason if not possible, else ''."""
     if mine.shape[1:] != theirs.shape[1:] or my_rows.shape[1] != their_rows.shape[1]:
-        return f"its shape is {list(mine.shape)}, the teacher's {list(theirs.shape)}"
+        return f"its shape is {list(mine.shape)}, the other's {list(theirs.shape)}"
     shared = [name for name in classes if name in known]
     if not shared:
         return "the class lists have no name in common"

@@ -19,6 +19,7 @@ from detdistill.detectors.contract import Detector
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.errors import ClassCountError, ModelError
 from detdistill.files import FOLDER_CHECKSUMS, checksum_file, damage, folder_damage
+from detdistill.structures import Resizing
 
 
 def load_detector(name: str | Path, classes: Sequence[str] | None = None) -> Detector:
@@ -133,6 +134,38 @@ def load_checkpoint(path: Path, classes: Sequence[str] | None = None) -> Detecto
     mine = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     load_state(detector, mine, path, detector.spec.name)
     return detector
+
+
+def trained_resizing(name: str | Path) -> Resizing | None:
+    """How images were resized in the training of a saved detector.
+
+    Args:
+        name: run folder, student folder (also as ``hf:FOLDER``), checkpoint, or any other model string.
+
+    Returns:
+        What ``student.json`` of the folder says, else what ``config.yaml`` of the run folder around it says; None: nothing.
+
+    Raises:
+        ModelError: one of these files cannot be read.
+    """
+    path = Path(str(name).removeprefix("hf:"))
+    if not path.exists():
+        return None
+    inside = path.parent.parent if path.is_file() else path
+    for folder in (path, inside / "student"):
+        if (folder / "student.json").is_file():
+            about = _read_json(folder / "student.json")
+            found = Resizing.from_plain(about.get("images") if isinstance(about, dict) else None)
+            if found is not None:
+                return found
+    for folder in (path, path.parent, path.parent.parent):
+        file = folder / "config.yaml"
+        if file.is_file():
+            try:
+                return Resizing.from_plain(yaml.safe_load(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                raise ModelError(f"{file} cannot be read: {error}") from error
+    return None
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> None:

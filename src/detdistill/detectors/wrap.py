@@ -36,6 +36,7 @@ from detdistill.structures import (
     PerImage,
     Positives,
     Prediction,
+    Resizing,
 )
 
 Taps = str | Sequence[str] | Callable[[nn.Module, Tensor], Any]
@@ -266,7 +267,7 @@ class WrappedModel(Detector):
         """
         self._refuse("positives")
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, resizing: Resizing | None = None) -> None:
         """Write ``model.safetensors`` under the model's own names, and a README on how to load it."""
         write_atomically(folder / "model.safetensors", lambda path: save_model(self.model, str(path)))
         text = f'Load into your own {type(self.model).__name__}: safetensors.torch.load_model(model, "model.safetensors")\n'

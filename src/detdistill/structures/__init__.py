@@ -13,6 +13,7 @@ from detdistill.structures.features import Features
 from detdistill.structures.masked_cells import MaskedCells
 from detdistill.structures.observation import WHOLE_TOWER, Look, Observation, Taught, TaughtTogether, Tower
 from detdistill.structures.predictions import NO_OBJECT, BoxDistributions, Dense, Origin, Prediction, Queries, QuerySeed, Regions
+from detdistill.structures.resizing import Resizing
 from detdistill.structures.step import Clock, Losses
 from detdistill.structures.targets import IGNORED, NEGATIVE, Assignment, Detections, Positives
 
@@ -44,6 +45,7 @@ __all__ = [
     "Queries",
     "QuerySeed",
     "Regions",
+    "Resizing",
     "Target",
     "Taught",
     "TaughtTogether",

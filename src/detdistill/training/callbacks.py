@@ -25,17 +25,32 @@ Evaluate = Callable[[Detector], Scores]
 class Evaluation(L.Callback):
     """Evaluates the detector every few epochs and at the end, and keeps the latest scores and the best AP."""
 
-    def __init__(self, evaluate: Evaluate, every: int) -> None:
-        """Set the evaluation and its interval.
+    def __init__(self, evaluate: Evaluate, every: int, patience: int = 0) -> None:
+        """Set the evaluation, its interval, and early stopping.
 
         Args:
             evaluate: computes the scores of a detector; runs on every process of a distributed run, with the same result.
             every: epochs between evaluations.
+            patience: end the stage after this many evaluations without a better AP; 0: never.
         """
-        self.evaluate, self.every = evaluate, every
+        self.evaluate, self.every, self.patience = evaluate, every, patience
         self.latest: Scores | None = None
         self.best_ap = float("-inf")
         self.step = -1
+        self.since_best = 0
+        """Number of evaluations since the best AP."""
+        self.stopped = False
+        """Whether the stage ended before its last step."""
+
+    @property
+    def may_be_last(self) -> bool:
+        """Whether the stage ends early if the next evaluation finds no better AP."""
+        return self.patience > 0 and self.since_best + 1 >= self.patience
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Train no further if the run is resumed from the checkpoint at which it had stopped early."""
+        if self.stopped:
+            trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Evaluate every ``every`` epochs and at the last step, before the checkpoint, which then contains the scores."""
@@ -56,18 +71,25 @@ class Evaluation(L.Callback):
         self.latest = self.evaluate(module.detector)
         best = self.latest.metrics["AP"] > self.best_ap
         self.best_ap = max(self.best_ap, self.latest.metrics["AP"])
+        self.since_best = 0 if best else self.since_best + 1
+        if 0 < self.patience <= self.since_best and trainer.global_step < module.total:
+            self.stopped = trainer.should_stop = True
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Listener):
                 callback.on_scores(trainer, module, self.latest, best)
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a resumed run: best AP, step and scores of the latest evaluation."""
-        return {"best_ap": self.best_ap, "step": self.step, "latest": asdict(self.latest) if self.latest else None}
+        """State for a resumed run: best AP, step and scores of the latest evaluation, and what early stopping counts."""
+        latest = asdict(self.latest) if self.latest else None
+        early = {"since_best": self.since_best, "stopped": self.stopped}
+        return {"best_ap": self.best_ap, "step": self.step, "latest": latest, **early}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state from ``state_dict``."""
         self.best_ap, self.step = state_dict["best_ap"], state_dict["step"]
         self.latest = Scores(**state_dict["latest"]) if state_dict["latest"] else None
+        self.since_best = state_dict.get("since_best", 0)  # checkpoints of earlier versions have neither
+        self.stopped = state_dict.get("stopped", False)
 
 
 class Listener(L.Callback):

@@ -23,6 +23,7 @@ from detdistill.evaluation import Scores, evaluate
 from detdistill.methods.shared.contract import Stage
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, names_where
+from detdistill.structures import Resizing
 from detdistill.training.folder import INPUTS, RunFolder, check_inputs, new_folder, resume_folder, start_folder
 from detdistill.training.lock import locked
 from detdistill.training.machine import hardware, is_main_process, seed_everything, versions
@@ -164,7 +165,7 @@ def _open(plan: Plan, path: Path | None) -> RunFolder:
 
 
 def _note_inputs(session: Session, folder: RunFolder) -> None:
-    """Write the fingerprints of data and teacher; when a run is resumed, compare them first.
+    """Write the fingerprints of data, teacher and initial weights; when a run is resumed, compare them first.
 
     Raises:
         RunError: one of them changed since the run started, and ``allow_changes`` is off.
@@ -174,6 +175,7 @@ def _note_inputs(session: Session, folder: RunFolder) -> None:
         "training data": splits.train.fingerprint,
         "validation data": splits.val.fingerprint,
         "teacher": None if session.teacher is None else session.teacher.fingerprint,
+        "initial weights": None if session.started is None else session.started.fingerprint,
     }
     if settings.resume and not settings.allow_changes:
         check_inputs(folder.path, now)
@@ -197,7 +199,7 @@ def _finish(loop: StageLoop) -> Run:
     summary = _summary(loop, scores)
     if is_main_process():
         try:
-            save_student(detector.cpu(), folder.student)
+            save_student(detector.cpu(), folder.student, Resizing.of(settings))
             folder.write_json("summary.json", summary)
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -223,10 +225,12 @@ def _summary(loop: StageLoop, scores: Scores) -> dict[str, Any]:
         "cache": {"path": cache.folder.url, "fingerprint": cache.about.fingerprint} if cache else None,
         "method": distilling.method if distilling else None,
         "inherit": bool(session.inherited and session.inherited.copied),
+        "init": None if session.started is None else {"from": settings.init, **dataclasses.asdict(session.started)},
         "seed": settings.seed,
         "epochs": settings.epochs,
         "steps": loop.trained_steps,
         "images_seen": loop.images_seen,
+        "stopped_early": loop.evaluation.stopped,
         "batch": settings.batch,
         "metrics": scores.metrics,
         "per_class": scores.per_class,

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from detdistill.cache.knowledge import KnowledgeCache
 from detdistill.data.records import DataSplits
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.detectors.inherit import Inherited, inherit_head
+from detdistill.detectors.inherit import Inherited, inherit_head, start_from
+from detdistill.detectors.load import load_detector
 from detdistill.errors import RunError
 from detdistill.evaluation.instability import check_queries
 from detdistill.methods.shared.compose import build_method
@@ -36,6 +39,20 @@ class Session:
     """Gives the method's knowledge about a batch, from the teacher or from the cache."""
     inherited: Inherited | None
     """Tensors copied from the teacher's neck and head into the student; None: without ``inherit``."""
+    started: Start | None = None
+    """Weights that the student started from; None: without ``init``."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights that a student started from (``init``)."""
+
+    fingerprint: str
+    """Of the detector whose weights they are, as ``Teacher.fingerprint``."""
+    taken: int
+    """Number of the student's tensors that hold its values."""
+    total: int
+    """Number of the student's tensors."""
 
 
 def open_session(
@@ -56,7 +73,7 @@ def open_session(
         progress: display of the number of inherited tensors; None: not shown.
 
     Raises:
-        RunError: this machine cannot do what the settings require, or no tensor of the teacher can be inherited.
+        RunError: this machine cannot do what the settings require, or no tensor of the teacher (``inherit``) or of ``init`` fits.
         PairError: teacher, student and method cannot be used together.
         ModelError: the student cannot be built.
     """
@@ -66,8 +83,9 @@ def open_session(
     student = build_detector(plan.student, splits.train.classes)
     if settings.instability:
         check_queries(student)
+    started = None if settings.init is None else _start(student, settings.init, progress)
     if distilling is None:
-        return Session(plan, splits, student, None, None, None, teach_by_canvas, None)
+        return Session(plan, splits, student, None, None, None, teach_by_canvas, None, started)
     if teacher is None and cache is not None:
         teacher = cache.teacher()
     inherited = None
@@ -81,4 +99,24 @@ def open_session(
             progress.say(f"inherited {counts}")
     method = build_method(distilling.method, teacher, student)
     source = teach_by_canvas if cache is None else cache.source(distilling.method, method)
-    return Session(plan, splits, student, method, teacher, cache, source, inherited)
+    return Session(plan, splits, student, method, teacher, cache, source, inherited, started)
+
+
+def _start(student: Detector, init: str, progress: Progress | None) -> Start:
+    """Copy the weights of ``init`` into the student, and say how many tensors fit.
+
+    Raises:
+        RunError: none fits.
+        ModelError: ``init`` cannot be loaded.
+    """
+    with torch.random.fork_rng(devices=[]):  # building the detector must not change the random numbers of the run
+        source = load_detector(init)
+    found = start_from(student, source)
+    total = len(found.copied) + len(found.skipped)
+    if not found.copied:
+        reason = f" ({': '.join(found.skipped[0])})" if found.skipped else ""
+        raise RunError(f"init: none of the {total} tensors of {student.spec.name} fits those of {init}{reason}; leave out --init")
+    if progress is not None:
+        skipped = f"; the first that does not fit is {': '.join(found.skipped[0])}" if found.skipped else ""
+        progress.say(f"started from {init}: {len(found.copied)} of {total} tensors{skipped}", "yellow" if skipped else "dim")
+    return Start(Teacher(source).fingerprint, len(found.copied), total)

@@ -109,6 +109,7 @@ class StageLoop:
             self.validation = self.loader(self.splits.val, False, trainer.global_rank, trainer.world_size)
         # Errors by kind add about a tenth to the time of an evaluation, and only those of the last one are used.
         last = self.module is not None and self.module.trainer.global_step >= self.module.total
+        last |= self.evaluation is not None and self.evaluation.may_be_last
         return evaluate(detector, self.splits.val, view_settings(self.settings), loader=self.validation, errors=last)
 
     def index_vectors(self, detector: Detector) -> Tensor:
@@ -144,7 +145,7 @@ class StageLoop:
         if stage.before is not None and not resuming:
             stage.before()
         self.module = self._module(stage, settings, total)
-        self.evaluation = Evaluation(self.evaluate, settings.evaluate_every)
+        self.evaluation = Evaluation(self.evaluate, settings.evaluate_every, settings.patience)
         trainer = self._trainer(settings, self._callbacks(settings, total, self.evaluation), epochs)
         with warnings.catch_warnings():
             # Lightning's warnings about loaders and intervals concern its own defaults, which are not used here.
@@ -152,6 +153,9 @@ class StageLoop:
             with workers_run(self.folder.path, self.plan):
                 _fit(trainer, self.module, self.folder.checkpoints, self.resume_from if resuming else None)
         self.module.restore_random_state()  # needed if the checkpoint is from the last step: Lightning then trains nothing
+        if self.evaluation.stopped:
+            why = f"no better AP in {settings.patience} evaluations"
+            self.progress.say(f"stopped early at step {trainer.global_step} of {total}: {why}", "yellow")
         if students:
             self.trained_steps += trainer.global_step
             self.images_seen = self.module.images * world

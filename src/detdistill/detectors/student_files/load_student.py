@@ -4,7 +4,7 @@ This file is copied as ``load_student.py`` into every exported folder, so it imp
 
     from load_student import load
     model = load("path/to/student")            # a torchvision detector in eval mode
-    model([image])                             # image: [3, H, W] RGB in 0..1, resized as for training
+    model([image])                             # image: [3, H, W] RGB, uint8 or 0..1, of any size; boxes in its pixels
 
 A description is a tree of calls, ``{"call": "torchvision.models.detection.FCOS", "num_classes": 11, ...}``: a dotted name
 of torchvision, a class of the folder ``models`` beside this file (``models.atss.ATSS``; copied along when it is needed), or
@@ -17,8 +17,8 @@ import importlib
 import importlib.util
 import json
 import sys
+import warnings
 import zlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,25 +33,38 @@ from safetensors.torch import load_file
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSD, SSDFeatureExtractorVGG
 from torchvision.models.detection.ssdlite import SSDLiteHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
+from torchvision.transforms.v2.functional import resize as resize_pixels
 
 
-def load(folder: str | Path) -> nn.Module:
+def load(folder: str | Path, resize: bool = True) -> nn.Module:
     """Load the detector of an exported folder (``model.json``, ``model.safetensors``), in eval mode.
 
     ``model.classes`` are the names of its labels: label ``i`` of torchvision (0 is the background) is ``classes[i]``.
+    ``model.images`` is how images are resized for it (``size``, ``resize``, ``max_size``); None: the folder does not say.
+
+    Args:
+        folder: the folder.
+        resize: the model resizes and pads images as the evaluation of its training did, and returns boxes in pixels of the
+            given images. False: it takes images as they are. A folder that does not say the size also gives a model that
+            takes images as they are, with a warning.
     """
     folder = Path(folder)
     check(folder)
     description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     model = build(description["model"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    model.classes = description["labels"]
+    model.classes, model.images = description["labels"], description.get("images")
+    if resize and model.images is None:
+        warnings.warn(f"{folder} does not say its image size: give images resized as in training", stacklevel=2)
+    elif resize:
+        model.transform = Resized(model.transform, **model.images)
     return model.eval()
 
 
@@ -137,6 +150,89 @@ class KeepSize(GeneralizedRCNNTransform):
         return image, target
 
 
+class Resized(nn.Module):
+    """torchvision's transform behind the resizing of evaluation: 8-bit pixels, bilinear with antialiasing, then padding.
+
+    - ``letterbox``: the long side becomes ``size``; padded right and bottom to a square.
+    - ``stretch``: both sides become ``size``.
+    - ``short_side``: the short side becomes ``size``, unless the long side would become more than ``max_size``.
+
+    Padded sides are multiples of 32. Boxes (and masks) come back in pixels of the given images. It can be scripted.
+    """
+
+    def __init__(self, plain: GeneralizedRCNNTransform, size: int, resize: str, max_size: int | None = None) -> None:
+        """Resize before ``plain``, which then only normalises and stacks the images."""
+        super().__init__()
+        if resize not in ("letterbox", "stretch", "short_side"):
+            raise ValueError(f"resize {resize!r} is unknown; known: letterbox, stretch, short_side")
+        self.plain = KeepSize(plain)
+        self.size, self.policy, self.longest = int(size), resize, int(max_size or 0)
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
+        """Resize, normalise and stack images [3, H, W] (uint8, or float in 0..1) of any sizes; targets are resized too."""
+        shown: list[Tensor] = []
+        for image in images:
+            shown.append(self.resized(image))
+        if targets is not None:
+            moved: list[dict[str, Tensor]] = []
+            for index in range(len(targets)):
+                moved.append(self.moved(targets[index], images[index], shown[index]))
+            targets = moved
+        batch, targets = self.plain(shown, targets)
+        side = self.size if self.policy == "letterbox" else 0
+        height, width = batch.tensors.shape[-2], batch.tensors.shape[-1]
+        high, wide = self.padded(max(height, side)), self.padded(max(width, side))
+        return ImageList(F.pad(batch.tensors, [0, wide - width, 0, high - height]), batch.image_sizes), targets
+
+    def padded(self, side: int) -> int:
+        """The next multiple of 32, then of the model's own ``size_divisible``."""
+        side = (side + 31) // 32 * 32
+        step = int(self.plain.size_divisible)
+        return (side + step - 1) // step * step
+
+    def resized_hw(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of an image after resizing, before padding."""
+        if self.policy == "stretch":
+            return self.size, self.size
+        if self.policy == "letterbox":
+            scale = self.size / max(height, width)
+        else:
+            scale = self.size / min(height, width)
+            if self.longest > 0:
+                scale = min(scale, self.longest / max(height, width))
+        return max(1, int(round(height * scale))), max(1, int(round(width * scale)))  # noqa: RUF046 - TorchScript's is a float
+
+    def resized(self, image: Tensor) -> Tensor:
+        """The image [3, h, w] in 0..1. Pixels are rounded to 8 bits before and after resizing, as those of image files."""
+        size = self.resized_hw(image.shape[-2], image.shape[-1])
+        dtype = image.dtype if image.is_floating_point() else torch.float32
+        if (image.shape[-2], image.shape[-1]) != size:
+            if image.is_floating_point():
+                image = (image * 255).round().clamp(0, 255).to(torch.uint8)
+            image = resize_pixels(image, [size[0], size[1]], antialias=True)
+        return image if image.is_floating_point() else image.to(dtype) / 255
+
+    def moved(self, target: dict[str, Tensor], image: Tensor, shown: Tensor) -> dict[str, Tensor]:
+        """The target of an image in pixels of the resized image."""
+        result: dict[str, Tensor] = {}
+        for key, value in target.items():
+            result[key] = value  # noqa: PERF403 - TorchScript has no comprehension over a dictionary
+        before, after = [image.shape[-2], image.shape[-1]], [shown.shape[-2], shown.shape[-1]]
+        if before != after:
+            result["boxes"] = resize_boxes(target["boxes"], before, after)
+            if "masks" in target:
+                result["masks"] = F.interpolate(target["masks"][:, None].float(), size=after)[:, 0].to(target["masks"].dtype)
+        return result
+
+    def postprocess(
+        self, result: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Detections in pixels of the given images."""
+        return self.plain.postprocess(result, image_shapes, original_image_sizes)
+
+
 def timm_features(name: str, plain_stem: int | None = None, **timm_options: Any) -> Any:
     """A timm model as features, with random weights.
 
@@ -153,6 +249,14 @@ def timm_features(name: str, plain_stem: int | None = None, **timm_options: Any)
     body.conv1 = nn.Conv2d(3, plain_stem, 7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
     return body
+
+
+def by_level(maps: list[Tensor]) -> dict[str, Tensor]:
+    """Maps by the number of their level as text, finest first. A loop, because TorchScript has no such comprehension."""
+    levels: dict[str, Tensor] = {}
+    for index, level in enumerate(maps):
+        levels[str(index)] = level
+    return levels
 
 
 class TimmPyramid(nn.Module):
@@ -194,14 +298,14 @@ class TimmPyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork(list(self.channels), out_channels, extra_blocks=blocks)
         self.out_channels = out_channels
 
-    def maps(self, images: Tensor) -> OrderedDict[str, Tensor]:
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
         """The backbone's maps [B, C_l, H_l, W_l], finest first."""
         maps = self.body(images)
         if self.channels_last:  # swin and its relatives: [B, H, W, C]
             maps = [level.permute(0, 3, 1, 2).contiguous() for level in maps]
-        return OrderedDict((str(index), level) for index, level in enumerate(maps))
+        return by_level(maps)
 
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Levels [B, out_channels, H_l, W_l], finest first."""
         return self.fpn(self.maps(images))
 
@@ -287,12 +391,12 @@ class TimmLevels(nn.Module):
             maps = [level.permute(0, 3, 1, 2).contiguous() for level in maps]
         return list(maps)
 
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """The backbone's maps and the added levels, finest first."""
         maps = self.maps(images)
         for block in self.extra:
             maps.append(block(maps[-1]))
-        return OrderedDict((str(index), level) for index, level in enumerate(maps))
+        return by_level(maps)
 
 
 class TimmLiteLevels(TimmLevels):
@@ -399,4 +503,5 @@ if __name__ == "__main__":
     student: Any = load(Path(__file__).parent)
     parameters = sum(parameter.numel() for parameter in student.parameters())
     print(f"{type(student).__name__}, {parameters:,} parameters, labels: {', '.join(map(str, student.classes))}")
+    print(f"images: {student.images or 'size unknown'}")
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}")

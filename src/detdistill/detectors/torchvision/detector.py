@@ -35,7 +35,11 @@ from detdistill.detectors.torchvision.images import (
     with_padding,
 )
 from detdistill.files import write_atomically
-from detdistill.structures import Batch, Features
+from detdistill.structures import (
+    Batch,
+    Features,
+    Resizing,
+)
 
 
 class TorchvisionDetector(Detector):
@@ -142,8 +146,11 @@ class TorchvisionDetector(Detector):
         nothing: dict[int, Any] = {id(self.model.backbone): nn.Identity()}
         return copy.deepcopy(self, nothing).requires_grad_(True).train()
 
-    def export(self, folder: Path) -> None:
-        """Write ``model.safetensors`` (torchvision's parameter names), ``model.json`` and the script ``load_student.py``."""
+    def export(self, folder: Path, resizing: Resizing | None = None) -> None:
+        """Write ``model.safetensors`` (torchvision's parameter names), ``model.json`` and the script ``load_student.py``.
+
+        The loaded model resizes images itself if ``resizing`` is given.
+        """
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         write_atomically(folder / "model.safetensors", lambda path: save_file(state, path))
         if self.description is None:
@@ -151,7 +158,8 @@ class TorchvisionDetector(Detector):
         labels: list[str | None] = [None] * (int(self.columns.max()) + 1)
         for label, column in enumerate(self.columns.tolist()):
             labels[column] = self.spec.classes[label]
-        text = json.dumps({"model": self.description, "labels": labels}, indent=1)
+        images = {} if resizing is None else {"images": resizing.plain()}
+        text = json.dumps({"model": self.description, "labels": labels, **images}, indent=1)
         write_atomically(folder / "model.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
         script = Path(load_student.__file__)
         write_atomically(folder / "load_student.py", lambda path: shutil.copyfile(script, path))
@@ -160,6 +168,32 @@ class TorchvisionDetector(Detector):
             for source in sorted((script.parent / "models").glob("*.py")):
                 copy_of = partial(shutil.copyfile, source)
                 write_atomically(folder / "models" / source.name, copy_of)
+
+    def usage(self, resizing: Resizing | None = None) -> str:
+        """Explain ``load_student.py``."""
+        if self.description is None:
+            return super().usage(resizing)
+        if resizing is None:
+            return f"{USAGE} It takes images as they are: resize them as in training."
+        return f"{USAGE} The model resizes images itself; `load(folder, resize=False)` leaves that out."
+
+
+USAGE = """```python
+import sys
+
+from torchvision.io import ImageReadMode, decode_image
+
+sys.path.insert(0, "path/to/this/folder")
+from load_student import load
+
+model = load("path/to/this/folder")                   # a torchvision detector in eval mode
+image = decode_image("image.jpg", ImageReadMode.RGB)  # [3, H, W] uint8; floats in 0..1 can be given too
+found = model([image])[0]                             # "boxes" [D, 4] x1 y1 x2 y2 in pixels of image, "scores", "labels"
+names = [model.classes[label] for label in found["labels"]]
+```
+
+This needs torch, torchvision, timm and safetensors."""
+"""How to load an exported folder with its script."""
 
 
 class Neck(nn.Module):

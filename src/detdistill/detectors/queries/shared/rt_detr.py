@@ -118,6 +118,7 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
     )
     class_outputs = ("model.enc_score_head", "model.denoising_class_embed", "model.decoder.class_embed", "class_embed")
     image_processor = "RTDetrImageProcessor"
+    boxes_in_padding = True
     top_k = None
 
     @property

@@ -54,7 +54,11 @@ from detdistill.structures import (
     Prediction,
     Queries,
     QuerySeed,
+    Resizing,
 )
+
+UNLIMITED = 100_000
+"""Longest edge in pixels where there is no limit."""
 
 Matches = list[tuple[Tensor, Tensor]]
 """The library's form of a matching: for each image the indices of the matched queries [M] and of their boxes [M]."""
@@ -82,6 +86,8 @@ class TransformersDetector(Detector):
     """Name of the classification loss in the library's criterion."""
     top_k: int | None = 100
     """Number of detections of an image in the library's image processor; None: the number of queries."""
+    boxes_in_padding = False
+    """The library's boxes are fractions of the padded tensor, not of the valid image."""
     image_processor = "DetrImageProcessor"
     """The library's image processor, which defines the selection of detections; exported with the model."""
 
@@ -456,27 +462,65 @@ class TransformersDetector(Detector):
 
     # -------------------------------------------------------------------------------------------------------------- files
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, resizing: Resizing | None = None) -> None:
         """Write the library's files: ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``.
 
-        ``transformers.AutoModelForObjectDetection.from_pretrained(folder)`` loads them without this package.
+        ``transformers.AutoModelForObjectDetection.from_pretrained(folder)`` loads them without this package. Its image
+        processor resizes images itself if ``resizing`` is given.
         """
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
             with quiet():
                 self.model.save_pretrained(temporary, state_dict=saved_state(self.model))
             processor = {
                 "image_processor_type": self.image_processor,
-                "do_resize": False,
+                **processor_sizes(resizing),
                 "do_rescale": True,
                 "rescale_factor": 1 / 255,
                 "do_normalize": True,
                 "image_mean": list(self.spec.mean),
                 "image_std": list(self.spec.std),
-                "do_pad": True,
             }
             Path(temporary, "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
             for path in sorted(Path(temporary).iterdir()):
                 os.replace(path, folder / path.name)
+
+    def usage(self, resizing: Resizing | None = None) -> str:
+        """Explain the use in the library."""
+        sizes, notes = "image.shape[-2:]", ["This needs torch, torchvision and transformers."]
+        if resizing is None:
+            notes.append("The image processor does not resize: resize images as in training.")
+        elif resizing.resize == "short_side":
+            notes.append(
+                "The image processor rounds the longer side down and does not pad to a multiple of 32 as the training did, so "
+                "results differ a little; detectors of the RT-DETR kind and LW-DETR refuse some sizes. `detdistill predict` pads."
+            )
+        else:
+            if resizing.resize == "letterbox":
+                notes.append("The image processor resizes as the training did, but rounds the shorter side down to whole pixels.")
+            padded = padded_side(resizing.size)
+            if self.boxes_in_padding and resizing.resize == "letterbox":
+                sizes = f"(max(image.shape[-2:]) * {padded} / {resizing.size},) * 2"
+            elif self.boxes_in_padding and padded != resizing.size:
+                sizes = f"[side * {padded} / {resizing.size} for side in image.shape[-2:]]"
+            if sizes != "image.shape[-2:]":
+                notes.append("`size` is that of the padded image in pixels of the given image, of which the boxes are fractions.")
+        return f"{USAGE.format(size=sizes)}\n\n{' '.join(notes)}"
+
+
+USAGE = """```python
+import torch
+from torchvision.io import ImageReadMode, decode_image
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
+model = AutoModelForObjectDetection.from_pretrained("path/to/this/folder").eval()
+image = decode_image("image.jpg", ImageReadMode.RGB)  # [3, H, W] uint8
+outputs = model(**processor(images=image, return_tensors="pt"))
+size = torch.tensor({size})
+found = processor.post_process_object_detection(outputs, threshold=0.3, target_sizes=size[None])[0]
+names = [model.config.id2label[int(label)] for label in found["labels"]]
+```"""
+"""How to use an exported folder with the library."""
 
 
 class EncoderNeck(nn.Module):
@@ -501,6 +545,31 @@ class GivenMatches(nn.Module):
     def forward(self, outputs: Any, targets: Any) -> Matches:
         """Return the matches of the next layer."""
         return self.waiting.pop(0)
+
+
+def padded_side(side: int) -> int:
+    """Return the next multiple of 32."""
+    return -(-side // 32) * 32
+
+
+def processor_sizes(resizing: Resizing | None) -> dict[str, Any]:
+    """Return the settings of the library's image processors for resizing and padding; None: images keep their size.
+
+    The library rounds the shorter side of a letterbox down, and this package to the nearest pixel. With ``short_side`` it pads
+    to the largest image of a batch, and this package to a multiple of 32.
+    """
+    if resizing is None:
+        return {"do_resize": False, "do_pad": True}
+    side = resizing.size
+    padded = padded_side(side)
+    sizes: dict[str, dict[str, int]] = {
+        "letterbox": {"max_height": side, "max_width": side},
+        "stretch": {"height": side, "width": side},
+        # The library needs both edges: without a limit, one that no image reaches.
+        "short_side": {"shortest_edge": side, "longest_edge": resizing.max_size or UNLIMITED},
+    }
+    found = {"do_resize": True, "resample": 2, "size": sizes[resizing.resize], "do_pad": True}
+    return found if resizing.resize == "short_side" else {**found, "pad_size": {"height": padded, "width": padded}}
 
 
 def focal_criterion(config: Any, matcher_class: Any, criterion_class: Any) -> Any:
