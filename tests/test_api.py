@@ -78,11 +78,50 @@ def test_a_run_is_evaluated_and_predicts_at_its_own_size(tmp_path, student, monk
         api.evaluate(str(model), DIGITS, device="cpu")
     api.evaluate(str(tmp_path), DIGITS, device="cpu", size=64)
     assert [(view.size, view.resize) for view in seen] == [(96, "stretch"), (96, "stretch"), (64, "stretch")]
-    monkeypatch.setattr(predict, "predict_folder", lambda *a, **k: seen.append(a[3]) or a[2])
+    monkeypatch.setattr(predict, "predict_folder", lambda *a, **k: seen.append(a[3]) or predict.Predicted(a[2], 1, 0))
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
-    folder = api.predict(str(tmp_path), tmp_path / "a.png", tmp_path / "out", device="cpu")
-    assert folder == tmp_path / "out"
+    found = api.predict(str(tmp_path), tmp_path / "a.png", tmp_path / "out", device="cpu")
+    assert found.folder == tmp_path / "out"
     assert (seen[-1].size, seen[-1].resize) == (96, "stretch")
+
+
+def test_one_call_leads_from_an_image_to_boxes(tmp_path, student):
+    from PIL import Image
+
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    path = tmp_path / "images" / "deep" / "a.png"
+    Image.effect_noise((60, 40), 90).convert("RGB").save(path)
+    looking = {"size": 64, "device": "cpu", "score": 0.0}
+    found = detdistill.detect(str(student), path, **looking)
+    assert len(found) == len(found.names) > 0
+    assert set(found.names) <= set(CLASSES)
+    assert (found.boxes_xyxy >= 0).all()
+    assert (found.boxes_xyxy[:, 2] <= 60).all()
+    assert (found.boxes_xyxy[:, 3] <= 40).all()
+    assert repr(found).startswith(
+        f"{len(found)} detections (x1, y1, x2, y2 in pixels)\n  {found.names[0]} {found.scores[0]:.2f} at "
+    )
+    detector = load_detector(student).train()
+    for model, images in ((student, path.parent), (detector, [Image.open(path)]), (detdistill.Teacher(detector), [path])):
+        several = detdistill.detect(model, images, **looking)
+        (same,) = several if isinstance(several, list) else [several[path]]
+        assert torch.equal(same.boxes_xyxy, found.boxes_xyxy)
+        detector.train()
+    assert not len(detdistill.detect(str(student), path, size=64, score=1.0))
+    detdistill.detect(detector, path, **looking)
+    assert detector.training, "as it was before"
+    for model, image, said in (
+        (torch.nn.Linear(2, 2), path, r"model: a Linear is no detector yet; wrap it: detdistill\.wrap\(model"),
+        (3, path, "model: a int is no model; give a model string, a path"),
+        (student, 3, "a int is no image"),
+        (student, tmp_path / "no.png", r"no\.png: the image cannot be decoded"),
+    ):
+        with pytest.raises(DetdistillError, match=said):
+            detdistill.detect(model, image, **looking)
+    with pytest.raises(RunError, match=r"predict: give out.*; detdistill\.detect\(model, images\) returns boxes alone"):
+        api.predict(student, path)
+    with pytest.raises(RunError, match="reads an image file or a folder, not a Tensor"):
+        api.predict(student, torch.zeros(3, 8, 8), tmp_path / "out")
 
 
 def test_data_are_inspected():

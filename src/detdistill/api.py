@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from detdistill.errors import RunError, nearest
+from detdistill.results import Distilled
 from detdistill.settings import CacheSettings, DistillSettings, TrainSettings, renamed
 
 if TYPE_CHECKING:
@@ -16,26 +17,14 @@ if TYPE_CHECKING:
     from detdistill.compare import Gain
     from detdistill.data.inspect import DataReport
     from detdistill.data.records import DataSplits, Defect, SplitName
-    from detdistill.detectors.contract import Detector
+    from detdistill.data.transforms import ViewSettings
+    from detdistill.detectors.contract import Detector, Teacher
     from detdistill.evaluation import Scores
+    from detdistill.evaluation.predict import Predicted
     from detdistill.progress import Progress
     from detdistill.training.run import Run
 
-
-@dataclass(frozen=True)
-class Distilled:
-    """Result of ``distill``."""
-
-    folder: Path
-    """The run folder; with ``baseline`` or ``seeds``, the folder that contains the run folders."""
-    runs: tuple[Path, ...]
-    """The run folders."""
-    report: Path
-    """Path of the HTML report; with ``report=False`` the file is not written."""
-    gains: tuple[Gain, ...] = ()
-    """Gains of the distilled runs over their baselines; empty without ``baseline``."""
-    teacher_scores: Scores | None = None
-    """Scores of the teacher on the validation images; None: not evaluated."""
+    Model = str | Path | Run | Distilled | Detector | Teacher
 
 
 def train(
@@ -257,12 +246,13 @@ def verify_cache(
 
 
 def evaluate(
-    model: str, data: str = "digits", *, split: str = "val", batch: int = 8, progress: Progress | None = None, **settings: Any
+    model: Model, data: str = "digits", *, split: str = "val", batch: int = 8, progress: Progress | None = None, **settings: Any
 ) -> Scores:
     """Compute the 12 COCO numbers, the AP of each class, and the loss of AP50 by kind of error.
 
     Args:
-        model: a run folder, a ``student/`` folder, or a model string with weights.
+        model: a run folder, a ``student/`` folder, a model string with weights, a result of ``train``, of a ``distill`` of one
+            run, or a detector in memory (also a wrapped one).
         data: see ``train``.
         split: val, test or train.
         batch: images per forward pass.
@@ -274,20 +264,21 @@ def evaluate(
         DetdistillError: one line that says what is wrong and what to do.
     """
     from detdistill.data.discover import load_split
-    from detdistill.detectors.load import load_detector
     from detdistill.evaluation import evaluate as evaluate_detector
+    from detdistill.given import name_or_detector, open_detector
     from detdistill.progress import Progress
     from detdistill.training.plan import view_settings
 
-    wanted = _settings(TrainSettings, {**_image_settings_of(model), **settings})
+    model = name_or_detector(model)
+    wanted = _settings(TrainSettings, {**_known_image_settings(model), **settings})
     with progress or Progress() as shown:
         if split not in ("train", "val", "test"):
             raise RunError(f"no split {split!r}; use val, test or train")
         chosen, notes = load_split(data, cast("SplitName", split), strict=wanted.strict)
         _tell(data, notes, chosen.defects, shown)
-        detector = load_detector(model, chosen.classes)
+        detector = open_detector(model, chosen.classes)
         bar = shown.bar(f"evaluate on {split}", len(chosen.records))
-        device = _device(wanted.device)
+        device = _device_for(model, wanted.device)
         return evaluate_detector(
             detector,
             chosen,
@@ -301,45 +292,111 @@ def evaluate(
 
 
 def predict(
-    model: str,
-    images: Path,
-    out: Path,
+    model: Model,
+    images: str | Path,
+    out: str | Path | None = None,
     *,
     score: float = 0.3,
     size: int | None = None,
     device: str = "auto",
+    batch: int | None = None,
     progress: Progress | None = None,
-) -> Path:
-    """Draw a detector's boxes on images.
+) -> Predicted:
+    """Draw a detector's boxes on images, and write all of them into ``detections.json`` in COCO's form.
+
+    Images that cannot be read are passed over and named in the result. ``detect`` returns boxes without writing anything.
 
     Args:
         model: as for ``evaluate``.
-        images: an image or a folder of images.
-        out: folder for the drawn images and ``detections.json``; created if missing.
+        images: an image, or a folder of images with its sub-folders.
+        out: folder for the drawn images and ``detections.json`` (see ``predict_folder``); created if missing.
         score: boxes with a lower score are neither drawn nor written; 0..1.
         size: side of the detector's input images in pixels; None: the size of the model's run.
-        device: auto, cpu or cuda.
+        device: auto, cpu or cuda. With a detector in memory, auto leaves it where it is.
+        batch: images of one padded size per forward pass; None: 8 on a GPU, 1 on a CPU, where batches are slower.
         progress: display of the progress; None: a new one on stderr.
 
     Returns:
-        ``out``.
+        The folder, the numbers of images and boxes, and a line for each image that could not be read.
 
     Raises:
-        DetdistillError: one line that says what is wrong and what to do.
+        DetdistillError: no image can be read, or another error of the input; one line that says what is wrong and what to do.
     """
-    from detdistill.detectors.load import load_detector
-    from detdistill.evaluation.predict import predict_folder
+    if out is None:
+        raise RunError("predict: give out, a folder for the drawn images; detdistill.detect(model, images) returns boxes alone")
+    if not isinstance(images, str | Path):
+        raise RunError(f"predict: reads an image file or a folder, not a {type(images).__name__}; use detdistill.detect for it")
+    from detdistill.evaluation.predict import default_batch, default_threads, predict_folder
+    from detdistill.functional.modes import evaluating
     from detdistill.progress import Progress
-    from detdistill.training.plan import view_settings
 
-    chosen = _image_settings_of(model)
-    if size is not None:
-        chosen["size"] = size
-    settings = view_settings(_settings(TrainSettings, chosen))
+    _check_looking(score, batch)
     with progress or Progress() as shown:
-        detector = load_detector(model).eval().to(_device(device))
+        detector, settings = _ready(model, size, device)
         bar = shown.bar("predict", 1)
-        return predict_folder(detector, Path(images), Path(out), settings, score=score, bar=bar)
+        with evaluating(detector):
+            found = predict_folder(
+                detector,
+                Path(images),
+                Path(out),
+                settings,
+                score=score,
+                bar=bar,
+                batch=batch or default_batch(detector),
+                threads=default_threads(),
+            )
+        if found.left_out:
+            shown.say(found.left_out, "yellow")
+        for line in found.unreadable:
+            shown.say(line, "red")
+        return found
+
+
+def detect(
+    model: Model,
+    images: Any,
+    *,
+    score: float = 0.3,
+    size: int | None = None,
+    device: str = "auto",
+    batch: int | None = None,
+) -> Any:
+    """Detect objects in images, from one call to boxes.
+
+    Args:
+        model: as for ``evaluate``. A loop over single images should load it once: ``model = detdistill.load_detector(...)``.
+        images: an image: a path, a PIL image, an array [h, w, 3] of uint8 in RGB order (OpenCV reads BGR: ``image[..., ::-1]``),
+            or a tensor [3, h, w], uint8 or floats in 0..1. Or a list of images, or the path of a folder.
+        score: boxes with a lower score are left out; 0..1.
+        size: side of the detector's input images in pixels; None: the size of the model's run, and 640 for a detector in memory.
+        device: auto, cpu or cuda. With a detector in memory, auto leaves it where it is.
+        batch: images of one padded size per forward pass; None: 8 on a GPU, 1 on a CPU, where batches are slower.
+
+    Returns:
+        ``NamedDetections`` in pixels of the image: ``boxes_xyxy``, ``scores``, ``labels``, ``names``. For a list, a list of them.
+        For a folder, a dict from path to detections.
+
+    Raises:
+        DetdistillError: an image cannot be read, or is none; one line that says what is wrong and what to do.
+
+    Example:
+        found = detdistill.detect("runs/teacher", "street.jpg")
+        print(found.names, found.scores, found.boxes_xyxy)
+    """
+    from detdistill.evaluation.image_files import find_images
+    from detdistill.evaluation.predict import default_batch, detect_all
+    from detdistill.functional.modes import evaluating
+
+    _check_looking(score, batch)
+    detector, settings = _ready(model, size, device)
+    folder = isinstance(images, str | Path) and Path(images).is_dir()
+    several = folder or isinstance(images, list | tuple)
+    chosen = find_images(Path(images)).paths if folder else images if several else [images]
+    with evaluating(detector):
+        found = [one.above(score) for one in detect_all(detector, chosen, settings, batch=batch or default_batch(detector))]
+    if folder:
+        return dict(zip(chosen, found, strict=True))
+    return found if several else found[0]
 
 
 def compare(
@@ -531,6 +588,39 @@ def _image_settings_of(model: str) -> dict[str, Any]:
                 raise RunError(f"{path} cannot be read: {error}") from error
             return {key: config[key] for key in ("size", "resize", "max_size") if key in config}
     return {}
+
+
+def _known_image_settings(model: str | Detector) -> dict[str, Any]:
+    """Image settings of the run that trained a model; empty for a detector in memory."""
+    return _image_settings_of(model) if isinstance(model, str) else {}
+
+
+def _check_looking(score: float, batch: int | None) -> None:
+    """Check the arguments of ``predict`` and ``detect``."""
+    if not 0 <= score <= 1:
+        raise RunError(f"score: {score} is not between 0 and 1")
+    if batch is not None and batch < 1:
+        raise RunError(f"batch: {batch} is not at least 1")
+
+
+def _ready(model: Model, size: int | None, device: str) -> tuple[Detector, ViewSettings]:
+    """A detector on its device, and the image settings for it."""
+    from detdistill.given import name_or_detector, open_detector
+    from detdistill.training.plan import view_settings
+
+    place = name_or_detector(model)
+    chosen = _known_image_settings(place)
+    if size is not None:
+        chosen["size"] = size
+    settings = view_settings(_settings(TrainSettings, chosen))
+    detector = open_detector(place)
+    wanted = _device_for(place, device)
+    return detector if wanted is None else detector.to(wanted), settings
+
+
+def _device_for(model: str | Detector, name: str) -> str | None:
+    """The device to run on; None: a detector in memory stays where it is."""
+    return None if name == "auto" and not isinstance(model, str) else _device(name)
 
 
 def _device(name: str) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from detdistill.detectors.load import load_detector
 from detdistill.detectors.save import save_student
 from detdistill.errors import DetdistillError, RunError, StoppedError
 from detdistill.evaluation import Scores, evaluate
+from detdistill.evaluation.scores import METRICS
 from detdistill.methods.shared.contract import Stage
+from detdistill.printing import html_table
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, names_where
 from detdistill.training.folder import INPUTS, RunFolder, check_inputs, new_folder, resume_folder, start_folder
@@ -32,7 +34,7 @@ from detdistill.training.stage_loop import StageLoop, found_result, plain_stage
 from detdistill.training.stage_results import reusable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run."""
 
@@ -42,8 +44,18 @@ class Run:
     """Content of ``summary.json``."""
     scores: Scores
     """Scores of the last weights on the validation images."""
-    student: Detector = field(repr=False)
+    student: Detector
     """The trained detector; with ``ema``, its moving average."""
+
+    def __repr__(self) -> str:
+        """Role, student, AP and folder."""
+        return f"Run({self.summary['role']} {self.summary['student']}: AP {self.scores.points('AP')}; {self.folder})"
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks."""
+        said = [(name, str(self.summary[name])) for name in ("role", "student", "teacher", "method") if self.summary.get(name)]
+        scores = [(name, self.scores.points(name)) for name in METRICS[:3]]
+        return html_table([*said, *scores, ("folder", str(self.folder))])
 
 
 def run(session: Session, progress: Progress | None = None) -> Run:
