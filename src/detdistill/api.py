@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    model: str,
+    model: str | Detector | Callable[[], Detector],
     data: str = "digits",
     *,
     role: str = "train",
@@ -39,6 +39,7 @@ def train(
 
     Args:
         model: e.g. ``fcos:resnet18`` (detector:timm backbone, options after commas) or ``torchvision:retinanet_resnet50_fpn_v2``.
+            Or a model of your own: a detector (see ``wrap``), or a function that builds one; see ``own_student``.
         data: COCO JSON or folder, YOLO data.yaml, VOC folder, Roboflow export, or ``digits``.
         role: role of the run in reports: train, teacher or baseline.
         progress: display of the progress; None: a new one on stderr.
@@ -51,24 +52,26 @@ def train(
         DetdistillError: one line that says what is wrong and what to do.
     """
     wanted = _settings(TrainSettings, settings)
+    from detdistill.given import student_of
     from detdistill.progress import Progress
     from detdistill.training.machine import is_main_process
     from detdistill.training.plan import Plan
     from detdistill.training.run import run
     from detdistill.training.session import open_session
 
-    _check_start(model, wanted)
+    name, build = student_of(model, "model")
+    _check_start(name, build, wanted, alone=True)
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
-        result = run(open_session(Plan(model, data, wanted, role=role, title=role), splits), shown)
+        result = run(open_session(Plan(name, data, wanted, role=role, title=role, build=build), splits), shown)
         if wanted.report:
             _report([result.folder], result.folder / "report.html", shown)
     return result
 
 
 def distill(
-    teacher: str | None,
-    student: str,
+    teacher: Model | None,
+    student: str | Detector | Callable[[], Detector],
     data: str = "digits",
     method: str = "pkd",
     *,
@@ -78,9 +81,11 @@ def distill(
     """Distil a teacher into a student; with ``baseline=True``, also measure the gain over the student trained alone.
 
     Args:
-        teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or another model string. May be None with
-            ``cache`` (unless the method or ``inherit`` needs the teacher itself), and for methods without a teacher.
-        student: a model string such as ``fcos:resnet18``.
+        teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or another model string; the result of ``train``;
+            or a detector in memory (also a wrapped one), which is frozen. May be None with ``cache`` (unless the method or
+            ``inherit`` needs the teacher itself), and for methods without a teacher.
+        student: a model string such as ``fcos:resnet18``. Or a model of your own: a detector (see ``wrap``; each run trains a
+            copy of it), or a function that builds one (each run calls it under its seed); see ``own_student``.
         data: see ``train``.
         method: one method or several joined by ``+``: ``pkd``, ``fgd,temperature=0.8+pkd``.
         progress: display of the progress; None: a new one on stderr.
@@ -91,9 +96,10 @@ def distill(
 
     Example:
         result = distill("runs/teacher", "fcos:resnet18,width=0.5", "coco/data.yaml", "pkd", baseline=True, seeds=(0, 1, 2))
-        print(result.gains[0].verdict, result.report)
+        print(result.gains[0], result.report)
     """
     wanted = _settings(DistillSettings, {"method": method, **settings})
+    from detdistill.given import student_of, teacher_of
     from detdistill.methods.shared.compose import parse_methods
     from detdistill.progress import Progress
 
@@ -103,11 +109,15 @@ def distill(
         raise RunError(f"teacher: {', '.join(needing)} needs a teacher (--teacher) or a cache of its outputs (--cache)")
     if teacher is None and wanted.inherit:
         raise RunError("inherit: it copies weights of the teacher; give --teacher")
-    _check_start(student, wanted)
+    teacher_name, teacher = teacher_of(teacher)
+    student_name, build = student_of(student)
+    several = wanted.baseline or bool(wanted.seeds)
+    _check_start(student_name, build, wanted, alone=not several)
     from detdistill.detectors.contract import Teacher
     from detdistill.training.experiment import run_experiment
     from detdistill.training.from_cache import open_cache, why_live_teacher
     from detdistill.training.machine import is_main_process
+    from detdistill.training.own_models import check_one_process
     from detdistill.training.plan import Plan, view_settings
     from detdistill.training.run import run
     from detdistill.training.session import open_session
@@ -117,6 +127,8 @@ def distill(
     live_too = wanted.inherit or bool(reason)
     if teacher is None and reason:
         raise RunError(f"{reason}; give --teacher too")
+    if several:
+        check_one_process((teacher_name, student_name), max(wanted.jobs, wanted.devices * wanted.nodes))
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
         live = None if teacher is None else Teacher(_load_teacher(teacher, splits, wanted.other_classes))
@@ -126,13 +138,14 @@ def distill(
             knowledge = open_cache(wanted.cache, wanted.method, splits, view_settings(wanted), live)
             how = "the teacher is loaded too, for its modules" if live_too else "no teacher is run"
             shown.say(f"learning from {knowledge.folder.url}; {how}")
-        plan = Plan(student, data, wanted, role="distilled", teacher=teacher, title=f"distil ({wanted.method})")
+        title = f"distil ({wanted.method})"
+        plan = Plan(student_name, data, wanted, role="distilled", teacher=teacher_name, title=title, build=build)
         # Raises PairError for a pair that cannot work, before a baseline is trained.
         session = open_session(plan, splits, live if knowledge is None or live_too else None, knowledge, shown)
         finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
         score = wanted.score_teacher and is_main_process() and not finished
         scores = score_teacher(live, splits, wanted, shown) if score and live is not None else None
-        if not wanted.baseline and not wanted.seeds:
+        if not several:
             result = run(session, shown)
             if scores is not None and is_main_process():
                 note_teacher(result.folder, scores)
@@ -167,7 +180,7 @@ class Cached:
 
 
 def cache(
-    teacher: str,
+    teacher: Model,
     out: str | Path,
     data: str = "digits",
     method: str = "pkd",
@@ -192,19 +205,27 @@ def cache(
         DetdistillError: e.g. no space, or ``out`` is a cache of another teacher; one line that says what is wrong and what to do.
     """
     wanted = _settings(CacheSettings, {"method": method, **settings})
+    from detdistill.given import teacher_of
     from detdistill.methods.shared.compose import parse_methods
     from detdistill.progress import Progress
     from detdistill.training.machine import check_machine, is_main_process
 
     parse_methods(wanted.method)
+    if not (student is None or isinstance(student, str)):
+        raise RunError(f"student: a cache needs a model string here, not a {type(student).__name__}")
     check_machine(wanted)
+    teacher_name, source = teacher_of(teacher)
+    assert teacher_name is not None
+    assert source is not None
     with progress or Progress(quiet=not is_main_process()) as shown:
         from detdistill.training.fill_cache import make_cache
 
         splits = _load(data, wanted.strict, shown)
-        loaded = _load_teacher(teacher, splits, wanted.other_classes)
-        _compare_sizes(teacher, wanted, shown)
-        return Cached(*make_cache(str(out), (teacher, loaded), (data, splits), student, wanted, _device(wanted.device), shown))
+        loaded = _load_teacher(source, splits, wanted.other_classes)
+        _compare_sizes(source, wanted, shown)
+        return Cached(
+            *make_cache(str(out), (teacher_name, loaded), (data, splits), student, wanted, _device(wanted.device), shown)
+        )
 
 
 def verify_cache(
@@ -474,13 +495,16 @@ def _settings(kind: type[Any], given: dict[str, Any]) -> Any:
     return kind(**given)
 
 
-def _check_start(model: str, settings: TrainSettings) -> None:
-    """Check before the data are read: the model string must be valid, and the run folder must be free."""
+def _check_start(model: str, build: Callable[[], Detector] | None, settings: TrainSettings, alone: bool) -> None:
+    """Check before the data are read: the model string must be valid, the run folder free, and several processes possible."""
     from detdistill.detectors.adapters import read_model
     from detdistill.training.folder import new_folder
-    from detdistill.training.machine import is_main_process
+    from detdistill.training.machine import check_interactive, is_main_process
 
-    read_model(model)
+    if build is None:
+        read_model(model)
+    if alone:
+        check_interactive(settings)
     if settings.out is not None and not settings.resume and is_main_process():
         new_folder(settings.out, "")
 
@@ -526,29 +550,30 @@ def _tell(data: str, notes: Sequence[str], defects: Sequence[Defect], progress: 
         progress.say(f"{len(defects)} defects in {data}: {counted}; see `detdistill data inspect {data}`", "yellow")
 
 
-def _load_teacher(teacher: str, splits: DataSplits, other_classes: bool) -> Detector:
+def _load_teacher(teacher: str | Detector, splits: DataSplits, other_classes: bool) -> Detector:
     """Load the teacher. Classes are matched by name, so it may have further classes, in any order.
 
     Raises:
         ClassNameError: the teacher lacks a class of the data, and ``other_classes`` is False.
     """
-    from detdistill.detectors.load import load_detector
     from detdistill.errors import ClassCountError, ClassNameError, name_list
+    from detdistill.given import open_detector
 
     wanted = splits.train.classes
     try:
-        detector = load_detector(teacher, wanted)
+        detector = open_detector(teacher, wanted)
     except ClassCountError:
-        detector = load_detector(teacher)
+        detector = open_detector(teacher)
     known = detector.spec.classes
     unknown = [name for name in wanted if name not in known]
     if not unknown or other_classes:
         return detector
+    who = teacher if isinstance(teacher, str) else detector.spec.name
     surplus = [name for name in known if name not in wanted]
     plain = {name.strip().lower(): name for name in surplus}
     spelling = next(((name, plain[name.strip().lower()]) for name in unknown if name.strip().lower() in plain), None)
     raise ClassNameError(
-        f"teacher {teacher} has {len(known)} classes ({name_list(known, surplus)}), "
+        f"teacher {who} has {len(known)} classes ({name_list(known, surplus)}), "
         f"but {len(wanted) if len(wanted) != len(known) else 'others'} are wanted ({name_list(wanted, unknown)}); "
         f"it does not know {name_list(unknown)}"
         f"{f' (it spells {spelling[0]!r} as {spelling[1]!r})' if spelling else ''}"
@@ -556,9 +581,9 @@ def _load_teacher(teacher: str, splits: DataSplits, other_classes: bool) -> Dete
     )
 
 
-def _compare_sizes(teacher: str | None, settings: TrainSettings, progress: Progress) -> None:
+def _compare_sizes(teacher: str | Detector | None, settings: TrainSettings, progress: Progress) -> None:
     """Say so if the teacher was trained on images of another size than it will be shown: its AP may be far lower there."""
-    trained = {} if teacher is None else _image_settings_of(teacher)
+    trained = {} if teacher is None else _known_image_settings(teacher)
     differing = [name for name, value in trained.items() if value != getattr(settings, name)]
     if differing:
         then = ", ".join(f"{name} {trained[name]}" for name in differing)

@@ -9,7 +9,7 @@ from detdistill.errors import ModelError
 from detdistill.results import Distilled
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from detdistill.detectors.contract import Detector
 
@@ -47,6 +47,48 @@ def name_or_detector(model: Any, what: str = "model") -> str | Detector:
     raise ModelError(
         f"{what}: a {type(model).__name__} is no model; give a model string, a path, a result of train or distill, or a detector"
     )
+
+
+def student_of(model: Any, what: str = "student") -> tuple[str, Callable[[], Detector] | None]:
+    """The name of a student, and for a model given in Python what builds it (None: the name is a model string).
+
+    Args:
+        model: a model string, a detector, or a function that builds one (see ``own_student``).
+        what: role of the model, for messages.
+
+    Raises:
+        ModelError: anything else, or a student that cannot be trained, evaluated or copied.
+    """
+    if isinstance(model, str):
+        return model, None
+    from detdistill.detectors.contract import Teacher
+    from detdistill.training.own_models import is_own, own_student
+
+    if isinstance(model, Teacher):
+        raise ModelError(f"{what}: a Teacher is frozen; give a model string, a detector, or a function that builds one")
+    if is_own(model):
+        own = own_student(model)
+        return own.name, own.build
+    raise ModelError(
+        f"{what}: a {type(model).__name__} cannot be trained; give a model string, a detector (also a wrapped model), or a "
+        "function that builds one"
+    )
+
+
+def teacher_of(model: Any) -> tuple[str | None, str | Detector | None]:
+    """The name of a teacher, and what is to be loaded (a name) or used (a detector).
+
+    Raises:
+        ModelError: see ``name_or_detector``.
+    """
+    if model is None:
+        return None, None
+    found = name_or_detector(model, "teacher")
+    if isinstance(found, str):
+        return found, found
+    from detdistill.detectors.options import OWN
+
+    return f"{OWN}:{found.spec.name}", found
 
 
 def open_detector(model: Any, classes: Sequence[str] | None = None) -> Detector:

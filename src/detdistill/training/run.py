@@ -28,6 +28,7 @@ from detdistill.settings import DistillSettings, names_where
 from detdistill.training.folder import INPUTS, RunFolder, check_inputs, new_folder, resume_folder, start_folder
 from detdistill.training.lock import locked
 from detdistill.training.machine import hardware, is_main_process, seed_everything, versions
+from detdistill.training.own_models import load_own
 from detdistill.training.plan import Plan, view_settings
 from detdistill.training.session import Session
 from detdistill.training.stage_loop import StageLoop, found_result, plain_stage
@@ -147,7 +148,8 @@ def _finished(plan: Plan) -> Run | None:
         seconds=summary["evaluation_seconds"],
         errors=summary.get("errors") or {},
     )
-    return Run(folder.path, summary, scores, load_detector(folder.path))
+    student = load_detector(folder.path) if plan.build is None else load_own(plan.build, folder.path)
+    return Run(folder.path, summary, scores, student)
 
 
 def _folder_for(plan: Plan) -> Path:
