@@ -31,7 +31,8 @@ class Distilled:
     def __repr__(self) -> str:
         """The gains and the folder."""
         gains = "; ".join(map(str, self.gains))
-        return f"Distilled({gains + '; ' if gains else ''}{len(self.runs)} runs in {self.folder})"
+        count = f"{len(self.runs)} run{'s' if len(self.runs) != 1 else ''}"
+        return f"Distilled({gains + '; ' if gains else ''}{count} in {self.folder})"
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
