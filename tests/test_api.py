@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,12 +7,14 @@ import yaml
 
 import detdistill
 from detdistill import api, cli
+from detdistill.compare import Pair, summarize
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.load import load_detector
 from detdistill.detectors.save import save_student
 from detdistill.errors import ClassNameError, DetdistillError, RunError, name_list
-from detdistill.evaluation import ERRORS
+from detdistill.evaluation import ERRORS, METRICS, Scores
 from detdistill.methods.shared.hyper_parameters import MethodError
+from detdistill.results import Distilled
 
 MODEL = "fcos:resnet10t,channels=16-16-16-16,stem=8,neck=32,levels=3-4,convs=1"
 DIGITS = "digits:train=24,val=8,size=64,seed=0"
@@ -78,10 +81,10 @@ def test_a_run_is_evaluated_and_predicts_at_its_own_size(tmp_path, student, monk
         api.evaluate(str(model), DIGITS, device="cpu")
     api.evaluate(str(tmp_path), DIGITS, device="cpu", size=64)
     assert [(view.size, view.resize) for view in seen] == [(96, "stretch"), (96, "stretch"), (64, "stretch")]
-    monkeypatch.setattr(predict, "predict_folder", lambda *a, **k: seen.append(a[3]) or a[2])
+    monkeypatch.setattr(predict, "predict_folder", lambda *a, **k: seen.append(a[3]) or predict.Predicted(a[2], 1, 0))
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
-    folder = api.predict(str(tmp_path), tmp_path / "a.png", tmp_path / "out", device="cpu")
-    assert folder == tmp_path / "out"
+    found = api.predict(str(tmp_path), tmp_path / "a.png", tmp_path / "out", device="cpu")
+    assert found.folder == tmp_path / "out"
     assert (seen[-1].size, seen[-1].resize) == (96, "stretch")
 
 
@@ -119,6 +122,82 @@ def test_a_checkpoint_becomes_a_student_folder(tmp_path, capsys):
         api.export_student(str(best), tmp_path / "early")
     with pytest.raises(RunError, match=r"max_size=99 has no effect with resize='letterbox'"):
         api.export_student(str(best), tmp_path / "other", max_size=99)
+
+
+def test_one_call_leads_from_an_image_to_boxes(tmp_path, student):
+    from PIL import Image
+
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    path = tmp_path / "images" / "deep" / "a.png"
+    Image.effect_noise((60, 40), 90).convert("RGB").save(path)
+    looking = {"size": 64, "device": "cpu", "score": 0.0}
+    found = detdistill.detect(str(student), path, **looking)
+    assert len(found) == len(found.names) > 0
+    assert set(found.names) <= set(CLASSES)
+    assert (found.boxes_xyxy >= 0).all()
+    assert (found.boxes_xyxy[:, 2] <= 60).all()
+    assert (found.boxes_xyxy[:, 3] <= 40).all()
+    assert repr(found).startswith(
+        f"{len(found)} detections (x1, y1, x2, y2 in pixels)\n  {found.names[0]} {found.scores[0]:.2f} at "
+    )
+    detector = load_detector(student).train()
+    for model, images in ((student, path.parent), (detector, [Image.open(path)]), (detdistill.Teacher(detector), [path])):
+        several = detdistill.detect(model, images, **looking)
+        (same,) = several if isinstance(several, list) else [several[path]]
+        assert torch.equal(same.boxes_xyxy, found.boxes_xyxy)
+        detector.train()
+    assert not len(detdistill.detect(str(student), path, size=64, score=1.0))
+    detdistill.detect(detector, path, **looking)
+    assert detector.training, "as it was before"
+    for model, image, said in (
+        (torch.nn.Linear(2, 2), path, r"model: a Linear is no detector yet; wrap it: detdistill\.wrap\(model"),
+        (3, path, "model: a int is no model; give a model string, a path"),
+        (student, 3, "a int is no image"),
+        (student, tmp_path / "no.png", r"no\.png: the image cannot be decoded"),
+    ):
+        with pytest.raises(DetdistillError, match=said):
+            detdistill.detect(model, image, **looking)
+    with pytest.raises(RunError, match=r"predict: give out.*; detdistill\.detect\(model, images\) returns boxes alone"):
+        api.predict(student, path)
+    with pytest.raises(RunError, match="reads an image file or a folder, not a Tensor"):
+        api.predict(student, torch.zeros(3, 8, 8), tmp_path / "out")
+
+
+def test_functions_take_what_functions_return_and_results_are_short(tmp_path, student):
+    trained = api.train(MODEL, DIGITS, out=tmp_path / "teacher", role="teacher", **QUICK)
+    assert repr(trained) == f"Run(teacher {MODEL}: AP {trained.scores.points('AP')}; {tmp_path / 'teacher'})"
+    assert f'<td style="text-align:left">{MODEL}</td>' in trained._repr_html_()
+    result = api.distill(trained, MODEL, DIGITS, "pkd", out=tmp_path / "run", **QUICK)
+    summary, config = written_by(result.folder)
+    assert summary["teacher"] == config["teacher"] == str(tmp_path / "teacher")
+    assert repr(result) == f"Distilled(1 run in {tmp_path / 'run'})"
+    assert "AP of the teacher" in result._repr_html_()
+    again = api.evaluate(result, DIGITS, device="cpu")
+    assert again.metrics == pytest.approx(summary["metrics"])
+    assert api.evaluate(trained.student, DIGITS, size=64, device="cpu").metrics == pytest.approx(trained.scores.metrics)
+    assert api.evaluate(tmp_path / "teacher", DIGITS, device="cpu").metrics == pytest.approx(trained.scores.metrics)
+    several = Distilled(tmp_path, (tmp_path / "a", tmp_path / "b"), tmp_path / "report.html")
+    with pytest.raises(DetdistillError, match=r"this result has 2 runs; give one of its \.runs, e\.g\. .*a$"):
+        api.evaluate(several, DIGITS)
+    with pytest.raises(DetdistillError, match="teacher: a int is no model"):
+        api.distill(3, MODEL, DIGITS)
+    with pytest.raises(DetdistillError, match="student: a PosixPath cannot be trained"):
+        api.distill(trained, tmp_path, DIGITS)
+
+
+def test_texts_of_results_are_points_and_their_numbers_fractions():
+    scores = Scores({**dict.fromkeys(METRICS, 0.25), "APl": -1.0}, {"<b>": 0.5}, 7)
+    assert repr(scores) == "Scores(AP 25.0, AP50 25.0, AP75 25.0; 7 images)"
+    assert (scores.points("APl"), scores.points("<b>")) == ("-", "50.0")
+    gain = summarize("<pkd>", "t", "s", "AP", [Pair(0, 0.2, 0.3), Pair(1, 0.21, 0.33)])
+    assert gain.mean == pytest.approx(0.11)
+    assert repr(gain) == "<pkd>: AP +11.0 (-1.7 .. +23.7), no gain shown, 2 seeds"
+    assert repr(summarize("pkd", "t", "s", "AP", [Pair(0, 0.2, 0.3)])) == "pkd: AP +10.0, one seed: no verdict, 1 seed"
+    page = Distilled(Path("runs"), (Path("runs/a"),), Path("report.html"), (gain,), scores)._repr_html_()
+    assert "&lt;pkd&gt;" in page
+    assert "<pkd>" not in page
+    for text in ("+11.0", "-1.7 .. +23.7", "20.5", "31.5", "no gain shown", "0, 1"):
+        assert f">{text}</td>" in page, text
 
 
 def test_data_are_inspected():

@@ -246,6 +246,28 @@ def test_predicting_what_is_no_image(capsys, tmp_path, student):
     assert not (tmp_path / "out").exists()
 
 
+def test_broken_images_among_others_end_with_exit_code_1(capsys, tmp_path, student):
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.png").write_bytes(b"no image")
+    (images / "notes.txt").write_text("")
+    Image.new("RGB", (40, 30)).save(images / "b.png")
+    words = ["predict", "--model", str(student), "--images", str(images), "--out", str(tmp_path / "out"), "--size", "64"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("1 image with ")
+    assert said.out.endswith(f"boxes and detections.json are in {tmp_path / 'out'}\n")
+    assert "a.png: the image cannot be decoded" in said.err
+    assert "left out 1 file that is no image Pillow can open: 1 .txt" in said.err
+    assert said.err.endswith("1 image could not be read (named above)\n")
+    (images / "a.png").unlink()
+    cli.main(words)
+
+
 def test_numbers_that_cannot_be_written(capsys, tmp_path, student):
     (tmp_path / "file").write_text("")
     words = ["eval", "--model", str(student), "--data", DIGITS, "--size", "64", "--out", str(tmp_path / "file" / "x.json")]

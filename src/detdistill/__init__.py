@@ -3,7 +3,7 @@
 import detdistill
 
 result = detdistill.distill("runs/teacher", "fcos:resnet18", "coco/data.yaml", "pkd", baseline=True, seeds=(0, 1, 2))
-print(result.gains[0].verdict, result.report)
+print(result.gains[0], result.report)
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "train": "api", "distill": "api", "evaluate": "api", "predict": "api", "compare": "api", "report": "api",
+    "train": "api", "distill": "api", "evaluate": "api", "predict": "api", "detect": "api", "compare": "api", "report": "api",
     "export_student": "api", "inspect_data": "api", "demo": "demo", "TrainSettings": "settings", "DistillSettings": "settings",
     "load_data": "data.discover", "build_detector": "detectors.build", "load_detector": "detectors.load",
     "wrap": "detectors.wrap", "Detector": "detectors.contract", "Teacher": "detectors.contract",
     "Method": "methods.shared.contract", "Composition": "methods.shared.contract", "build_method": "methods.shared.compose",
-    "Batch": "structures", "Target": "structures", "Losses": "structures", "Clock": "structures",
+    "Batch": "structures", "Target": "structures", "View": "structures", "Detections": "structures",
+    "Losses": "structures", "Clock": "structures",
     "DetdistillError": "errors",
 }  # fmt: skip
 """Public names and the module of each; loaded when first used, so that importing the package costs nothing."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from detdistill.errors import RunError, nearest
+from detdistill.errors import DetdistillWarning, RunError, nearest
+from detdistill.results import Distilled
 from detdistill.settings import CacheSettings, DistillSettings, TrainSettings, renamed
 
 if TYPE_CHECKING:
@@ -16,30 +18,18 @@ if TYPE_CHECKING:
     from detdistill.compare import Gain
     from detdistill.data.inspect import DataReport
     from detdistill.data.records import DataSplits, Defect, SplitName
-    from detdistill.detectors.contract import Detector
+    from detdistill.data.transforms import ViewSettings
+    from detdistill.detectors.contract import Detector, Teacher
     from detdistill.evaluation import Scores
+    from detdistill.evaluation.predict import Predicted
     from detdistill.progress import Progress
     from detdistill.training.run import Run
 
-
-@dataclass(frozen=True)
-class Distilled:
-    """Result of ``distill``."""
-
-    folder: Path
-    """The run folder; with ``baseline`` or ``seeds``, the folder that contains the run folders."""
-    runs: tuple[Path, ...]
-    """The run folders."""
-    report: Path
-    """Path of the HTML report; with ``report=False`` the file is not written."""
-    gains: tuple[Gain, ...] = ()
-    """Gains of the distilled runs over their baselines; empty without ``baseline``."""
-    teacher_scores: Scores | None = None
-    """Scores of the teacher on the validation images; None: not evaluated."""
+    Model = str | Path | Run | Distilled | Detector | Teacher
 
 
 def train(
-    model: str,
+    model: str | Detector | Callable[[], Detector],
     data: str = "digits",
     *,
     role: str = "train",
@@ -50,6 +40,7 @@ def train(
 
     Args:
         model: e.g. ``fcos:resnet18`` (detector:timm backbone, options after commas) or ``torchvision:retinanet_resnet50_fpn_v2``.
+            Or a model of your own: a detector (see ``wrap``), or a function that builds one; see ``own_student``.
         data: COCO JSON or folder, YOLO data.yaml, VOC folder, Roboflow export, or ``digits``.
         role: role of the run in reports: train, teacher or baseline.
         progress: display of the progress; None: a new one on stderr.
@@ -62,24 +53,27 @@ def train(
         DetdistillError: one line that says what is wrong and what to do.
     """
     wanted = _settings(TrainSettings, settings)
+    from detdistill.given import student_of
     from detdistill.progress import Progress
     from detdistill.training.machine import is_main_process
     from detdistill.training.plan import Plan
     from detdistill.training.run import run
     from detdistill.training.session import open_session
 
-    _check_start(model, wanted)
+    name, build = student_of(model, "model")
+    _check_start(name, build, wanted, alone=True)
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
-        result = run(open_session(Plan(model, data, wanted, role=role, title=role), splits, progress=shown), shown)
+        plan = Plan(name, data, wanted, role=role, title=role, build=build)
+        result = run(open_session(plan, splits, progress=shown), shown)
         if wanted.report:
             _report([result.folder], result.folder / "report.html", shown)
     return result
 
 
 def distill(
-    teacher: str | None,
-    student: str,
+    teacher: Model | None,
+    student: str | Detector | Callable[[], Detector],
     data: str = "digits",
     method: str = "pkd",
     *,
@@ -89,9 +83,11 @@ def distill(
     """Distil a teacher into a student; with ``baseline=True``, also measure the gain over the student trained alone.
 
     Args:
-        teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or another model string. May be None with
-            ``cache`` (unless the method or ``inherit`` needs the teacher itself), and for methods without a teacher.
-        student: a model string such as ``fcos:resnet18``.
+        teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or another model string; the result of ``train``;
+            or a detector in memory (also a wrapped one), which is frozen. May be None with ``cache`` (unless the method or
+            ``inherit`` needs the teacher itself), and for methods without a teacher.
+        student: a model string such as ``fcos:resnet18``. Or a model of your own: a detector (see ``wrap``; each run trains a
+            copy of it), or a function that builds one (each run calls it under its seed); see ``own_student``.
         data: see ``train``.
         method: one method or several joined by ``+``: ``pkd``, ``fgd,temperature=0.8+pkd``.
         progress: display of the progress; None: a new one on stderr.
@@ -102,9 +98,10 @@ def distill(
 
     Example:
         result = distill("runs/teacher", "fcos:resnet18,width=0.5", "coco/data.yaml", "pkd", baseline=True, seeds=(0, 1, 2))
-        print(result.gains[0].verdict, result.report)
+        print(result.gains[0], result.report)
     """
     wanted = _settings(DistillSettings, {"method": method, **settings})
+    from detdistill.given import student_of, teacher_of
     from detdistill.methods.shared.compose import parse_methods
     from detdistill.progress import Progress
 
@@ -114,11 +111,15 @@ def distill(
         raise RunError(f"teacher: {', '.join(needing)} needs a teacher (--teacher) or a cache of its outputs (--cache)")
     if teacher is None and wanted.inherit:
         raise RunError("inherit: it copies weights of the teacher; give --teacher")
-    _check_start(student, wanted)
+    teacher_name, teacher = teacher_of(teacher)
+    student_name, build = student_of(student)
+    several = wanted.baseline or bool(wanted.seeds)
+    _check_start(student_name, build, wanted, alone=not several)
     from detdistill.detectors.contract import Teacher
     from detdistill.training.experiment import run_experiment
     from detdistill.training.from_cache import open_cache, why_live_teacher
     from detdistill.training.machine import is_main_process
+    from detdistill.training.own_models import check_one_process
     from detdistill.training.plan import Plan, view_settings
     from detdistill.training.run import run
     from detdistill.training.session import open_session
@@ -128,6 +129,8 @@ def distill(
     live_too = wanted.inherit or bool(reason)
     if teacher is None and reason:
         raise RunError(f"{reason}; give --teacher too")
+    if several:
+        check_one_process((teacher_name, student_name), max(wanted.jobs, wanted.devices * wanted.nodes))
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
         live = None if teacher is None else Teacher(_load_teacher(teacher, splits, wanted.other_classes))
@@ -137,13 +140,14 @@ def distill(
             knowledge = open_cache(wanted.cache, wanted.method, splits, view_settings(wanted), live)
             how = "the teacher is loaded too, for its modules" if live_too else "no teacher is run"
             shown.say(f"learning from {knowledge.folder.url}; {how}")
-        plan = Plan(student, data, wanted, role="distilled", teacher=teacher, title=f"distil ({wanted.method})")
+        title = f"distil ({wanted.method})"
+        plan = Plan(student_name, data, wanted, role="distilled", teacher=teacher_name, title=title, build=build)
         # Raises PairError for a pair that cannot work, before a baseline is trained.
         session = open_session(plan, splits, live if knowledge is None or live_too else None, knowledge, shown)
         finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
         score = wanted.score_teacher and is_main_process() and not finished
         scores = score_teacher(live, splits, wanted, shown) if score and live is not None else None
-        if not wanted.baseline and not wanted.seeds:
+        if not several:
             result = run(session, shown)
             if scores is not None and is_main_process():
                 note_teacher(result.folder, scores)
@@ -178,7 +182,7 @@ class Cached:
 
 
 def cache(
-    teacher: str,
+    teacher: Model,
     out: str | Path,
     data: str = "digits",
     method: str = "pkd",
@@ -203,19 +207,27 @@ def cache(
         DetdistillError: e.g. no space, or ``out`` is a cache of another teacher; one line that says what is wrong and what to do.
     """
     wanted = _settings(CacheSettings, {"method": method, **settings})
+    from detdistill.given import teacher_of
     from detdistill.methods.shared.compose import parse_methods
     from detdistill.progress import Progress
     from detdistill.training.machine import check_machine, is_main_process
 
     parse_methods(wanted.method)
+    if not (student is None or isinstance(student, str)):
+        raise RunError(f"student: a cache needs a model string here, not a {type(student).__name__}")
     check_machine(wanted)
+    teacher_name, source = teacher_of(teacher)
+    assert teacher_name is not None
+    assert source is not None
     with progress or Progress(quiet=not is_main_process()) as shown:
         from detdistill.training.fill_cache import make_cache
 
         splits = _load(data, wanted.strict, shown)
-        loaded = _load_teacher(teacher, splits, wanted.other_classes)
-        _compare_sizes(teacher, wanted, shown)
-        return Cached(*make_cache(str(out), (teacher, loaded), (data, splits), student, wanted, _device(wanted.device), shown))
+        loaded = _load_teacher(source, splits, wanted.other_classes)
+        _compare_sizes(source, wanted, shown)
+        return Cached(
+            *make_cache(str(out), (teacher_name, loaded), (data, splits), student, wanted, _device(wanted.device), shown)
+        )
 
 
 def verify_cache(
@@ -257,12 +269,13 @@ def verify_cache(
 
 
 def evaluate(
-    model: str, data: str = "digits", *, split: str = "val", batch: int = 8, progress: Progress | None = None, **settings: Any
+    model: Model, data: str = "digits", *, split: str = "val", batch: int = 8, progress: Progress | None = None, **settings: Any
 ) -> Scores:
     """Compute the 12 COCO numbers, the AP of each class, and the loss of AP50 by kind of error.
 
     Args:
-        model: a run folder, a ``student/`` folder, or a model string with weights.
+        model: a run folder, a ``student/`` folder, a model string with weights, a result of ``train``, of a ``distill`` of one
+            run, or a detector in memory (also a wrapped one).
         data: see ``train``.
         split: val, test or train.
         batch: images per forward pass.
@@ -274,20 +287,21 @@ def evaluate(
         DetdistillError: one line that says what is wrong and what to do.
     """
     from detdistill.data.discover import load_split
-    from detdistill.detectors.load import load_detector
     from detdistill.evaluation import evaluate as evaluate_detector
+    from detdistill.given import name_or_detector, open_detector
     from detdistill.progress import Progress
     from detdistill.training.plan import view_settings
 
+    model = name_or_detector(model)
     with progress or Progress() as shown:
-        wanted = _settings(TrainSettings, {**_image_settings_of(model, shown, settings), **settings})
+        wanted = _settings(TrainSettings, {**_known_image_settings(model, shown, settings), **settings})
         if split not in ("train", "val", "test"):
             raise RunError(f"no split {split!r}; use val, test or train")
         chosen, notes = load_split(data, cast("SplitName", split), strict=wanted.strict)
         _tell(data, notes, chosen.defects, shown)
-        detector = load_detector(model, chosen.classes)
+        detector = open_detector(model, chosen.classes)
         bar = shown.bar(f"evaluate on {split}", len(chosen.records))
-        device = _device(wanted.device)
+        device = _device_for(model, wanted.device)
         return evaluate_detector(
             detector,
             chosen,
@@ -301,43 +315,111 @@ def evaluate(
 
 
 def predict(
-    model: str,
-    images: Path,
-    out: Path,
+    model: Model,
+    images: str | Path,
+    out: str | Path | None = None,
     *,
     score: float = 0.3,
     size: int | None = None,
     device: str = "auto",
+    batch: int | None = None,
     progress: Progress | None = None,
-) -> Path:
-    """Draw a detector's boxes on images.
+) -> Predicted:
+    """Draw a detector's boxes on images, and write all of them into ``detections.json`` in COCO's form.
+
+    Images that cannot be read are passed over and named in the result. ``detect`` returns boxes without writing anything.
 
     Args:
         model: as for ``evaluate``.
-        images: an image or a folder of images.
-        out: folder for the drawn images and ``detections.json``; created if missing.
+        images: an image, or a folder of images with its sub-folders.
+        out: folder for the drawn images and ``detections.json`` (see ``predict_folder``); created if missing.
         score: boxes with a lower score are neither drawn nor written; 0..1.
         size: side of the detector's input images in pixels; None: the size with which the model was trained.
-        device: auto, cpu or cuda.
+        device: auto, cpu or cuda. With a detector in memory, auto leaves it where it is.
+        batch: images of one padded size per forward pass; None: 8 on a GPU, 1 on a CPU, where batches are slower.
         progress: display of the progress; None: a new one on stderr.
 
     Returns:
-        ``out``.
+        The folder, the numbers of images and boxes, and a line for each image that could not be read.
 
     Raises:
-        DetdistillError: one line that says what is wrong and what to do.
+        DetdistillError: no image can be read, or another error of the input; one line that says what is wrong and what to do.
     """
-    from detdistill.detectors.load import load_detector
-    from detdistill.evaluation.predict import predict_folder
+    if out is None:
+        raise RunError("predict: give out, a folder for the drawn images; detdistill.detect(model, images) returns boxes alone")
+    if not isinstance(images, str | Path):
+        raise RunError(f"predict: reads an image file or a folder, not a {type(images).__name__}; use detdistill.detect for it")
+    from detdistill.evaluation.predict import default_batch, default_threads, predict_folder
+    from detdistill.functional.modes import evaluating
     from detdistill.progress import Progress
-    from detdistill.training.plan import view_settings
 
+    _check_looking(score, batch)
     with progress or Progress() as shown:
-        given = {} if size is None else {"size": size}
-        settings = view_settings(_settings(TrainSettings, {**_image_settings_of(model, shown, given), **given}))
-        detector = load_detector(model).eval().to(_device(device))
+        detector, settings = _ready(model, size, device, shown)
         bar = shown.bar("predict", 1)
-        return predict_folder(detector, Path(images), Path(out), settings, score=score, bar=bar)
+        with evaluating(detector):
+            found = predict_folder(
+                detector,
+                Path(images),
+                Path(out),
+                settings,
+                score=score,
+                bar=bar,
+                batch=batch or default_batch(detector),
+                threads=default_threads(),
+            )
+        if found.left_out:
+            shown.say(found.left_out, "yellow")
+        for line in found.unreadable:
+            shown.say(line, "red")
+        return found
+
+
+def detect(
+    model: Model,
+    images: Any,
+    *,
+    score: float = 0.3,
+    size: int | None = None,
+    device: str = "auto",
+    batch: int | None = None,
+) -> Any:
+    """Detect objects in images, from one call to boxes.
+
+    Args:
+        model: as for ``evaluate``. A loop over single images should load it once: ``model = detdistill.load_detector(...)``.
+        images: an image: a path, a PIL image, an array [h, w, 3] of uint8 in RGB order (OpenCV reads BGR: ``image[..., ::-1]``),
+            or a tensor [3, h, w], uint8 or floats in 0..1. Or a list of images, or the path of a folder.
+        score: boxes with a lower score are left out; 0..1.
+        size: side of the detector's input images in pixels; None: the size of the model's run, and 640 for a detector in memory.
+        device: auto, cpu or cuda. With a detector in memory, auto leaves it where it is.
+        batch: images of one padded size per forward pass; None: 8 on a GPU, 1 on a CPU, where batches are slower.
+
+    Returns:
+        ``NamedDetections`` in pixels of the image: ``boxes_xyxy``, ``scores``, ``labels``, ``names``. For a list, a list of them.
+        For a folder, a dict from path to detections.
+
+    Raises:
+        DetdistillError: an image cannot be read, or is none; one line that says what is wrong and what to do.
+
+    Example:
+        found = detdistill.detect("runs/teacher", "street.jpg")
+        print(found.names, found.scores, found.boxes_xyxy)
+    """
+    from detdistill.evaluation.image_files import find_images
+    from detdistill.evaluation.predict import default_batch, detect_all
+    from detdistill.functional.modes import evaluating
+
+    _check_looking(score, batch)
+    detector, settings = _ready(model, size, device)
+    folder = isinstance(images, str | Path) and Path(images).is_dir()
+    several = folder or isinstance(images, list | tuple)
+    chosen = find_images(Path(images)).paths if folder else images if several else [images]
+    with evaluating(detector):
+        found = [one.above(score) for one in detect_all(detector, chosen, settings, batch=batch or default_batch(detector))]
+    if folder:
+        return dict(zip(chosen, found, strict=True))
+    return found if several else found[0]
 
 
 def export_student(
@@ -467,13 +549,16 @@ def _settings(kind: type[Any], given: dict[str, Any]) -> Any:
     return kind(**given)
 
 
-def _check_start(model: str, settings: TrainSettings) -> None:
-    """Check before the data are read: the model string must be valid, and the run folder must be free."""
+def _check_start(model: str, build: Callable[[], Detector] | None, settings: TrainSettings, alone: bool) -> None:
+    """Check before the data are read: the model string must be valid, the run folder free, and several processes possible."""
     from detdistill.detectors.adapters import read_model
     from detdistill.training.folder import new_folder
-    from detdistill.training.machine import is_main_process
+    from detdistill.training.machine import check_interactive, is_main_process
 
-    read_model(model)
+    if build is None:
+        read_model(model)
+    if alone:
+        check_interactive(settings)
     if settings.out is not None and not settings.resume and is_main_process():
         new_folder(settings.out, "")
 
@@ -519,29 +604,30 @@ def _tell(data: str, notes: Sequence[str], defects: Sequence[Defect], progress: 
         progress.say(f"{len(defects)} defects in {data}: {counted}; see `detdistill data inspect {data}`", "yellow")
 
 
-def _load_teacher(teacher: str, splits: DataSplits, other_classes: bool) -> Detector:
+def _load_teacher(teacher: str | Detector, splits: DataSplits, other_classes: bool) -> Detector:
     """Load the teacher. Classes are matched by name, so it may have further classes, in any order.
 
     Raises:
         ClassNameError: the teacher lacks a class of the data, and ``other_classes`` is False.
     """
-    from detdistill.detectors.load import load_detector
     from detdistill.errors import ClassCountError, ClassNameError, name_list
+    from detdistill.given import open_detector
 
     wanted = splits.train.classes
     try:
-        detector = load_detector(teacher, wanted)
+        detector = open_detector(teacher, wanted)
     except ClassCountError:
-        detector = load_detector(teacher)
+        detector = open_detector(teacher)
     known = detector.spec.classes
     unknown = [name for name in wanted if name not in known]
     if not unknown or other_classes:
         return detector
+    who = teacher if isinstance(teacher, str) else detector.spec.name
     surplus = [name for name in known if name not in wanted]
     plain = {name.strip().lower(): name for name in surplus}
     spelling = next(((name, plain[name.strip().lower()]) for name in unknown if name.strip().lower() in plain), None)
     raise ClassNameError(
-        f"teacher {teacher} has {len(known)} classes ({name_list(known, surplus)}), "
+        f"teacher {who} has {len(known)} classes ({name_list(known, surplus)}), "
         f"but {len(wanted) if len(wanted) != len(known) else 'others'} are wanted ({name_list(wanted, unknown)}); "
         f"it does not know {name_list(unknown)}"
         f"{f' (it spells {spelling[0]!r} as {spelling[1]!r})' if spelling else ''}"
@@ -549,10 +635,10 @@ def _load_teacher(teacher: str, splits: DataSplits, other_classes: bool) -> Dete
     )
 
 
-def _compare_sizes(teacher: str | None, settings: TrainSettings, progress: Progress) -> None:
+def _compare_sizes(teacher: str | Detector | None, settings: TrainSettings, progress: Progress) -> None:
     """Say so if the teacher was trained on images of another size than it will be shown: its AP may be far lower there."""
     given = {name: getattr(settings, name) for name in ("size", "resize", "max_size")}
-    trained = {} if teacher is None else _image_settings_of(teacher, progress, given)
+    trained = {} if teacher is None else _known_image_settings(teacher, progress, given)
     differing = [name for name, value in trained.items() if value != getattr(settings, name)]
     if differing:
         then = ", ".join(f"{name} {trained[name]}" for name in differing)
@@ -568,23 +654,31 @@ def _report(runs: Sequence[Path], page: Path, progress: Progress) -> None:
         build_report(runs, page, progress=progress)
 
 
-def _image_settings_of(model: str, progress: Progress, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Image settings with which a model was trained; empty, with a line that says so, if its folder does not say.
+def _known_image_settings(
+    model: str | Detector, progress: Progress | None = None, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Image settings with which a model was trained; empty for a detector in memory, and if its folder does not say.
 
     Args:
-        model: path or model string.
-        progress: display of the line.
+        model: path, model string or detector.
+        progress: display of a line that says which size is assumed; None: a note on stderr.
         given: settings of the caller, which hold instead.
     """
     from detdistill.detectors.load import trained_resizing
     from detdistill.structures import Resizing
 
+    if not isinstance(model, str):
+        return {}
     trained = trained_resizing(model)
     if trained is not None:
         return trained.plain()
     if Path(model.removeprefix("hf:")).exists():
-        assumed = Resizing.of(_settings(TrainSettings, dict(given)))
-        progress.say(f"{model} does not say with which image size it was trained; it is shown images of {assumed}", "yellow")
+        assumed = Resizing.of(_settings(TrainSettings, dict(given or {})))
+        text = f"{model} does not say with which image size it was trained; it is shown images of {assumed}"
+        if progress is None:
+            warnings.warn(text, DetdistillWarning, stacklevel=3)
+        else:
+            progress.say(text, "yellow")
     return {}
 
 
@@ -603,6 +697,32 @@ def _classes_of_unfinished(model: str, data: str | None) -> Sequence[str] | None
         except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             raise RunError(f"{run / 'config.yaml'} does not name the data ({error}); give --data") from error
     return load_data(data).train.classes
+
+
+def _check_looking(score: float, batch: int | None) -> None:
+    """Check the arguments of ``predict`` and ``detect``."""
+    if not 0 <= score <= 1:
+        raise RunError(f"score: {score} is not between 0 and 1")
+    if batch is not None and batch < 1:
+        raise RunError(f"batch: {batch} is not at least 1")
+
+
+def _ready(model: Model, size: int | None, device: str, progress: Progress | None = None) -> tuple[Detector, ViewSettings]:
+    """A detector on its device, and the image settings for it."""
+    from detdistill.given import name_or_detector, open_detector
+    from detdistill.training.plan import view_settings
+
+    place = name_or_detector(model)
+    given = {} if size is None else {"size": size}
+    settings = view_settings(_settings(TrainSettings, {**_known_image_settings(place, progress, given), **given}))
+    detector = open_detector(place)
+    wanted = _device_for(place, device)
+    return detector if wanted is None else detector.to(wanted), settings
+
+
+def _device_for(model: str | Detector, name: str) -> str | None:
+    """The device to run on; None: a detector in memory stays where it is."""
+    return None if name == "auto" and not isinstance(model, str) else _device(name)
 
 
 def _device(name: str) -> str:

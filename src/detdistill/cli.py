@@ -381,17 +381,24 @@ def _eval(chosen: Namespace) -> None:
 
 def _predict_flags(parser: Parser) -> None:
     parser.add_argument("--model", type=str, required=True, help="run folder, student folder, or torchvision:NAME,weights=...")
-    parser.add_argument("--images", type=Path, required=True, help="an image or a folder of images")
-    parser.add_argument("--out", type=Path, required=True, help="folder for drawn images and detections.json")
+    parser.add_argument("--images", type=Path, required=True, help="an image, or a folder of images with its sub-folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder for drawn images and detections.json (COCO)")
     parser.add_argument("--score", type=float, default=0.3, help="boxes below this score are neither drawn nor written")
     parser.add_argument("--size", type=int | None, default=None, help="side of the images in pixels; none: the run's size")
+    parser.add_argument("--batch", type=int | None, default=None, help="images per batch; none: 8 on a GPU, 1 on a CPU")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
 
 
 def _predict(chosen: Namespace) -> None:
     from detdistill import api
 
-    _say(f"drawn images and detections.json are in {api.predict(**_plain(chosen))}")
+    found = api.predict(**_plain(chosen))
+    images = f"{found.images} image{'s' if found.images != 1 else ''}"
+    _say(f"{images} with {found.boxes} boxes and detections.json are in {found.folder}")
+    if found.unreadable:
+        count = len(found.unreadable)
+        sys.stderr.write(f"detdistill: {count} image{'s' if count > 1 else ''} could not be read (named above)\n")
+        sys.exit(1)
 
 
 def _student_flags(parser: Parser) -> None:

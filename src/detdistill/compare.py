@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from detdistill.errors import RunError, nearest
+from detdistill.printing import html_table
 from detdistill.settings import TrainSettings, as_plain, renamed
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ class Pair:
         return self.distilled - self.baseline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gain:
-    """Gain of a method for a student and a teacher."""
+    """Gain of a method for a student and a teacher. Numbers are fractions as in COCO's tools; texts show points of 100."""
 
     method: str
     teacher: str
@@ -53,6 +54,7 @@ class Gain:
     metric: str
     pairs: tuple[Pair, ...]
     mean: float
+    """Mean gain as a fraction: 0.021 is 2.1 points of AP."""
     low: float | None
     """Lower end of the 95 % confidence interval of the mean gain (Student's t, paired); None with a single pair."""
     high: float | None
@@ -60,6 +62,34 @@ class Gain:
     verdict: str
     """``gain``, ``no gain shown``, ``worse``, or ``one seed: no verdict``."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def interval(self) -> str:
+        """The 95 % interval as text in points of 100; ``-`` with a single pair."""
+        return "-" if self.low is None or self.high is None else f"{100 * self.low:+.1f} .. {100 * self.high:+.1f}"
+
+    def __repr__(self) -> str:
+        """Mean gain, interval and verdict, in points of 100."""
+        within = "" if self.low is None else f" ({self.interval})"
+        seeds = f"{len(self.pairs)} seed{'s' if len(self.pairs) > 1 else ''}"
+        return f"{self.method}: {self.metric} {100 * self.mean:+.1f}{within}, {self.verdict}, {seeds}"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and values of a small table, in points of 100."""
+        baseline, distilled = (statistics.fmean(getattr(pair, name) for pair in self.pairs) for name in ("baseline", "distilled"))
+        return [
+            ("method", self.method),
+            (f"{self.metric} of the baseline", f"{100 * baseline:.1f}"),
+            (f"{self.metric} of the distilled student", f"{100 * distilled:.1f}"),
+            ("gain", f"{100 * self.mean:+.1f}"),
+            ("95 % interval", self.interval),
+            ("verdict", self.verdict),
+            ("seeds", ", ".join(str(pair.seed) for pair in self.pairs)),
+        ]
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks."""
+        return html_table(self.rows())
 
 
 ONE_SEED = "one seed: no verdict"
@@ -246,7 +276,7 @@ def _row(gain: Gain) -> tuple[str | Text, ...]:
         f"{100 * statistics.fmean(pair.baseline for pair in gain.pairs):.1f}",
         f"{100 * statistics.fmean(pair.distilled for pair in gain.pairs):.1f}",
         f"{100 * gain.mean:+.1f}",
-        "-" if gain.low is None or gain.high is None else f"{100 * gain.low:+.1f} .. {100 * gain.high:+.1f}",
+        gain.interval,
         # The column before tells the number of seeds.
         Text(gain.verdict.removeprefix("one seed: "), {"gain": "green", "worse": "red"}.get(gain.verdict, "yellow")),
     )

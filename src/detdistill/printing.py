@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from html import escape
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -138,6 +139,17 @@ def table(
             space = Text(" " * (width - cell.cell_len))
             parts += [Text("  "), *((cell, space) if title in left else (space, cell))]
         line(console, *parts)
+
+
+def html_table(rows: Iterable[tuple[str, str]]) -> str:
+    """A small HTML table with a name and a value in each row; all text is escaped.
+
+    >>> html_table([("AP", "31.0")])
+    '<table><tr><th style="text-align:left">AP</th><td style="text-align:left">31.0</td></tr></table>'
+    """
+    left = ' style="text-align:left"'
+    cells = "".join(f"<tr><th{left}>{escape(name)}</th><td{left}>{escape(value)}</td></tr>" for name, value in rows)
+    return f"<table>{cells}</table>"
 
 
 def grid(console: Console, values: Mapping[str, str], per_line: int = 6) -> None:

@@ -129,7 +129,7 @@ def test_temperature_must_be_positive(temperature):
 
 
 def test_other_shapes_are_refused():
-    with pytest.raises(DetdistillError, match=r"level 0.*\(1, 1, 2, 2\).*\(1, 1, 4, 4\)"):
+    with pytest.raises(DetdistillError, match=r"level 0.*\[1, 1, 2, 2\].*\[1, 1, 4, 4\]"):
         cwd_loss([maps(0, 1, 1, 2, 2)], [maps(0, 1, 1, 4, 4)])
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from detdistill.data.records import Record
 from detdistill.errors import RunError
+from detdistill.evaluation.drawing import class_colour
 from detdistill.report import figures, words
 from detdistill.report.page import build_report
-from detdistill.report.pictures import Found, best_threshold, class_colour, f1, hits, iou
+from detdistill.report.pictures import Found, best_threshold, f1, hits, iou
 from detdistill.report.runs import baselines_for, distillation_terms, group, read
 from tests.report.runs import write_experiment, write_run
 

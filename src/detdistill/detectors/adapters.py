@@ -29,7 +29,7 @@ from typing import Any
 from torch import nn
 
 from detdistill.detectors.contract import Detector
-from detdistill.detectors.options import ModelName, ModelOptions, parse_model, read_options
+from detdistill.detectors.options import OWN, ModelName, ModelOptions, parse_model, read_options
 from detdistill.errors import ModelError, nearest
 
 FAMILIES = Path(__file__).parent
@@ -87,6 +87,8 @@ def read_model(text: str) -> tuple[ModelName, ModelOptions]:
         (3, 5)
     """
     detector, known = text.partition(":")[0].strip(), adapter_names()
+    if detector == OWN:
+        raise ModelError(f"{text} was given in Python; it cannot be built from its name, so give the model again, in Python")
     if detector not in known:
         detector = parse_model(text).detector
         raise ModelError(f"unknown detector {detector!r}{nearest(detector, known)}; known: {', '.join(known)}")

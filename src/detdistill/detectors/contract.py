@@ -485,6 +485,16 @@ class Teacher:
     """Whether the detector itself can be run; False: only its description from a cache is there."""
 
     def __init__(self, detector: Detector) -> None:
+        """Freeze a detector.
+
+        Raises:
+            ModelError: ``detector`` is something else, e.g. the path of one.
+        """
+        if not isinstance(detector, Detector):
+            if isinstance(detector, nn.Module):
+                raise ModelError(f"Teacher: a {type(detector).__name__} is no detector yet; wrap it: wrap(model, taps=[...])")
+            advice = "load it first: Teacher(detdistill.load_detector(...))"
+            raise ModelError(f"Teacher: needs a detector, not a {type(detector).__name__}; {advice}")
         self.detector = detector.eval().requires_grad_(False)
         self._seen: tuple[Batch, Observation] | None = None
         self._on_regions: tuple[Tensor, Features, Regions] | None = None

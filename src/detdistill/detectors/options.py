@@ -15,6 +15,8 @@ from typing import Any, ClassVar, TypeVar
 from detdistill.errors import ModelError, nearest
 from detdistill.values import read
 
+OWN = "own"
+"""Stands for the detector in the names of models that were given in Python, ``own:NAME``."""
 SEPARATOR = "-"
 """Separates the numbers of a list or of a range."""
 

@@ -12,19 +12,21 @@ student = wrap(
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import CellType, FunctionType
 from typing import Any, NoReturn, cast
 
 import torch
-from safetensors.torch import save_model
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, DetectorSpec
 from detdistill.detectors.torchvision.images import with_padding
 from detdistill.errors import ModelError, nearest
-from detdistill.files import write_atomically
+from detdistill.files import folder_damage, write_atomically
 from detdistill.functional.modes import evaluating
 from detdistill.structures import (
     SHARED,
@@ -165,6 +167,34 @@ class WrappedModel(Detector):
                 raise ModelError(f"wrap({spec.name}): the model has no submodule {tap.name!r}{nearest(tap.name, modules)}")
             modules[tap.name].register_forward_hook(tap)
 
+    @property
+    def lacks(self) -> list[str]:
+        """Which of ``loss`` and ``detect`` were not given."""
+        return [name for name, function in (("loss", self._loss), ("detect", self._detect)) if function is None]
+
+    def bound_functions(self) -> list[str]:
+        """Which of the functions given to ``wrap`` refer to layers of this model in their surroundings.
+
+        In a copy of the detector, such a function would still use the layers of the original.
+        """
+        layers = {id(module) for module in self.modules()}
+        functions = {"taps": self._maps_of, "loss": self._loss, "detect": self._detect}
+        return [name for name, function in functions.items() if _refers_to(function, layers)]
+
+    def load_exported(self, folder: Path) -> None:
+        """Load the weights that ``save_student`` wrote.
+
+        Raises:
+            ModelError: the file is missing or damaged, or its tensors do not fit.
+        """
+        path = folder / "model.safetensors"
+        if wrong := folder_damage(folder):
+            raise ModelError(f"{folder}: {wrong}: the file is damaged or was changed after it was saved")
+        try:
+            load_model(self.model, str(path))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"{path}: cannot be loaded into {self.spec.name}: {' '.join(str(error).split())}") from error
+
     @torch.no_grad()
     def measure(self, probe_hw: tuple[int, int], channels: Sequence[int] | None, strides: Sequence[int] | None) -> None:
         """Measure channels and strides by a forward pass on an empty image, and enter them in ``spec``.
@@ -297,6 +327,32 @@ class WrappedModel(Detector):
         raise ModelError(
             f"{self.spec.name} is a wrapped model, which exposes features only and has no {what}; use a method on features"
         )
+
+
+def _refers_to(function: Any, layers: Collection[int], depth: int = 3) -> bool:
+    """Whether a function uses one of some modules through its closure, its globals or its defaults.
+
+    Methods bound to a module and arguments of ``functools.partial`` do not count, because copying replaces them by the copy.
+    """
+    function = getattr(function, "func", function)
+    code = getattr(function, "__code__", None)
+    if code is None or not depth or hasattr(function, "__self__"):
+        return False
+    around = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+    around += [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+    around += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    owners = [getattr(value, "__self__", value) for value in around]
+    return any(id(owner) in layers for owner in owners) or any(
+        _refers_to(value, layers, depth - 1) for value in around if isinstance(value, FunctionType)
+    )
+
+
+def _filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - an empty cell raises
+    except ValueError:
+        return False
+    return True
 
 
 def _agree(given: Sequence[int], found: Sequence[int]) -> bool:

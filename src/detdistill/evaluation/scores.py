@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from detdistill.printing import html_table
+
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """Names of the 12 COCO metrics, in COCO's order. Values are in 0..1; -1 without ground truth (e.g. APl without large boxes)."""
 
@@ -17,7 +19,7 @@ def points(value: float) -> str:
     return "-" if value < 0 else f"{100 * value:.1f}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """Scores of a detector on a data set."""
 
@@ -29,6 +31,19 @@ class Scores:
     seconds: float = 0.0
     errors: dict[str, float] = field(default_factory=dict)
     """AP50 (0..1) lost to each kind of error (``detection_errors``); empty if not computed, or without ground truth."""
+
+    def points(self, name: str) -> str:
+        """A metric, or the AP of a class, as text in points of 100; ``-`` if it is undefined."""
+        return points(self.metrics[name] if name in self.metrics else self.per_class[name])
+
+    def __repr__(self) -> str:
+        """The first three metrics in points of 100."""
+        shown = ", ".join(f"{name} {self.points(name)}" for name in METRICS[:3] if name in self.metrics)
+        return f"Scores({shown}; {self.images} images)"
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks, in points of 100."""
+        return html_table([*((name, points(value)) for name, value in self.metrics.items()), ("images", str(self.images))])
 
 
 def coco_scores(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], classes: Sequence[str]) -> Scores:

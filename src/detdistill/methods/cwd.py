@@ -14,6 +14,7 @@ from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
 from detdistill.errors import DetdistillError
 from detdistill.functional.classes import class_columns
 from detdistill.functional.dense_maps import to_map
+from detdistill.functional.level_maps import paired_levels
 from detdistill.functional.precision import full_precision
 from detdistill.functional.similarity import mean_cosine
 from detdistill.functional.soft_targets import kl_divergence, soft_cross_entropy
@@ -62,12 +63,7 @@ def cwd_loss(
     if not temperature > 0:
         raise DetdistillError(f"cwd: temperature={temperature} is not a number above 0")
     losses = []
-    for level, (mine, theirs) in enumerate(zip(student, teacher, strict=True)):
-        if mine.shape != theirs.shape:
-            raise DetdistillError(
-                f"cwd: level {level}: student map {tuple(mine.shape)} and teacher map {tuple(theirs.shape)} differ; "
-                f"resize first (resize_student=true in the method)"
-            )
+    for level, (mine, theirs) in enumerate(paired_levels("cwd_loss", student, teacher)):
         positions = mine.flatten(2), theirs.flatten(2)  # [B, C, H*W]
         if cross_entropy:
             distance = temperature**2 * soft_cross_entropy(*positions, temperature)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.attention import channel_attention, spatial_attention
 from detdistill.functional.cells import floor_ceil_cells, floor_ceil_span
+from detdistill.functional.level_maps import check_maps
 from detdistill.functional.masks import maximum_over_boxes
 from detdistill.functional.precision import full_precision
 from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_levels
@@ -99,6 +100,7 @@ def fgd_terms(
         teacher_context: [B, C] output of the teacher's ``ContextBlock``; gradient flows to the block.
         temperature: of both attentions.
     """
+    check_maps("fgd_terms", student, teacher)
     fixed = teacher.detach()
     images = student.shape[0]
     cells, channels = spatial_attention(fixed, temperature), channel_attention(fixed, temperature)

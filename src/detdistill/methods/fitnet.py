@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError
 from detdistill.functional.deformable import Cells, DeformableEncoder
+from detdistill.functional.level_maps import paired_levels
 from detdistill.functional.masks import foreground_mask
 from detdistill.functional.precision import full_precision
 from detdistill.functional.similarity import mean_cosine
@@ -56,7 +57,7 @@ def fitnet_loss(
         1.0
     """
     factor = weight / 2 if half else weight
-    pairs = zip(student, teacher, strict=True)
+    pairs = paired_levels("fitnet_loss", student, teacher, any_size=True)
     return factor * _added([_reduce(resize_like(mine, theirs), theirs.detach(), reduction) for mine, theirs in pairs])
 
 
@@ -86,7 +87,7 @@ def fitnet_normalized_loss(
         4.0
     """
     losses = []
-    for mine, theirs in zip(student, teacher, strict=True):
+    for mine, theirs in paired_levels("fitnet_normalized_loss", student, teacher, any_size=True):
         losses.append(_reduce(_unit_length(resize_like(mine, theirs)), _unit_length(theirs.detach()), reduction))
     return weight * _added(losses) / (len(losses) if mean_over_levels else 1)
 
@@ -108,8 +109,9 @@ def fitnet_modified_loss(
     Returns:
         [] the loss.
     """
+    pairs = paired_levels("fitnet_modified_loss", student, teacher, any_size=True)
     losses = []
-    for mine, theirs, mask in zip(student, teacher, foreground, strict=True):
+    for (mine, theirs), mask in zip(pairs, foreground, strict=True):
         squares = (resize_like(mine, theirs) - theirs.detach()).square() * mask[:, None]
         losses.append(squares.sum() / (theirs.shape[1] * mask.sum().clamp(min=1)))
     return weight * _added(losses)

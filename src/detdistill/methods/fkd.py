@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.attention import channel_attention, spatial_attention
+from detdistill.functional.level_maps import check_maps
 from detdistill.functional.precision import full_precision
 from detdistill.functional.relations import NonLocalBlock
 from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_levels
@@ -46,6 +47,7 @@ def fkd_feature_loss(adapted: Tensor, teacher: Tensor, cells: Tensor, channels: 
         cells: [B, H, W] spatial attention, treated as constant.
         channels: [B, C] channel attention, treated as constant; None (two-stage form): all channels count equally.
     """
+    check_maps("fkd_feature_loss", adapted, teacher)
     squared = (teacher.detach() - adapted).square()
     if channels is None:
         per_cell = squared.sum(dim=1)
@@ -121,6 +123,7 @@ def fkd_attention(
         spatial_temperature: of the softmax over cells.
         channel_temperature: of the softmax over channels.
     """
+    check_maps("fkd_attention", student, teacher)
     cells = (spatial_attention(teacher, spatial_temperature) + spatial_attention(student, spatial_temperature)) / 2
     channels = (channel_attention(teacher, channel_temperature) + channel_attention(student, channel_temperature)) / 2
     return cells, channels

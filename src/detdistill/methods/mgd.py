@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
+from detdistill.functional.level_maps import paired_levels
 from detdistill.functional.precision import full_precision
 from detdistill.functional.similarity import mean_cosine
 from detdistill.methods.shared.align import pair_levels, resize_like
@@ -55,7 +56,7 @@ def mgd_loss(generated: Sequence[Tensor], teacher: Sequence[Tensor], weight: flo
         >>> float(mgd_loss([torch.ones(2, 3, 2, 2)], [torch.zeros(2, 3, 2, 2)], weight=0.5))
         6.0
     """
-    pairs = zip(generated, teacher, strict=True)
+    pairs = paired_levels("mgd_loss", generated, teacher)
     losses = [F.mse_loss(mine, theirs.detach(), reduction="sum") / len(mine) for mine, theirs in pairs]
     return weight * sum(losses[1:], losses[0])
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, Teacher
+from detdistill.functional.level_maps import paired_levels
 from detdistill.functional.precision import full_precision
 from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_levels
 from detdistill.methods.shared.contract import Method
@@ -83,7 +84,7 @@ def pkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: float
         0.0
     """
     losses = []
-    for mine, theirs in zip(student, teacher, strict=True):
+    for mine, theirs in paired_levels("pkd_loss", student, teacher, any_size=True):
         fixed = theirs.detach()
         if mine.shape[-2:] != fixed.shape[-2:]:
             if resize_student:

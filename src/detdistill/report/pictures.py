@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import colorsys
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,6 @@ from detdistill.report.runs import Group, Run, baselines_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from PIL.ImageFont import FreeTypeFont
 
     from detdistill.data.records import DataSplits, DetectionSet, Record
     from detdistill.data.transforms import ViewSettings
@@ -350,59 +347,16 @@ def _fit(image: Image, side: int) -> Image:
 
 def _draw(image: Image, found: Found, classes: Sequence[str], scores: bool) -> Image:
     """Draw boxes with class and score; higher scores are drawn on top, and labels do not overlap."""
-    from PIL import ImageDraw
+    from detdistill.evaluation.drawing import draw_boxes
 
     drawn = _fit(image, TILE_PX)
-    scale = drawn.width / image.width
-    pen, font = ImageDraw.Draw(drawn), _font(12)
-    corners = np.clip(found.boxes_xyxy[:MOST_BOXES] * scale, 0, [drawn.width - 1, drawn.height - 1] * 2)
-    visible = [index for index, (x1, y1, x2, y2) in enumerate(corners) if x2 > x1 and y2 > y1]
-    for index in reversed(visible):
-        pen.rectangle(tuple(corners[index].tolist()), outline=class_colour(int(found.labels[index]))[0], width=2)
-    taken: list[tuple[float, float, float, float]] = []
-    for index in visible:
-        label = int(found.labels[index])
-        text = classes[label][:18] + (f" {found.scores[index]:.2f}" if scores else "")
-        left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-        place = _free_place(corners[index], (right - left + 5, bottom - top + 4), drawn.size, taken)
-        if place is None:
-            continue
-        taken.append(place)
-        colour, ink = class_colour(label)
-        pen.rectangle(place, fill=colour)
-        pen.text((place[0] + 2 - left, place[1] + 2 - top), text, fill=ink, font=font)
+    labels = [int(label) for label in found.labels[:MOST_BOXES]]
+    texts = [
+        classes[label][:18] + (f" {score:.2f}" if scores else "")
+        for label, score in zip(labels, found.scores[:MOST_BOXES].tolist(), strict=True)
+    ]
+    draw_boxes(drawn, found.boxes_xyxy[:MOST_BOXES] * (drawn.width / image.width), labels, texts)
     return drawn
-
-
-def _free_place(
-    box_xyxy: np.ndarray, size: tuple[float, float], canvas: tuple[int, int], taken: Sequence[tuple[float, float, float, float]]
-) -> tuple[float, float, float, float] | None:
-    """Free position for a label: above its box, below it, or further up or down; None if all are occupied."""
-    width, height = size
-    x = min(max(0.0, float(box_xyxy[0])), max(0.0, canvas[0] - width))
-    above, below = float(box_xyxy[1]) - height, float(box_xyxy[3])
-    for y in (above, below, above - height - 1, below + height + 1, above - 2 * height - 2, below + 2 * height + 2):
-        place = (x, y, x + width, y + height)
-        clear = all(place[0] > p[2] or place[2] < p[0] or place[1] > p[3] or place[3] < p[1] for p in taken)
-        if y >= 0 and y + height <= canvas[1] and clear:
-            return place
-    return (x, max(0.0, float(box_xyxy[1])), x + width, max(0.0, float(box_xyxy[1])) + height) if not taken else None
-
-
-def class_colour(label: int) -> tuple[tuple[int, int, int], str]:
-    """Colour of a class, the same in all pictures, and black or white for readable text on it."""
-    red, green, blue = colorsys.hls_to_rgb((0.58 + label * 0.618034) % 1, (0.52, 0.68, 0.4)[label % 3], 0.85)
-    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-    return (round(255 * red), round(255 * green), round(255 * blue)), "black" if bright else "white"
-
-
-@cache
-def _font(size: int) -> FreeTypeFont:
-    """The font DejaVu Sans, which comes with matplotlib and covers most languages."""
-    from matplotlib import font_manager
-    from PIL import ImageFont
-
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
 
 
 def _heat(image: Image, level: np.ndarray) -> Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import sys
 from importlib.metadata import version
 
 import numpy as np
@@ -30,6 +31,22 @@ def check_machine(settings: TrainSettings) -> None:
     world, wanted = int(os.environ.get("WORLD_SIZE", 1)), settings.devices * settings.nodes
     if world > 1 and world != wanted:  # each process would train alone, all in the same folder
         raise RunError(f"devices: {world} processes were started, but --devices times --nodes is {wanted}; give --devices")
+
+
+def check_interactive(settings: TrainSettings) -> None:
+    """Check that a single run on several devices is not started from a notebook or an interactive session.
+
+    The further processes are started with the same script, which such a session does not have.
+
+    Raises:
+        RunError: it is.
+    """
+    interactive = getattr(sys.modules.get("__main__"), "__file__", None) is None
+    if settings.devices * settings.nodes > 1 and interactive and "WORLD_SIZE" not in os.environ:
+        raise RunError(
+            f"devices: {settings.devices} processes cannot be started from a notebook or an interactive session; use devices=1, "
+            "a script or the command line"
+        )
 
 
 def is_main_process() -> bool:

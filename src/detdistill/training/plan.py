@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from detdistill.cache.storage import masked
 from detdistill.data.transforms import ViewSettings
+from detdistill.detectors.contract import Detector
 from detdistill.settings import DistillSettings, TrainSettings, as_plain, names_where
 
 
@@ -22,6 +24,8 @@ class Plan:
     teacher: str | None = None
     title: str = ""
     """Name on the progress bar; empty: the role."""
+    build: Callable[[], Detector] | None = field(default=None, repr=False, compare=False)
+    """Builds the student, for a model that was given in Python; None: it is built from the model string ``student``."""
 
     @property
     def distilling(self) -> DistillSettings | None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,23 @@ from detdistill.detectors.load import load_detector
 from detdistill.detectors.save import save_student
 from detdistill.errors import DetdistillError, RunError, StoppedError
 from detdistill.evaluation import Scores, evaluate
+from detdistill.evaluation.scores import METRICS
 from detdistill.methods.shared.contract import Stage
+from detdistill.printing import html_table
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, names_where
 from detdistill.structures import Resizing
 from detdistill.training.folder import INPUTS, RunFolder, check_inputs, new_folder, resume_folder, start_folder
 from detdistill.training.lock import locked
 from detdistill.training.machine import hardware, is_main_process, seed_everything, versions
+from detdistill.training.own_models import load_own
 from detdistill.training.plan import Plan, view_settings
 from detdistill.training.session import Session
 from detdistill.training.stage_loop import StageLoop, found_result, plain_stage
 from detdistill.training.stage_results import reusable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run."""
 
@@ -43,8 +46,18 @@ class Run:
     """Content of ``summary.json``."""
     scores: Scores
     """Scores of the last weights on the validation images."""
-    student: Detector = field(repr=False)
+    student: Detector
     """The trained detector; with ``ema``, its moving average."""
+
+    def __repr__(self) -> str:
+        """Role, student, AP and folder."""
+        return f"Run({self.summary['role']} {self.summary['student']}: AP {self.scores.points('AP')}; {self.folder})"
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks."""
+        said = [(name, str(self.summary[name])) for name in ("role", "student", "teacher", "method") if self.summary.get(name)]
+        scores = [(name, self.scores.points(name)) for name in METRICS[:3]]
+        return html_table([*said, *scores, ("folder", str(self.folder))])
 
 
 def run(session: Session, progress: Progress | None = None) -> Run:
@@ -136,7 +149,8 @@ def _finished(plan: Plan) -> Run | None:
         seconds=summary["evaluation_seconds"],
         errors=summary.get("errors") or {},
     )
-    return Run(folder.path, summary, scores, load_detector(folder.path))
+    student = load_detector(folder.path) if plan.build is None else load_own(plan.build, folder.path)
+    return Run(folder.path, summary, scores, student)
 
 
 def _folder_for(plan: Plan) -> Path:

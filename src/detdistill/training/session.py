@@ -19,6 +19,7 @@ from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.contract import Method, Source, teach_by_canvas
 from detdistill.progress import Progress
 from detdistill.training.machine import check_machine, seed_everything
+from detdistill.training.own_models import check_own_student
 from detdistill.training.plan import Plan
 
 
@@ -80,7 +81,9 @@ def open_session(
     settings, distilling = plan.settings, plan.distilling
     check_machine(settings)
     seed_everything(settings.seed)
-    student = build_detector(plan.student, splits.train.classes)
+    student = build_detector(plan.student, splits.train.classes) if plan.build is None else plan.build()
+    if plan.build is not None:
+        check_own_student(student, splits.train.classes, averaged=settings.ema > 0)
     if settings.instability:
         check_queries(student)
     started = None if settings.init is None else _start(student, settings.init, progress)

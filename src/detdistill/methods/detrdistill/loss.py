@@ -16,6 +16,7 @@ from torchvision.ops import box_convert
 
 from detdistill.functional.boxes import giou_loss, paired_iou, pairwise_iou
 from detdistill.functional.counting import EPSILON
+from detdistill.functional.level_maps import check_maps
 from detdistill.functional.matching import giou_cost, hungarian, l1_cost
 from detdistill.structures import (
     NEGATIVE,
@@ -310,6 +311,7 @@ def detrdistill_feature_loss(student: Tensor, teacher: Tensor, weights: Tensor) 
         >>> detrdistill_feature_loss(3 * maps, maps, torch.tensor([1.0, 0.5]).view(2, 1, 1, 1).expand(2, 1, 2, 2)).tolist()
         [4.0, 2.0]
     """
+    check_maps("detrdistill_feature_loss", student, teacher)
     return (weights * (teacher.detach() - student).square().mean(dim=1)).mean(dim=(1, 2, 3))
 
 

@@ -44,18 +44,24 @@ def parse_methods(text: str) -> list[tuple[type[Method[Any]], dict[str, Any]]]:
     return parsed
 
 
-def build_method(text: str, teacher: Teacher | None, student: Detector) -> Method[Any]:
+def build_method(text: str, teacher: Teacher | Detector | None, student: Detector) -> Method[Any]:
     """Build the method of ``text`` for a pair of detectors; several methods become a ``Composition``.
 
     Args:
         text: slugs joined by ``+``, each with ``,key=value`` settings; lists as ``levels=0/1/2``.
-        teacher: the frozen teacher; None for teacher-free methods.
+        teacher: the frozen teacher; a detector is frozen here. None for teacher-free methods.
         student: the detector that is trained.
 
     Raises:
-        MethodError: see ``parse_methods``.
+        MethodError: see ``parse_methods``; also if teacher or student is no detector.
         PairError: teacher or student lacks something that the method needs.
     """
+    if isinstance(teacher, Detector):
+        teacher = Teacher(teacher)
+    for role, given, kinds in (("teacher", teacher, (Teacher, type(None))), ("student", student, (Detector,))):
+        if not isinstance(given, kinds):
+            what = f"a {type(given).__name__} is no detector"
+            raise MethodError(f"build_method: {role}: {what}; load one by detdistill.load_detector(...), or wrap your own model")
     methods = []
     for found, values in parse_methods(text):
         build: Any = found  # constructors differ in their keyword arguments, which were checked above

@@ -1,0 +1,110 @@
+"""What users give as a model: names and paths, results of earlier calls, and detectors in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detdistill.errors import ModelError
+from detdistill.results import Distilled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from detdistill.detectors.contract import Detector
+
+
+def name_or_detector(model: Any, what: str = "model") -> str | Detector:
+    """A model string or path as text, or the detector itself.
+
+    Args:
+        model: a model string, a path, the result of ``train`` or ``distill`` (then the path of its run folder), a ``Detector``
+            (also a wrapped model), or a ``Teacher``.
+        what: role of the model, for messages.
+
+    Raises:
+        ModelError: anything else, or a result with several runs.
+    """
+    if isinstance(model, str | Path):
+        return str(model)
+    if isinstance(model, Distilled):
+        if len(model.runs) != 1:
+            raise ModelError(f"{what}: this result has {len(model.runs)} runs; give one of its .runs, e.g. {model.runs[0]}")
+        return str(model.runs[0])
+    from torch import nn
+
+    from detdistill.detectors.contract import Detector, Teacher
+    from detdistill.training.run import Run
+
+    if isinstance(model, Run):
+        return str(model.folder)
+    if isinstance(model, Teacher):
+        return model.detector
+    if isinstance(model, Detector):
+        return model
+    if isinstance(model, nn.Module):
+        raise ModelError(f"{what}: a {type(model).__name__} is no detector yet; wrap it: detdistill.wrap(model, taps=[...], ...)")
+    raise ModelError(
+        f"{what}: a {type(model).__name__} is no model; give a model string, a path, a result of train or distill, or a detector"
+    )
+
+
+def student_of(model: Any, what: str = "student") -> tuple[str, Callable[[], Detector] | None]:
+    """The name of a student, and for a model given in Python what builds it (None: the name is a model string).
+
+    Args:
+        model: a model string, a detector, or a function that builds one (see ``own_student``).
+        what: role of the model, for messages.
+
+    Raises:
+        ModelError: anything else, or a student that cannot be trained, evaluated or copied.
+    """
+    if isinstance(model, str):
+        return model, None
+    from detdistill.detectors.contract import Teacher
+    from detdistill.training.own_models import is_own, own_student
+
+    if isinstance(model, Teacher):
+        raise ModelError(f"{what}: a Teacher is frozen; give a model string, a detector, or a function that builds one")
+    if is_own(model):
+        own = own_student(model)
+        return own.name, own.build
+    raise ModelError(
+        f"{what}: a {type(model).__name__} cannot be trained; give a model string, a detector (also a wrapped model), or a "
+        "function that builds one"
+    )
+
+
+def teacher_of(model: Any) -> tuple[str | None, str | Detector | None]:
+    """The name of a teacher, and what is to be loaded (a name) or used (a detector).
+
+    Raises:
+        ModelError: see ``name_or_detector``.
+    """
+    if model is None:
+        return None, None
+    found = name_or_detector(model, "teacher")
+    if isinstance(found, str):
+        return found, found
+    from detdistill.detectors.options import OWN
+
+    return f"{OWN}:{found.spec.name}", found
+
+
+def open_detector(model: Any, classes: Sequence[str] | None = None) -> Detector:
+    """The detector of a model as in ``name_or_detector``; names and paths are loaded.
+
+    Args:
+        model: see ``name_or_detector``.
+        classes: class names for model strings without weights; a loaded detector must have as many.
+
+    Raises:
+        ModelError: see ``name_or_detector`` and ``load_detector``.
+    """
+    from detdistill.detectors.load import check_class_count, load_detector
+
+    found = name_or_detector(model)
+    if isinstance(found, str):
+        return load_detector(found, classes)
+    check_class_count(found.spec.name, found.spec.classes, classes)
+    return found
