@@ -129,9 +129,15 @@ def observe(method: Method, student: Detector, batch: Batch) -> Observation:
 
 
 def learn(method: Method, student: Detector, batch: Batch, taught: Taught | None, clock: Clock = MIDDLE) -> Losses:
-    """One seeded student pass and what the method makes of it."""
+    """One seeded student pass and what the method makes of it, new targets included."""
     torch.manual_seed(7)
-    return method.learn(student, observe(method, student, batch), taught, batch, clock)
+    if not method._relabels():
+        return method.learn(student, observe(method, student, batch), taught, batch, clock)
+    look = PREDICTION | method.requirements.student
+    seen = student.observe_features(batch, look)
+    changed, relabelled = method.relabel(student, seen.features, batch, clock)
+    seen = student.observe_head(seen, changed, look)
+    return Losses.merge([relabelled, method.learn(student, seen, taught, changed, clock)])
 
 
 def check_teach_is_independent_of_student(pair: _Pair) -> None:
