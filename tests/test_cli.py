@@ -192,8 +192,8 @@ def test_what_is_typed_wins_over_files_wherever_it_stands(parse, tmp_path):
         (DISTILL + "--seeds 0,x", "detdistill distill: seeds: 'x' is not a whole number"),
         (DISTILL + "--optimizer adam", "detdistill distill: optimizer: 'adam' is not one of adamw, sgd (did you mean 'adamw'?)"),
         (DISTILL + "--track wandbb", "detdistill distill: track: 'wandbb' is not one of wandb, mlflow (did you mean 'wandb'?)"),
-        (DISTILL + "--recipe pdk", "detdistill: no recipe 'pdk' (did you mean 'pkd'?); recipes: cwd, "),
-        (DISTILL + "--recipe", "detdistill: recipe: needs a name; recipes: cwd, "),
+        (DISTILL + "--recipe pdk", "detdistill: no recipe 'pdk' (did you mean 'pkd'?); recipes: "),
+        (DISTILL + "--recipe", "detdistill: recipe: needs a name; recipes: "),
         (
             "train --model m --role techer",
             "detdistill train: role: 'techer' is not one of train, teacher, baseline (did you mean",

@@ -103,7 +103,7 @@ def test_messages_beside_the_progress_keep_paths_whole(terminal):
     console = Console(file=io.StringIO(), width=30, force_terminal=terminal)
     path = "runs/a/folder/of/more/than/thirty/columns"
     with Progress(console) as progress:
-        progress.say(f"[yellow]the teacher {path} is not scored :cat:[/yellow]")
+        progress.say(f"the teacher {path} is not scored :cat:", "yellow")
     text = console.file.getvalue()
     assert path in text
     assert ":cat:" in text

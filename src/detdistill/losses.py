@@ -200,6 +200,12 @@ from detdistill.methods.skd import (
     skd_scaled,
     skd_ssim,
 )
+from detdistill.methods.ssd_det.loss import (
+    ssd_det_bag,
+    ssd_det_focal,
+    ssd_det_merge,
+    ssd_det_random_boxes,
+)
 from detdistill.methods.tadf import (
     tadf_box_gate,
     tadf_box_loss,
@@ -350,6 +356,10 @@ __all__ = [
     "skd_loss",
     "skd_scaled",
     "skd_ssim",
+    "ssd_det_bag",
+    "ssd_det_focal",
+    "ssd_det_merge",
+    "ssd_det_random_boxes",
     "tadf_box_gate",
     "tadf_box_loss",
     "tadf_class_gate",

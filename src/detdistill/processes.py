@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -24,13 +24,15 @@ def with_parent() -> dict[str, str]:
     return {**os.environ, PARENT: str(os.getpid())}
 
 
-def end_with_parent(environment: Mapping[str, str] = os.environ) -> None:
-    """End this process soon after its parent, if the parent has asked for it by ``with_parent``."""
-    if not environment.get(PARENT, "").isdigit():
+def end_with_parent() -> None:
+    """End this process soon after its parent, if the parent has asked for it by ``with_parent``.
+
+    The request is taken out of the environment: processes that this one starts have another parent.
+    """
+    asked = os.environ.pop(PARENT, "")
+    if not asked.isdigit() or int(asked) == os.getpid():
         return
-    parent = int(environment[PARENT])
-    if parent == os.getpid():
-        return
+    parent = int(asked)
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,11 +1,14 @@
 """Workers of a distributed run do this run alone."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 
+from detdistill.cache.storage import SECRET_URL
+from detdistill.processes import PARENT
 from detdistill.settings import DistillSettings
 from detdistill.training.plan import Plan
 from detdistill.training.workers import workers_run
@@ -20,6 +23,7 @@ def test_the_command_of_workers(tmp_path):
     assert (python, flag, module) == (sys.executable, "-m", "detdistill.__main__")
     assert words == ["distill", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path), "--resume", "false"]
     assert sys.argv is before
+    assert not {PARENT, SECRET_URL} & set(os.environ), "other processes that are started here must not end with this one"
     assert "SECRET" not in " ".join(words)
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from detdistill.cache.storage import SECRET_URL
-from detdistill.processes import with_parent
+from detdistill.processes import PARENT, with_parent
 from detdistill.training.plan import Plan
 
 
@@ -29,6 +29,7 @@ def workers_run(folder: Path, plan: Plan) -> Iterator[None]:
     import __main__
 
     before = sys.argv, __main__.__spec__
+    environment = {name: os.environ.get(name) for name in (PARENT, SECRET_URL)}
     verb = "train" if plan.distilling is None else "distill"
     settings = ["--config", str(folder / "config.yaml"), "--out", str(folder), "--resume", str(plan.settings.resume).lower()]
     sys.argv = ["detdistill", verb, *settings]
@@ -40,3 +41,7 @@ def workers_run(folder: Path, plan: Plan) -> Iterator[None]:
         yield
     finally:
         sys.argv, __main__.__spec__ = before
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
