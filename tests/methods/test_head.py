@@ -283,6 +283,12 @@ def test_weights_scale_the_terms():
     assert list(learn(method, student, batch).terms) == ["head_assistant"]
 
 
+def test_a_given_teacher_is_ignored_without_a_teacher():
+    _, method = build("teacher_free", teacher=TinyRegions(seed=1))
+    assert method.teachers() == ()
+    assert method.teach(tiny_batch(1)) is None
+
+
 def test_only_one_assistant_without_a_teacher():
     batch = tiny_batch(2)
     for kind, names in (("dense", [True, False]), ("regions", [False, True])):

@@ -1,7 +1,7 @@
 """MimicDet: a one-stage head learns the features of a region head that is trained beside it on the same pyramid.
 
 Lu, Li, Li, Yan, "MimicDet: Bridging the Gap Between One-Stage and Two-Stage Object Detection", ECCV 2020. No released code was
-found, so this is a reconstruction from published notes.
+found: this is a reconstruction from the abstract and a published note.
 
 The paper's detector has heads of its own. This is its idea in a form that teaches an existing dense detector: a region head
 (T-head) is trained on boxes that the student predicts, and at the cell that a box came from, the student's towers (S-head) should
@@ -96,7 +96,7 @@ class MimicDet(TeacherFree[None]):
     ) -> None:
         """Build the region head and the adapters.
 
-        The paper's values were not to be had from its authors' code; they come from notes on the paper.
+        The defaults are recollections of the paper that were not checked against its text.
 
         Args:
             teacher: not used (other methods of a composition may use it).

@@ -167,7 +167,7 @@ class HEAD(Method[Observation | None]):
             MethodError: a hyper-parameter is out of range, or all weights are 0.
             PairError: the pair does not fit.
         """
-        super().__init__(teacher, student)
+        super().__init__(None if pair == "teacher_free" else teacher, student)
         self.pair = pair
         self.akd_weight, self.ckd_weight = _weights(self.settings)
         check_some(self.slug, assistant_weight=assistant_weight, akd_weight=self.akd_weight, ckd_weight=self.ckd_weight)
