@@ -64,12 +64,14 @@ PAIRS = {
         {"lr": 1e-3},
         **SHORT,
     ),
-    "gfl": Pair(f"gfl:{LARGE},convs=2", f"gfl:{SMALL},convs=2", ("pkd", "bckd", "ld", "crosskd", "crosskd+pkd"), **SHORT),
+    "gfl": Pair(
+        f"gfl:{LARGE},convs=2", f"gfl:{SMALL},convs=2", ("pkd", "bckd", "ld", "crosskd,depth=2", "crosskd,depth=2+pkd"), **SHORT
+    ),
     "paa": Pair(f"paa:{LARGE},convs=2", f"paa:{SMALL},convs=2", ("pkd", "lad"), **SHORT),
     "heterogeneous": Pair(
         f"faster_rcnn:{LARGE},proposals=100,rois=48,mlp=256",
         f"fcos:{SMALL},convs=2",
-        ("pkd", "unikd", "head"),
+        ("pkd", "unikd", "head,warmup_iters=50,assistant_warmup_iters=50"),
         {"lr": 1e-3},
         **SHORT,
     ),
