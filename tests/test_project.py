@@ -53,6 +53,14 @@ def test_tables_in_the_docs_are_up_to_date(monkeypatch, capsys):
     assert done.value.code == 0, f"run tools/tables.py: {capsys.readouterr().out}"
 
 
+def test_the_pages_count_the_methods():
+    count = len(method_slugs())
+    assert count == 37
+    assert f"- **Methods**, {count} of them" in (ROOT / "README.md").read_text()
+    assert f"{count} methods in all" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"Each of the {count} methods has a page" in (ROOT / "docs/methods/README.md").read_text()
+
+
 def test_the_list_of_losses_is_up_to_date():
     done = subprocess.run([sys.executable, ROOT / "tools/losses.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, f"run tools/losses.py: {done.stdout}{done.stderr}"
