@@ -17,7 +17,8 @@ from typing import Any
 
 import detdistill
 from detdistill.compare import compare_runs, read_run, show_gains
-from detdistill.demo import SETTINGS, STUDENT, TEACHER
+from detdistill.demo import STUDENT, TEACHER
+from detdistill.demo import settings as demo_settings
 from detdistill.errors import DetdistillError
 from detdistill.report.runs import distillation_terms, read
 from detdistill.report.words import kd_share
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
     pair = PAIRS[chosen.pair]
-    settings = {**SETTINGS, **pair.settings}
+    settings = {**demo_settings(), **pair.settings}
     teacher = chosen.work / "teacher"
     if not (teacher / "summary.json").exists():
         resume = (teacher / "config.yaml").exists()

@@ -1,12 +1,15 @@
 import csv
 import importlib.util
 import json
+import warnings
 
 import pytest
 import torch
 
 from detdistill import demo as example
 from detdistill.errors import DetdistillError
+from detdistill.settings import TrainSettings
+from detdistill.training.machine import check_machine
 
 
 @pytest.mark.parametrize(
@@ -61,3 +64,15 @@ def test_the_demo_in_miniature(tmp_path, capsys, monkeypatch):
     with torch.no_grad():
         found = module.load(student).eval()([torch.rand(3, 128, 128)])
     assert set(found[0]) >= {"boxes", "scores", "labels"}
+
+
+@pytest.mark.parametrize(("capability", "precision"), [("AVX2", "32"), ("DEFAULT", "32"), ("AVX512", "bf16")])
+def test_half_precision_only_where_the_cpu_has_it(monkeypatch, capability, precision):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    assert example.settings()["precision"] == precision
+    wanted = TrainSettings(precision="bf16", device="cpu")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        check_machine(wanted)
+    assert bool(told) == (precision == "32")
+    assert all("no instructions for bf16" in str(one.message) for one in told)

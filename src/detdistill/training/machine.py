@@ -6,12 +6,13 @@ import os
 import platform
 import random
 import sys
+import warnings
 from importlib.metadata import version
 
 import numpy as np
 import torch
 
-from detdistill.errors import RunError
+from detdistill.errors import DetdistillWarning, RunError
 from detdistill.settings import TrainSettings
 
 
@@ -28,6 +29,9 @@ def check_machine(settings: TrainSettings) -> None:
         raise RunError(f"devices: {settings.devices} GPUs are required, but this machine has {torch.cuda.device_count()}")
     if not on_gpu and settings.precision == "16":
         raise RunError("precision: 16 needs a GPU; use bf16 or 32")
+    if not on_gpu and settings.precision == "bf16" and not has_bf16():
+        text = "precision: this CPU has no instructions for bf16, so it is far slower than 32; use --precision 32"
+        warnings.warn(text, DetdistillWarning, stacklevel=2)
     world, wanted = int(os.environ.get("WORLD_SIZE", 1)), settings.devices * settings.nodes
     if world > 1 and world != wanted:  # each process would train alone, all in the same folder
         raise RunError(f"devices: {world} processes were started, but --devices times --nodes is {wanted}; give --devices")
@@ -47,6 +51,14 @@ def check_interactive(settings: TrainSettings) -> None:
             f"devices: {settings.devices} processes cannot be started from a notebook or an interactive session; use devices=1, "
             "a script or the command line"
         )
+
+
+def has_bf16() -> bool:
+    """Whether the CPU computes in bf16 at least as quickly as in float32.
+
+    PyTorch's kernels for it need AVX-512; on older CPUs it is emulated, and a convolution takes about ten times as long.
+    """
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
 
 
 def is_main_process() -> bool:

@@ -449,7 +449,11 @@ class TransformersDetector(Detector):
         other = copy.deepcopy(self, gone).requires_grad_(True).train()
         if fresh:
             parameter = next(self.parameters())
-            made = type(self.model)(copy.deepcopy(self.config)).to(parameter)
+            config = copy.deepcopy(self.config)
+            if getattr(config, "backbone_config", None) is not None:
+                # The model's choice of attention is handed down to this config, and a convolutional backbone refuses it.
+                config.backbone_config._attn_implementation = None
+            made = type(self.model)(config).to(parameter)
             state = made.state_dict()
             other.model.load_state_dict({name: state[name] for name in other.model.state_dict()})
         return other
