@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-import timm
 from huggingface_hub.utils import logging as hub_logging
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from transformers.utils import logging as library_logging
 from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 from detdistill.detectors.torchvision.backbones import image_statistics, probe, timm_description
 from detdistill.detectors.torchvision.options import BackboneOptions
+from detdistill.detectors.torchvision.pretrained import pretrained_features
 from detdistill.errors import ModelError
 
 
@@ -90,7 +90,7 @@ def fresh_model(
     if config.backbone_config.model_type == "timm_backbone":
         refuse_lost_activations(body, backbone)
         if options.pretrained:
-            load_timm_weights(body, backbone, config.backbone_config.out_indices)
+            load_timm_weights(body, backbone, config.backbone_config.out_indices, options.pretrained)
     return ready_model(model, backbone_modules)
 
 
@@ -161,17 +161,13 @@ def refuse_lost_activations(body: nn.Module, backbone: str) -> None:
         )
 
 
-def load_timm_weights(body: nn.Module, backbone: str, indices: Sequence[int]) -> None:
+def load_timm_weights(body: nn.Module, backbone: str, indices: Sequence[int], weights: bool | str = True) -> None:
     """Copy timm's pretrained weights into the backbone of a library model.
 
     Raises:
         ModelError: there are no pretrained weights, or they cannot be downloaded.
     """
-    try:
-        source = timm.create_model(backbone, features_only=True, pretrained=True, out_indices=tuple(indices))
-    except Exception as error:  # the hub's errors have no common base
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"backbone {backbone}: no pretrained weights: {reason}; leave out pretrained=true") from error
+    source = pretrained_features(backbone, indices, {}, weights)
     own = body.state_dict()
     body.load_state_dict({name: value for name, value in source.state_dict().items() if name in own})
 
