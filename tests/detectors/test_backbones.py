@@ -84,6 +84,21 @@ def test_other_families_take_them_too(name):
         assert len(detector.features(batch_of(image()[None])).maps) == len(detector.spec.strides)
 
 
+def test_a_swin_under_a_detr_takes_images_of_any_size(tmp_path):
+    """It is transformers' own, of timm's depths and widths."""
+    torch.manual_seed(0)
+    swin = "swin_tiny_patch4_window7_224"
+    detector = build_detector(f"deformable_detr:{swin},dim=32,heads=2,ffn=32,encoder=1,decoder=2,queries=8", CLASSES).eval()
+    assert detector.spec.backbone.channels == (192, 384, 768)
+    assert detector.spec.backbone.strides == (8, 16, 32)
+    config = detector.config.backbone_config
+    assert (config.depths, config.num_heads, config.window_size) == ([2, 2, 6, 2], [3, 6, 12, 24], 7)
+    again = load_detector(save_student(detector, tmp_path)).eval()
+    assert torch.equal(detections(detector, image()).boxes_xyxy, detections(again, image()).boxes_xyxy)
+    with pytest.raises(ModelError, match="transformers' own Swin, into which timm's weights do not fit"):
+        build_detector(f"detr:{swin},pretrained=true", CLASSES)
+
+
 # ------------------------------------------------------------------------------------------------------------ pretrained
 
 

@@ -114,6 +114,7 @@ def test_pretrained_without_network_is_one_line(monkeypatch):
         return real(name, pretrained=False, **options)
 
     monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr("detdistill.detectors.torchvision.pretrained.hub_answers", lambda: True)
     with pytest.raises(
         ModelError, match=r"backbone resnet10t: no pretrained weights: no route to host; leave out pretrained=true$"
     ):

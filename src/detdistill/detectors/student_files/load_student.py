@@ -277,9 +277,10 @@ class SimplePyramid(nn.Module):
             timm_options: for ``timm.create_model``.
         """
         super().__init__()
-        self.vit: Any = timm.create_model(name, features_only=True, pretrained=False, out_indices=(-1,), **timm_options)
+        vit: Any = timm.create_model(name, features_only=True, pretrained=False, out_indices=(-1,), **timm_options)
+        self.vit = vit
         self.patch, self.stride = patch, 1 << round(math.log2(patch))
-        width = self.vit.feature_info.channels()[-1]
+        width = vit.feature_info.channels()[-1]
         channels = (width // 4, width // 2, width, width)
         self.out_indices = tuple(range(4)) if out_indices is None else tuple(out_indices)
         blocks = (
