@@ -60,7 +60,7 @@ def test_every_option_is_read():
         ("fcos:resnet18,width=0", "width='0' is not a number above 0"),
         ("fcos:resnet18,channels=8-0", "channels='8-0' is not a list, each a whole number, 1 or more, or none"),
         ("fcos:resnet18,score=2", "score='2' is not a number from 0 to 1"),
-        ("fcos:resnet18,pretrained=maybe", "pretrained='maybe' is not true or false"),
+        ("fcos:resnet18,pretrained=maybe", "pretrained=maybe: there is no such file"),
         ("fcos:resnet18,norm=gn", "norm='gn' is not one of bn, frozen"),
         ("fcos:resnet18,convs=-2", "convs='-2' is not a whole number, 0 or more"),
         ("fcso:resnet18", r"unknown detector 'fcso' \(did you mean 'fcos'\?\)"),
@@ -114,6 +114,7 @@ def test_pretrained_without_network_is_one_line(monkeypatch):
         return real(name, pretrained=False, **options)
 
     monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr("detdistill.detectors.torchvision.pretrained.hub_answers", lambda: True)
     with pytest.raises(
         ModelError, match=r"backbone resnet10t: no pretrained weights: no route to host; leave out pretrained=true$"
     ):

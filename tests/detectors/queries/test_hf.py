@@ -269,7 +269,7 @@ def test_backbones_keep_their_timm_name_otherwise():
 @pytest.mark.parametrize(
     ("backbone", "expected"),
     [
-        ("swin_tiny_patch4_window7_224", "needs timm's strict_img_size"),
+        ("vit_tiny_patch16_224", "needs timm's patch, dynamic_img_size"),
         ("resnet19", "unknown backbone 'resnet19'"),
         ("mobilenetv3_small_050", "would replace its norms and lose the activations in them"),
     ],
@@ -297,6 +297,7 @@ def test_pretrained_weights_are_copied(monkeypatch):
         return source if options.get("pretrained") else original(name, **options)
 
     monkeypatch.setattr(models.timm, "create_model", create)
+    monkeypatch.setattr("detdistill.detectors.torchvision.pretrained.hub_answers", lambda: True)
     small = "resnet10t,dim=32,heads=2,ffn=32,encoder=1,decoder=1,pretrained=true"
     detector = build_detector(f"detr:{small}", ["a"]).eval()
     batch = unequal_batch()

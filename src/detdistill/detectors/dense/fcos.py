@@ -66,7 +66,7 @@ def build(backbone: str, classes: Sequence[str], options: DenseOptions) -> FCOSD
     }
     model = build_model(description)
     if options.pretrained:
-        load_pretrained(model.backbone, pyramid)
+        load_pretrained(model.backbone, pyramid, options.pretrained)
     return wrap_model(model, classes, options.name or f"fcos:{backbone}", description=description)
 
 

@@ -68,7 +68,7 @@ def build(backbone: str, classes: Sequence[str], options: RepPointsOptions) -> R
     }
     model = build_model(description)
     if options.pretrained:
-        load_pretrained(model.backbone, pyramid)
+        load_pretrained(model.backbone, pyramid, options.pretrained)
     return wrap_model(model, classes, options.name or f"reppoints:{backbone}", description=description)
 
 

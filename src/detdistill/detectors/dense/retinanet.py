@@ -86,7 +86,7 @@ def build(backbone: str, classes: Sequence[str], options: RetinaNetOptions) -> R
     }
     model = build_model(description)
     if options.pretrained:
-        load_pretrained(model.backbone, pyramid)
+        load_pretrained(model.backbone, pyramid, options.pretrained)
     return wrap_model(model, classes, options.name or f"retinanet:{backbone}", description=description)
 
 

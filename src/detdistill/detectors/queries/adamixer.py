@@ -102,7 +102,7 @@ def build(backbone: str, classes: Sequence[str], options: AdaMixerOptions) -> Ad
     }
     model = build_model(description)
     if options.pretrained:
-        load_pretrained(model.backbone, pyramid)
+        load_pretrained(model.backbone, pyramid, options.pretrained)
     return wrap_model(model, classes, options.name or f"adamixer:{backbone}", description=description)
 
 

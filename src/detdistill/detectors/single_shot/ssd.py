@@ -91,7 +91,7 @@ def build(backbone: str, classes: Sequence[str], options: SSDOptions | VGGOption
     }
     model: Any = build_model(description)
     if options.pretrained:
-        load_pretrained(model.backbone, pyramid)
+        load_pretrained(model.backbone, pyramid, options.pretrained)
     return wrap_ssd(model, classes, name, description=description)
 
 

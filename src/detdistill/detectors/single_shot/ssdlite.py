@@ -82,5 +82,5 @@ def build(backbone: str, classes: Sequence[str], options: SSDLiteSelectionOption
     }
     model: Any = build_model(description)
     if options.pretrained:
-        load_pretrained(model.backbone, pyramid)
+        load_pretrained(model.backbone, pyramid, options.pretrained)
     return wrap_ssd(model, classes, name, description=description)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import sys
 import warnings
 import zlib
@@ -30,6 +31,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from safetensors.torch import load_file
+from timm.layers import LayerNorm2d
+from timm.models import FeatureInfo
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
@@ -233,14 +236,17 @@ class Resized(nn.Module):
         return self.plain.postprocess(result, image_shapes, original_image_sizes)
 
 
-def timm_features(name: str, plain_stem: int | None = None, **timm_options: Any) -> Any:
+def timm_features(name: str, plain_stem: int | None = None, patch: int | None = None, **timm_options: Any) -> Any:
     """A timm model as features, with random weights.
 
     Args:
         name: of the timm model.
         plain_stem: channels of a resnet's stem of one 7x7 convolution, which timm itself holds at 64; even.
+        patch: side in pixels of a ViT's patches: its single map becomes a pyramid, see ``SimplePyramid``.
         timm_options: for ``timm.create_model``.
     """
+    if patch is not None:
+        return SimplePyramid(name, patch, **timm_options)
     if plain_stem is None:
         return timm.create_model(name, features_only=True, pretrained=False, **timm_options)
     # A deep stem may have any width: with one, timm gives all that follows the right one. Then the plain stem takes its place.
@@ -249,6 +255,61 @@ def timm_features(name: str, plain_stem: int | None = None, **timm_options: Any)
     body.conv1 = nn.Conv2d(3, plain_stem, 7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
     return body
+
+
+class SimplePyramid(nn.Module):
+    """A plain ViT of timm as a backbone with four maps, made from its last one by up- and downsampling.
+
+    Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022, section 3: the map of stride 16
+    becomes strides 4 (two transposed convolutions), 8 (one), 16 (as it is) and 32 (max-pooling). A patch of 14 pixels counts as
+    stride 16: images are shown to the network at 14/16 of their size.
+    """
+
+    output_fmt = "NCHW"
+
+    def __init__(self, name: str, patch: int, out_indices: Sequence[int] | None = None, **timm_options: Any) -> None:
+        """Build with random weights.
+
+        Args:
+            name: of the timm model.
+            patch: side of its patches in pixels.
+            out_indices: which of the four maps are returned; None: all.
+            timm_options: for ``timm.create_model``.
+        """
+        super().__init__()
+        vit: Any = timm.create_model(name, features_only=True, pretrained=False, out_indices=(-1,), **timm_options)
+        self.vit = vit
+        self.patch, self.stride = patch, 1 << round(math.log2(patch))
+        width = vit.feature_info.channels()[-1]
+        channels = (width // 4, width // 2, width, width)
+        self.out_indices = tuple(range(4)) if out_indices is None else tuple(out_indices)
+        blocks = (
+            lambda: nn.Sequential(
+                nn.ConvTranspose2d(width, width // 2, 2, stride=2),
+                LayerNorm2d(width // 2),
+                nn.GELU(),
+                nn.ConvTranspose2d(width // 2, width // 4, 2, stride=2),
+            ),
+            lambda: nn.ConvTranspose2d(width, width // 2, 2, stride=2),
+            nn.Identity,
+            lambda: nn.MaxPool2d(2),
+        )
+        self.levels = nn.ModuleList(blocks[index]() for index in self.out_indices)
+        strides = [self.stride * 2**index // 4 for index in range(4)]
+        about = [{"module": f"levels.{index}", "num_chs": channels[index], "reduction": strides[index]} for index in range(4)]
+        self.feature_info = FeatureInfo(about, self.out_indices)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The maps [B, C_l, H_l, W_l], finest first."""
+        rows, columns = (-(-side // self.stride) for side in images.shape[-2:])
+        below, right = rows * self.stride - images.shape[-2], columns * self.stride - images.shape[-1]
+        if below or right:
+            images = F.pad(images, [0, right, 0, below])
+        if self.patch != self.stride:
+            size = [rows * self.patch, columns * self.patch]
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=self.patch < self.stride)
+        last = self.vit(images)[-1]
+        return [level(last) for level in self.levels]
 
 
 def by_level(maps: list[Tensor]) -> dict[str, Tensor]:

@@ -8,10 +8,13 @@ import timm
 import torch
 from torch import nn
 
-from detdistill.detectors.student_files.load_student import TimmPyramid, timm_features
+from detdistill.detectors.student_files.load_student import SimplePyramid, TimmPyramid, timm_features
 from detdistill.detectors.torchvision.options import BackboneOptions
+from detdistill.detectors.torchvision.pretrained import pretrained_features
 from detdistill.errors import ModelError, nearest
 
+PLAIN_VITS = ("vision_transformer", "deit", "eva")
+"""timm modules of transformers whose maps all have the same stride: they get a ``SimplePyramid``."""
 RESNETS = ("resnet",)
 """timm modules whose models take ``channels=`` and ``stem_width=``."""
 NOT_IN_TIMM = {
@@ -87,8 +90,9 @@ def timm_description(backbone: str, options: BackboneOptions) -> dict[str, Any]:
     wanted: dict[str, Any] = {}
     if timm.models.is_model_in_modules(backbone, ["swin_transformer", "swin_transformer_v2"]):
         wanted["strict_img_size"] = False
-    if timm.models.is_model_in_modules(backbone, ["vision_transformer"]):
-        wanted["dynamic_img_size"] = True
+    patch = patch_of(backbone)
+    if patch is not None:
+        wanted |= {"patch": patch, "dynamic_img_size": True}
     scaled = [name for name in ("width", "channels", "stem") if getattr(options, name) != getattr(BackboneOptions, name)]
     if not scaled:
         return wanted
@@ -115,6 +119,18 @@ def timm_description(backbone: str, options: BackboneOptions) -> dict[str, Any]:
     return wanted
 
 
+def patch_of(backbone: str) -> int | None:
+    """Side of the patches of a plain ViT (ViT, DeiT, DINOv2, DINOv3, EVA) in pixels; None: another kind of model."""
+    if not timm.models.is_model_in_modules(backbone, list(PLAIN_VITS)):
+        return None
+    with torch.device("meta"):
+        patches = getattr(timm.create_model(backbone, pretrained=False), "patch_embed", None)
+    sides = getattr(patches, "patch_size", None)
+    if not isinstance(sides, tuple) or sides[0] != sides[1]:
+        return None
+    return int(sides[0])
+
+
 def scale_channels(channels: int, width: float) -> int:
     """Multiply channels by ``width``, rounded to a multiple of 8, at least 8."""
     return max(8, round(channels * width / 8) * 8)
@@ -134,21 +150,23 @@ def probe(backbone: str, timm_options: dict[str, Any]) -> Any:
             raise ModelError(f"backbone {backbone}: timm cannot build it as features: {reason}") from error
 
 
-def load_pretrained(pyramid: TimmPyramid, description: dict[str, Any]) -> None:
-    """Copy timm's pretrained weights into a pyramid's backbone.
+def load_pretrained(pyramid: TimmPyramid, description: dict[str, Any], source: bool | str = True) -> None:
+    """Copy pretrained weights into a pyramid's backbone.
+
+    Args:
+        pyramid: the pyramid.
+        description: the call that built it.
+        source: see ``pretrained.pretrained_features``.
 
     Raises:
-        ModelError: the backbone has no pretrained weights, or they cannot be downloaded.
+        ModelError: the backbone has no pretrained weights, they cannot be downloaded, or a file does not fit.
     """
-    known = ("call", "name", "indices", "out_channels", "extra", "top", "norm")
+    known = ("call", "name", "indices", "out_channels", "extra", "top", "norm", "patch")
     options = {key: value for key, value in description.items() if key not in known}
-    name = description["name"]
-    try:
-        body = timm.create_model(name, features_only=True, pretrained=True, out_indices=tuple(description["indices"]), **options)
-    except Exception as error:  # the hub's errors have no common base
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"backbone {name}: no pretrained weights: {reason}; leave out pretrained=true") from error
-    pyramid.body.load_state_dict(body.state_dict())
+    vit = isinstance(pyramid.body, SimplePyramid)
+    indices = (-1,) if vit else tuple(description["indices"])
+    body = pretrained_features(description["name"], indices, options, source)
+    (pyramid.body.vit if isinstance(pyramid.body, SimplePyramid) else pyramid.body).load_state_dict(body.state_dict())
 
 
 def image_statistics(backbone: str, options: BackboneOptions) -> tuple[list[float], list[float]]:

@@ -40,8 +40,8 @@ class BackboneOptions(ModelOptions):
     """Channels of the backbone's stages (timm's resnet family), written ``16-32-64-128``."""
     stem: Count | None = None
     """Channels of the stem (timm's resnet family). Deep stem: timm's ``stem_width``, half of the stem's output channels."""
-    pretrained: bool = False
-    """Start from timm's backbone weights."""
+    pretrained: bool | str = False
+    """Start from backbone weights: `true` for timm's own, or a file of weights for this timm model (.safetensors or .pth)."""
     norm: Literal["bn", "frozen"] = "bn"
     """``bn``: BatchNorm trains; ``frozen``: BatchNorm is constant."""
 

@@ -39,7 +39,7 @@ def build(backbone: str, classes: Sequence[str], options: TwoStageOptions) -> Ca
     description["mask_roi_pool"] = {**description["box_roi_pool"], "output_size": 14}
     model = build_model(description)
     if options.pretrained:
-        load_pretrained(cast(TimmPyramid, model.backbone), description["backbone"])
+        load_pretrained(cast(TimmPyramid, model.backbone), description["backbone"], options.pretrained)
     return wrap_model(model, classes, options.name or f"cascade_mask_rcnn:{backbone}", description=description)
 
 

@@ -38,7 +38,7 @@ def build(backbone: str, classes: Sequence[str], options: TwoStageOptions) -> Ca
     description = cascade_description("models.cascade.CascadeRCNN", backbone, classes, options)
     model = build_model(description)
     if options.pretrained:
-        load_pretrained(cast(TimmPyramid, model.backbone), description["backbone"])
+        load_pretrained(cast(TimmPyramid, model.backbone), description["backbone"], options.pretrained)
     return wrap_model(model, classes, options.name or f"cascade_rcnn:{backbone}", description=description)
 
 

@@ -35,7 +35,7 @@ def build(backbone: str, classes: Sequence[str], options: TwoStageOptions) -> Fa
     description = two_stage_description("torchvision.models.detection.FasterRCNN", backbone, classes, options)
     model = build_model(description)
     if options.pretrained:
-        load_pretrained(cast(TimmPyramid, model.backbone), description["backbone"])
+        load_pretrained(cast(TimmPyramid, model.backbone), description["backbone"], options.pretrained)
     return wrap_model(model, classes, options.name or f"faster_rcnn:{backbone}", description=description)
 
 

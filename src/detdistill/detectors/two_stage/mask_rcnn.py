@@ -51,7 +51,7 @@ def build(backbone: str, classes: Sequence[str], options: TwoStageOptions) -> Ma
     }
     model = build_model(description)
     if options.pretrained:
-        load_pretrained(cast(TimmPyramid, model.backbone), description["backbone"])
+        load_pretrained(cast(TimmPyramid, model.backbone), description["backbone"], options.pretrained)
     return wrap_model(model, classes, options.name or f"mask_rcnn:{backbone}", description=description)
 
 

@@ -310,7 +310,7 @@ def one_stage_model(call: str, backbone: str, classes: Sequence[str], options: D
     }
     model = build_model(description)
     if options.pretrained:
-        load_pretrained(model.backbone, pyramid)
+        load_pretrained(model.backbone, pyramid, options.pretrained)
     return model, description
 
 

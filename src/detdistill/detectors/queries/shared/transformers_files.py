@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants as hub_constants
-from huggingface_hub.utils import get_session
 from torch import nn
 from transformers import AutoConfig
 from transformers.utils import cached_file
@@ -21,6 +19,7 @@ from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 from detdistill.detectors.queries.shared.transformers_detector import TransformersDetector, class_names
 from detdistill.detectors.queries.shared.transformers_models import label_maps, quiet, ready_model, selection
+from detdistill.detectors.torchvision.pretrained import hub_answers
 from detdistill.errors import ClassCountError, DetdistillWarning, ModelError
 
 NO_CLASS = "N/A"
@@ -184,13 +183,7 @@ def _statistics(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_offline(source: str | Path) -> bool:
     """True for a folder, and when the hub does not answer within 5 s (the library would retry for minutes)."""
-    if Path(source).is_dir():
-        return True
-    try:
-        get_session().head(hub_constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever the network throws
-        return True
-    return False
+    return Path(source).is_dir() or not hub_answers()
 
 
 def reason_of(error: Exception) -> str:

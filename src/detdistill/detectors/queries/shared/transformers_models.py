@@ -7,15 +7,17 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import timm
+import torch
 from huggingface_hub.utils import logging as hub_logging
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, ResNetConfig, RTDetrResNetConfig, TimmBackboneConfig
+from transformers import PreTrainedConfig, ResNetConfig, RTDetrResNetConfig, SwinConfig, TimmBackboneConfig
 from transformers.utils import logging as library_logging
 
 from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 from detdistill.detectors.torchvision.backbones import image_statistics, probe, timm_description
 from detdistill.detectors.torchvision.options import BackboneOptions
+from detdistill.detectors.torchvision.pretrained import pretrained_features
 from detdistill.errors import ModelError
 
 
@@ -25,12 +27,15 @@ def backbone_config(backbone: str, options: BackboneOptions, strides: Sequence[i
     A scaled resnet (``width``, ``channels``, ``stem``) becomes transformers' own ResNet of the same depths, widths and kind
     of block, because a ``TimmBackboneConfig`` cannot hold keyword arguments of timm. It becomes RT-DETR's ResNet (deep stem)
     if timm's stem is deep and either the blocks are bottlenecks or the stem is as wide as the first stage; otherwise it
-    becomes the plain ResNet (7x7 stem).
+    becomes the plain ResNet (7x7 stem). A Swin becomes transformers' own, because a ``TimmBackboneConfig`` cannot hold the
+    argument by which timm's takes images of any size.
 
     Raises:
         ModelError: the backbone is unknown, cannot be scaled, lacks a stride, or needs timm options that transformers cannot
             store.
     """
+    if timm.models.is_model_in_modules(backbone, ["swin_transformer"]):
+        return swin_config(backbone, options, strides)
     timm_options = timm_description(backbone, options)
     scaled = timm_options.keys() & {"channels", "stem_width", "plain_stem"}
     if timm_options and not scaled:
@@ -57,6 +62,35 @@ def backbone_config(backbone: str, options: BackboneOptions, strides: Sequence[i
         hidden_sizes=widths,
         depths=depths,
         layer_type="bottleneck" if bottleneck else "basic",
+        out_features=[f"stage{int(stride).bit_length() - 2}" for stride in strides],
+    )
+
+
+def swin_config(backbone: str, options: BackboneOptions, strides: Sequence[int]) -> PreTrainedConfig:
+    """The library's own Swin with depths, widths, heads and window of timm's; it takes images of any size.
+
+    Raises:
+        ModelError: the backbone lacks a stride, or an option needs timm's weights or a resnet.
+    """
+    timm_description(backbone, options)  # refuses widths and channels
+    if options.pretrained:
+        raise ModelError(
+            f"backbone {backbone}: under DETR families it is transformers' own Swin, into which timm's weights do not fit; leave "
+            "out pretrained"
+        )
+    missing = [stride for stride in strides if stride not in (4, 8, 16, 32)]
+    if missing:
+        raise ModelError(
+            f"backbone {backbone} has maps of stride 4, 8, 16, 32, none of stride {missing[0]}, which the detector needs"
+        )
+    with torch.device("meta"):
+        model: Any = timm.create_model(backbone, pretrained=False)
+    first = [stage.blocks[0].attn for stage in model.layers]
+    return cast(Any, SwinConfig)(
+        embed_dim=model.embed_dim,
+        depths=[len(stage.blocks) for stage in model.layers],
+        num_heads=[attention.num_heads for attention in first],
+        window_size=first[0].window_size[0],
         out_features=[f"stage{int(stride).bit_length() - 2}" for stride in strides],
     )
 
@@ -90,7 +124,7 @@ def fresh_model(
     if config.backbone_config.model_type == "timm_backbone":
         refuse_lost_activations(body, backbone)
         if options.pretrained:
-            load_timm_weights(body, backbone, config.backbone_config.out_indices)
+            load_timm_weights(body, backbone, config.backbone_config.out_indices, options.pretrained)
     return ready_model(model, backbone_modules)
 
 
@@ -161,17 +195,13 @@ def refuse_lost_activations(body: nn.Module, backbone: str) -> None:
         )
 
 
-def load_timm_weights(body: nn.Module, backbone: str, indices: Sequence[int]) -> None:
+def load_timm_weights(body: nn.Module, backbone: str, indices: Sequence[int], weights: bool | str = True) -> None:
     """Copy timm's pretrained weights into the backbone of a library model.
 
     Raises:
         ModelError: there are no pretrained weights, or they cannot be downloaded.
     """
-    try:
-        source = timm.create_model(backbone, features_only=True, pretrained=True, out_indices=tuple(indices))
-    except Exception as error:  # the hub's errors have no common base
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"backbone {backbone}: no pretrained weights: {reason}; leave out pretrained=true") from error
+    source = pretrained_features(backbone, indices, {}, weights)
     own = body.state_dict()
     body.load_state_dict({name: value for name, value in source.state_dict().items() if name in own})
 
