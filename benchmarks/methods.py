@@ -11,7 +11,7 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,12 @@ def main() -> None:
     parser.add_argument("--pair", choices=PAIRS, default="fcos")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", help="instead of those of the pair")
+    parser.add_argument("--steps", type=int, help="training steps of the students, instead of the pair's length")
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
     pair = PAIRS[chosen.pair]
+    if chosen.steps:
+        pair = replace(pair, length={"steps": chosen.steps})
     settings = {**demo_settings(), **pair.settings}
     teacher = chosen.work / "teacher"
     if not (teacher / "summary.json").exists():
