@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from detdistill import demo as example
 from detdistill.errors import DetdistillError
+
+example = importlib.import_module("detdistill.demo")  # detdistill.demo is the function
 
 
 @pytest.mark.parametrize(

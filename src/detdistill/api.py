@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from detdistill.data.records import DataSplits, Defect, SplitName
     from detdistill.detectors.contract import Detector
     from detdistill.evaluation import Scores
+    from detdistill.export.bench import Timing
+    from detdistill.export.run import Exported
     from detdistill.progress import Progress
     from detdistill.training.run import Run
 
@@ -262,7 +264,7 @@ def evaluate(
     """Compute the 12 COCO numbers, the AP of each class, and the loss of AP50 by kind of error.
 
     Args:
-        model: a run folder, a ``student/`` folder, or a model string with weights.
+        model: a run folder, a ``student/`` folder, a model string with weights, or a file that ``export`` wrote.
         data: see ``train``.
         split: val, test or train.
         batch: images per forward pass.
@@ -274,20 +276,19 @@ def evaluate(
         DetdistillError: one line that says what is wrong and what to do.
     """
     from detdistill.data.discover import load_split
-    from detdistill.detectors.load import load_detector
     from detdistill.evaluation import evaluate as evaluate_detector
     from detdistill.progress import Progress
     from detdistill.training.plan import view_settings
 
-    wanted = _settings(TrainSettings, {**_image_settings_of(model), **settings})
+    wanted = _settings(TrainSettings, {**_image_settings(model), **settings})
     with progress or Progress() as shown:
         if split not in ("train", "val", "test"):
             raise RunError(f"no split {split!r}; use val, test or train")
         chosen, notes = load_split(data, cast("SplitName", split), strict=wanted.strict)
         _tell(data, notes, chosen.defects, shown)
-        detector = load_detector(model, chosen.classes)
-        bar = shown.bar(f"evaluate on {split}", len(chosen.records))
         device = _device(wanted.device)
+        detector = _detector(model, chosen.classes, device)
+        bar = shown.bar(f"evaluate on {split}", len(chosen.records))
         return evaluate_detector(
             detector,
             chosen,
@@ -327,19 +328,140 @@ def predict(
     Raises:
         DetdistillError: one line that says what is wrong and what to do.
     """
-    from detdistill.detectors.load import load_detector
     from detdistill.evaluation.predict import predict_folder
     from detdistill.progress import Progress
     from detdistill.training.plan import view_settings
 
-    chosen = _image_settings_of(model)
+    chosen = _image_settings(model)
     if size is not None:
         chosen["size"] = size
     settings = view_settings(_settings(TrainSettings, chosen))
     with progress or Progress() as shown:
-        detector = load_detector(model).eval().to(_device(device))
+        detector = _detector(model, None, _device(device)).eval().to(_device(device))
         bar = shown.bar("predict", 1)
         return predict_folder(detector, Path(images), Path(out), settings, score=score, bar=bar)
+
+
+def export(
+    model: str,
+    out: str | Path,
+    data: str | None = None,
+    *,
+    format: str = "onnx",
+    int8: bool = False,
+    nms: bool = False,
+    dynamic: Sequence[str] | None = None,
+    opset: int | None = None,
+    calibration: int = 64,
+    batch: int = 8,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Exported:
+    """Write a detector into a file for another runtime, read the file back, and compare it with the detector in torch.
+
+    Args:
+        model: see ``evaluate``; no exported file.
+        out: the file: ``.onnx``, ``.xml`` (openvino), ``.torchscript`` or ``.pt2``. ``export.json`` is written beside it.
+        data: images for the proof (val split) and for int8 (train split), see ``train``; None: the file is compared on noise,
+            and there is no AP.
+        format: onnx, openvino, torchscript or pt2.
+        int8: also write the int8 form, ``model.int8.onnx``.
+        nms: put the choice of detections and NMS into the file (dense heads; one image at a time).
+        dynamic: what may vary, of ``batch`` and ``size``; None: all that the detector allows.
+        opset: of ONNX; None: the smallest that suffices.
+        calibration: number of training images for int8.
+        batch: images per forward pass of the evaluations.
+        overwrite: replace files that exist.
+        progress: display of the progress; None: a new one on stderr.
+        settings: the fields size, resize, max_size and strict of ``TrainSettings``; for a run folder they default to the run's.
+
+    Returns:
+        The files, and for torch and each file AP, the largest differences and the time. ``passed`` is False if a file lost more
+        than 0.1 points of AP, or 1.0 with int8.
+
+    Raises:
+        DetdistillError: one line that says what is wrong and what to do.
+    """
+    from detdistill.data.discover import load_split
+    from detdistill.detectors.load import load_detector
+    from detdistill.export.run import Wanted, check_wanted, export_detector
+    from detdistill.export.runtimes import is_file
+    from detdistill.progress import Progress
+    from detdistill.training.plan import view_settings
+
+    free = None if dynamic is None else tuple(dynamic)
+    wanted = Wanted(Path(out), format, int8, nms, free, opset, calibration, batch, overwrite=overwrite)
+    check_wanted(wanted)
+    if is_file(model):
+        raise RunError(f"model: {model} is an exported file; export the run or the student folder that it was made of")
+    given = {name: value for name, value in settings.items() if value is not None}
+    chosen = _settings(TrainSettings, {**_image_settings_of(model), **given})
+    with progress or Progress() as shown:
+        sets = {}
+        for split in ("val", *(("train",) if int8 else ())) if data is not None else ():
+            sets[split], notes = load_split(str(data), cast("SplitName", split), strict=chosen.strict)
+            _tell(str(data), notes, sets[split].defects, shown)
+        detector = load_detector(model, sets["val"].classes if sets and ":" in model else None)
+        return export_detector(detector, wanted, view_settings(chosen), sets.get("val"), sets.get("train"), shown)
+
+
+def bench(
+    models: Sequence[str],
+    data: str | None = None,
+    *,
+    batch: int = 1,
+    rounds: int = 30,
+    threads: int = 1,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Timing]:
+    """Measure the time of several models from pixels to detections, in turns, on the same images.
+
+    Args:
+        models: see ``evaluate``; also model strings without weights.
+        data: images of the val split; None: noise.
+        batch: images at a time.
+        rounds: how often each model runs; the median counts.
+        threads: threads of torch and of the runtimes.
+        device: auto, cpu or cuda.
+        progress: display of the progress; None: a new one on stderr.
+        settings: the fields size, resize, max_size and strict of ``TrainSettings``; they default to those of the first model.
+
+    Raises:
+        DetdistillError: one line that says what is wrong and what to do.
+    """
+    import torch
+
+    from detdistill.data.discover import load_split
+    from detdistill.export.bench import interleaved
+    from detdistill.export.run import first_batch, random_batch
+    from detdistill.progress import Progress
+    from detdistill.training.plan import view_settings
+
+    if not models:
+        raise RunError("bench: no models; give --model with one or more")
+    for name, value in (("batch", batch), ("rounds", rounds), ("threads", threads)):
+        if value < 1:
+            raise RunError(f"{name}: {value} must be 1 or more")
+    given = {name: value for name, value in settings.items() if value is not None}
+    chosen = _settings(TrainSettings, {**_image_settings(models[0]), **given})
+    where, before = _device(device), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with progress or Progress() as shown:
+            view, images, classes = view_settings(chosen), None, None
+            if data is not None:
+                images, notes = load_split(data, "val", strict=chosen.strict)
+                _tell(data, notes, images.defects, shown)
+                classes = images.classes
+            opened = {name: _detector(name, classes if ":" in name else None, where, True).eval().to(where) for name in models}
+            given_batch = random_batch(batch, view.size) if images is None else first_batch(images, view, batch)
+            bar = shown.bar("bench", rounds)
+            return interleaved(opened, given_batch.to(where), rounds, bar.update)
+    finally:
+        torch.set_num_threads(before)
 
 
 def compare(
@@ -515,6 +637,35 @@ def _report(runs: Sequence[Path], page: Path, progress: Progress) -> None:
 
     if is_main_process():
         build_report(runs, page, progress=progress)
+
+
+def _detector(model: str, classes: Sequence[str] | None, device: str, fresh: bool = False) -> Detector:
+    """Load a detector or open an exported file; with ``fresh``, a model string without weights is built with random ones."""
+    from detdistill.detectors.load import load_detector
+    from detdistill.export.file_detector import load_file
+    from detdistill.export.runtimes import is_file
+
+    if is_file(model):
+        return load_file(model, classes, device)
+    if fresh and ":" in model and classes is None:
+        from detdistill.detectors.build import build_detector
+
+        if "weights=" not in model and not model.startswith("hf:"):
+            return build_detector(model, [f"class {number}" for number in range(80)])
+    return load_detector(model, classes)
+
+
+def _image_settings(model: str) -> dict[str, Any]:
+    """Image settings of a model: those in an exported file, or of the run that trained it."""
+    from detdistill.export.runtimes import SUFFIXES
+
+    path = Path(model)
+    if path.suffix not in SUFFIXES or not path.is_file():
+        return _image_settings_of(model)
+    from detdistill.export.runtimes import open_file
+
+    about, _ = open_file(path)
+    return {"size": about.size, "resize": about.resize, "max_size": about.max_size}
 
 
 def _image_settings_of(model: str) -> dict[str, Any]:

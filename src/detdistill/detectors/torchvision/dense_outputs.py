@@ -46,7 +46,7 @@ def flat_outputs(maps: Sequence[Tensor], width: int) -> Tensor:
     """Flatten output maps [B, A*width, H, W] to [B, P, width]; order: level, row, column, anchor, as in torchvision."""
     flat = []
     for level in maps:
-        cells = level.unflatten(1, (level.shape[1] // width, width)).permute(0, 3, 4, 1, 2)  # no -1: an export may have free sizes
+        cells = level.unflatten(1, (level.shape[1] // width, width)).permute(0, 3, 4, 1, 2)  # -1 fails in exports
         flat.append(cells.flatten(1, 3))
     return torch.cat(flat, dim=1)
 
