@@ -181,6 +181,7 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
     """
     types = {action.dest: getattr(action, "_typehint", str) for action in parser._actions}
     positional = any(not action.option_strings for action in parser._actions)
+    several = {option.lstrip("-") for action in parser._actions if action.nargs == "+" for option in action.option_strings}
     files: list[str] = []
     normal: list[str] = []
     waiting = list(arguments)
@@ -199,7 +200,11 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
         alone = flag and positional and waiting[:1] not in (["true"], ["false"])
         if value is None and waiting and not waiting[0].startswith("--") and not alone:
             value = waiting.pop(0)
-        if name == "recipe" and name in types:
+        if name in several:  # ``--model A B``: all words up to the next flag
+            normal += [f"--{name}", *([] if value is None else [value])]
+            while waiting and not re.match(r"^--|^[a-z_]+=", waiting[0]):
+                normal.append(waiting.pop(0))
+        elif name == "recipe" and name in types:
             files.append(f"--config={recipe_path(value or '')}")
         elif name == "config" and value:
             files.append(f"--config={_checked_config(parser, Path(value))}")

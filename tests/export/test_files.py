@@ -36,7 +36,9 @@ def lively(name):
     noise = torch.Generator().manual_seed(1)
     for key, parameter in detector.named_parameters():
         if parameter.dim() == 1 and ("cls_logits" in key or "class_embed" in key):
-            parameter.data.add_(3 + 0.3 * torch.randn(parameter.shape, generator=noise))
+            parameter.data.add_(2 + 0.3 * torch.randn(parameter.shape, generator=noise))
+        if parameter.dim() == 4 and "cls_logits" in key:
+            parameter.data.mul_(30)
     if name in ("fcos", "retinanet"):  # torchvision's heads have an output for the background, which training holds down
         detector.model.head.classification_head.cls_logits.bias.data[0::3] = -9
     return detector
@@ -55,15 +57,13 @@ def written(detector, path, kind="onnx", inside=False):
 def assert_same_detections(detector, file, given):
     wanted = detector.detect(detector.predict(detector.features(given), given), given)
     found = file.detect(file.predict(file.features(given), given), given)
-    total = 0
     for first, second in zip(wanted, found, strict=True):
-        assert len(first) == len(second)
-        total += len(first)
-        torch.testing.assert_close(second.scores, first.scores, atol=1e-4, rtol=0)
-        # Equal scores may change places: at least nine of ten boxes are the same, place by place.
-        same = ((first.boxes_xyxy - second.boxes_xyxy).abs().amax(dim=1) < 0.01) & (first.labels == second.labels)
-        assert same.float().mean() >= 0.9
-    assert total > 0
+        assert len(first) > 0
+        # Random weights give scores that are nearly equal, whose order and suppression rounding decides: a tenth may differ.
+        same = (first.labels[:, None] == second.labels) & ((first.scores[:, None] - second.scores).abs() < 1e-4)
+        same &= (first.boxes_xyxy[:, None] - second.boxes_xyxy).abs().amax(dim=-1) < 0.01
+        assert same.any(dim=1).float().mean() >= 0.9
+        assert same.any(dim=0).float().mean() >= 0.9
 
 
 BATCHES = {"traced": ([(128, 128), (96, 128)], 128, 128), "more images": ([(90, 128), (128, 70), (128, 128)], 128, 128)}
