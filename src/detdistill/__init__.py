@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "train": "api", "distill": "api", "evaluate": "api", "predict": "api", "export": "api", "bench": "api",
+    "push": "api",
     "compare": "api", "report": "api", "inspect_data": "api", "demo": "demo",
     "TrainSettings": "settings", "DistillSettings": "settings",
     "load_data": "data.discover", "build_detector": "detectors.build", "load_detector": "detectors.load",

@@ -406,6 +406,26 @@ def export(
         return export_detector(detector, wanted, view_settings(chosen), sets.get("val"), sets.get("train"), shown)
 
 
+def push(model: str | Path, to: str, *, private: bool = True, message: str = "Upload by detdistill") -> str:
+    """Upload a student folder or an exported file to the Hugging Face hub.
+
+    Args:
+        model: a run folder (its ``student/``), a student folder, or a file that ``export`` wrote (with ``export.json``).
+        to: ``hub:NAME`` or ``hub:OWNER/NAME``; the repository is created if it does not exist.
+        private: a new repository is private.
+        message: message of the commit.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        RunError: there is nothing to upload, no token, no network, or no permission.
+    """
+    from detdistill.export.push import push as upload
+
+    return upload(Path(model), to, private=private, message=message)
+
+
 def bench(
     models: Sequence[str],
     data: str | None = None,

@@ -439,6 +439,19 @@ def _export(chosen: Namespace) -> None:
         sys.exit(1)
 
 
+def _push_flags(parser: Parser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="run folder, student folder, or a file that export wrote")
+    parser.add_argument("--to", type=str, required=True, help="hub:NAME or hub:OWNER/NAME")
+    parser.add_argument("--private", type=bool, default=True, help="a new repository is private")
+    parser.add_argument("--message", type=str, default="Upload by detdistill", help="message of the commit")
+
+
+def _push(chosen: Namespace) -> None:
+    from detdistill import api
+
+    _say(f"uploaded to {api.push(**_plain(chosen))}")
+
+
 def _bench_flags(parser: Parser) -> None:
     parser.add_argument(
         "--model",
@@ -598,6 +611,7 @@ VERBS: dict[str, tuple[Describe, Act, str]] = {
     "predict": (_predict_flags, _predict, "draw a detector's boxes on images"),
     "export": (_export_flags, _export, "write a model as ONNX, OpenVINO, TorchScript or pt2, and prove the file"),
     "bench": (_bench_flags, _bench, "measure the latency of models and exported files in turns"),
+    "push": (_push_flags, _push, "upload a student folder or an exported file to the Hugging Face hub"),
     "compare": (_compare_flags, _compare, "pair runs by seed: gain, 95 % interval, verdict"),
     "report": (_report_flags, _report, "write one self-contained HTML page about runs"),
     "methods": (_methods_flags, _methods, "list the methods, and which of them work with a pair"),
