@@ -414,7 +414,7 @@ def _export_flags(parser: Parser) -> None:
     parser.add_argument("--int8", type=bool, default=False, help="also write the int8 form, calibrated on training images")
     parser.add_argument("--nms", type=bool, default=False, help="NMS inside the file: dense heads, one image at a time")
     parser.add_argument(
-        "--dynamic", type=tuple[str, ...] | None, default=None, help="what may vary: batch,size; none given: all that can"
+        "--dynamic", type=str, default="all", help="what may vary: batch,size, one of them, none, or all that can"
     )
     parser.add_argument("--opset", type=int | None, default=None, help="of ONNX; none: the smallest that suffices")
     parser.add_argument("--calibration", type=int, default=64, help="number of training images for int8")
@@ -430,7 +430,8 @@ def _export(chosen: Namespace) -> None:
     from detdistill.listing import show_export
 
     values = _plain(chosen)
-    allowed = values.pop("allow_loss")
+    allowed, free = values.pop("allow_loss"), values.pop("dynamic")
+    values["dynamic"] = None if free == "all" else () if free == "none" else tuple(free.split(","))
     made = api.export(**values)
     show_export(made)
     if not made.passed and not allowed:
@@ -609,9 +610,9 @@ VERBS: dict[str, tuple[Describe, Act, str]] = {
     "cache-verify": (_verify_flags, _verify, "check a cache's checksums, and compare it with its teacher"),
     "eval": (_eval_flags, _eval, "compute the 12 COCO numbers and the AP of each class"),
     "predict": (_predict_flags, _predict, "draw a detector's boxes on images"),
-    "export": (_export_flags, _export, "write a model as ONNX, OpenVINO, TorchScript or pt2, and prove the file"),
+    "export": (_export_flags, _export, "write a model as ONNX, OpenVINO or int8, and prove the file"),
     "bench": (_bench_flags, _bench, "measure the latency of models and exported files in turns"),
-    "push": (_push_flags, _push, "upload a student folder or an exported file to the Hugging Face hub"),
+    "push": (_push_flags, _push, "upload a student or an exported file to the Hugging Face hub"),
     "compare": (_compare_flags, _compare, "pair runs by seed: gain, 95 % interval, verdict"),
     "report": (_report_flags, _report, "write one self-contained HTML page about runs"),
     "methods": (_methods_flags, _methods, "list the methods, and which of them work with a pair"),

@@ -12,6 +12,7 @@ from detdistill.detectors.build import build_detector
 from detdistill.detectors.load import load_detector
 from detdistill.detectors.save import save_student
 from detdistill.errors import ModelError, RunError
+from detdistill.export.file_detector import load_file
 from detdistill.export.proof import Stage, judged, set_difference
 from detdistill.export.run import Wanted, export_detector
 from detdistill.export.selection import Rule, select
@@ -135,6 +136,13 @@ def test_what_exists_is_kept(student, tmp_path):
     with pytest.raises(RunError, match="is a folder; name a file in it"):
         api.export(str(student), tmp_path / "folder.onnx")
     assert out.read_text() == "mine"
+
+
+def test_what_may_vary_can_be_less(student, tmp_path):
+    for given, free in (("none", ()), ("batch", ("batch",)), ("size", ("size",))):
+        path = tmp_path / f"{given}.onnx"
+        cli.main(["export", "--model", str(student), "--out", str(path), "--size", "64", "--dynamic", given])
+        assert load_file(path).about.free == free
 
 
 def test_weights_that_are_no_numbers(student, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -118,7 +119,9 @@ def _openvino(path: Path, device: str, threads: int) -> Opened:
 
 def _torchscript(path: Path, device: str, threads: int) -> Opened:
     extra = {KEY: ""}
-    module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch advises its newer format
+        module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
     text = extra[KEY]
     return text.decode() if isinstance(text, bytes) else text, _torch_runner(module, device)
 
