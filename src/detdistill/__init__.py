@@ -9,13 +9,16 @@ print(result.gains[0], result.report)
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "train": "api", "distill": "api", "evaluate": "api", "predict": "api", "detect": "api", "compare": "api", "report": "api",
-    "export_student": "api", "inspect_data": "api", "demo": "demo", "TrainSettings": "settings", "DistillSettings": "settings",
+    "export": "api", "bench": "api", "push": "api", "export_student": "api",
+    "inspect_data": "api", "demo": "demo", "TrainSettings": "settings", "DistillSettings": "settings",
     "load_data": "data.discover", "build_detector": "detectors.build", "load_detector": "detectors.load",
     "wrap": "detectors.wrap", "Detector": "detectors.contract", "Teacher": "detectors.contract",
     "Method": "methods.shared.contract", "Composition": "methods.shared.contract", "build_method": "methods.shared.compose",
@@ -26,6 +29,18 @@ _WHERE = {
 """Public names and the module of each; loaded when first used, so that importing the package costs nothing."""
 
 __all__ = ["__version__", *_WHERE]
+
+
+class _Package(ModuleType):
+    """The package as a module in which ``detdistill.compare`` stays the function after its module of that name was imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python sets an imported submodule as an attribute of its package.
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from detdistill.detectors.contract import Detector, Teacher
     from detdistill.evaluation import Scores
     from detdistill.evaluation.predict import Predicted
+    from detdistill.export.bench import Timing
+    from detdistill.export.run import Exported
     from detdistill.progress import Progress
     from detdistill.training.run import Run
 
@@ -274,8 +276,8 @@ def evaluate(
     """Compute the 12 COCO numbers, the AP of each class, and the loss of AP50 by kind of error.
 
     Args:
-        model: a run folder, a ``student/`` folder, a model string with weights, a result of ``train``, of a ``distill`` of one
-            run, or a detector in memory (also a wrapped one).
+        model: a run folder, a ``student/`` folder, a model string with weights, a file that ``export`` wrote, a result of
+            ``train``, of a ``distill`` of one run, or a detector in memory (also a wrapped one).
         data: see ``train``.
         split: val, test or train.
         batch: images per forward pass.
@@ -299,9 +301,9 @@ def evaluate(
             raise RunError(f"no split {split!r}; use val, test or train")
         chosen, notes = load_split(data, cast("SplitName", split), strict=wanted.strict)
         _tell(data, notes, chosen.defects, shown)
-        detector = open_detector(model, chosen.classes)
-        bar = shown.bar(f"evaluate on {split}", len(chosen.records))
         device = _device_for(model, wanted.device)
+        detector = open_detector(model, chosen.classes, device)
+        bar = shown.bar(f"evaluate on {split}", len(chosen.records))
         return evaluate_detector(
             detector,
             chosen,
@@ -472,6 +474,150 @@ def export_student(
         return save_student(detector.eval(), folder, resizing)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; give another --out") from error
+
+
+def export(
+    model: str,
+    out: str | Path,
+    data: str | None = None,
+    *,
+    format: str = "onnx",
+    int8: bool = False,
+    nms: bool = False,
+    dynamic: Sequence[str] | None = None,
+    opset: int | None = None,
+    calibration: int = 64,
+    batch: int = 8,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Exported:
+    """Write a detector into a file for another runtime, read the file back, and compare it with the detector in torch.
+
+    Args:
+        model: see ``evaluate``; no exported file.
+        out: the file: ``.onnx``, ``.xml`` (openvino), ``.torchscript`` or ``.pt2``. ``export.json`` is written beside it.
+        data: images for the proof (val split) and for int8 (train split), see ``train``; None: the file is compared on noise,
+            and there is no AP.
+        format: onnx, openvino, torchscript or pt2.
+        int8: also write the int8 form, ``model.int8.onnx``.
+        nms: put the choice of detections and NMS into the file (dense heads; one image at a time).
+        dynamic: what may vary, of ``batch`` and ``size``; None: all that the detector allows.
+        opset: of ONNX; None: the smallest that suffices.
+        calibration: number of training images for int8.
+        batch: images per forward pass of the evaluations.
+        overwrite: replace files that exist.
+        progress: display of the progress; None: a new one on stderr.
+        settings: the fields size, resize, max_size and strict of ``TrainSettings``; for a run folder they default to the run's.
+
+    Returns:
+        The files, and for torch and each file AP, the largest differences and the time. ``passed`` is False if a file lost more
+        than 0.1 points of AP, or 1.0 with int8.
+
+    Raises:
+        DetdistillError: one line that says what is wrong and what to do.
+    """
+    from detdistill.data.discover import load_split
+    from detdistill.detectors.load import load_detector
+    from detdistill.export.run import Wanted, check_wanted, export_detector
+    from detdistill.export.runtimes import is_file
+    from detdistill.progress import Progress
+    from detdistill.training.plan import view_settings
+
+    free = None if dynamic is None else tuple(dynamic)
+    wanted = Wanted(Path(out), format, int8, nms, free, opset, calibration, batch, overwrite=overwrite)
+    check_wanted(wanted)
+    if is_file(model):
+        raise RunError(f"model: {model} is an exported file; export the run or the student folder that it was made of")
+    given = {name: value for name, value in settings.items() if value is not None}
+    with progress or Progress() as shown:
+        chosen = _settings(TrainSettings, {**_known_image_settings(model, shown, given), **given})
+        sets = {}
+        for split in ("val", *(("train",) if int8 else ())) if data is not None else ():
+            sets[split], notes = load_split(str(data), cast("SplitName", split), strict=chosen.strict)
+            _tell(str(data), notes, sets[split].defects, shown)
+        detector = load_detector(model, sets["val"].classes if sets and ":" in model else None)
+        return export_detector(detector, wanted, view_settings(chosen), sets.get("val"), sets.get("train"), shown)
+
+
+def push(model: str | Path, to: str, *, private: bool = True, message: str = "Upload by detdistill") -> str:
+    """Upload a student folder or an exported file to the Hugging Face hub.
+
+    Args:
+        model: a run folder (its ``student/``), a student folder, or a file that ``export`` wrote (with ``export.json``).
+        to: ``hub:NAME`` or ``hub:OWNER/NAME``; the repository is created if it does not exist.
+        private: a new repository is private.
+        message: message of the commit.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        RunError: there is nothing to upload, no token, no network, or no permission.
+    """
+    from detdistill.export.push import push as upload
+
+    return upload(Path(model), to, private=private, message=message)
+
+
+def bench(
+    models: Sequence[str],
+    data: str | None = None,
+    *,
+    batch: int = 1,
+    rounds: int = 30,
+    threads: int = 1,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Timing]:
+    """Measure the time of several models from pixels to detections, in turns, on the same images.
+
+    Args:
+        models: see ``evaluate``; also model strings without weights.
+        data: images of the val split; None: noise.
+        batch: images at a time.
+        rounds: how often each model runs; the median counts.
+        threads: threads of torch and of the runtimes.
+        device: auto, cpu or cuda.
+        progress: display of the progress; None: a new one on stderr.
+        settings: the fields size, resize, max_size and strict of ``TrainSettings``; they default to those of the first model.
+
+    Raises:
+        DetdistillError: one line that says what is wrong and what to do.
+    """
+    import torch
+
+    from detdistill.data.discover import load_split
+    from detdistill.export.bench import interleaved
+    from detdistill.export.run import first_batch, random_batch
+    from detdistill.given import open_detector
+    from detdistill.progress import Progress
+    from detdistill.training.plan import view_settings
+
+    if not models:
+        raise RunError("bench: no models; give --model with one or more")
+    for name, value in (("batch", batch), ("rounds", rounds), ("threads", threads)):
+        if value < 1:
+            raise RunError(f"{name}: {value} must be 1 or more")
+    given = {name: value for name, value in settings.items() if value is not None}
+    chosen = _settings(TrainSettings, {**_known_image_settings(models[0], None, given), **given})
+    where, before = _device(device), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with progress or Progress() as shown:
+            view, images, classes = view_settings(chosen), None, None
+            if data is not None:
+                images, notes = load_split(data, "val", strict=chosen.strict)
+                _tell(data, notes, images.defects, shown)
+                classes = images.classes
+            opened = {name: open_detector(name, classes if ":" in name else None, where, fresh=True) for name in models}
+            opened = {name: detector.eval().to(where) for name, detector in opened.items()}
+            given_batch = random_batch(batch, view.size) if images is None else first_batch(images, view, batch)
+            bar = shown.bar("bench", rounds)
+            return interleaved(opened, given_batch.to(where), rounds, bar.update)
+    finally:
+        torch.set_num_threads(before)
 
 
 def compare(
@@ -665,10 +811,14 @@ def _known_image_settings(
         given: settings of the caller, which hold instead.
     """
     from detdistill.detectors.load import trained_resizing
+    from detdistill.export.runtimes import is_file, open_file
     from detdistill.structures import Resizing
 
     if not isinstance(model, str):
         return {}
+    if is_file(model):
+        about, _ = open_file(Path(model))
+        return {"size": about.size, "resize": about.resize, "max_size": about.max_size}
     trained = trained_resizing(model)
     if trained is not None:
         return trained.plain()
@@ -715,8 +865,8 @@ def _ready(model: Model, size: int | None, device: str, progress: Progress | Non
     place = name_or_detector(model)
     given = {} if size is None else {"size": size}
     settings = view_settings(_settings(TrainSettings, {**_known_image_settings(place, progress, given), **given}))
-    detector = open_detector(place)
     wanted = _device_for(place, device)
+    detector = open_detector(place, device=wanted)
     return detector if wanted is None else detector.to(wanted), settings
 
 

@@ -44,8 +44,9 @@ SYNONYMS = {
 """Flags of other tools and words for the same thing, for suggestions; our name for each."""
 
 VERB_SYNONYMS = {
-    "benchmark": "eval", "detect": "predict", "evaluate": "eval", "fit": "train", "infer": "predict", "inference": "predict",
-    "inspect": "data inspect", "list": "methods", "models": "detectors", "test": "eval", "val": "eval", "validate": "eval",
+    "benchmark": "bench", "convert": "export", "detect": "predict", "evaluate": "eval", "fit": "train",
+    "infer": "predict", "inference": "predict", "inspect": "data inspect",
+    "list": "methods", "models": "detectors", "test": "eval", "val": "eval", "validate": "eval",
     "verify": "cache verify",
 }  # fmt: skip
 """Commands of other tools and words for the same thing; our command for each."""
@@ -180,6 +181,7 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
     """
     types = {action.dest: getattr(action, "_typehint", str) for action in parser._actions}
     positional = any(not action.option_strings for action in parser._actions)
+    several = {option.lstrip("-") for action in parser._actions if action.nargs == "+" for option in action.option_strings}
     files: list[str] = []
     normal: list[str] = []
     waiting = list(arguments)
@@ -198,7 +200,11 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
         alone = flag and positional and waiting[:1] not in (["true"], ["false"])
         if value is None and waiting and not waiting[0].startswith("--") and not alone:
             value = waiting.pop(0)
-        if name == "recipe" and name in types:
+        if name in several:  # ``--model A B``: all words up to the next flag
+            normal += [f"--{name}", *([] if value is None else [value])]
+            while waiting and not re.match(r"^--|^[a-z_]+=", waiting[0]):
+                normal.append(waiting.pop(0))
+        elif name == "recipe" and name in types:
             files.append(f"--config={recipe_path(value or '')}")
         elif name == "config" and value:
             files.append(f"--config={_checked_config(parser, Path(value))}")
@@ -354,7 +360,7 @@ def _verify(chosen: Namespace) -> None:
 
 
 def _eval_flags(parser: Parser) -> None:
-    parser.add_argument("--model", type=str, required=True, help="run folder, student folder, or torchvision:NAME,weights=...")
+    parser.add_argument("--model", type=str, required=True, help="run or student folder, torchvision:NAME,weights=..., .onnx")
     parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
     parser.add_argument("--split", type=Literal["val", "test", "train"], default="val")
     parser.add_argument("--batch", type=int, default=8, help="images per batch")
@@ -380,7 +386,7 @@ def _eval(chosen: Namespace) -> None:
 
 
 def _predict_flags(parser: Parser) -> None:
-    parser.add_argument("--model", type=str, required=True, help="run folder, student folder, or torchvision:NAME,weights=...")
+    parser.add_argument("--model", type=str, required=True, help="run or student folder, torchvision:NAME,weights=..., .onnx")
     parser.add_argument("--images", type=Path, required=True, help="an image, or a folder of images with its sub-folders")
     parser.add_argument("--out", type=Path, required=True, help="folder for drawn images and detections.json (COCO)")
     parser.add_argument("--score", type=float, default=0.3, help="boxes below this score are neither drawn nor written")
@@ -416,6 +422,92 @@ def _student(chosen: Namespace) -> None:
     from detdistill import api
 
     _say(f"student folder {api.export_student(**_plain(chosen))}")
+
+
+def _view_flags(parser: Parser, whose: str) -> None:
+    parser.add_argument("--size", type=int | None, default=None, help=f"side of the images in pixels; none: {whose}")
+    parser.add_argument("--resize", type=Literal["letterbox", "stretch", "short_side"] | None, default=None)
+    parser.add_argument("--max_size", type=int | None, default=None)
+
+
+def _export_flags(parser: Parser) -> None:
+    parser.add_argument("--model", type=str, required=True, help="run folder, student folder, or torchvision:NAME,weights=...")
+    parser.add_argument("--out", type=Path, required=True, help="file: .onnx, .xml (openvino), .torchscript or .pt2")
+    parser.add_argument("--data", type=str | None, default=None, help="images for the proof and for int8; none: noise, no AP")
+    parser.add_argument("--format", type=Literal["onnx", "openvino", "torchscript", "pt2"], default="onnx")
+    parser.add_argument("--int8", type=bool, default=False, help="also write the int8 form, calibrated on training images")
+    parser.add_argument("--nms", type=bool, default=False, help="NMS inside the file: dense heads, one image at a time")
+    parser.add_argument(
+        "--dynamic", type=str, default="all", help="what may vary: batch,size, one of them, none, or all that can"
+    )
+    parser.add_argument("--opset", type=int | None, default=None, help="of ONNX; none: the smallest that suffices")
+    parser.add_argument("--calibration", type=int, default=64, help="number of training images for int8")
+    parser.add_argument("--batch", type=int, default=8, help="images per batch of the evaluations")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace files that exist")
+    parser.add_argument("--allow_loss", type=bool, default=False, help="exit with 0 although a file lost AP")
+    _view_flags(parser, "the run's size")
+    parser.add_argument("--strict", type=bool, default=False)
+
+
+def _export(chosen: Namespace) -> None:
+    from detdistill import api
+    from detdistill.listing import show_export
+
+    values = _plain(chosen)
+    allowed, free = values.pop("allow_loss"), values.pop("dynamic")
+    values["dynamic"] = None if free == "all" else () if free == "none" else tuple(free.split(","))
+    made = api.export(**values)
+    show_export(made)
+    if not made.passed and not allowed:
+        lost = ", ".join(f"{stage.name} lost {stage.lost:.2f} AP" for stage in made.stages if not stage.passed)
+        sys.stderr.write(f"detdistill: {lost}, more than allowed; --allow_loss true accepts it\n")
+        sys.exit(1)
+
+
+def _push_flags(parser: Parser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="run folder, student folder, or a file that export wrote")
+    parser.add_argument("--to", type=str, required=True, help="hub:NAME or hub:OWNER/NAME")
+    parser.add_argument("--private", type=bool, default=True, help="a new repository is private")
+    parser.add_argument("--message", type=str, default="Upload by detdistill", help="message of the commit")
+
+
+def _push(chosen: Namespace) -> None:
+    from detdistill import api
+
+    _say(f"uploaded to {api.push(**_plain(chosen))}")
+
+
+def _bench_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--model",
+        dest="models",
+        nargs="+",
+        type=str,
+        required=True,
+        help="runs, student folders, exported files, model strings",
+    )
+    parser.add_argument("--data", type=str | None, default=None, help="images of its val split; none: noise")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time")
+    parser.add_argument("--rounds", type=int, default=30, help="how often each model runs; the median counts")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch and of the other runtimes")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="cpu")
+    _view_flags(parser, "that of the first model")
+    parser.add_argument("--strict", type=bool, default=False)
+    _json_flag(parser)
+
+
+def _bench(chosen: Namespace) -> None:
+    from dataclasses import asdict
+
+    from detdistill import api
+    from detdistill.listing import show_bench
+
+    _show(
+        chosen,
+        lambda: api.bench(**_plain(chosen)),
+        show_bench,
+        lambda found: {name: asdict(timing) for name, timing in found.items()},
+    )
 
 
 def _compare_flags(parser: Parser) -> None:
@@ -542,6 +634,9 @@ VERBS: dict[str, tuple[Describe, Act, str]] = {
     "eval": (_eval_flags, _eval, "compute the 12 COCO numbers and the AP of each class"),
     "predict": (_predict_flags, _predict, "draw a detector's boxes on images"),
     "student": (_student_flags, _student, "write a student folder from a checkpoint, e.g. best.ckpt"),
+    "export": (_export_flags, _export, "write a model as ONNX, OpenVINO or int8, and prove the file"),
+    "bench": (_bench_flags, _bench, "measure the latency of models and exported files in turns"),
+    "push": (_push_flags, _push, "upload a student or an exported file to the Hugging Face hub"),
     "compare": (_compare_flags, _compare, "pair runs by seed: gain, 95 % interval, verdict"),
     "report": (_report_flags, _report, "write one self-contained HTML page about runs"),
     "methods": (_methods_flags, _methods, "list the methods, and which of them work with a pair"),

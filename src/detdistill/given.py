@@ -91,20 +91,32 @@ def teacher_of(model: Any) -> tuple[str | None, str | Detector | None]:
     return f"{OWN}:{found.spec.name}", found
 
 
-def open_detector(model: Any, classes: Sequence[str] | None = None) -> Detector:
-    """The detector of a model as in ``name_or_detector``; names and paths are loaded.
+def open_detector(
+    model: Any, classes: Sequence[str] | None = None, device: str | None = None, *, fresh: bool = False
+) -> Detector:
+    """The detector of a model as in ``name_or_detector``; names and paths are loaded, exported files are opened.
 
     Args:
         model: see ``name_or_detector``.
         classes: class names for model strings without weights; a loaded detector must have as many.
+        device: device of the runtime of an exported file; None: cpu.
+        fresh: a model string without weights is built with random ones, of 80 classes without ``classes``.
 
     Raises:
         ModelError: see ``name_or_detector`` and ``load_detector``.
     """
     from detdistill.detectors.load import check_class_count, load_detector
+    from detdistill.export.file_detector import load_file
+    from detdistill.export.runtimes import is_file
 
     found = name_or_detector(model)
-    if isinstance(found, str):
-        return load_detector(found, classes)
-    check_class_count(found.spec.name, found.spec.classes, classes)
-    return found
+    if not isinstance(found, str):
+        check_class_count(found.spec.name, found.spec.classes, classes)
+        return found
+    if is_file(found):
+        return load_file(found, classes, device or "cpu")
+    if fresh and ":" in found and classes is None and "weights=" not in found and not found.startswith("hf:"):
+        from detdistill.detectors.build import build_detector
+
+        return build_detector(found, [f"class {number}" for number in range(80)])
+    return load_detector(found, classes)

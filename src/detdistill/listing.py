@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from detdistill.detectors.contract import Detector
     from detdistill.detectors.probe import Probed
     from detdistill.evaluation.scores import Scores
+    from detdistill.export.bench import Timing
+    from detdistill.export.run import Exported
     from detdistill.methods.shared.catalogue import Entry
 
 
@@ -197,6 +199,55 @@ def show_scores(scores: Scores) -> None:
         printing.line(console)
         printing.line(console, "AP50 lost to")
         printing.grid(console, {name: f"{100 * value:.1f}" for name, value in scores.errors.items()})
+
+
+# --------------------------------------------------------------------------------------------------- exported files
+
+
+def show_export(made: Exported) -> None:
+    """Print a row for torch and for each file: AP, AP lost, the largest differences, the time of one image, the size."""
+    console = printing.stdout()
+    head = ("", "AP", "lost", "boxes px", "scores", "ms", "MB", "")
+    rows = []
+    for stage in made.stages:
+        found = stage.difference
+        rows.append(
+            (
+                stage.name,
+                "-" if stage.AP is None or stage.AP < 0 else f"{100 * stage.AP:.2f}",
+                "" if stage.lost is None else f"{stage.lost:+.2f}",
+                "" if found is None else f"{found.boxes_px:.1e}",
+                "" if found is None else f"{found.scores:.1e}",
+                "" if stage.milliseconds is None else f"{stage.milliseconds:.1f}",
+                f"{stage.megabytes:.2f}",
+                "" if stage.passed else "TOO MUCH LOST",
+            )
+        )
+    printing.table(console, head, rows)
+    printing.line(console)
+    free = " and ".join({"batch": "number", "size": "size"}[name] for name in made.about.free)
+    height, width = made.about.canvas_hw
+    size = "" if "size" in made.about.free else f", {height}x{width} pixels"
+    printing.paragraph(console, f"The {free} of images may vary{size}." if free else f"One image at a time{size}.")
+    for path in filter(None, (made.file, made.int8, made.notes)):
+        printing.labelled(console, "wrote", str(path))
+
+
+def show_bench(found: Mapping[str, Timing]) -> None:
+    """Print the time and the images per second of each model, and how many times faster than the first it is."""
+    console = printing.stdout()
+    first = next(iter(found.values()))
+    rows = [
+        (
+            name,
+            f"{timing.milliseconds:.1f}",
+            f"{timing.least:.1f}",
+            f"{timing.images_per_second:.1f}",
+            f"{first.milliseconds / timing.milliseconds:.2f}x",
+        )
+        for name, timing in found.items()
+    ]
+    printing.table(console, ("model", "ms", "least", "images/s", "speed"), rows)
 
 
 def list_citations(methods: str) -> list[Entry]:

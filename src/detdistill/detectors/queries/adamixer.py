@@ -155,7 +155,7 @@ class AdaMixerDetector(TorchvisionDetector):
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
         """The learned contents; the reference box of every query is the whole image."""
-        content, reference = self.model.generator(len(batch), batch.images.dtype)
+        content, reference = self.model.generator(batch.images.shape[0], batch.images.dtype)
         return QuerySeed(content, None, reference)
 
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:

@@ -86,7 +86,7 @@ class ConditionalDetrDetector(shared.TransformersDetector):
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
         """Zero content, the learned positions, and the reference points [B, N, 2] that the decoder derives from them."""
-        position = self.model.model.query_position_embeddings.weight.unsqueeze(0).repeat(len(batch), 1, 1)
+        position = self.model.model.query_position_embeddings.weight.unsqueeze(0).repeat(batch.images.shape[0], 1, 1)
         return QuerySeed(torch.zeros_like(position), position, self.reference(position))
 
     def reference(self, position: Tensor) -> Tensor:

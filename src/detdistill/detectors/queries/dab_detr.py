@@ -110,9 +110,9 @@ class DabDetrDetector(shared.TransformersDetector):
     def seed(self, features: Features, batch: Batch) -> AnchorSeed:
         """The learned anchors. With P patterns, every anchor occurs P times, once with each pattern as its content."""
         model, count = self.model.model, max(1, self.model.model.num_patterns)
-        anchors = model.query_refpoint_embeddings.weight.unsqueeze(0).repeat(len(batch), count, 1)
+        anchors = model.query_refpoint_embeddings.weight.unsqueeze(0).repeat(batch.images.shape[0], count, 1)
         if model.num_patterns:
-            content = model.patterns.weight.repeat_interleave(model.num_queries, dim=0).expand(len(batch), -1, -1)
+            content = model.patterns.weight.repeat_interleave(model.num_queries, dim=0).expand(batch.images.shape[0], -1, -1)
         else:
             content = anchors.new_zeros(*anchors.shape[:2], self.width)
         return AnchorSeed(content, None, anchors.sigmoid(), anchors)

@@ -206,7 +206,7 @@ class DeformableDetrDetector(shared.TransformersDetector):
         Raises:
             ModelError: the images have fewer cells than the detector has queries.
         """
-        core, width, count = self.model.model, self.config.d_model, len(features.maps[0])
+        core, width, count = self.model.model, self.config.d_model, features.maps[0].shape[0]
         if not self.config.two_stage:
             position, content = (half.expand(count, -1, -1) for half in core.query_position_embeddings.weight.split(width, 1))
             return QuerySeed(content, position, shared.full_precision(core.reference_points(position)).sigmoid()), None

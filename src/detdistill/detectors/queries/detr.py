@@ -94,7 +94,7 @@ class DetrDetector(shared.TransformersDetector):
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:
         """Zero content and the learned positions; no reference."""
-        position = self.model.model.query_position_embeddings.weight.unsqueeze(0).repeat(len(batch), 1, 1)
+        position = self.model.model.query_position_embeddings.weight.unsqueeze(0).repeat(batch.images.shape[0], 1, 1)
         return QuerySeed(torch.zeros_like(position), position)
 
     def decode(self, features: Features, seed: QuerySeed, batch: Batch, attention: bool = False) -> Queries:

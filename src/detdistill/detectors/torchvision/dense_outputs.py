@@ -46,9 +46,8 @@ def flat_outputs(maps: Sequence[Tensor], width: int) -> Tensor:
     """Flatten output maps [B, A*width, H, W] to [B, P, width]; order: level, row, column, anchor, as in torchvision."""
     flat = []
     for level in maps:
-        images, _, height, columns = level.shape
-        cells = level.view(images, -1, width, height, columns).permute(0, 3, 4, 1, 2)
-        flat.append(cells.reshape(images, -1, width))
+        cells = level.unflatten(1, (level.shape[1] // width, width)).permute(0, 3, 4, 1, 2)  # -1 fails in exports
+        flat.append(cells.flatten(1, 3))
     return torch.cat(flat, dim=1)
 
 

@@ -55,7 +55,9 @@ def flatten(maps: Sequence[Tensor]) -> Memory:
 def unflatten(tokens: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
     """Invert ``flatten``."""
     levels = tokens.split([height * width for height, width in shapes], dim=1)
-    return tuple(level.transpose(1, 2).unflatten(2, shape).contiguous() for level, shape in zip(levels, shapes, strict=True))
+    images, _, width = tokens.shape
+    pairs = zip(levels, shapes, strict=True)
+    return tuple(level.transpose(1, 2).reshape(images, width, *shape).contiguous() for level, shape in pairs)
 
 
 @contextmanager

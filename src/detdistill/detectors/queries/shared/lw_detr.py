@@ -116,8 +116,8 @@ class GroupDetector(shared.TransformersDetector):
             logits.append(shared.full_precision(core.enc_out_class_embed[group](chosen)))
             boxes.append(moved.gather(1, index.expand(-1, -1, 4)))
         encoder = Outputs(torch.cat(logits, dim=1), torch.cat(boxes, dim=1))
-        content = core.query_feat.weight[: groups * count].expand(len(tokens), -1, -1)
-        learned = core.reference_point_embed.weight[: groups * count].expand(len(tokens), -1, -1)
+        content = core.query_feat.weight[: groups * count].expand(tokens.shape[0], -1, -1)
+        learned = core.reference_point_embed.weight[: groups * count].expand(tokens.shape[0], -1, -1)
         return content, moved_boxes(encoder.boxes.detach(), learned), encoder
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:

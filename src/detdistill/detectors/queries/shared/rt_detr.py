@@ -136,7 +136,7 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
 
     def frames(self, batch: Batch) -> Tensor:
         """Return the frame size [B, 2], repeated for each image."""
-        return torch.tensor([self.frame_hw(batch)] * len(batch), device=batch.images.device)
+        return torch.tensor([self.frame_hw(batch)], device=batch.images.device).expand(batch.images.shape[0], -1)
 
     def scale(self, batch: Batch) -> Tensor:
         """Return the factors [B, 1, 4] that convert fractions of the frame to fractions of the valid image, for x, y, x, y."""
@@ -205,7 +205,7 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         chosen = [value.gather(1, index.expand(-1, -1, value.shape[-1])) for value in (hidden, logits, boxes)]
         content = chosen[0].detach()
         if self.config.learn_initial_query:
-            content = core.weight_embedding.weight.expand(len(tokens), -1, -1)
+            content = core.weight_embedding.weight.expand(tokens.shape[0], -1, -1)
         return Chosen(content, chosen[2].detach(), Outputs(chosen[1].to(exact), chosen[2]))
 
     def seed(self, features: Features, batch: Batch) -> QuerySeed:

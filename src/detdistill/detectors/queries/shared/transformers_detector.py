@@ -631,7 +631,7 @@ def flat_map(level: Tensor) -> Tensor:
 
 def as_map(sequence: Tensor, like: Tensor) -> Tensor:
     """Convert a sequence [B, H*W, D] to a map [B, D, H, W] with the size of another map."""
-    return sequence.transpose(1, 2).unflatten(2, like.shape[-2:])
+    return sequence.transpose(1, 2).reshape(sequence.shape[0], sequence.shape[2], *like.shape[-2:])
 
 
 def inverse_sigmoid(value: Tensor, eps: float = 1e-5) -> Tensor:

@@ -391,7 +391,7 @@ class Mixing(nn.Module):
         made = self.matrices(content).unflatten(-1, (self.groups, -1))
         channel_mixing, point_mixing = made.split([self.width**2, self.mixed_points * self.points], dim=-1)
         mixed = samples @ channel_mixing.unflatten(-1, (self.width, self.width))
-        mixed = F.relu(F.layer_norm(mixed, mixed.shape[-2:]))
+        mixed = F.relu(F.layer_norm(mixed, (self.points, self.width)))
         mixed = point_mixing.unflatten(-1, (self.mixed_points, self.points)) @ mixed
-        mixed = F.relu(F.layer_norm(mixed, mixed.shape[-2:]))  # [B, N, G, O, c]
+        mixed = F.relu(F.layer_norm(mixed, (self.mixed_points, self.width)))  # [B, N, G, O, c]
         return cast(Tensor, self.project_out(mixed.flatten(2)))

@@ -1,0 +1,208 @@
+"""``detdistill export`` and ``bench`` from a student folder to the proof, and files as models of other commands."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+
+from detdistill import api, cli
+from detdistill.detectors.build import build_detector
+from detdistill.detectors.load import load_detector
+from detdistill.detectors.save import save_student
+from detdistill.errors import ModelError, RunError
+from detdistill.export.file_detector import load_file
+from detdistill.export.proof import Stage, judged, set_difference
+from detdistill.export.run import Wanted, export_detector
+from detdistill.export.selection import Rule, select
+from detdistill.progress import Progress
+from detdistill.settings import TrainSettings
+from detdistill.training.plan import view_settings
+
+pytest.importorskip("onnxruntime")
+MODEL = "fcos:resnet10t,channels=16-16-16-16,stem=8,neck=32,levels=3-4,convs=1,score=0.01"
+DIGITS = "digits:train=24,val=8,size=64,seed=0"
+CLASSES = tuple(str(digit) for digit in range(10))
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    torch.manual_seed(0)
+    detector = build_detector(MODEL, CLASSES)
+    # A random head finds nothing; this one has boxes of each class all over the image, and AP is small but not 0.
+    detector.model.head.classification_head.cls_logits.bias.data[1:] = 0.0
+    detector.model.head.regression_head.bbox_reg.bias.data.fill_(1.5)
+    return save_student(detector, tmp_path_factory.mktemp("saved") / "student")
+
+
+@pytest.fixture(scope="module")
+def exported(student, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "model.onnx"
+    with Progress(quiet=True) as progress:
+        return api.export(str(student), out, DIGITS, int8=True, size=64, calibration=8, progress=progress)
+
+
+def test_the_proof(exported):
+    torch_stage, file, int8 = exported.stages
+    assert (torch_stage.name, file.name, int8.name) == ("torch", "onnx", "onnx int8")
+    assert pytest.approx(torch_stage.AP, abs=1e-3) == file.AP
+    assert file.difference.boxes_px < 1e-3
+    assert file.difference.scores < 1e-5
+    assert int8.difference.scores > 1e-4
+    assert file.passed
+    assert file.milliseconds > 0
+    assert int8.megabytes < file.megabytes
+    notes = json.loads(exported.notes.read_text())["model.onnx"]
+    assert [stage["name"] for stage in notes["stages"]] == ["torch", "onnx", "onnx int8"]
+    assert notes["stages"][1]["AP"] == file.AP
+    about = notes["about"]
+    assert about["spec"]["classes"] == list(CLASSES)
+    assert (about["size"], about["resize"], about["opset"], about["free"]) == (64, "letterbox", 17, ["batch", "size"])
+    assert {path.name for path in exported.file.parent.iterdir()} == {"model.onnx", "model.int8.onnx", "export.json"}
+
+
+def test_a_file_is_evaluated_like_every_model(student, exported):
+    with Progress(quiet=True) as progress:
+        wanted = api.evaluate(str(student), DIGITS, size=64, batch=3, progress=progress)
+        found = api.evaluate(str(exported.file), DIGITS, batch=3, progress=progress)  # the size stands in the file
+    assert found.metrics == pytest.approx(wanted.metrics, abs=1e-3)
+    assert max(wanted.metrics.values()) > 0
+
+
+def test_a_file_predicts(exported, tmp_path):
+    from detdistill.data.digits import digits_folder
+
+    images = next(digits_folder(train=24, val=8, size=64, seed=0).rglob("*.jpg"), None) or next(
+        path for path in digits_folder(train=24, val=8, size=64, seed=0).rglob("*") if path.suffix in (".png", ".jpeg")
+    )
+    with Progress(quiet=True) as progress:
+        api.predict(str(exported.file), images, tmp_path / "drawn", score=0.01, progress=progress)
+    assert json.loads((tmp_path / "drawn" / "detections.json").read_text())
+
+
+def test_a_file_cannot_be_trained_or_exported_again(exported, tmp_path):
+    with pytest.raises(RunError, match="is an exported file; export the run"):
+        api.export(str(exported.file), tmp_path / "again.onnx")
+
+
+def test_bench(student, exported, capsys):
+    cli.main(["bench", "--model", str(student), str(exported.file), "--size", "64", "--rounds", "2", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == [str(student), str(exported.file)]
+    assert all(timing["milliseconds"] >= timing["least"] > 0 for timing in found.values())
+
+
+def test_too_much_lost_ends_with_1(student, tmp_path, capsys, monkeypatch):
+    from detdistill.export import proof
+
+    monkeypatch.setattr(proof, "MOST_LOST", -200.0)
+    arguments = ["export", "--model", str(student), "--data", DIGITS, "--size", "64", "--out"]
+    with pytest.raises(SystemExit) as done:
+        cli.main([*arguments, str(tmp_path / "first.onnx")])
+    said = capsys.readouterr()
+    assert done.value.code == 1
+    assert "more than allowed; --allow_loss true accepts it" in said.err
+    assert "TOO MUCH LOST" in said.out
+    cli.main([*arguments, str(tmp_path / "second.onnx"), "--allow_loss"])
+    assert set(json.loads((tmp_path / "export.json").read_text())) == {"first.onnx", "second.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"out": "model.bin"}, "must end in .onnx for --format onnx"),
+        ({"format": "onxx"}, "format: 'onxx' is unknown .did you mean 'onnx'"),
+        ({"format": "openvino"}, "must end in .xml for --format openvino"),
+        ({"int8": True}, "int8: needs training images to calibrate with; give --data"),
+        ({"int8": True, "calibration": 0, "data": DIGITS}, "calibration: 0 training images are none"),
+        ({"dynamic": ("batch", "height")}, "dynamic: 'height' is unknown"),
+        ({"opset": 9}, "opset=9: .* needs an opset from 17 to 20"),
+    ],
+)
+def test_bad_input(student, tmp_path, settings, expected):
+    out = tmp_path / settings.pop("out", "model.onnx")
+    with Progress(quiet=True) as progress, pytest.raises((RunError, ModelError), match=expected):
+        api.export(str(student), out, size=64, progress=progress, **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_exists_is_kept(student, tmp_path):
+    out = tmp_path / "model.onnx"
+    out.write_text("mine")
+    with pytest.raises(RunError, match="exists; give another --out, or --overwrite true"):
+        api.export(str(student), out)
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(RunError, match="is a folder; name a file in it"):
+        api.export(str(student), tmp_path / "folder.onnx")
+    assert out.read_text() == "mine"
+
+
+def test_what_may_vary_can_be_less(student, tmp_path):
+    for given, free in (("none", ()), ("batch", ("batch",)), ("size", ("size",))):
+        path = tmp_path / f"{given}.onnx"
+        cli.main(["export", "--model", str(student), "--out", str(path), "--size", "64", "--dynamic", given])
+        assert load_file(path).about.free == free
+
+
+def test_weights_that_are_no_numbers(student, tmp_path):
+    detector = load_detector(student)
+    detector.model.head.classification_head.cls_logits.bias.data[3] = torch.nan
+    with pytest.raises(ModelError, match=r"1 tensors hold NaN or infinite weights, e.g. model.head.classification_head"):
+        export_detector(detector, Wanted(tmp_path / "model.onnx"), view_settings(TrainSettings(size=64)))
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_data_of_other_classes(tmp_path):
+    folder = save_student(build_detector(MODEL, ("cat", "dog")), tmp_path / "student")
+    with Progress(quiet=True) as progress, pytest.raises(ModelError, match="does not know 10 of the data's 10 classes"):
+        api.export(str(folder), tmp_path / "model.onnx", DIGITS, progress=progress)
+
+
+@pytest.mark.parametrize(("package", "extra"), [("onnx", "export"), ("onnxruntime", "export"), ("openvino", "openvino")])
+def test_a_missing_package_names_its_extra(student, tmp_path, monkeypatch, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    kind, suffix = ("openvino", ".xml") if package == "openvino" else ("onnx", ".onnx")
+    expected = rf"the package {package} is missing: pip install 'detdistill\[{extra}\]'"
+    with Progress(quiet=True) as progress, pytest.raises(RunError, match=expected):
+        api.export(str(student), tmp_path / f"model{suffix}", size=64, format=kind, progress=progress)
+    assert not (tmp_path / "export.json").exists()
+
+
+def test_files_that_are_no_exports(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match=r"broken.onnx: cannot be opened"):
+        api.evaluate(str(tmp_path / "broken.onnx"), DIGITS)
+
+
+def test_what_may_be_lost():
+    assert judged(Stage("onnx", None, 1.0, 0.4991, 1.0), 0.5, int8=False).passed
+    assert not judged(Stage("onnx", None, 1.0, 0.498, 1.0), 0.5, int8=False).passed
+    assert judged(Stage("onnx int8", None, 1.0, 0.491, 1.0), 0.5, int8=True).passed
+    assert not judged(Stage("onnx int8", None, 1.0, 0.489, 1.0), 0.5, int8=True).passed
+    assert judged(Stage("onnx", None, 1.0, -1.0, 1.0), -1.0, int8=False).lost is None
+
+
+def test_sets_do_not_depend_on_the_order():
+    boxes, scores = torch.rand(6, 4) * 100, torch.rand(6, 3)
+    order = torch.randperm(6)
+    found = set_difference({"boxes": boxes, "scores": scores}, {"boxes": boxes[order], "scores": scores[order] + 0.001})
+    assert found.boxes_px == 0
+    assert found.scores == pytest.approx(0.001, rel=1e-3)
+    fewer = set_difference({"boxes": boxes, "scores": scores}, {"boxes": boxes[:4], "scores": scores[:4]})
+    assert (fewer.unmatched, fewer.boxes_px) == (2, 0)
+
+
+def test_each_query_gives_its_best_class_only_under_softmax():
+    found = {"boxes": torch.arange(8.0).view(2, 4), "scores": torch.tensor([[0.5, 0.4], [0.1, 0.6]])}
+    assert select(found, Rule("query")).labels.tolist() == [1, 0]
+    assert select(found, Rule("pair", detections=3)).scores.tolist() == pytest.approx([0.6, 0.5, 0.4])
+    assert select(found, Rule("pair", score=0.45)).labels.tolist() == [1, 0]
+
+
+def test_functions_stay_functions_after_their_module_is_imported():
+    import detdistill.compare
+    import detdistill.export.run
+
+    assert isinstance(detdistill.compare, types.FunctionType)
+    assert isinstance(detdistill.export, types.FunctionType)
