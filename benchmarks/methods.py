@@ -87,17 +87,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", help="instead of those of the pair")
     parser.add_argument("--steps", type=int, help="training steps of the students, instead of the pair's length")
+    parser.add_argument("--size", type=int, default=128, help="pixels of the images, which are drawn in this size")
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
     pair = PAIRS[chosen.pair]
     if chosen.steps:
         pair = replace(pair, length={"steps": chosen.steps})
-    settings = {**demo_settings(), **pair.settings}
+    settings = {**demo_settings(), **pair.settings, "size": chosen.size}
+    data = "digits" if chosen.size == 128 else f"digits:train=2000,val=400,size={chosen.size},seed=0"
     teacher = chosen.work / "teacher"
     if not (teacher / "summary.json").exists():
         resume = (teacher / "config.yaml").exists()
         long = {**settings, **pair.teacher_length, "evaluate_every": 5}
-        detdistill.train(pair.teacher, "digits", role="teacher", out=teacher, resume=resume, report=False, **long)
+        detdistill.train(pair.teacher, data, role="teacher", out=teacher, resume=resume, report=False, **long)
     runs: list[Path] = []
     for index, method in enumerate(chosen.methods or pair.methods):
         folder = chosen.work / method.replace(",", "_").replace("=", "-")
@@ -105,7 +107,7 @@ def main() -> None:
             result = detdistill.distill(
                 str(teacher),
                 pair.student,
-                "digits",
+                data,
                 method,
                 out=folder,
                 resume=folder.exists(),
@@ -139,7 +141,7 @@ def write(chosen: argparse.Namespace, pair: Pair, runs: list[Path], gains: list)
     summaries = [read_run(run) for run in runs]
     teacher = read_run(chosen.work / "teacher")
     content = {
-        "what": "digits, 2000 training and 400 validation images of 128 pixels; student from random weights",
+        "what": f"digits, 2000 training and 400 validation images of {chosen.size} pixels; student from random weights",
         "command": "uv run python "
         + shlex.join(sys.argv)
         .replace(str(chosen.work), "runs/methods")
