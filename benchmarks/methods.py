@@ -19,7 +19,7 @@ import detdistill
 from detdistill.compare import compare_runs, read_run, show_gains
 from detdistill.demo import STUDENT, TEACHER
 from detdistill.demo import settings as demo_settings
-from detdistill.errors import DetdistillError
+from detdistill.errors import DetdistillError, StoppedError
 from detdistill.report.runs import distillation_terms, read
 from detdistill.report.words import kd_share
 
@@ -121,6 +121,8 @@ def main() -> None:
                 **settings,
                 **pair.length,
             )
+        except StoppedError:
+            raise
         except DetdistillError as error:  # one method must not cost the results of the others
             print(f"{method}: {error}", flush=True)
             continue
