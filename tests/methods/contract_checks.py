@@ -292,7 +292,7 @@ def keep_exact(detector: nn.Module) -> None:
     """Let the parts of a detector, or of a network of the method, run without autocast, whatever the caller does."""
     for name in ("observe_features", "observe_head", "decode", "predict", "tower", "finish", "regions", "proposals", "neck"):
         part = getattr(detector, name, None)
-        if part is not None and not isinstance(part, nn.Module):
+        if callable(part) and not isinstance(part, nn.Module):  # a method may have a hyper-parameter of such a name
             setattr(detector, name, torch.autocast("cpu", enabled=False)(part))
 
 

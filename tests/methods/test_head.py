@@ -470,7 +470,7 @@ def test_real_detectors_assist():
             {"assistant_weight": 0.0, "akd_weight": 0.0, "ckd_weight": 0.0},
             "assistant_weight, akd_weight, ckd_weight are all 0; nothing would be distilled",
         ),
-        ({"tower_depth": 9}, "tower_depth=9, but the towers of the student tinydense:patches have 2 blocks"),
+        ({"tower_depth": 9}, "it looks at the towers of the student tinydense:patches after 9 blocks, but they have 2"),
         (
             {"pair": "teacher_free", "assistant_weight": 0.0},
             "assistant_weight=0 leaves the assistants untrained, and without a teacher the student would learn from random "
@@ -485,7 +485,7 @@ def test_real_detectors_assist():
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(DetdistillError) as error:
         build(**settings)
-    assert str(error.value) == f"head: {message}"
+    assert str(error.value).startswith(f"head: {message}")
 
 
 def test_refused_pairs_are_told_why():

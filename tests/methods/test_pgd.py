@@ -463,8 +463,12 @@ class FlatDense(TinyDense):
 @pytest.mark.parametrize(
     ("student", "settings", "message"),
     [
-        (TinyDense, {"depth": 3}, "pgd: depth=3, but the head of the teacher tinydense:patches has 2 blocks before its output"),
-        (FlatDense, {}, "pgd: depth=1, but the head of the student tinydense:patches has 0 blocks before its output layers"),
+        (
+            TinyDense,
+            {"depth": 3},
+            "pgd: it looks at the towers of the student tinydense:patches after 3 blocks",
+        ),
+        (FlatDense, {}, "pgd: it looks at the towers of the student tinydense:patches after 1 blocks"),
         (TinyQueries, {}, "pgd: the student tinyqueries:patches predicts queries; it needs a student that predicts dense"),
     ],
 )

@@ -70,7 +70,7 @@ def toy(monkeypatch):
 def distill(teacher, out, stages, **settings):
     said = []
     with Progress(quiet=True) as progress:
-        progress.say = said.append
+        progress.say = lambda text, style="": said.append(str(text))
         wanted = {**small.SETTINGS, "score_teacher": False, "stages": stages, **settings}
         api.distill(str(teacher), small.MODEL, small.DATA, "pkd", out=out, progress=progress, **wanted)
     return said

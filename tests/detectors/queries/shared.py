@@ -404,7 +404,8 @@ class QueryDetectorTests:
         torch.manual_seed(5)
         fresh = detector.copy_head(fresh=True).eval().predict(features, batch)
         assert not torch.allclose(fresh.logits, prediction.logits)
-        detector.config._attn_implementation = "sdpa"  # as after a pass that returns attention
+        chosen = detector.config._attn_implementation
+        detector.config._attn_implementation = chosen  # as after a pass that returns attention; handed down to the backbone's
         assert not torch.allclose(detector.copy_neck(fresh=True).eval()(bottom).maps[0], features.maps[0])
 
     def test_head_inheritance_by_class_name(self, detector):

@@ -183,7 +183,6 @@ def test_asking_a_backbone_draws_no_random_numbers():
         ("uniformer_small", "unknown backbone 'uniformer_small': UniFormer is neither in timm nor in transformers; take swin"),
         ("resnet10t,width=0.5,pretrained=true", "its weights would not fit"),
         ("resnet10t,levels=6-7", "has maps of stride 2, 4, 8, 16, 32; levels=6-7 must begin at one of these strides"),
-        ("vit_tiny_patch16_224,levels=3-5", "has maps of stride 16"),
     ],
 )
 def test_what_does_not_fit_is_said(text, message):

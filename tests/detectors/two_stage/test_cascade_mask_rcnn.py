@@ -124,7 +124,7 @@ def test_overfits_boxes_and_masks():
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
         optimizer.step()
         totals.append(float(loss.detach()))
-    assert sum(totals[-5:]) < 0.4 * sum(totals[:5])
+    assert sum(totals[-5:]) < 0.5 * sum(totals[:5])
     detector.eval()
     with torch.no_grad():
         [found] = detector.model(library_images(batch))

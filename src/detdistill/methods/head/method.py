@@ -233,18 +233,9 @@ class HEAD(Method[Observation | None]):
     # ------------------------------------------------------------------------------------------------------- building
 
     def _tower_channels(self, student: Detector) -> int:
-        """Channels of the student's towers at the compared depth; 0 if they are not compared.
-
-        Raises:
-            MethodError: the towers have fewer blocks.
-        """
+        """Channels of the student's towers at the compared depth; 0 if they are not compared."""
         if not self.ckd_weight or not isinstance(student, HasTowers):
             return 0
-        if self.depth > student.tower_depth:
-            raise MethodError(
-                f"{self.slug}: tower_depth={self.depth}, but the towers of the student {student.spec.name} have "
-                f"{student.tower_depth} blocks"
-            )
         return tower_width(student, student.spec, None if self.depth == WHOLE_TOWER else self.depth)
 
     def _cell_adapter(self, spec: DetectorSpec, width: int) -> nn.Module:

@@ -189,7 +189,8 @@ class TeacherFree(Method[T]):
 
     def __init__(self, teacher: Teacher | None, student: Detector) -> None:
         """Check the student. ``teacher`` is ignored; other methods of a composition may use it."""
-        super().__init__(None, student)
+        super().__init__(teacher, student)  # a teacher, if there is one, decides which other methods are recommended
+        self._teacher = None
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
