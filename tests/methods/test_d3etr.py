@@ -65,7 +65,7 @@ def test_values_matches_and_gradients_equal_the_reimplementation(golden):
         assert_golden(gradient, golden[f"grad_student_{name}"])
 
 
-# --------------------------------------------------------------------------------------------------- what the card says
+# ------------------------------------------------------------------------------------------------------- invariants
 
 
 def queries(count=6, layers=2, images=2, classes=3, cells=7, heads=2, seed=0, each=True):

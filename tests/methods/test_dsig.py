@@ -86,7 +86,7 @@ def test_values_and_gradients_equal_the_released_code():
         assert_golden(level.grad, expected)
 
 
-# --------------------------------------------------------------------------------------------------- what the card says
+# ------------------------------------------------------------------------------------------------------- invariants
 
 
 def rows(seed, count=7):

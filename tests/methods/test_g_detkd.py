@@ -107,7 +107,7 @@ def test_ckd_equals_the_golden_values_and_gradients_of_successive_steps():
     assert_golden(total["", 0] + golden["out_sgfi"], golden["out_total_step0"])
 
 
-# --------------------------------------------------------------------------------------------------- what the card says
+# ------------------------------------------------------------------------------------------------------- invariants
 
 
 def drawn(seed, *shape):
@@ -120,7 +120,7 @@ def matching(levels=3, channels=4, width=6, shared=True, **settings):
 
 
 def plainly(module, pooled, teacher, adapters):
-    """SGFI as the card writes it, with every adapted level."""
+    """SGFI as its formula is written, with every adapted level."""
     adapted = [adapter(level) for adapter, level in zip(adapters, pooled, strict=True)]
 
     def embed(regions):

@@ -103,7 +103,7 @@ def test_values_and_gradients_without_a_teacher_equal_the_released_code():
         assert_golden(level.grad, expected)
 
 
-# --------------------------------------------------------------------------------------------------- what the card says
+# ------------------------------------------------------------------------------------------------------- invariants
 
 
 def some_regions(count=7, given=(2, 5)):

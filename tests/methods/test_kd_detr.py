@@ -54,7 +54,7 @@ def test_values_and_gradients_equal_the_released_code(golden):
         assert_golden(gradient, golden[f"grad_student_{name}"])
 
 
-# --------------------------------------------------------------------------------------------------- what the card says
+# ------------------------------------------------------------------------------------------------------- invariants
 
 
 def outputs(layers=3, images=2, queries=5, classes=4, seed=0):

@@ -48,7 +48,7 @@ def test_values_and_gradients_equal_the_released_code():
         assert_golden(level.grad, expected)
 
 
-# --------------------------------------------------------------------------------------------------- what the card says
+# ------------------------------------------------------------------------------------------------------- invariants
 
 
 def pyramid(seed, images=2, channels=4):

@@ -22,7 +22,7 @@ def rows(seed, count=6, width=5):
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# --------------------------------------------------------------------------------------------------- what the card says
+# ------------------------------------------------------------------------------------------------------- invariants
 
 
 def test_the_value_equals_an_independent_formulation():

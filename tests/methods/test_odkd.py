@@ -49,7 +49,7 @@ def test_box_values_and_gradients_equal_the_third_party_code():
         assert_golden((deltas - target).square().sum(dim=1).mean(), golden[f"out_{name}_error_mean"])
 
 
-# --------------------------------------------------------------------------------------------------- what the card says
+# ------------------------------------------------------------------------------------------------------- invariants
 
 
 def rows(seed, *shape):
