@@ -13,6 +13,7 @@ from detdistill.detectors.load import load_detector
 from detdistill.detectors.save import save_student
 from detdistill.errors import ClassNameError, DetdistillError, RunError, name_list
 from detdistill.evaluation import ERRORS, METRICS, Scores
+from detdistill.given import name_or_detector
 from detdistill.methods.shared.hyper_parameters import MethodError
 from detdistill.results import Distilled
 
@@ -179,6 +180,8 @@ def test_functions_take_what_functions_return_and_results_are_short(tmp_path, st
     several = Distilled(tmp_path, (tmp_path / "a", tmp_path / "b"), tmp_path / "report.html")
     with pytest.raises(DetdistillError, match=r"this result has 2 runs; give one of its \.runs, e\.g\. .*a$"):
         api.evaluate(several, DIGITS)
+    both = Distilled(tmp_path, (tmp_path / "baseline-seed0", tmp_path / "distilled-seed0"), tmp_path / "report.html")
+    assert name_or_detector(both) == str(tmp_path / "distilled-seed0"), "the distilled one is meant"
     with pytest.raises(DetdistillError, match="teacher: a int is no model"):
         api.distill(3, MODEL, DIGITS)
     with pytest.raises(DetdistillError, match="student: a PosixPath cannot be trained"):
@@ -317,3 +320,12 @@ def test_a_teacher_may_know_the_classes_in_another_order_and_more(tmp_path, stud
     assert result.teacher_scores.per_class == twin.teacher_scores.per_class
     mine, theirs = (load_detector(found.folder).state_dict() for found in (result, twin))
     assert all(torch.allclose(mine[name], theirs[name], atol=1e-6) for name in mine)
+
+
+def test_classes_that_are_not_those_of_the_default_data_are_said_so(tmp_path):
+    other = save_student(build_detector(MODEL, ("ant", "bee")), tmp_path / "other")
+    for action in (lambda: api.evaluate(str(other), device="cpu"), lambda: api.distill(str(other), MODEL, out=tmp_path / "run")):
+        with pytest.raises(DetdistillError, match=r"^data: without --data, the built-in digits are used, .* other classes"):
+            action()
+    with pytest.raises(RunError, match=r"no setting 'imgsz' \(did you mean 'size'\?\)"):
+        api.train(MODEL, DIGITS, imgsz=96)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from detdistill.errors import DetdistillWarning, RunError, nearest
+from detdistill.errors import DetdistillWarning, RunError
 from detdistill.results import Distilled
-from detdistill.settings import CacheSettings, DistillSettings, TrainSettings, renamed
+from detdistill.settings import CacheSettings, DistillSettings, TrainSettings, meant, renamed
 
 if TYPE_CHECKING:
     from detdistill.cache.forecast import Forecast
@@ -135,7 +136,8 @@ def distill(
         check_one_process((teacher_name, student_name), max(wanted.jobs, wanted.devices * wanted.nodes))
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = _load(data, wanted.strict, shown)
-        live = None if teacher is None else Teacher(_load_teacher(teacher, splits, wanted.other_classes))
+        with _not_these_digits(data):
+            live = None if teacher is None else Teacher(_load_teacher(teacher, splits, wanted.other_classes))
         _compare_sizes(teacher, wanted, shown)
         knowledge = None
         if wanted.cache is not None:
@@ -225,7 +227,8 @@ def cache(
         from detdistill.training.fill_cache import make_cache
 
         splits = _load(data, wanted.strict, shown)
-        loaded = _load_teacher(source, splits, wanted.other_classes)
+        with _not_these_digits(data):
+            loaded = _load_teacher(source, splits, wanted.other_classes)
         _compare_sizes(source, wanted, shown)
         return Cached(
             *make_cache(str(out), (teacher_name, loaded), (data, splits), student, wanted, _device(wanted.device), shown)
@@ -302,7 +305,8 @@ def evaluate(
         chosen, notes = load_split(data, cast("SplitName", split), strict=wanted.strict)
         _tell(data, notes, chosen.defects, shown)
         device = _device_for(model, wanted.device)
-        detector = open_detector(model, chosen.classes, device)
+        with _not_these_digits(data):
+            detector = open_detector(model, chosen.classes, device)
         bar = shown.bar(f"evaluate on {split}", len(chosen.records))
         return evaluate_detector(
             detector,
@@ -683,12 +687,27 @@ def inspect_data(data: str, *, strict: bool = False, deep: bool = False) -> Data
 # ------------------------------------------------------------------------------------------------------------ helpers
 
 
+@contextlib.contextmanager
+def _not_these_digits(data: str) -> Iterator[None]:
+    """Context in which other classes than those of the built-in digits are said to come from a missing ``data``."""
+    from detdistill.errors import ClassCountError, ClassNameError
+
+    try:
+        yield
+    except (ClassCountError, ClassNameError) as error:
+        if data != "digits":
+            raise
+        where = str(error).partition(":")[0] if isinstance(error, ClassCountError) else "the teacher"
+        text = f"data: without --data, the built-in digits are used, and {where} has other classes; give --data"
+        raise type(error)(text) from error
+
+
 def _settings(kind: type[Any], given: dict[str, Any]) -> Any:
     names = [field.name for field in dataclasses.fields(kind)]
     given = renamed(given)
     for name in given:
         if name not in names:
-            raise RunError(f"no setting {name!r}{nearest(name, names)}; settings: {', '.join(names)}")
+            raise RunError(f"no setting {name!r}{meant(name, names)}; settings: {', '.join(names)}")
     for name, wanted in (("out", Path), ("stages", str), ("cache", str)):
         if isinstance(given.get(name), str | Path):
             given = {**given, name: wanted(given[name])}

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from detdistill.errors import DetdistillError, DetdistillWarning, nearest
 from detdistill.processes import end_with_parent
-from detdistill.settings import RENAMED, CacheSettings, DistillSettings, TrainSettings, names_where, renamed
+from detdistill.settings import RENAMED, CacheSettings, DistillSettings, TrainSettings, meant, names_where, renamed
 from detdistill.values import choices, in_words
 
 if TYPE_CHECKING:
@@ -31,17 +31,6 @@ T = TypeVar("T")
 
 ALIASES = {"distill_model": "teacher", "distill-model": "teacher", **RENAMED}
 """Names of flags in other tools or earlier versions, and our name for each."""
-
-SYNONYMS = {
-    "amp": "precision", "batch_size": "batch", "bs": "batch", "checkpoint": "model", "cos_lr": "schedule", "epoch": "epochs",
-    "fliplr": "flip", "grad_clip": "clip", "hsv_h": "colour", "image_size": "size", "img": "size", "img_size": "size",
-    "imgsz": "size", "input_size": "size", "learning_rate": "lr", "loss_weight": "distill_weight", "lr0": "lr",
-    "max_epochs": "epochs", "max_steps": "steps", "momentum": "optimizer", "name": "out", "num_epochs": "epochs",
-    "num_workers": "workers", "output": "out", "output_dir": "out", "pretrained": "model", "project": "out",
-    "save_dir": "out", "source": "images", "wandb": "track", "warmup_epochs": "warmup_steps", "wd": "weight_decay",
-    "weights": "model", "work_dir": "out", "yaml": "data",
-}  # fmt: skip
-"""Flags of other tools and words for the same thing, for suggestions; our name for each."""
 
 VERB_SYNONYMS = {
     "benchmark": "bench", "convert": "export", "detect": "predict", "evaluate": "eval", "fit": "train",
@@ -64,7 +53,7 @@ class Parser(ArgumentParser):
         text = re.sub(r"^the following arguments are required:", "missing, but required:", text)
         hint = ""
         flags = [option.lstrip("-") for action in self._actions for option in action.option_strings]
-        unknown = re.search(r"(?:[Uu]nrecognized arguments:\s*-*|Option '(?=[\w.]+' is not accepted))([\w.-]+)", text)
+        unknown = re.search(r"(?:[Uu]nrecognized arguments:\s*-*|Option '(?=[\w.]+' is not accepted))([\w./-]+)", text)
         value = re.match(r"Parser key \"(\w+)\": .*(?:Got|Given) value: (.+)$", text)
         if value:
             name, given = value.group(1), value.group(2).strip("[]")
@@ -77,12 +66,20 @@ class Parser(ArgumentParser):
                 hint = " (did you mean 'cuda'? the environment variable CUDA_VISIBLE_DEVICES chooses among GPUs)"
         elif unknown:
             name = unknown.group(1).partition("=")[0]
-            text = f"no flag or key {name!r}"
-            known = SYNONYMS.get(name.replace("-", "_").lower())
-            hint = f" (did you mean {known!r}?)" if known in flags else nearest(name, flags)
-            hint = hint or f"; `{self.prog} --help` lists what there is"
+            text, hint = self._about_unknown(name, flags)
         sys.stderr.write(f"{self.prog}: {text}{hint}\n")
         sys.exit(2)
+
+    def _about_unknown(self, name: str, flags: Sequence[str]) -> tuple[str, str]:
+        """What to say of a word that is no flag, and what may be meant."""
+        positional = [action.dest for action in self._actions if not action.option_strings]
+        if name in positional:
+            return f"{name} is given without --{name}", f"; write `{self.prog} {name.upper()}`"
+        if "/" in name or os.path.exists(name):
+            flag = next((flag for flag in ("model", "data", "images") if flag in flags), None)
+            return f"{name!r} stands without a flag", f" (did you mean --{flag} {name}?)" if flag else ""
+        hint = meant(name, flags) or f"; `{self.prog} --help` lists what there is"
+        return f"no flag or key {name!r}", hint
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -242,9 +239,7 @@ def _checked_config(parser: Parser, path: Path) -> str:
     today = renamed(content)
     for key in today:
         if key not in known:
-            other = SYNONYMS.get(str(key).replace("-", "_").lower())
-            hint = f" (did you mean {other!r}?)" if other in known else nearest(str(key), known)
-            raise DetdistillError(f"config: {path}: no key {key!r}{hint}")
+            raise DetdistillError(f"config: {path}: no key {key!r}{meant(str(key), known)}")
     return str(path) if today == content else yaml.safe_dump(today)
 
 
@@ -319,7 +314,15 @@ def _distill(chosen: Namespace) -> None:
         from detdistill.compare import show_gains
 
         show_gains(result.gains)
-    _say(f"runs in {result.folder}" + (f"; report {result.report}" if chosen.report else ""))
+    page = f"; report {result.report}" if chosen.report else ""
+    if len(result.runs) > 1:
+        _say(f"runs in {result.folder}{page}")
+        return
+    from detdistill.compare import read_run
+    from detdistill.evaluation.scores import points
+
+    _say(f"AP {points(read_run(result.runs[0])['metrics']['AP'])}; run folder {result.folder}{page}")
+    _say("whether that is a gain, --baseline true --seeds 0,1,2 tells")
 
 
 def _cache_flags(parser: Parser) -> None:

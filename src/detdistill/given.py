@@ -28,9 +28,11 @@ def name_or_detector(model: Any, what: str = "model") -> str | Detector:
     if isinstance(model, str | Path):
         return str(model)
     if isinstance(model, Distilled):
-        if len(model.runs) != 1:
-            raise ModelError(f"{what}: this result has {len(model.runs)} runs; give one of its .runs, e.g. {model.runs[0]}")
-        return str(model.runs[0])
+        distilled = [run for run in model.runs if len(model.runs) == 1 or run.name.startswith("distilled")]
+        if len(distilled) != 1:
+            some = (distilled or model.runs)[0]
+            raise ModelError(f"{what}: this result has {len(model.runs)} runs; give one of its .runs, e.g. {some}")
+        return str(distilled[0])
     from torch import nn
 
     from detdistill.detectors.contract import Detector, Teacher

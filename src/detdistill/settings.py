@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from detdistill.errors import RunError
+from detdistill.errors import RunError, nearest
 from detdistill.values import Count, Fraction, Index, Limits, Positive, Weight, check
 
 
@@ -257,3 +257,23 @@ def as_plain(settings: Any) -> dict[str, Any]:
         return value
 
     return {field.name: plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+
+
+SYNONYMS = {
+    "amp": "precision", "batch_size": "batch", "bs": "batch", "checkpoint": "model", "cos_lr": "schedule", "epoch": "epochs",
+    "fliplr": "flip", "grad_clip": "clip", "hsv_h": "colour", "image_size": "size", "img": "size", "img_size": "size",
+    "imgsz": "size", "input_size": "size", "learning_rate": "lr", "loss_weight": "distill_weight", "lr0": "lr",
+    "max_epochs": "epochs", "max_steps": "steps", "momentum": "optimizer", "name": "out", "num_epochs": "epochs",
+    "num_workers": "workers", "output": "out", "output_dir": "out", "pretrained": "model", "project": "out",
+    "save_dir": "out", "source": "images", "wandb": "track", "warmup_epochs": "warmup_steps", "wd": "weight_decay",
+    "weights": "model", "work_dir": "out", "yaml": "data",
+}  # fmt: skip
+"""Flags of other tools and words for the same thing, for suggestions; our name for each."""
+
+
+def meant(name: str, known: Collection[str]) -> str:
+    """`` (did you mean 'x'?)`` with our word for the word of another tool, or with the closest name; empty if there is none."""
+    ours = SYNONYMS.get(name.replace("-", "_").lower())
+    if ours == "model" and "init" in known:  # where a training may start from weights, these are meant
+        ours = "init"
+    return f" (did you mean {ours!r}?)" if ours in known else nearest(name, known)

@@ -97,6 +97,8 @@ def decode(path: Path) -> Tensor:
     Raises:
         DataError: the file cannot be decoded.
     """
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file")
     try:
         return read_image(path)
     except Exception as error:  # for broken files, Pillow's plugins raise errors of many kinds: struct's, index errors

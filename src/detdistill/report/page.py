@@ -427,7 +427,8 @@ def _facts(runs: Sequence[Run], groups: Sequence[Group]) -> list[tuple[str, list
         "model": [run.summary["student"] for run in runs if run.role in ("teacher", "train")],
         "seeds": [f"{one.label}: {', '.join(str(run.seed) for run in one.runs)}" for one in groups],
         "budget": [
-            f"{run.summary.get('epochs')} epochs, {run.summary.get('steps')} steps, {run.summary.get('images_seen')} images seen"
+            ("" if run.config.get("steps") else f"{run.summary.get('epochs')} epochs, ")
+            + f"{run.summary.get('steps')} steps, {run.summary.get('images_seen')} images seen"
             f" ({run.role})"
             for run in runs
         ],

@@ -105,20 +105,30 @@ def open_session(
     return Session(plan, splits, student, method, teacher, cache, source, inherited, started)
 
 
+LEAST_TAKEN = 0.1
+"""Share of the student's values that must be taken from the weights of ``init``; equal counters and biases alone are chance."""
+
+
 def _start(student: Detector, init: str, progress: Progress | None) -> Start:
     """Copy the weights of ``init`` into the student, and say how many tensors fit.
 
     Raises:
-        RunError: none fits.
+        RunError: less than ``LEAST_TAKEN`` fits.
         ModelError: ``init`` cannot be loaded.
     """
     with torch.random.fork_rng(devices=[]):  # building the detector must not change the random numbers of the run
         source = load_detector(init)
     found = start_from(student, source)
     total = len(found.copied) + len(found.skipped)
-    if not found.copied:
+    state = student.state_dict()
+    values = sum(tensor.numel() for tensor in state.values())
+    taken = sum(state[name].numel() for name in found.copied)
+    if not found.copied or taken < LEAST_TAKEN * values:
         reason = f" ({': '.join(found.skipped[0])})" if found.skipped else ""
-        raise RunError(f"init: none of the {total} tensors of {student.spec.name} fits those of {init}{reason}; leave out --init")
+        raise RunError(
+            f"init: {len(found.copied)} of the {total} tensors of {student.spec.name} ({100 * taken / values:.0f} % of its "
+            f"values) fit those of {init}{reason}; give weights of the same architecture, or leave out --init"
+        )
     if progress is not None:
         skipped = f"; the first that does not fit is {': '.join(found.skipped[0])}" if found.skipped else ""
         progress.say(f"started from {init}: {len(found.copied)} of {total} tensors{skipped}", "yellow" if skipped else "dim")
