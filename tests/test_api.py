@@ -154,7 +154,7 @@ def test_one_call_leads_from_an_image_to_boxes(tmp_path, student):
         (torch.nn.Linear(2, 2), path, r"model: a Linear is no detector yet; wrap it: detdistill\.wrap\(model"),
         (3, path, "model: a int is no model; give a model string, a path"),
         (student, 3, "a int is no image"),
-        (student, tmp_path / "no.png", r"no\.png: the image cannot be decoded"),
+        (student, tmp_path / "no.png", r"no\.png: there is no such file"),
     ):
         with pytest.raises(DetdistillError, match=said):
             detdistill.detect(model, image, **looking)
