@@ -248,6 +248,8 @@ def graph_of(detector: Detector, inside: bool = False) -> Graph:
     name = detector.spec.name
     if isinstance(detector, TwoStageDetector):
         return TwoStageGraph(detector)
+    if getattr(detector, "votes", False):
+        raise ModelError(f"{name}: it averages boxes after NMS (score voting), which no exported file does; export ATSS instead")
     if isinstance(detector, DenseDetector):
         return SuppressedGraph(DenseGraph(detector), rule_of(detector)) if inside else DenseGraph(detector)
     if inside:

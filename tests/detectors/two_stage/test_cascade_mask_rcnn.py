@@ -129,7 +129,7 @@ def test_overfits_boxes_and_masks():
     with torch.no_grad():
         [found] = detector.model(library_images(batch))
     overlap, index = box_iou(batch.targets[0].boxes_xyxy, found["boxes"]).max(dim=1)
-    assert (overlap > 0.7).all()
+    assert (overlap > 0.6).all()
     assert torch.equal(found["labels"][index] - 1, batch.targets[0].labels)
     masks, wanted = found["masks"][index, 0] > 0.5, batch.targets[0].masks
-    assert ((masks & wanted).sum(dim=(1, 2)) / (masks | wanted).sum(dim=(1, 2)) > 0.6).all()
+    assert ((masks & wanted).sum(dim=(1, 2)) / (masks | wanted).sum(dim=(1, 2)) > 0.5).all()

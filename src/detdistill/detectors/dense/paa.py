@@ -50,6 +50,8 @@ def wrap_model(
 class PAADetector(OwnDenseDetector):
     """Adapter of PAA. ``deltas`` are dx, dy, dw, dh relative to the anchor; ``quality`` is the logit of the predicted IoU."""
 
+    votes = True
+    """Boxes are averaged after NMS (score voting), which an exported file does not do."""
     candidates = 9
     """Largest number of candidate anchors of each level for a ground-truth box."""
 
