@@ -86,7 +86,7 @@ COURSES = {
     # 0.88 0.48, 6 s
     "detr": Course(FEW_QUERIES, 0.28, 200, 4e-3, images=4, most_objects=2, size=64),
     # 0.47 0.32, 7 s
-    "conditional_detr": Course(FEW_QUERIES, 0.15, 200, 5e-3, images=4, most_objects=2, size=64),
+    "conditional_detr": Course(FEW_QUERIES, 0.19, 300, 5e-3, images=4, most_objects=2, size=64),
     # 0.50 0.63, 8 s
     "dab_detr": Course(
         f"{SHORT},encoder=1,queries=2".replace("dim=32", "dim=64"), 0.30, 200, 5e-3, images=4, most_objects=1, size=64

@@ -116,20 +116,20 @@ def test_overfits_boxes_and_masks():
     detector = build_detector(name, ("a", "b")).train()
     optimizer = torch.optim.AdamW(detector.parameters(), lr=4e-3)
     totals = []
-    for step in range(40):
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 5, (40 - step) / 15)
+    for step in range(80):
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 5, (80 - step) / 30)
         loss = detector.loss(detector(batch).prediction, batch).total()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
         optimizer.step()
         totals.append(float(loss.detach()))
-    assert sum(totals[-5:]) < 0.5 * sum(totals[:5])
+    assert sum(totals[-5:]) < 0.4 * sum(totals[:5])
     detector.eval()
     with torch.no_grad():
         [found] = detector.model(library_images(batch))
     overlap, index = box_iou(batch.targets[0].boxes_xyxy, found["boxes"]).max(dim=1)
-    assert (overlap > 0.6).all()
+    assert (overlap > 0.7).all()
     assert torch.equal(found["labels"][index] - 1, batch.targets[0].labels)
     masks, wanted = found["masks"][index, 0] > 0.5, batch.targets[0].masks
-    assert ((masks & wanted).sum(dim=(1, 2)) / (masks | wanted).sum(dim=(1, 2)) > 0.5).all()
+    assert ((masks & wanted).sum(dim=(1, 2)) / (masks | wanted).sum(dim=(1, 2)) > 0.6).all()
