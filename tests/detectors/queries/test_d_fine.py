@@ -12,6 +12,10 @@ class TestDFine(FrameTests):
     # the last layer but one has no loss on its class: the library's auxiliary sets are moved by one
     unreached = ("denoising_class_embed", "class_embed.1", "lqe_layers.1")
 
+    def check_logits(self, mine, theirs):
+        # On CPUs without AVX-512 one thread rounds the last digit otherwise (largest difference seen: 9.5e-7).
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-6)
+
     def layer_terms(self, prediction):
         return {0: "_aux_1", 2: ""}
 
