@@ -274,7 +274,7 @@ def read_image(path: Path) -> Tensor:
 
 
 def _is_plain(file: Image.Image) -> bool:
-    """True for the JPEG and PNG files that torchvision decodes to the same pixels as PIL, and more quickly (``benchmarks/pieces.py``)."""
+    """True for the JPEG and PNG files that torchvision decodes to the same pixels as PIL, and more quickly."""
     if file.format in ("JPEG", "MPO"):
         return file.mode in ("RGB", "L")
     return file.format == "PNG" and file.mode == "RGB" and "transparency" not in file.info
