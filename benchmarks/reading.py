@@ -1,0 +1,128 @@
+"""Reading annotations, inspecting images and checking checksums: processor time of this checkout against another, in turns.
+
+    OMP_NUM_THREADS=1 uv run python benchmarks/reading.py --other ../old --data ../coco128 \
+        --checkpoint runs/x/checkpoints/last.ckpt --out benchmarks/results/reading_cpu.json
+
+- ``coco`` and ``voc``: ``load_data`` of 20,500 made-up images with three boxes each, in a new process of each checkout.
+- ``deep``: ``detdistill data inspect --deep true`` of a real data set.
+- ``checksum``: the check of a checkpoint, as a share of the time from the start of a process until the checkpoint is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import resource
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from detdistill.training.machine import hardware, versions
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = 20_500
+LOAD = """
+import sys, time
+from detdistill.data.discover import load_data
+before = time.process_time()
+load_data(sys.argv[1])
+print(time.process_time() - before)
+"""
+RESUME = """
+import sys, time
+from pathlib import Path
+import torch
+import detdistill.training.run
+from detdistill.files import damage
+before = time.process_time()
+damage(Path(sys.argv[1]))
+checked = time.process_time()
+torch.load(sys.argv[1], map_location="cpu", weights_only=True)
+print((checked - before) / time.process_time())
+"""
+
+
+def make(root: Path) -> None:
+    """Write the same images and boxes in COCO and in VOC form."""
+    for folder in ("coco/train2017", "coco/annotations", "voc/JPEGImages", "voc/Annotations", "voc/ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), (9, 99, 200)).save(buffer, "JPEG")
+    names, images, annotations = [f"{index:012d}" for index in range(IMAGES)], [], []
+    for index, name in enumerate(names):
+        (root / "coco/train2017" / f"{name}.jpg").write_bytes(buffer.getvalue())
+        os.link(root / "coco/train2017" / f"{name}.jpg", root / "voc/JPEGImages" / f"{name}.jpg")
+        images.append({"id": index, "file_name": f"{name}.jpg", "width": 64, "height": 48})
+        objects = ""
+        for box in range(3):
+            x, y, key = 2 + box * 9 + index % 5, 3 + box * 5, len(annotations) + 1
+            kind = {"id": key, "image_id": index, "category_id": box % 2 + 1, "iscrowd": 0}
+            annotations.append({**kind, "bbox": [x, y, 12, 14], "area": 168})
+            corners = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + 12}</xmax><ymax>{y + 14}</ymax>"
+            objects += f"<object><name>{'ab'[box % 2]}</name><difficult>0</difficult><bndbox>{corners}</bndbox></object>"
+        size = "<size><width>64</width><height>48</height><depth>3</depth></size>"
+        text = f"<annotation><filename>{name}.jpg</filename>{size}{objects}</annotation>"
+        (root / "voc/Annotations" / f"{name}.xml").write_text(text)
+    categories = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "coco/annotations/instances_train2017.json").write_text(json.dumps(content))
+    for split, part in (("train", names[:-500]), ("val", names[-500:])):
+        (root / "voc/ImageSets/Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in part))
+
+
+def printed(checkout: Path, code: str, path: Path) -> float:
+    """The number that a program prints in the environment of a checkout."""
+    command = [str(checkout / ".venv/bin/python"), "-c", code, str(path)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tempfile.gettempdir()).stdout)
+
+
+def inspected(checkout: Path, data: Path) -> float:
+    """Processor time of ``data inspect --deep true``."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [str(checkout / ".venv/bin/python"), "-m", "detdistill", "data", "inspect", str(data), "--deep", "true"]
+    subprocess.run(command, capture_output=True, check=True, cwd=tempfile.gettempdir())
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    """Measure all cases, print them and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--other", type=Path, required=True, help="another checkout with its own .venv")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    other, data = chosen.other.resolve(), chosen.data.resolve()
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch)
+        make(made)
+        cases: dict[str, Callable[[Path], float]] = {
+            "coco": lambda checkout: printed(checkout, LOAD, made / "coco"),
+            "voc": lambda checkout: printed(checkout, LOAD, made / "voc"),
+            "deep": lambda checkout: inspected(checkout, data),
+        }
+        found: dict[str, dict[str, float]] = {}
+        for name, case in cases.items():
+            pairs = [(case(ROOT), case(other)) for _ in range(chosen.rounds)]
+            mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+            ratio = statistics.median(one / two for one, two in pairs)
+            found[name] = {"ratio": round(ratio, 3), "seconds": round(mine, 2), "other_seconds": round(theirs, 2)}
+            print(name, found[name], flush=True)
+    shares = [printed(ROOT, RESUME, chosen.checkpoint.resolve()) for _ in range(chosen.rounds)]
+    found["checksum"] = {"share": round(statistics.median(shares), 5)}
+    print("checksum", found["checksum"], flush=True)
+    if chosen.out:
+        content = {"what": __doc__.splitlines()[0], "cases": found, "hardware": hardware(), "versions": versions()}
+        chosen.out.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
