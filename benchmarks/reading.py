@@ -54,7 +54,9 @@ def make(root: Path) -> None:
         (root / folder).mkdir(parents=True)
     buffer = io.BytesIO()
     Image.new("RGB", (64, 48), (9, 99, 200)).save(buffer, "JPEG")
-    names, images, annotations = [f"{index:012d}" for index in range(IMAGES)], [], []
+    names = [f"{index:012d}" for index in range(IMAGES)]
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
     for index, name in enumerate(names):
         (root / "coco/train2017" / f"{name}.jpg").write_bytes(buffer.getvalue())
         os.link(root / "coco/train2017" / f"{name}.jpg", root / "voc/JPEGImages" / f"{name}.jpg")
