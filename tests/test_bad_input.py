@@ -72,13 +72,13 @@ def test_a_truncated_annotation_file(refused, tmp_path):
 def test_no_box_at_all(refused, tmp_path):
     root = make_coco(tmp_path / "data", {"train2017": [Picture("a", 64, 48), Picture("b", 64, 48)], "val2017": VAL})
     line = refused("train", "--model", MODEL, "--data", root)
-    assert "no usable box in the 2 training images (0 defects); there is nothing to learn from" in line
+    assert "no usable box in the 2 training images (no defects); there is nothing to learn from" in line
 
 
 def test_strict_data_with_a_defect(refused, tmp_path):
     root = make_coco(tmp_path / "data", {"train2017": [*TRAIN, Picture("e", 32, 32, [("ant", 9, 9, 9, 20)])], "val2017": VAL})
     line = refused("train", "--model", MODEL, "--data", root, "--strict")
-    assert "1 defects; the first: annotations/instances_train2017.json" in line
+    assert "1 defect; the first: annotations/instances_train2017.json" in line
 
 
 def test_an_image_that_cannot_be_decoded_stops_training_with_its_name(refused, tmp_path):

@@ -58,3 +58,8 @@ def name_list(names: Sequence[str], differing: Collection[str] = (), most: int =
     shown = others[: most // 2]
     rest = ["..."] if not others or len(others) > len(shown) or shown[-1] != names[-1] else []
     return ", ".join([*first, *(["...", *shown] if shown else []), *rest])
+
+
+def counted(number: int, noun: str) -> str:
+    """``no defects``, ``1 defect``, ``2 defects``."""
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"

@@ -74,7 +74,7 @@ def test_train_is_required(tmp_path):
 
 def test_no_usable_box_is_an_error(tmp_path):
     make_coco(tmp_path, {"train": [Picture("a", 20, 20, [("ant", 5, 5, 5, 9)])], "val": [Picture("b", 20, 20)]})
-    with pytest.raises(DataError, match=r"no usable box in the 1 training images \(1 defects\)"):
+    with pytest.raises(DataError, match=r"no usable box in the 1 training images \(1 defect\)"):
         load_data(tmp_path)
 
 

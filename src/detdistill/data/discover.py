@@ -25,7 +25,7 @@ from detdistill.data.records import (
 )
 from detdistill.data.voc import find_voc, read_voc
 from detdistill.data.yolo import find_yolo, read_yolo
-from detdistill.errors import DataError, RunError, nearest
+from detdistill.errors import DataError, RunError, counted, nearest
 
 FORMS = (
     "COCO JSON (annotations/*.json, a subfolder's *.json, or the file itself), a YOLO data.yaml with names and train, "
@@ -85,7 +85,7 @@ def load_split(path: str | Path, split: SplitName, *, strict: bool = False) -> t
         raise RunError(f"no split {split!r} in {path}; there are {listed(sets)}{why}")
     _check_usable(data)
     if strict and data.defects:
-        raise DataError(f"{path}: {len(data.defects)} defects{_first(data.defects)}")
+        raise DataError(f"{path}: {counted(len(data.defects), 'defect')}{_first(data.defects)}")
     return data, notes
 
 
@@ -100,11 +100,11 @@ def usable(path: str | Path, sets: dict[SplitName, DetectionSet], notes: Sequenc
     splits = _complete(path, sets, list(notes))
     if not any((~record.crowd).any() for record in splits.train.records):
         raise DataError(
-            f"{path}: no usable box in the {len(splits.train)} training images ({len(splits.train.defects)} defects); "
+            f"{path}: no usable box in the {len(splits.train)} training images ({counted(len(splits.train.defects), 'defect')}); "
             f"there is nothing to learn from{_first(splits.train.defects)}"
         )
     if strict and splits.defects:
-        raise DataError(f"{path}: {len(splits.defects)} defects{_first(splits.defects)}")
+        raise DataError(f"{path}: {counted(len(splits.defects), 'defect')}{_first(splits.defects)}")
     return splits
 
 

@@ -24,7 +24,7 @@ from detdistill.data.discover import read_sets, usable
 from detdistill.data.findings import findings, glance, picture_defects, same_pictures
 from detdistill.data.pixels import FAULTS, Range, look
 from detdistill.data.records import Defect, DetectionSet, Record, relative
-from detdistill.errors import DataError
+from detdistill.errors import DataError, counted
 
 SMALL_AREA, LARGE_AREA = 32.0**2, 96.0**2
 """COCO's area limits of small and large objects, in square pixels of the original image."""
@@ -152,7 +152,7 @@ class DataReport:
                     printing.paragraph(console, what, first=" " * 6)
             if len(found) > SHOWN_DEFECTS:
                 printing.line(console, f"  ... and {len(found) - SHOWN_DEFECTS} more")
-        printing.line(console, f"{len(self.defects) or 'no'} defects ({checked})")
+        printing.line(console, f"{counted(len(self.defects), 'defect')} ({checked})")
 
 
 def _share(count: int, total: int) -> str:
