@@ -67,7 +67,7 @@ def test_a_student_folder_is_evaluated_on_any_split(student):
         api.evaluate(str(student), DIGITS, split="test", size=64)
 
 
-def test_a_run_is_evaluated_and_predicts_at_its_own_size(tmp_path, student, monkeypatch):
+def test_a_run_is_evaluated_and_predicts_at_its_own_size(tmp_path, student, monkeypatch, capsys):
     from PIL import Image
 
     import detdistill.evaluation as evaluation
@@ -80,7 +80,10 @@ def test_a_run_is_evaluated_and_predicts_at_its_own_size(tmp_path, student, monk
     monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: seen.append(a[2]) or plain(*a, **k))
     for model in (tmp_path, tmp_path / "student"):
         api.evaluate(str(model), DIGITS, device="cpu")
+    assert "was trained with" not in capsys.readouterr().err
     api.evaluate(str(tmp_path), DIGITS, device="cpu", size=64)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path} was trained with size 96, stretch; it is shown images of size 64, stretch" in said
     assert [(view.size, view.resize) for view in seen] == [(96, "stretch"), (96, "stretch"), (64, "stretch")]
     monkeypatch.setattr(predict, "predict_folder", lambda *a, **k: seen.append(a[3]) or predict.Predicted(a[2], 1, 0))
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")

@@ -337,8 +337,8 @@ def test_counts_of_a_large_set_fit(see, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- real terminals
 
 
-def on_a_terminal(columns, *words):
-    """What a command writes to a pseudo-terminal."""
+def on_a_terminal(columns, *words, code=0):
+    """What a command writes to a pseudo-terminal before it ends with an exit code."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {**{name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}, "TERM": "xterm"}
@@ -355,7 +355,7 @@ def on_a_terminal(columns, *words):
                 break
             written += part
     os.close(master)
-    assert process.returncode == 0
+    assert process.returncode == code
     return written.decode().replace("\r\n", "\n")
 
 
@@ -369,6 +369,16 @@ def test_a_terminal_has_colours_and_its_own_width_and_a_pipe_has_neither():
     command = [sys.executable, "-m", "detdistill", "recipes"]
     piped = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=True)
     assert piped.stdout == plain[0]
+
+
+def test_an_error_wraps_between_words_on_a_terminal_and_is_one_line_elsewhere():
+    words = ("compare", "runs/with/a/long/name/that/does/not/exist")
+    shown = on_a_terminal(80, *words, code=2).splitlines()
+    assert len(shown) > 1
+    assert max(map(len, shown)) <= 80
+    command = [sys.executable, "-m", "detdistill", *words]
+    piped = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False).stderr
+    assert piped.splitlines()[-1] == " ".join(shown)
 
 
 def test_a_pipe_that_closes_early_ends_a_listing_quietly():

@@ -32,6 +32,9 @@ T = TypeVar("T")
 ALIASES = {"distill_model": "teacher", "distill-model": "teacher", **RENAMED}
 """Names of flags in other tools or earlier versions, and our name for each."""
 
+RANGE = re.compile(r"\b(\d+)-(\d+)\b")
+"""``0-2`` in a list of numbers."""
+
 VERB_SYNONYMS = {
     "benchmark": "bench", "convert": "export", "detect": "predict", "evaluate": "eval", "fit": "train",
     "infer": "predict", "inference": "predict", "inspect": "data inspect",
@@ -153,8 +156,19 @@ def overview() -> str:
 
 
 def _fail(text: str) -> NoReturn:
-    sys.stderr.write(f"detdistill: {' '.join(text.split())}\n")
+    _tell(f"detdistill: {' '.join(text.split())}")
     sys.exit(2)
+
+
+def _tell(text: str) -> None:
+    """Write to stderr: wrapped between words on a terminal, else as one line, which logs and scripts can search."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        from detdistill.printing import wrap
+
+        text = "\n".join(str(line) for line in wrap(text, Console(stderr=True).width))
+    sys.stderr.write(f"{text}\n")
 
 
 def _notes_on(show: Callable[..., None]) -> Callable[..., None]:
@@ -162,7 +176,7 @@ def _notes_on(show: Callable[..., None]) -> Callable[..., None]:
 
     def shown(message: Warning | str, category: type[Warning], *where: Any) -> None:
         if issubclass(category, DetdistillWarning):
-            sys.stderr.write(f"note: {message}\n")
+            _tell(f"note: {message}")
         else:
             show(message, category, *where)
 
@@ -172,9 +186,9 @@ def _notes_on(show: Callable[..., None]) -> Callable[..., None]:
 def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
     """Rewrite the typed arguments into the form that jsonargparse reads.
 
-    ``key=value`` becomes ``--key=value``, ``--baseline`` becomes ``--baseline=true``, ``--seeds 0,1,2`` becomes
-    ``--seeds=[0,1,2]``, and ``--recipe NAME`` becomes ``--config=FILE``. Names of other tools and dashes inside names are
-    replaced. Files are moved to the front, so that a typed value overrides a file's, wherever it is typed.
+    ``key=value`` becomes ``--key=value``, ``--baseline`` becomes ``--baseline=true``, ``--seeds 0,1,2`` or
+    ``--seeds 0-2`` becomes ``--seeds=[0,1,2]``, and ``--recipe NAME`` becomes ``--config=FILE``. Names of other tools and dashes
+    inside names are replaced. Files are moved to the front, so that a typed value overrides a file's, wherever it is typed.
     """
     types = {action.dest: getattr(action, "_typehint", str) for action in parser._actions}
     positional = any(not action.option_strings for action in parser._actions)
@@ -210,10 +224,16 @@ def _normalized(parser: Parser, arguments: Sequence[str]) -> list[str]:
         elif value in ("none", "null") and type(None) in get_args(wanted):
             normal.append(f"--{name}=null")
         elif "tuple[" in str(wanted) and not value.startswith("["):
-            normal.append(f"--{name}=[{'' if value == 'none' else value}]")
+            normal.append(f"--{name}=[{'' if value == 'none' else re.sub(RANGE, _numbers, value)}]")
         else:
             normal.append(f"--{name}={value}")
     return files + normal
+
+
+def _numbers(found: re.Match[str]) -> str:
+    """The numbers of a range such as ``0-2``, ends included: ``0,1,2``; a range that runs backwards stays as it is."""
+    first, last = int(found[1]), int(found[2])
+    return ",".join(map(str, range(first, min(last, first + 1000) + 1))) or found[0]
 
 
 def _checked_config(parser: Parser, path: Path) -> str:
@@ -542,7 +562,10 @@ def _report(chosen: Namespace) -> None:
 def _demo_flags(parser: Parser) -> None:
     parser.add_argument("--out", type=Path | None, default=None, help="folder; none: a new one under runs/")
     parser.add_argument(
-        "--seeds", type=tuple[int, ...], default=(0,), help="seeds of the students; a proof of the gain needs several, e.g. 0,1,2"
+        "--seeds",
+        type=tuple[int, ...],
+        default=(0,),
+        help="seeds of the students; a proof of the gain needs several, e.g. 0,1,2 or 0-2",
     )
     parser.add_argument("--method", type=str, default="pkd", help="one method, or several: fgd+pkd")
     parser.add_argument("--train_images", type=int, default=2000)

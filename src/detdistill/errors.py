@@ -60,6 +60,6 @@ def name_list(names: Sequence[str], differing: Collection[str] = (), most: int =
     return ", ".join([*first, *(["...", *shown] if shown else []), *rest])
 
 
-def counted(number: int, noun: str) -> str:
-    """``no defects``, ``1 defect``, ``2 defects``."""
-    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, several: str = "") -> str:
+    """``no defects``, ``1 defect``, ``2 defects``; ``several`` is the plural if it is not the noun with an s."""
+    return f"{number or 'no'} {noun if number == 1 else several or noun + 's'}"

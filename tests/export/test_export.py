@@ -59,6 +59,9 @@ def test_the_proof(exported):
     about = notes["about"]
     assert about["spec"]["classes"] == list(CLASSES)
     assert (about["size"], about["resize"], about["opset"], about["free"]) == (64, "letterbox", 17, ["batch", "size"])
+    assert repr(exported).startswith(f"Exported(AP of torch {100 * torch_stage.AP:.1f}, AP of onnx {100 * file.AP:.1f}, AP of")
+    assert repr(exported).endswith(f"{exported.file} and {exported.int8})")
+    assert ">AP of onnx int8</th>" in exported._repr_html_()
     assert {path.name for path in exported.file.parent.iterdir()} == {"model.onnx", "model.int8.onnx", "export.json"}
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from detdistill.api.shared import (
     device_for,
     device_of,
-    known_image_settings,
+    image_settings,
     not_these_digits,
     settings_of,
     tell,
@@ -55,7 +55,7 @@ def evaluate(
 
     model = name_or_detector(model)
     with progress or Progress() as shown:
-        wanted = settings_of(TrainSettings, {**known_image_settings(model, shown, settings), **settings})
+        wanted = image_settings(model, settings, shown)
         if split not in ("train", "val", "test"):
             raise RunError(f"no split {split!r}; use val, test or train")
         chosen, notes = load_split(data, cast("SplitName", split), strict=wanted.strict)
@@ -291,7 +291,7 @@ def export(
         raise RunError(f"model: {model} is an exported file; export the run or the student folder that it was made of")
     given = {name: value for name, value in settings.items() if value is not None}
     with progress or Progress() as shown:
-        chosen = settings_of(TrainSettings, {**known_image_settings(model, shown, given), **given})
+        chosen = image_settings(model, given, shown)
         sets = {}
         for split in ("val", *(("train",) if int8 else ())) if data is not None else ():
             sets[split], notes = load_split(str(data), cast("SplitName", split), strict=chosen.strict)
@@ -361,7 +361,7 @@ def bench(
         if value < 1:
             raise RunError(f"{name}: {value} must be 1 or more")
     given = {name: value for name, value in settings.items() if value is not None}
-    chosen = settings_of(TrainSettings, {**known_image_settings(models[0], None, given), **given})
+    chosen = image_settings(models[0], given, None)
     where, before = device_of(device), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -412,7 +412,7 @@ def _ready(model: Model, size: int | None, device: str, progress: Progress | Non
 
     place = name_or_detector(model)
     given = {} if size is None else {"size": size}
-    settings = view_settings(settings_of(TrainSettings, {**known_image_settings(place, progress, given), **given}))
+    settings = view_settings(image_settings(place, given, progress))
     wanted = device_for(place, device)
     detector = open_detector(place, device=wanted)
     return detector if wanted is None else detector.to(wanted), settings

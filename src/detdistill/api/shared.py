@@ -127,12 +127,33 @@ def known_image_settings(
         return trained.plain()
     if Path(model.removeprefix("hf:")).exists():
         assumed = Resizing.of(settings_of(TrainSettings, dict(given or {})))
-        text = f"{model} does not say with which image size it was trained; it is shown images of {assumed}"
-        if progress is None:
-            warnings.warn(text, DetdistillWarning, stacklevel=3)
-        else:
-            progress.say(text, "yellow")
+        _note(f"{model} does not say with which image size it was trained; it is shown images of {assumed}", progress)
     return {}
+
+
+def image_settings(model: str | Detector, given: Mapping[str, Any], progress: Progress | None) -> TrainSettings:
+    """Settings of the caller, and for what the caller leaves open the image settings with which the model was trained.
+
+    A line says so if the caller wants another size or resizing than that of the training.
+
+    Raises:
+        RunError: no such setting, or a value out of range.
+    """
+    from detdistill.structures import Resizing
+
+    known = known_image_settings(model, progress, given)
+    wanted = settings_of(TrainSettings, {**known, **given})
+    trained, shown = Resizing.from_plain(known), Resizing.of(wanted)
+    if trained not in (None, shown):
+        _note(f"{model} was trained with {trained}; it is shown images of {shown}", progress)
+    return wanted
+
+
+def _note(text: str, progress: Progress | None) -> None:
+    if progress is None:
+        warnings.warn(text, DetdistillWarning, stacklevel=4)
+    else:
+        progress.say(text, "yellow")
 
 
 def device_for(model: str | Detector, name: str) -> str | None:

@@ -21,7 +21,7 @@ from detdistill.data.loader import Sample, collate
 from detdistill.data.records import Record
 from detdistill.data.transforms import ViewSettings, make_view
 from detdistill.detectors.contract import Detector
-from detdistill.errors import DataError, RunError
+from detdistill.errors import DataError, RunError, counted
 from detdistill.evaluation.drawing import draw_boxes
 from detdistill.evaluation.image_files import FoundFiles, as_pixels, drawing_names, find_images, relative_name
 from detdistill.files import write_atomically
@@ -79,7 +79,7 @@ class Found:
     error: DataError | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Predicted:
     """Result of ``predict``."""
 
@@ -93,6 +93,11 @@ class Predicted:
     """A line for each image that could not be read: path and reason."""
     left_out: str = ""
     """Files that are no images, counted by suffix; empty if there are none."""
+
+    def __repr__(self) -> str:
+        """Numbers of images and boxes, and the folder."""
+        broken = f", {counted(len(self.unreadable), 'image')} unreadable" if self.unreadable else ""
+        return f"Predicted({counted(self.boxes, 'box', 'boxes')} on {counted(self.images, 'image')}{broken}; {self.folder})"
 
 
 def predict_image(detector: Detector, image: Tensor, settings: ViewSettings) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from detdistill.detectors.contract import Detector
 from detdistill.errors import ModelError, RunError, nearest
 from detdistill.evaluation import evaluate
 from detdistill.evaluation.run import check_classes
+from detdistill.evaluation.scores import points
 from detdistill.export.about import About
 from detdistill.export.bench import interleaved
 from detdistill.export.file_detector import FileDetector
@@ -27,6 +28,7 @@ from detdistill.export.runtimes import SUFFIXES
 from detdistill.export.selection import Rule, rule_of
 from detdistill.export.write import check_opset, write
 from detdistill.files import write_atomically
+from detdistill.printing import html_table
 from detdistill.progress import Progress
 from detdistill.structures import Batch, Target, View
 
@@ -50,7 +52,7 @@ class Wanted:
     overwrite: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Exported:
     """Result of ``export``."""
 
@@ -61,6 +63,18 @@ class Exported:
     about: About
     notes: Path
     """``export.json``."""
+
+    def __repr__(self) -> str:
+        """The AP of each form and the files."""
+        files = " and ".join(str(path) for path in (self.file, self.int8) if path is not None)
+        return f"Exported({', '.join(map(' '.join, self._rows()))}; {'' if self.passed else 'too much AP lost; '}{files})"
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks."""
+        return html_table([*self._rows(), ("file", str(self.file)), ("int8", str(self.int8))])
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [(f"AP of {stage.name}", "-" if stage.AP is None else points(stage.AP)) for stage in self.stages]
 
     @property
     def passed(self) -> bool:
