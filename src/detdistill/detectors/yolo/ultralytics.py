@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from detdistill.detectors.torchvision.images import image_sizes
-from detdistill.detectors.yolo.shared.detector import DESCRIPTION, Network, Raw, UltralyticsOptions, detections_at
+from detdistill.detectors.yolo.shared.detector import DESCRIPTION, Network, UltralyticsOptions, detections_at
 from detdistill.detectors.yolo.shared.networks import build_network, describe, need_library, read_saved, resized
 from detdistill.errors import ModelError
 from detdistill.structures import (
@@ -155,8 +155,8 @@ class YOLO(Network):
             for side, given in ((self.head.cv3, hidden.classification), (self.head.cv2, hidden.regression))
         )
         shapes = tuple((one.shape[-2], one.shape[-1]) for one in boxes)
-        sides, logits = (torch.cat([one.flatten(2) for one in maps], dim=2).to(batch.images.dtype) for maps in (boxes, scores))
-        return self.dense(Raw(sides, logits, shapes), batch)
+        sides, logits = (torch.cat([one.flatten(2) for one in maps], dim=2) for maps in (boxes, scores))
+        return self.dense(sides, logits, shapes, batch)
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
         """Compute the losses under an assignment, by default the detector's own (see ``branch_loss``)."""
@@ -182,9 +182,8 @@ class TwoBranches(Network):
             self.head.forward_head(given, **branch)
             for given, branch in ((maps, self.head.one2many), (detached, self.head.one2one))
         ]
-        kind = batch.images.dtype
-        many, one = (Raw(found["boxes"].to(kind), found["scores"].to(kind), shapes) for found in both)
-        return self.dense(dataclasses.replace(many, one=one), batch)
+        many, one = (self.dense(found["boxes"], found["scores"], shapes, batch) for found in both)
+        return dataclasses.replace(many, own=one)
 
     def schedule(self, clock: Clock) -> None:
         """Set the weights of both branches for an epoch: the dense one's falls linearly from 0.8 to 0.1."""
@@ -198,9 +197,7 @@ class TwoBranches(Network):
             ValueError: the prediction lacks the one-to-one branch, because it was split by image or read from a cache.
         """
         dense = cast(Dense, prediction)
-        if not isinstance(dense.own, Raw) or dense.own.one is None:
-            raise ValueError(f"{self.spec.name}: this prediction has no one-to-one branch; call predict again on the features")
-        other = self.dense(dense.own.one, batch)
+        other = self._other(dense)
         terms = self.branch_loss(dense, batch, self.assign(dense, batch) if assignment is None else assignment)
         more = self.branch_loss(other, batch, self._assigned(other, batch, top=7, last=1))
         return Losses(
@@ -210,14 +207,17 @@ class TwoBranches(Network):
             }
         )
 
+    def _other(self, dense: Dense) -> Dense:
+        if not isinstance(dense.own, Dense):
+            raise ValueError(f"{self.spec.name}: this prediction has no one-to-one branch; call predict again on the features")
+        return dense.own
+
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
         """Select the detections of the dense branch, or, with the option ``nms=false``, the best of the one-to-one branch."""
         dense = cast(Dense, prediction)
         if self.options.nms:
             return super().detect(dense, batch)
-        if not isinstance(dense.own, Raw) or dense.own.one is None:
-            raise ValueError(f"{self.spec.name}: this prediction has no one-to-one branch; call predict again on the features")
-        one = self.dense(dense.own.one, batch)
+        one = self._other(dense)
         scores = one.logits.sigmoid()
         found = []
         for image, size in enumerate(image_sizes(batch)):

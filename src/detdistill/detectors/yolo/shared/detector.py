@@ -36,7 +36,6 @@ from detdistill.structures import (
     Dense,
     Detections,
     Features,
-    Movable,
     Origin,
     Positives,
     Prediction,
@@ -74,20 +73,6 @@ class UltralyticsOptions(ModelOptions):
     """Weight of the classes' loss."""
     dfl: Weight = 1.5
     """Weight of the loss of the sides' distributions, or of the sides."""
-
-
-@dataclass(frozen=True)
-class Raw(Movable):
-    """Outputs of the branches in the package's layout."""
-
-    boxes: Tensor
-    """[B, 4R, P]."""
-    scores: Tensor
-    """[B, C, P] logits of all C outputs of the network, which may have more classes than the detector."""
-    shapes: tuple[tuple[int, int], ...]
-    """Rows and columns of each level."""
-    one: Raw | None = None
-    """The one-to-one branch."""
 
 
 class Network(Detector):
@@ -210,20 +195,41 @@ class Network(Detector):
 
     # ------------------------------------------------------------------------------------------------------- prediction
 
-    def dense(self, raw: Raw, batch: Batch) -> Dense:
-        """The prediction of a branch: points at the centres of the cells, sides as distances in strides."""
-        levels, cells, points, strides = places(raw.shapes, self.spec.strides, raw.boxes)
-        deltas = raw.boxes.transpose(1, 2).to(batch.images.dtype)
-        logits = raw.scores.transpose(1, 2).to(batch.images.dtype)[..., self.columns]
+    def dense(
+        self, boxes: Tensor, scores: Tensor, shapes: Sequence[tuple[int, int]], batch: Batch, own: Dense | None = None
+    ) -> Dense:
+        """The prediction of a branch: points at the centres of the cells, sides as distances in strides.
+
+        Args:
+            boxes: [B, 4R, P] outputs for the sides left, top, right, bottom.
+            scores: [B, C, P] logits of all outputs of the network, which may be more than the detector's classes.
+            shapes: rows and columns of each level.
+            batch: the images; outputs and boxes get their precision.
+            own: prediction of a second branch.
+        """
+        deltas, scores = (one.transpose(1, 2).to(batch.images.dtype) for one in (boxes, scores))
+        levels, cells = places(shapes, deltas.device)
+        points, strides = self._points(levels, cells, deltas)
         sides = deltas
         if self.head.reg_max > 1:
             bins = torch.arange(self.head.reg_max, dtype=deltas.dtype, device=deltas.device)
             sides = deltas.unflatten(-1, (4, -1)).softmax(dim=-1).matmul(bins)
-        boxes = torch.cat([points - sides[..., :2], points + sides[..., 2:]], dim=-1) * strides
+        corners = torch.cat([points - sides[..., :2], points + sides[..., 2:]], dim=-1) * strides
         halves = torch.cat([points - 0.5, points + 0.5], dim=-1) * strides
         return Dense(
-            logits, deltas, boxes, halves.expand_as(boxes), levels, cells, torch.zeros_like(levels), own=raw
-        )  # fmt: skip
+            logits=scores[..., self.columns],
+            deltas=deltas,
+            boxes_xyxy=corners,
+            priors_xyxy=halves.expand_as(corners),
+            levels=levels,
+            cells=cells,
+            anchors=torch.zeros_like(levels),
+            own=own,
+        )
+
+    def _points(self, levels: Tensor, cells: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Centre [P, 2] (x, y, in cells) and stride [P, 1] of each prediction."""
+        return cells.flip(1).to(like.dtype) + 0.5, like.new_tensor(self.spec.strides)[levels][:, None]
 
     def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
         """Gather the predictions that ``assignment`` matches to a ground-truth box."""
@@ -304,33 +310,24 @@ class Network(Detector):
 
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
         """Select the detections as the package's validation does, and clip them to the images."""
-        dense = cast(Dense, prediction)
-        raw = dense.own if isinstance(dense.own, Raw) else raw_of(dense)
-        return self._select(raw, dense, batch)
-
-    def _select(self, raw: Raw, dense: Dense, batch: Batch) -> list[Detections]:
-        boxes, scores = self._decoded(raw)
+        dense, options = cast(Dense, prediction), self.options
+        boxes, scores = self._decoded(dense), dense.logits.sigmoid()
         found = []
         for image, size in enumerate(image_sizes(batch)):
-            options = self.options
             index, labels, score = select(
                 boxes[image], scores[image], threshold=options.score, iou=options.iou, most=options.dets
             )
             found.append(detections_at(boxes[image, index], score, labels, index, image, dense, size))
         return found
 
-    def _decoded(self, raw: Raw) -> tuple[Tensor, Tensor]:
-        """Boxes [B, P, 4] in pixels and scores [B, P, K], in the package's order of arithmetic (by centre and size)."""
-        _, _, points, strides = places(raw.shapes, self.spec.strides, raw.boxes)
-        sides = self.head.dfl(raw.boxes) if self.head.reg_max > 1 else raw.boxes
+    def _decoded(self, dense: Dense) -> Tensor:
+        """Boxes [B, P, 4] in pixels, in the order of arithmetic of the package's inference (centre and size; the bins by convolution)."""
+        outputs = dense.deltas.transpose(1, 2)
+        points, strides = self._points(dense.levels, dense.cells, outputs)
+        sides = self.head.dfl(outputs) if self.head.reg_max > 1 else outputs
         low, high = points.T - sides[:, :2], points.T + sides[:, 2:]
         center, extent = (low + high) / 2 * strides.T, (high - low) * strides.T
-        boxes = torch.cat([center - extent / 2, center + extent / 2], dim=1).transpose(1, 2)
-        scores = raw.scores.sigmoid().transpose(1, 2)
-        return boxes, scores[..., self.columns] if self._own_columns() else scores
-
-    def _own_columns(self) -> bool:
-        return len(self.columns) != self.head.nc or self.columns.tolist() != list(range(self.head.nc))
+        return torch.cat([center - extent / 2, center + extent / 2], dim=1).transpose(1, 2)
 
     # ----------------------------------------------------------------------------------------------------------- copies
 
@@ -406,15 +403,13 @@ def _sources(layer: Any) -> list[int]:
     return list(layer.f) if isinstance(layer.f, list) else [layer.f]
 
 
-def places(shapes: Sequence[tuple[int, int]], strides: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Level [P], row and column [P, 2], centre [P, 2] (x, y, in cells) and stride [P, 1] of each prediction."""
+def places(shapes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Level [P], and row and column [P, 2], of each prediction."""
     levels, cells = [], []
-    for number, (height, width) in enumerate(shapes):
-        rows, columns = (torch.arange(side, device=like.device) for side in (height, width))
-        cells.append(torch.cartesian_prod(rows, columns))
-        levels.append(torch.full((height * width,), number, device=like.device))
-    level, cell = torch.cat(levels), torch.cat(cells)
-    return level, cell, cell.flip(1).to(like.dtype) + 0.5, like.new_tensor(strides)[level][:, None]
+    for level, (height, width) in enumerate(shapes):
+        cells.append(torch.cartesian_prod(torch.arange(height, device=device), torch.arange(width, device=device)))
+        levels.append(torch.full((height * width,), level, device=device))
+    return torch.cat(levels), torch.cat(cells)
 
 
 def _objects(batch: Batch, image: Tensor, matched: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -423,13 +418,6 @@ def _objects(batch: Batch, image: Tensor, matched: Tensor, dtype: torch.dtype) -
     rows = before[image] + matched
     labels = torch.cat([target.labels for target in batch.targets])
     return labels[rows], torch.cat([target.boxes_xyxy for target in batch.targets])[rows].to(dtype)
-
-
-def raw_of(dense: Dense) -> Raw:
-    """The branch of a prediction that was split by image or cached; its outputs are those of the detector's classes."""
-    sizes = [dense.cells[dense.levels == level].amax(dim=0) + 1 for level in range(int(dense.levels.max()) + 1)]
-    shapes = tuple((int(rows), int(columns)) for rows, columns in sizes)
-    return Raw(dense.deltas.transpose(1, 2), dense.logits.transpose(1, 2), shapes)
 
 
 def detections_at(
