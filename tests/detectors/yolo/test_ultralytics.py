@@ -225,9 +225,7 @@ def test_an_image_of_a_cached_prediction_has_its_detections_and_needs_its_second
 
 
 def write_pt(detector, path):
-    from detdistill.detectors.yolo.shared.networks import save_pt
-
-    save_pt(detector.model, detector.spec.classes, path)
+    detector.save_pt(path)
     return path
 
 
@@ -317,7 +315,7 @@ def test_torchscript_weights_alone_and_other_tasks_are_named(tmp_path):
         ("missing.yaml", "there is no file missing.yaml"),
         ("missing.pt", "missing.pt: there is no such file"),
         ("yolo11n,nms=false", "nms=false needs a network with a one-to-one branch"),
-        ("yolo11n,neck=9", "ultralytics has no 'yolo11n,neck=9'"),
+        ("yolo11n,neck=9", "ultralytics has no option 'neck'"),
     ],
 )
 def test_mistakes_in_model_strings(model, expected):

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, DetectorSpec, Parts, Pyramid, dense_positives
 from detdistill.detectors.options import ModelOptions
+from detdistill.detectors.single_cells import accept_single_cells
 from detdistill.detectors.torchvision.images import coarser_padding, image_sizes, with_padding
 from detdistill.detectors.yolo.shared.assignment import task_aligned
+from detdistill.detectors.yolo.shared.networks import save_pt
 from detdistill.detectors.yolo.shared.selection import select
 from detdistill.errors import ModelError
 from detdistill.files import write_atomically
@@ -52,8 +54,6 @@ DESCRIPTION = "network.json"
 @dataclass(frozen=True, kw_only=True)
 class UltralyticsOptions(ModelOptions):
     """Options of the package's networks."""
-
-    commas_in_backbone = True
 
     score: Fraction = 0.001
     """Detections score above this."""
@@ -101,6 +101,7 @@ class Network(Detector):
             columns: output of each class; None: 0 .. K-1.
         """
         super().__init__()
+        accept_single_cells(model)
         self.model, self.description, self.options = model, description, options
         wanted = list(range(len(classes))) if columns is None else list(columns)
         self.register_buffer("columns", torch.tensor(wanted, dtype=torch.int64), persistent=False)
@@ -321,7 +322,7 @@ class Network(Detector):
         return found
 
     def _decoded(self, dense: Dense) -> Tensor:
-        """Boxes [B, P, 4] in pixels, in the order of arithmetic of the package's inference (centre and size; the bins by convolution)."""
+        """Boxes [B, P, 4] in pixels, with the arithmetic of the package's inference (centre and size; bins by convolution)."""
         outputs = dense.deltas.transpose(1, 2)
         points, strides = self._points(dense.levels, dense.cells, outputs)
         sides = self.head.dfl(outputs) if self.head.reg_max > 1 else outputs
@@ -365,13 +366,22 @@ class Network(Detector):
         """Write ``model.safetensors`` (the package's names) and ``network.json`` (its description, all class names)."""
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         write_atomically(folder / "model.safetensors", lambda path: save_file(state, path))
-        names = [str(index) for index in range(self.head.nc)]
-        for label, column in enumerate(self.columns.tolist()):
-            names[column] = self.spec.classes[label]
+        names = self.output_names()
         options = {key: value for key, value in dataclasses.asdict(self.options).items() if key != "name"}
         content = {"description": self.description, "names": names, "options": options}
         text = json.dumps(content, indent=1) + "\n"
         write_atomically(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def output_names(self) -> list[str]:
+        """Class of each output of the network; a number for outputs that the detector ignores."""
+        names = [str(index) for index in range(self.head.nc)]
+        for label, column in enumerate(self.columns.tolist()):
+            names[column] = self.spec.classes[label]
+        return names
+
+    def save_pt(self, path: Path) -> None:
+        """Write a file that ``ultralytics.YOLO(path)`` opens, in float32; the package's own ``save`` halves the weights."""
+        save_pt(self.description, self.model.state_dict(), self.output_names(), path)
 
     def usage(self, resizing: Resizing | None = None) -> str:
         """Explain how the package loads the folder."""

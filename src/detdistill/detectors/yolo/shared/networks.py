@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -192,14 +192,20 @@ def read_saved(path: Path) -> Saved:
     return Saved(_checked(description, str(path)), tuple(map(str, ordered)), state)
 
 
-def save_pt(model: Any, classes: tuple[str, ...], path: Path) -> None:
-    """Write a file that ``ultralytics.YOLO(path)`` opens, in float32; the package's own ``save`` halves the weights."""
+def save_pt(description: Mapping[str, Any], state: Mapping[str, Tensor], names: Sequence[str], path: Path) -> None:
+    """Write a pickled network of the package, in float32.
+
+    Args:
+        description: what the network is built from.
+        state: its tensors.
+        names: class of each output.
+        path: the .pt file.
+    """
     from ultralytics.cfg import get_cfg
 
-    one = copy.deepcopy(model).cpu().eval()
-    one.names = dict(enumerate(classes))
-    one.task = "detect"
+    model = build_network(description, len(names)).eval()
+    model.load_state_dict({name: tensor.detach().cpu() for name, tensor in state.items()})
     arguments = {**vars(get_cfg()), "task": "detect"}
-    one.args = arguments
-    content = {"epoch": -1, "model": one, "ema": None, "train_args": arguments, "version": version("ultralytics")}
+    model.names, model.task, model.args = dict(enumerate(names)), "detect", arguments
+    content = {"epoch": -1, "model": model, "ema": None, "train_args": arguments, "version": version("ultralytics")}
     write_atomically(path, lambda temporary: torch.save(content, temporary))
