@@ -371,3 +371,41 @@ def test_a_student_folder_loads_here_and_with_the_package(tmp_path):
     (folder / "network.json").unlink()
     with pytest.raises(ModelError, match=r"save it again|save the student again"):
         load_detector(folder)
+
+
+def test_the_command_writes_a_file_for_the_package(tmp_path, capsys):
+    from ultralytics import YOLO
+
+    from detdistill import cli
+    from detdistill.files import folder_damage
+
+    detector = built("yolo11n").eval()
+    folder = save_student(detector, tmp_path / "student")
+    cli.main(["student", "--model", str(folder), "--out", str(tmp_path / "out"), "--pt", "--size", "64"])
+    assert capsys.readouterr().out == f"student folder {tmp_path / 'out'}\n"
+    assert YOLO(tmp_path / "out" / "best.pt").names == dict(enumerate(CLASSES))
+    assert not folder_damage(tmp_path / "out")
+    other = save_student(build_detector("fcos:resnet10t,neck=32,convs=1", CLASSES), tmp_path / "fcos")
+    with pytest.raises(SystemExit):
+        cli.main(["student", "--model", str(other), "--out", str(tmp_path / "none"), "--pt", "--size", "64"])
+    assert "is no network of ultralytics, so no .pt file can hold it" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_yolo_learns_from_a_detr_and_goes_on_from_its_own_file(tmp_path):
+    import detdistill
+
+    data = "digits:train=8,val=4,size=64,seed=0"
+    quick = {"size": 64, "steps": 2, "batch": 4, "workers": 0, "device": "cpu", "report": False}
+    teacher = detdistill.train(
+        "rt_detr:resnet10t,width=0.25,dim=32,heads=2,ffn=32,queries=10,decoder=2", data, out=tmp_path / "t", **quick
+    )
+    run = detdistill.distill(
+        teacher, f"ultralytics:yolo26n,{SMALL}", data, "pkd", out=tmp_path / "s", score_teacher=False, **quick
+    )
+    terms = (run.folder / "metrics.csv").read_text().splitlines()[0]
+    assert "one_to_one_box_loss" in terms
+    assert "pkd" in terms
+    folder = detdistill.export_student(str(run.folder), tmp_path / "moved", pt=True)
+    again = detdistill.train(f"ultralytics:{folder / 'best.pt'}", data, out=tmp_path / "again", **quick)
+    assert again.student.spec.classes == tuple(str(digit) for digit in range(10))

@@ -453,5 +453,5 @@ model.load_state_dict(load_file("path/to/this/folder/model.safetensors"))
 model.names = dict(enumerate(about["names"]))
 ```
 
-`detdistill student --model FOLDER --pt best.pt` writes a file that `ultralytics.YOLO("best.pt")` opens."""
+`detdistill student --model FOLDER --out OTHER --pt` also writes `best.pt`, which `ultralytics.YOLO("OTHER/best.pt")` opens."""
 """How to load an exported folder with the package."""
