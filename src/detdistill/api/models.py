@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -192,6 +192,7 @@ def export_student(
     size: int | None = None,
     resize: str | None = None,
     max_size: int | None = None,
+    pt: bool = False,
 ) -> Path:
     """Write a model into a folder like ``student/`` of a run, e.g. the best checkpoint of a run, also of an unfinished one.
 
@@ -202,6 +203,7 @@ def export_student(
         size: image size that the folder will say; None: the one with which the model was trained.
         resize: as ``size``, for the resizing: letterbox, stretch or short_side.
         max_size: as ``size``, for the largest long side with short_side.
+        pt: also write ``best.pt``, which ``ultralytics.YOLO`` opens; for detectors of ``ultralytics:`` only.
 
     Returns:
         ``out``.
@@ -213,6 +215,7 @@ def export_student(
 
     from detdistill.detectors.load import load_detector, trained_resizing
     from detdistill.detectors.save import save_student
+    from detdistill.files import seal_folder
     from detdistill.structures import Resizing
     from detdistill.training.plan import view_settings
 
@@ -230,8 +233,15 @@ def export_student(
         view_settings(settings).validate()
         resizing = Resizing.of(settings)
     detector = load_detector(model, _classes_of_unfinished(model, data))
+    save_pt = cast("Callable[[Path], None] | None", getattr(detector, "save_pt", None))
+    if pt and save_pt is None:
+        raise RunError(f"pt: {detector.spec.name} is no network of ultralytics, so no .pt file can hold it; leave --pt out")
     try:
-        return save_student(detector.eval(), folder, resizing)
+        save_student(detector.eval(), folder, resizing)
+        if pt and save_pt is not None:
+            save_pt(folder / "best.pt")
+            seal_folder(folder)
+        return folder
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; give another --out") from error
 

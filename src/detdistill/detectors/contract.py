@@ -33,6 +33,7 @@ from detdistill.structures import (
     Assignment,
     Batch,
     BoxDistributions,
+    Clock,
     Dense,
     Detections,
     Features,
@@ -390,6 +391,15 @@ class HasBoxDistributions(Protocol):
 
         The means of the sides are the predicted box; gradient flows to the logits only.
         """
+        ...
+
+
+@runtime_checkable
+class HasSchedule(Protocol):
+    """Losses whose weights change during training."""
+
+    def schedule(self, clock: Clock) -> None:
+        """Set the weights; the training loop calls it before every step, also after a run was resumed."""
         ...
 
 

@@ -68,6 +68,8 @@ class Clock:
     total: int
     """Number of optimizer steps of the whole stage."""
     epoch: int = 0
+    epochs: int = 1
+    """Number of epochs of the stage; the last one may be cut short."""
 
     @property
     def progress(self) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from detdistill.detectors.contract import Detector
+from detdistill.detectors.contract import Detector, HasSchedule
 from detdistill.errors import RunError
 from detdistill.methods.shared.contract import Method, Source, Stage, teach_by_canvas
 from detdistill.settings import DistillSettings, TrainSettings
@@ -76,7 +76,8 @@ class StageModule(L.LightningModule):
     @property
     def clock(self) -> Clock:
         """Step, total steps and epoch of this stage."""
-        return Clock(step=self.global_step, total=self.total, epoch=self.current_epoch)
+        steps = max(1, -(-int(self.trainer.num_training_batches) // self.settings.accumulate))
+        return Clock(self.global_step, self.total, self.current_epoch, max(1, -(-self.total // steps)))
 
     @property
     def seconds(self) -> float:
@@ -97,6 +98,8 @@ class StageModule(L.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Compute the losses of a batch by the stage's step; return their sum."""
         self._freeze()
+        if isinstance(self.student, HasSchedule):
+            self.student.schedule(self.clock)
         method = self.stage.learns_from
         taught = None if method is None else self.source(method, batch)
         losses = self.stage.step(batch, taught, self.clock).with_distilled_scaled(self.distill_weight)

@@ -29,6 +29,7 @@ from detdistill.detectors.single_cells import accept_single_cells
 from detdistill.detectors.student_files import load_student
 from detdistill.detectors.torchvision.images import (
     backbone_maps,
+    coarser_padding,
     image_sizes,
     padded,
     pyramids_of,
@@ -207,11 +208,7 @@ class Neck(nn.Module):
     def forward(self, features: Features) -> Features:
         """Compute the pyramid levels from the backbone's maps."""
         levels = tuple(self.fpn({str(index): level for index, level in enumerate(features.maps)}).values())
-        if features.padding is None:
-            return Features(levels, self.strides)
-        finest, stride = features.padding[0], features.strides[0]
-        steps = [own // stride for own in self.strides]  # a coarse cell is padding if its first fine cell is padding
-        return Features(levels, self.strides, tuple(finest[:, ::step, ::step] for step in steps))
+        return Features(levels, self.strides, coarser_padding(features, self.strides))
 
     def reset(self) -> None:
         """Initialise the weights randomly, by torchvision's rules."""

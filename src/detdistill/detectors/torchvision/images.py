@@ -42,6 +42,14 @@ def with_padding(maps: tuple[Tensor, ...], strides: tuple[int, ...], batch: Batc
     return Features(maps, strides, tuple(masks) if any(bool(mask.any()) for mask in masks) else None)
 
 
+def coarser_padding(features: Features, strides: tuple[int, ...]) -> tuple[Tensor, ...] | None:
+    """Padding masks of levels with other strides: a coarse cell is padding if its first cell on the finest map is padding."""
+    if features.padding is None:
+        return None
+    finest, stride = features.padding[0], features.strides[0]
+    return tuple(finest[:, :: own // stride, :: own // stride] for own in strides)
+
+
 def backbone_maps(backbone: Any, images: Tensor) -> Mapping[str, Tensor]:
     """Compute the maps of the backbone's body, for a ``TimmPyramid`` or torchvision's ``BackboneWithFPN``."""
     return backbone.maps(images) if isinstance(backbone, TimmPyramid) else backbone.body(images)
