@@ -14,17 +14,10 @@ import yaml
 
 from detdistill.errors import RunError, nearest
 from detdistill.printing import html_table
-from detdistill.settings import TrainSettings, as_plain, renamed
+from detdistill.settings import BUDGET, TrainSettings, as_plain, renamed
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-BUDGET = (
-    "epochs", "steps", "batch", "accumulate", "optimizer", "lr", "backbone_lr_factor", "weight_decay", "schedule", "warmup_steps",
-    "clip", "ema", "precision", "devices", "nodes", "size", "resize", "max_size", "flip", "colour", "scale_jitter",
-    "scales", "mosaic",
-)  # fmt: skip
-"""Settings that must agree for a comparison to be fair."""
 
 NEEDED = ("role", "student", "teacher", "method", "seed", "steps", "images_seen", "metrics", "data")
 """Keys of ``summary.json`` that a comparison needs."""
@@ -169,17 +162,48 @@ def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_une
     return gains
 
 
+def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean and the 95 % confidence interval of the mean (Student's t); without ends for a single value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None, None
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def over_seeds(runs: Sequence[Path], gains: Sequence[Gain]) -> dict[Path, dict[str, Any]]:
+    """For each of several runs that differ only by their seed, what their cards say about all of them together.
+
+    Args:
+        runs: folders of the runs of one experiment: distilled runs, perhaps with their baselines.
+        gains: the gains of the distilled runs; empty without baselines.
+
+    Returns:
+        ``Origin.seeds`` by run folder; empty with a single seed, or if an AP is undefined.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    read = {folder: read_run(folder) for folder in runs}
+    for role in ("baseline", "distilled"):
+        mine = {folder: one for folder, one in read.items() if one["role"] == role}
+        scores = [one["metrics"]["AP"] for one in mine.values()]
+        if len(scores) < 2 or min(scores) < 0:
+            continue
+        told: dict[str, Any] = {"seeds": [one["seed"] for one in mine.values()], "AP": list(t_interval(scores))}
+        if role == "distilled" and len(gains) == 1:
+            told |= {"gain": [gains[0].mean, gains[0].low, gains[0].high], "verdict": gains[0].verdict}
+        found |= dict.fromkeys(mine, told)
+    return found
+
+
 def summarize(method: str, teacher: str, student: str, metric: str, pairs: Sequence[Pair], notes: Sequence[str] = ()) -> Gain:
     """Mean gain, its 95 % interval (paired t), and the verdict: ``gain`` only if the whole interval is above zero."""
     gains = [pair.gain for pair in pairs]
-    mean = statistics.fmean(gains)
-    if len(gains) < 2:
+    mean, low, high = t_interval(gains)
+    if low is None or high is None:
         extra = ("one pair shows a difference, not a gain; run more seeds (--seeds 0,1,2)",)
         return Gain(method, teacher, student, metric, tuple(pairs), mean, None, None, ONE_SEED, (*notes, *extra))
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(gains) - 1)) * statistics.stdev(gains) / math.sqrt(len(gains))
-    low, high = mean - half, mean + half
     verdict = "gain" if low > 0 else "worse" if high < 0 else "no gain shown"
     return Gain(method, teacher, student, metric, tuple(pairs), mean, low, high, verdict, tuple(notes))
 

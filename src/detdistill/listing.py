@@ -229,8 +229,10 @@ def show_export(made: Exported) -> None:
     height, width = made.about.canvas_hw
     size = "" if "size" in made.about.free else f", {height}x{width} pixels"
     printing.paragraph(console, f"The {free} of images may vary{size}." if free else f"One image at a time{size}.")
-    for path in filter(None, (made.file, made.int8, made.notes)):
+    for path in filter(None, (made.file, made.int8, made.notes, made.card)):
         printing.labelled(console, "wrote", str(path))
+    if made.card is None:
+        printing.labelled(console, "no card: there is a README of somebody else in", str(made.notes.parent))
 
 
 def show_bench(found: Mapping[str, Timing]) -> None:

@@ -40,6 +40,14 @@ NOTHING_FOR_CACHES = Effect(run=False, stage=False, cache=False)
 """No effect on weights or measured numbers, and no setting of `detdistill cache`."""
 
 
+BUDGET = (
+    "epochs", "steps", "batch", "accumulate", "optimizer", "lr", "backbone_lr_factor", "weight_decay", "schedule", "warmup_steps",
+    "clip", "ema", "precision", "devices", "nodes", "size", "resize", "max_size", "flip", "colour", "scale_jitter",
+    "scales", "mosaic",
+)  # fmt: skip
+"""Settings that must agree for a comparison to be fair."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How a detector is trained, alone or under a teacher.

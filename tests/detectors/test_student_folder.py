@@ -141,8 +141,12 @@ def test_the_readme_of_the_folder_finds_the_objects(name, resizing, tmp_path, mo
     text = (folder / "README.md").read_text()
     assert f"{resizing.size} pixels, {resizing.resize}" in text
     assert '    0 "a `b`\\n# c"\n    1 "d"\n' in text
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    code = code.replace("path/to/this/folder", str(folder)).replace("image.jpg", str(tmp_path / "image.png"))
+    text = text.replace("path/to/this/folder", str(folder)).replace("image.jpg", str(tmp_path / "image.png"))
+    short, code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len([line for line in short.splitlines() if line.strip()]) <= 5
+    space: dict = {}
+    exec(short, space)
+    assert set(space["found"].names) <= set(detector.spec.classes)
     monkeypatch.setattr("sys.path", [*sys.path])
     space: dict = {}
     exec(code.replace("threshold=0.3", "threshold=0.001"), space)

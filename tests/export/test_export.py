@@ -1,11 +1,15 @@
 """``detdistill export`` and ``bench`` from a student folder to the proof, and files as models of other commands."""
 
 import json
+import re
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from torchvision.io import write_png
 
 from detdistill import api, cli
 from detdistill.detectors.build import build_detector
@@ -62,7 +66,7 @@ def test_the_proof(exported):
     assert repr(exported).startswith(f"Exported(AP of torch {100 * torch_stage.AP:.1f}, AP of onnx {100 * file.AP:.1f}, AP of")
     assert repr(exported).endswith(f"{exported.file} and {exported.int8})")
     assert ">AP of onnx int8</th>" in exported._repr_html_()
-    assert {path.name for path in exported.file.parent.iterdir()} == {"model.onnx", "model.int8.onnx", "export.json"}
+    assert {path.name for path in exported.file.parent.iterdir()} == {"model.onnx", "model.int8.onnx", "export.json", "README.md"}
 
 
 def test_a_file_is_evaluated_like_every_model(student, exported):
@@ -209,3 +213,37 @@ def test_functions_stay_functions_after_their_module_is_imported():
 
     assert isinstance(detdistill.compare, types.FunctionType)
     assert isinstance(detdistill.export, types.FunctionType)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torchscript", "openvino"])
+def test_the_card_of_a_file_loads_it(student, tmp_path, kind):
+    """Its lines run as they stand, with the paths filled in."""
+    if kind == "openvino":
+        pytest.importorskip("openvino")
+    suffix = {"onnx": ".onnx", "torchscript": ".torchscript", "openvino": ".xml"}[kind]
+    made = api.export(str(student), tmp_path / f"model{suffix}", size=64, format=kind, progress=Progress(quiet=True))
+    text = made.card.read_text()
+    data = ModelCard.load(made.card).data
+    assert data.library_name == {"torchscript": "pytorch"}.get(kind, kind)
+    write_png((torch.rand(3, 64, 48) * 255).byte(), str(tmp_path / "image.png"))
+    text = text.replace("path/to/this/folder", str(tmp_path)).replace("image.jpg", str(tmp_path / "image.png"))
+    short, alone = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len([line for line in short.splitlines() if line.strip()]) <= 5
+    space = {"images": np.random.default_rng(0).random((2, 3, 64, 96), np.float32), "sizes": np.array([[64, 96], [64, 80]])}
+    space["np"], space["torch"] = np, torch
+    exec(short + alone, space)
+    found = {name: np.asarray(value) for name, value in space["found"].items()}
+    assert (found["boxes"].shape[-1], found["scores"].shape[-1], len(found["boxes"])) == (4, 10, 2)
+    assert found["boxes"].shape[1] == found["scores"].shape[1] == len(found["levels"])
+    assert tuple(space["about"]["spec"]["classes"]) == CLASSES
+
+
+def test_the_card_has_every_file_of_the_folder_and_leaves_other_readmes(student, tmp_path):
+    for name in ("first.onnx", "second.onnx"):
+        made = api.export(str(student), tmp_path / name, size=64, progress=Progress(quiet=True))
+    assert "| first.onnx |" in made.card.read_text()
+    assert "`second.onnx`: onnx, opset 17, 10 classes." in made.card.read_text()
+    (tmp_path / "README.md").write_text("# My project\n")
+    made = api.export(str(student), tmp_path / "third.onnx", size=64, progress=Progress(quiet=True))
+    assert made.card is None
+    assert (tmp_path / "README.md").read_text() == "# My project\n"

@@ -217,6 +217,7 @@ def export_student(
     from detdistill.detectors.save import save_student
     from detdistill.files import seal_folder
     from detdistill.structures import Resizing
+    from detdistill.training.origin import known_origin
     from detdistill.training.plan import view_settings
 
     folder = Path(out)
@@ -237,7 +238,7 @@ def export_student(
     if pt and save_pt is None:
         raise RunError(f"pt: {detector.spec.name} is no network of ultralytics, so no .pt file can hold it; leave --pt out")
     try:
-        save_student(detector.eval(), folder, resizing)
+        save_student(detector.eval(), folder, resizing, known_origin(model))
         if pt and save_pt is not None:
             save_pt(folder / "best.pt")
             seal_folder(folder)
@@ -292,6 +293,7 @@ def export(
     from detdistill.export.run import Wanted, check_wanted, export_detector
     from detdistill.export.runtimes import is_file
     from detdistill.progress import Progress
+    from detdistill.training.origin import known_origin
     from detdistill.training.plan import view_settings
 
     free = None if dynamic is None else tuple(dynamic)
@@ -307,7 +309,8 @@ def export(
             sets[split], notes = load_split(str(data), cast("SplitName", split), strict=chosen.strict)
             tell(str(data), notes, sets[split].defects, shown)
         detector = load_detector(model, sets["val"].classes if sets and ":" in model else None)
-        return export_detector(detector, wanted, view_settings(chosen), sets.get("val"), sets.get("train"), shown)
+        origin = known_origin(model)
+        return export_detector(detector, wanted, view_settings(chosen), sets.get("val"), sets.get("train"), shown, origin)
 
 
 def push(model: str | Path, to: str, *, private: bool = True, message: str = "Upload by detdistill") -> str:

@@ -116,10 +116,12 @@ def distill(
     student_name, build = student_of(student)
     several = wanted.baseline or bool(wanted.seeds)
     _check_start(student_name, build, wanted, alone=not several)
+    from detdistill.compare import over_seeds
     from detdistill.detectors.contract import Teacher
     from detdistill.training.experiment import run_experiment
     from detdistill.training.from_cache import open_cache, why_live_teacher
     from detdistill.training.machine import is_main_process
+    from detdistill.training.origin import note_in_card
     from detdistill.training.own_models import check_one_process
     from detdistill.training.plan import Plan, view_settings
     from detdistill.training.run import run
@@ -161,6 +163,8 @@ def distill(
         gains: tuple[Gain, ...] = ()
         if wanted.baseline:
             gains = tuple(compare(experiment.runs, out=experiment.folder / "compare.json"))
+        for folder, seeds in over_seeds(experiment.runs, gains).items():
+            note_in_card(folder, seeds=seeds)
         page = experiment.folder / "report.html"
         if wanted.report:
             _report(experiment.runs, page, shown)

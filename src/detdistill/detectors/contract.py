@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,9 @@ class Detector(DetectionHead):
     ``forward(batch)`` runs ``features`` and ``predict`` in one call, as wrappers such as DDP require. Images are passed
     unnormalised, as in ``Batch``; each detector normalises them by the mean and std of its ``spec`` (``normalized``).
     """
+
+    library: ClassVar[str] = "pytorch"
+    """Library that loads what ``export`` writes, in the words of the Hugging Face hub."""
 
     @abstractmethod
     def features(self, batch: Batch) -> Features:

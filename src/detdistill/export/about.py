@@ -37,6 +37,8 @@ class About:
     multiple: int = 32
     """Height and width must be multiples of this."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, Any] | None = None
+    """``card.Origin`` of the detector as JSON: the run that trained it; None: unknown."""
 
     def to_text(self) -> str:
         """The description as JSON text."""

@@ -54,6 +54,10 @@ class Stage:
     lost: float | None = None
     """AP of torch minus this AP, in points of 100; None: no AP."""
     passed: bool = True
+    metrics: Mapping[str, float] | None = None
+    """The 12 COCO numbers; None: no data given."""
+    checksum: str | None = None
+    """Of the file, as ``files.checksum``: the numbers are those of this file and of no later one."""
 
     def to_plain(self) -> dict[str, Any]:
         """The stage as JSON."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from detdistill.card import Origin
 from detdistill.data.loader import DetectionLoader
 from detdistill.data.records import DetectionSet
 from detdistill.data.transforms import PADDING_MULTIPLE, ViewSettings
@@ -20,6 +21,7 @@ from detdistill.evaluation.run import check_classes
 from detdistill.evaluation.scores import points
 from detdistill.export.about import About
 from detdistill.export.bench import interleaved
+from detdistill.export.card import write_card
 from detdistill.export.file_detector import FileDetector
 from detdistill.export.graphs import Graph, graph_of
 from detdistill.export.int8 import quantise
@@ -27,7 +29,7 @@ from detdistill.export.proof import Difference, Stage, judged, largest_differenc
 from detdistill.export.runtimes import SUFFIXES
 from detdistill.export.selection import Rule, rule_of
 from detdistill.export.write import check_opset, write
-from detdistill.files import write_atomically
+from detdistill.files import checksum, write_atomically
 from detdistill.printing import html_table
 from detdistill.progress import Progress
 from detdistill.structures import Batch, Target, View
@@ -63,6 +65,8 @@ class Exported:
     about: About
     notes: Path
     """``export.json``."""
+    card: Path | None = None
+    """``README.md``; None: there is one of somebody else, which stays."""
 
     def __repr__(self) -> str:
         """The AP of each form and the files."""
@@ -114,6 +118,7 @@ def export_detector(
     val: DetectionSet | None = None,
     train: DetectionSet | None = None,
     progress: Progress | None = None,
+    origin: Origin | None = None,
 ) -> Exported:
     """Write a detector into a file and prove it.
 
@@ -124,6 +129,7 @@ def export_detector(
         val: images for the proof; None: two random images, and no AP.
         train: images to calibrate int8 with.
         progress: display.
+        origin: the run that trained the detector, for the file's description and its card; None: unknown.
 
     Raises:
         ModelError: the detector cannot be exported like this, knows other classes than the data, or has weights that are no
@@ -138,7 +144,7 @@ def export_detector(
     check_weights(detector)
     detector = detector.eval().cpu()
     graph = graph_of(detector, wanted.nms)
-    about = description(detector, graph, wanted, settings)
+    about = replace(description(detector, graph, wanted, settings), origin=None if origin is None else origin.to_plain())
     with progress or Progress(quiet=True) as shown:
         shown.say(f"writing {wanted.out}")
         about = write(graph, about, example(about), wanted.out)
@@ -157,9 +163,10 @@ def export_detector(
         times = interleaved(models, one_image(batches[0]), wanted.rounds)
         named = ["torch", *(path.name for path in files)]
         stages = [replace(one, milliseconds=times[name].milliseconds) for one, name in zip(stages, named, strict=True)]
-    notes = wanted.out.parent / NOTES
-    note(notes, wanted.out, about, stages)
-    return Exported(wanted.out, int8, tuple(stages), about, notes)
+    folder = wanted.out.parent
+    entries = note(folder / NOTES, wanted.out.name, entry_of(about, stages, val))
+    card = write_card(folder, wanted.out.name, about, entries)
+    return Exported(wanted.out, int8, tuple(stages), about, folder / NOTES, card)
 
 
 def check_weights(detector: Detector) -> None:
@@ -259,7 +266,8 @@ def calibration_batches(train: DetectionSet, settings: ViewSettings, count: int)
 
 def _torch_stage(detector: Detector, settings: ViewSettings, val: DetectionSet | None, wanted: Wanted, shown: Progress) -> Stage:
     size = sum(value.numel() * value.element_size() for value in detector.state_dict().values()) / 1e6
-    return Stage("torch", None, size, _ap(detector, settings, val, wanted, shown, "torch"), None)
+    metrics = _metrics(detector, settings, val, wanted, shown, "torch")
+    return Stage("torch", None, size, None if metrics is None else metrics["AP"], None, metrics=metrics)
 
 
 def _file_stage(
@@ -276,35 +284,67 @@ def _file_stage(
     difference: Difference = largest_difference(graph, file, batches)
     name = f"{file.about.format} int8" if file.about.int8 else file.about.format
     size = (path.stat().st_size + (path.with_suffix(".bin").stat().st_size if path.suffix == ".xml" else 0)) / 1e6
-    ap = _ap(file, settings, val, wanted, shown, name)
-    return judged(Stage(name, str(path), size, ap, None, difference), torch_ap, file.about.int8)
+    metrics = _metrics(file, settings, val, wanted, shown, name)
+    stage = Stage(
+        name,
+        str(path),
+        size,
+        None if metrics is None else metrics["AP"],
+        None,
+        difference,
+        metrics=metrics,
+        checksum=checksum(path),
+    )
+    return judged(stage, torch_ap, file.about.int8)
 
 
-def _ap(
+def _metrics(
     detector: Detector, settings: ViewSettings, val: DetectionSet | None, wanted: Wanted, shown: Progress, name: str
-) -> float | None:
+) -> dict[str, float] | None:
     if val is None:
         return None
     bar = shown.bar(f"AP of {name}", len(val.records))
-    return evaluate(detector, val, settings, batch_size=wanted.batch, device="cpu", progress=bar.follow).metrics["AP"]
+    return evaluate(detector, val, settings, batch_size=wanted.batch, device="cpu", progress=bar.follow).metrics
 
 
-def note(path: Path, file: Path, about: About, stages: Sequence[Stage]) -> None:
-    """Write an entry for a file into ``export.json``; the entries of other files stay.
+def entry_of(about: About, stages: Sequence[Stage], val: DetectionSet | None) -> dict[str, Any]:
+    """What ``export.json`` says of a file: its description, the images of the proof, all stages, and whether it passed."""
+    return {
+        "about": json.loads(about.to_text()),
+        "data": None if val is None else {"val_fingerprint": val.fingerprint, "val_images": len(val.records)},
+        "stages": [{**stage.to_plain(), "file": Path(stage.file).name if stage.file else None} for stage in stages],
+        "passed": all(stage.passed for stage in stages),
+    }
+
+
+def note(path: Path, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """Write an entry into ``export.json``; the entries of other files stay.
+
+    Returns:
+        All entries.
 
     Raises:
         RunError: the file exists and is not such a file.
     """
-    entries: dict[str, Any] = {}
-    if path.exists():
-        try:
-            entries = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise RunError(f"{path}: is no notes of exports ({error}); move it away") from error
-    entries[file.name] = {
-        "about": json.loads(about.to_text()),
-        "stages": [{**stage.to_plain(), "file": Path(stage.file).name if stage.file else None} for stage in stages],
-        "passed": all(stage.passed for stage in stages),
-    }
+    entries = {**read_notes(path), name: entry}
     text = json.dumps(entries, indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return entries
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """The entries of ``export.json`` by the name of the file; empty if it does not exist.
+
+    Raises:
+        RunError: it is not such a file.
+    """
+    if not path.exists():
+        return {}
+    try:
+        entries = dict(json.loads(path.read_text(encoding="utf-8")))
+        for entry in entries.values():
+            About.from_text(json.dumps(entry["about"]), path)
+            [stage["name"] for stage in entry["stages"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{path}: is no notes of exports ({' '.join(str(error).split())}); move it away") from error
+    return entries

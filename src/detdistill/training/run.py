@@ -29,6 +29,7 @@ from detdistill.structures import Resizing
 from detdistill.training.folder import INPUTS, RunFolder, check_inputs, new_folder, resume_folder, start_folder
 from detdistill.training.lock import locked
 from detdistill.training.machine import hardware, is_main_process, seed_everything, versions
+from detdistill.training.origin import origin_of
 from detdistill.training.own_models import load_own
 from detdistill.training.plan import Plan, view_settings
 from detdistill.training.session import Session
@@ -213,7 +214,8 @@ def _finish(loop: StageLoop) -> Run:
     summary = _summary(loop, scores)
     if is_main_process():
         try:
-            save_student(detector.cpu(), folder.student, Resizing.of(settings))
+            origin = origin_of(summary, session.plan.config())
+            save_student(detector.cpu(), folder.student, Resizing.of(settings), origin)
             folder.write_json("summary.json", summary)
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -235,6 +237,7 @@ def _summary(loop: StageLoop, scores: Scores) -> dict[str, Any]:
         "role": plan.role,
         "student": plan.student,
         "teacher": plan.teacher or (cache.about.teacher if cache else None),
+        "teacher_model": _teacher_model(session),
         "teacher_metrics": None,
         "cache": {"path": cache.folder.url, "fingerprint": cache.about.fingerprint} if cache else None,
         "method": distilling.method if distilling else None,
@@ -267,6 +270,13 @@ def _summary(loop: StageLoop, scores: Scores) -> dict[str, Any]:
         "config_fingerprint": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
+
+
+def _teacher_model(session: Session) -> str | None:
+    """Model string of the teacher, also if only its cache is there."""
+    if session.teacher is not None:
+        return session.teacher.spec.name
+    return None if session.cache is None else session.cache.about.spec.name
 
 
 def _parameters(teacher: Teacher | None) -> int | None:

@@ -14,6 +14,7 @@ from detdistill.evaluation.scores import points
 from detdistill.progress import Progress
 from detdistill.settings import TrainSettings
 from detdistill.training.folder import RunFolder
+from detdistill.training.origin import note_in_card
 from detdistill.training.plan import view_settings
 
 NEAR_ZERO_AP = 0.02
@@ -56,3 +57,4 @@ def note_teacher(folder: Path, scores: Scores) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     summary |= {"teacher_metrics": scores.metrics, "teacher_per_class": scores.per_class, "teacher_errors": scores.errors}
     RunFolder(folder).write_json("summary.json", summary)
+    note_in_card(folder, teacher_ap=scores.metrics["AP"])

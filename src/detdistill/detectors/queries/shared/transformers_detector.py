@@ -70,6 +70,7 @@ class TransformersDetector(Detector):
     A subclass implements ``backbone_maps``, ``encode``, ``seed``, ``decode`` and ``criterion``, and names its modules.
     """
 
+    library = "transformers"
     backbone_modules: tuple[str, ...]
     """Dotted names, inside ``model``, of the modules before the neck."""
     neck_modules: tuple[str, ...]
