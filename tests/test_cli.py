@@ -285,7 +285,7 @@ def test_listings_show_every_file(capsys, monkeypatch):
     methods += [path.parent.name for path in (package / "methods").glob("*/method.py")]
     assert len(methods) >= 11
     assert names("methods") == sorted(methods)
-    monkeypatch.setattr(probe, "probe_adapter", lambda name: probe.Probed(name, "not tried"))
+    monkeypatch.setattr(probe, "probe_adapter", lambda name, export: probe.Probed(name, "not tried"))
     detectors = names("detectors")
     assert set(detectors) >= {"fcos", "retinanet", "faster_rcnn", "mask_rcnn", "ssd", "ssdlite", "torchvision"}
 

@@ -77,6 +77,7 @@ FOUND = [
         "Cascade Mask R-CNN on a feature pyramid: three stages, a mask branch in each, and some words more",
         "regions",
         {check: check not in ("towers", "queries") for check in CHECKS},
+        export="one image, fixed size",
     ),
     Probed("hf", "Any DETR of transformers", "as loaded"),
     Probed(
@@ -94,7 +95,7 @@ FOUND = [
 
 @pytest.fixture
 def probed(monkeypatch):
-    monkeypatch.setattr(probe, "probe_all", lambda follow: FOUND)
+    monkeypatch.setattr(probe, "probe_all", lambda follow, export: FOUND)
 
 
 def test_detectors(see, probed):
@@ -108,7 +109,7 @@ def test_detectors(see, probed):
     begin = lines.index("fcos               FCOS")
     assert lines[begin + 1] == "                   predicts dense; has backbone"
     text = joined(lines)
-    assert f"{FOUND[0].about} predicts regions; has backbone, regions, copies hf " in text
+    assert f"{FOUND[0].about} predicts regions; has backbone, regions, copies exports one image, fixed size hf " in text
     assert f"FAILS all stages: {FOUND[2].reasons[STAGES]}" in text
     assert f"FAILS towers: {FOUND[3].reasons['towers']}" in text
     assert "`detector:backbone[,key=value ...]`" in text
@@ -121,6 +122,7 @@ def test_detectors_as_json(document, probed):
     for detector, found in zip(shown, FOUND, strict=True):
         assert (detector["about"], detector["family"], detector["reasons"]) == (found.about, found.family, found.reasons)
     assert shown[0]["results"] == {check: check not in ("towers", "queries") for check in CHECKS}
+    assert [detector["export"] for detector in shown] == ["one image, fixed size", "", "", ""]
     assert shown[1]["results"] == dict.fromkeys(CHECKS)
 
 

@@ -27,6 +27,7 @@ from detdistill.detectors.adapters import adapter, adapter_names
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.detectors.options import ModelOptions, option_types
 from detdistill.detectors.probe import CHECKS, Probed, probe_all, tiny_detector
+from detdistill.export.probe import probe_export
 from detdistill.methods.shared.compose import build_method, method_slugs, parse_methods
 from detdistill.methods.shared.needs import PairError
 from detdistill.settings import DistillSettings, TrainSettings
@@ -79,7 +80,7 @@ def example() -> str:
 @functools.cache
 def probed() -> Sequence[Probed]:
     """The results of running every detector."""
-    return probe_all()
+    return probe_all(export=probe_export)
 
 
 def pairs_table() -> str:
@@ -126,9 +127,9 @@ def serves(method: str, teacher: Teacher | None, student: Detector) -> bool:
 
 def detectors_table() -> str:
     """The table of adapters and their capabilities, found by running them; failures and their reasons follow the table."""
-    rows = [(f"`{found.name}`", found.about, found.family, *map(found.cell, CHECKS)) for found in probed()]
+    rows = [(f"`{found.name}`", found.about, found.family, *map(found.cell, CHECKS), found.export) for found in probed()]
     failures = "".join(f"\n- {line}" for found in probed() for line in found.failures)
-    return table(("detector", "what it is", "predicts", *CHECKS), *rows) + (failures + "\n" if failures else "")
+    return table(("detector", "what it is", "predicts", *CHECKS, "as ONNX"), *rows) + (failures + "\n" if failures else "")
 
 
 def model_options_table() -> str:

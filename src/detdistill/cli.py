@@ -535,7 +535,8 @@ def _bench(chosen: Namespace) -> None:
 
 
 def _compare_flags(parser: Parser) -> None:
-    parser.add_argument("runs", nargs="+", type=str, help="run folders, or folders that hold them")
+    parser.add_argument("runs", nargs="+", type=str, help="run folders, folders that hold them, or exported files of runs")
+    parser.add_argument("--data", type=str | None, default=None, help="evaluate the files here; none: scores of export.json")
     parser.add_argument("--metric", type=str, default="AP", help="one of the 12 COCO numbers")
     parser.add_argument("--allow_unequal", type=bool, default=False, help="compare runs whose budgets differ")
     parser.add_argument("--out", type=Path | None, default=None, help="also write the result to this JSON file")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from detdistill.settings import BUDGET, TrainSettings, as_plain, renamed
 
 if TYPE_CHECKING:
     from rich.text import Text
+
+    from detdistill.export.as_run import Measured
 
 NEEDED = ("role", "student", "teacher", "method", "seed", "steps", "images_seen", "metrics", "data")
 """Keys of ``summary.json`` that a comparison needs."""
@@ -89,77 +91,143 @@ ONE_SEED = "one seed: no verdict"
 """The verdict on a single pair of runs, which has no interval."""
 
 
-def compare_runs(folders: Sequence[Path | str], *, metric: str = "AP", allow_unequal: bool = False) -> list[Gain]:
+def compare_runs(
+    folders: Sequence[Path | str],
+    *,
+    metric: str = "AP",
+    allow_unequal: bool = False,
+    measured: Mapping[Path, Measured] | None = None,
+) -> list[Gain]:
     """Pair baselines and distilled runs by seed, for each method and teacher.
 
+    An exported file stands for the run that it was made of, with scores of its own. Files pair with files of the same form, such
+    as ``onnx int8``; if there is none, with another form or the run, and a note says so.
+
     Args:
-        folders: run folders, or folders that hold run folders.
+        folders: run folders, folders that hold run folders, or exported files of runs.
         metric: name of one of the 12 COCO metrics.
         allow_unequal: compare even if budgets differ; the differences are listed in ``notes``.
+        measured: scores of files; None: those in ``export.json`` beside each.
 
     Returns:
-        The gain of each method, teacher and student.
+        The gain of each method, teacher, student and form.
 
     Raises:
-        RunError: unknown or undefined metric, no pair, two runs with the same seed, unequal budgets, different validation
-            images, or an incomplete run.
+        RunError: unknown or undefined metric, no pair, a file without partner, two runs with the same seed, unequal budgets,
+            different validation images, or an incomplete run.
     """
-    runs = [read_run(folder) for folder in expand(folders)]
-    baselines: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for one in (one for one in runs if one["role"] == "baseline"):
-        key = (one["student"], one["data"]["fingerprint"], one["seed"])
-        if key in baselines:
-            raise RunError(
-                f"two baselines with seed {one['seed']}: {baselines[key]['folder']} and {one['folder']}; give one of them"
-            )
-        baselines[key] = one
-    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
-    for one in (one for one in runs if one["role"] == "distilled"):
-        same = (_label(one), one["teacher"] or "none", one["student"], one["data"]["fingerprint"])
-        group = groups.setdefault(same, [])
-        twin = next((other for other in group if other["seed"] == one["seed"]), None)
-        if twin is not None:
-            raise RunError(
-                f"two {_label(one)} runs with seed {one['seed']}: {twin['folder']} and {one['folder']}; give one of them"
-            )
-        group.append(one)
-    if not groups or not baselines:
+    runs = read_all(folders, measured or {})
+    baselines = _baselines(runs)
+    groups = _groups(runs)
+    files = {one["folder"]: one for one in runs if one["form"] != TORCH}
+    if not files and (not groups or not baselines):
         raise RunError(
             f"nothing to compare: {len(baselines)} baseline and {sum(map(len, groups.values()))} distilled runs in "
             f"{', '.join(map(str, folders))}; `detdistill distill --baseline true --seeds 0,1,2` makes both"
         )
-    gains = []
-    data_sets = {data for *_, data in groups}
-    for (method, teacher, student, _), distilled in sorted(groups.items()):
+    gains, unpaired = [], dict(files)
+    data_sets = {data for *_, data, _ in groups}
+    for (method, teacher, student, _, _), distilled in sorted(groups.items()):
         pairs, notes = [], []
         for one in sorted(distilled, key=lambda run: int(run["seed"])):
-            baseline = baselines.get((student, one["data"]["fingerprint"], one["seed"]))
+            baseline = _partner(one, baselines)
             if baseline is None:
                 notes.append(f"seed {one['seed']}: no baseline of the same student and data")
                 continue
-            for run in (baseline, one):
-                if metric not in run["metrics"]:
-                    known = run["metrics"]
-                    raise RunError(f"no metric {metric!r}{nearest(metric, known)}; metrics: {', '.join(known)}")
-                if run["metrics"][metric] < 0:
-                    raise RunError(f"{run['folder']}: {metric} is undefined on its validation images; compare another metric")
-            if baseline["data"]["val_fingerprint"] != one["data"]["val_fingerprint"]:
-                raise RunError(
-                    f"{baseline['folder']} and {one['folder']} were evaluated on different images; evaluate both on the same"
-                )
-            different = unequal(baseline, one)
-            if different and not allow_unequal:
-                raise RunError(
-                    f"unequal budgets, seed {one['seed']}: {'; '.join(different)}; --allow_unequal true compares them anyway"
-                )
-            notes += [f"seed {one['seed']}: {text}" for text in different]
+            notes += [f"seed {one['seed']}: {text}" for text in _checked(baseline, one, metric, allow_unequal)]
             pairs.append(Pair(one["seed"], baseline["metrics"][metric], one["metrics"][metric]))
+            for used in (baseline, one):
+                unpaired.pop(used["folder"], None)
         if len(data_sets) > 1:
             notes.insert(0, f"data {distilled[0]['data'].get('path')}")
-        if not pairs:
+        if not pairs and not unpaired:
             raise RunError(f"{method}: no baseline with the same student, data and seed; notes: {'; '.join(notes)}")
-        gains.append(summarize(method, teacher, student, metric, pairs, notes))
+        if pairs:
+            gains.append(summarize(method, teacher, student, metric, pairs, notes))
+    for path, one in unpaired.items():
+        other = {"baseline": "distilled run", "distilled": "baseline"}.get(one["role"])
+        lacking = (
+            f"and no {other} of the same student, data and seed is given, as run or as file" if other else "which has no pair"
+        )
+        raise RunError(f"{path} stands for the {one['role']} run of seed {one['seed']}, {lacking}")
     return gains
+
+
+TORCH = "torch"
+"""Form of a run, beside those of exported files."""
+
+BaselineKey = tuple[str, str, int]
+
+
+def _baselines(runs: Sequence[dict[str, Any]]) -> dict[BaselineKey, dict[str, dict[str, Any]]]:
+    """The baselines of each student, data and seed, by their form.
+
+    Raises:
+        RunError: two have the same form.
+    """
+    found: dict[BaselineKey, dict[str, dict[str, Any]]] = {}
+    for one in (one for one in runs if one["role"] == "baseline"):
+        forms = found.setdefault((one["student"], one["data"]["fingerprint"], one["seed"]), {})
+        if one["form"] in forms:
+            twin = forms[one["form"]]
+            raise RunError(f"two baselines with seed {one['seed']}: {twin['folder']} and {one['folder']}; give one of them")
+        forms[one["form"]] = one
+    return found
+
+
+def _groups(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str, str, str], list[dict[str, Any]]]:
+    """The distilled runs by method, teacher, student, data and form.
+
+    Raises:
+        RunError: two runs of a group have the same seed.
+    """
+    found: dict[tuple[str, str, str, str, str], list[dict[str, Any]]] = {}
+    for one in (one for one in runs if one["role"] == "distilled"):
+        label = _label(one)
+        group = found.setdefault((label, one["teacher"] or "none", one["student"], one["data"]["fingerprint"], one["form"]), [])
+        twin = next((other for other in group if other["seed"] == one["seed"]), None)
+        if twin is not None:
+            raise RunError(f"two {label} runs with seed {one['seed']}: {twin['folder']} and {one['folder']}; give one of them")
+        group.append(one)
+    return found
+
+
+def _partner(one: dict[str, Any], baselines: Mapping[BaselineKey, dict[str, dict[str, Any]]]) -> dict[str, Any] | None:
+    """The baseline of a distilled run: of the same form if there is one, else the run, else any file."""
+    forms = baselines.get((one["student"], one["data"]["fingerprint"], one["seed"]), {})
+    return forms.get(one["form"]) or forms.get(TORCH) or next(iter(forms.values()), None)
+
+
+def _checked(baseline: dict[str, Any], one: dict[str, Any], metric: str, allow_unequal: bool) -> list[str]:
+    """Check that two runs can be paired, and list what differs between them.
+
+    Raises:
+        RunError: a metric is unknown or undefined, the images differ, or the budgets do and ``allow_unequal`` is off.
+    """
+    for run in (baseline, one):
+        if metric not in run["metrics"]:
+            known = run["metrics"]
+            raise RunError(f"no metric {metric!r}{nearest(metric, known)}; metrics: {', '.join(known)}")
+        if run["metrics"][metric] < 0:
+            raise RunError(f"{run['folder']}: {metric} is undefined on its validation images; compare another metric")
+    if baseline["data"]["val_fingerprint"] != one["data"]["val_fingerprint"]:
+        raise RunError(f"{baseline['folder']} and {one['folder']} were evaluated on different images; evaluate both on the same")
+    different = unequal(baseline, one)
+    if different and not allow_unequal:
+        raise RunError(f"unequal budgets, seed {one['seed']}: {'; '.join(different)}; --allow_unequal true compares them anyway")
+    if baseline["form"] != one["form"]:
+        different.append(f"the distilled student is {one['form']}, the baseline {baseline['form']}")
+    return different
+
+
+def read_all(folders: Sequence[Path | str], measured: Mapping[Path, Measured]) -> list[dict[str, Any]]:
+    """Read runs (see ``expand`` and ``read_run``) and exported files (see ``read_file_run``); each gets a ``form``."""
+    from detdistill.export.as_run import read_file_run
+    from detdistill.export.runtimes import is_file
+
+    files = [path for path in dict.fromkeys(map(Path, folders)) if is_file(path)]
+    runs = [{**read_run(folder), "form": TORCH} for folder in expand([one for one in folders if Path(one) not in files])]
+    return [*runs, *(read_file_run(path, measured.get(path)) for path in files)]
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -229,7 +297,8 @@ def _label(run: dict[str, Any]) -> str:
     """Name of the method in a comparison, with everything that distinguishes its runs: weight and inherited head."""
     weight = run["config"].get("distill_weight", 1.0)
     label: str = run["method"] + ("" if weight == 1 else f", distill_weight {weight:g}")
-    return label + (" + inherited head" if run.get("inherit") else "")
+    label += " + inherited head" if run.get("inherit") else ""
+    return label if run["form"] == TORCH else f"{label} ({run['form']})"
 
 
 def expand(folders: Sequence[Path | str]) -> list[Path]:

@@ -110,14 +110,15 @@ def show_methods(found: MethodList) -> None:
 
 
 def list_detectors() -> list[Probed]:
-    """List all detectors with their capabilities, found by running each on a tiny backbone (about half a minute)."""
+    """List all detectors with their capabilities, found by running and exporting each on a tiny backbone (a minute)."""
     from detdistill.progress import Progress
 
     with Progress() as progress:
         bar = progress.bar("trying every detector on a tiny backbone", 1)
         from detdistill.detectors.probe import probe_all
+        from detdistill.export.probe import probe_export
 
-        return probe_all(bar.follow)
+        return probe_all(bar.follow, probe_export)
 
 
 def show_detectors(found: Sequence[Probed]) -> None:
@@ -136,6 +137,8 @@ def _abilities(probed: Probed) -> list[Text]:
     if probed.results:
         able = ", ".join(check.split()[0] for check in probed.able)
         lines.append(Text(f"predicts {probed.family}{'; has ' * bool(able)}{able}"))
+    if probed.export:
+        lines.append(Text(f"exports {probed.export}", "yellow" if probed.export.startswith("no: ") else ""))
     lines += [Text(f"FAILS {check}: {reason}", "bold red") for check, reason in probed.reasons.items()]
     return lines
 
@@ -207,22 +210,8 @@ def show_scores(scores: Scores) -> None:
 def show_export(made: Exported) -> None:
     """Print a row for torch and for each file: AP, AP lost, the largest differences, the time of one image, the size."""
     console = printing.stdout()
-    head = ("", "AP", "lost", "boxes px", "scores", "ms", "MB", "")
-    rows = []
-    for stage in made.stages:
-        found = stage.difference
-        rows.append(
-            (
-                stage.name,
-                "-" if stage.AP is None or stage.AP < 0 else f"{100 * stage.AP:.2f}",
-                "" if stage.lost is None else f"{stage.lost:+.2f}",
-                "" if found is None else f"{found.boxes_px:.1e}",
-                "" if found is None else f"{found.scores:.1e}",
-                "" if stage.milliseconds is None else f"{stage.milliseconds:.1f}",
-                f"{stage.megabytes:.2f}",
-                "" if stage.passed else "TOO MUCH LOST",
-            )
-        )
+    head = ("", *made.stages[0].HEAD, "")
+    rows = [(stage.name, *stage.cells, "" if stage.passed else "TOO MUCH LOST") for stage in made.stages]
     printing.table(console, head, rows)
     printing.line(console)
     free = " and ".join({"batch": "number", "size": "size"}[name] for name in made.about.free)

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from huggingface_hub import ModelCard
 from torchvision.io import write_png
 
 from detdistill import api, cli
+from detdistill.data.discover import load_split
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.load import load_detector
 from detdistill.detectors.save import save_student
@@ -21,8 +24,10 @@ from detdistill.export.proof import Stage, judged, set_difference
 from detdistill.export.run import Wanted, export_detector
 from detdistill.export.selection import Rule, select
 from detdistill.progress import Progress
+from detdistill.report.page import build_report
 from detdistill.settings import TrainSettings
 from detdistill.training.plan import view_settings
+from tests.test_compare import make_run
 
 pytest.importorskip("onnxruntime")
 MODEL = "fcos:resnet10t,channels=16-16-16-16,stem=8,neck=32,levels=3-4,convs=1,score=0.01"
@@ -160,6 +165,14 @@ def test_weights_that_are_no_numbers(student, tmp_path):
     assert not (tmp_path / "model.onnx").exists()
 
 
+def test_a_train_split_without_images(student, tmp_path):
+    empty = replace(load_split(DIGITS, "train")[0], records=())
+    wanted = Wanted(tmp_path / "model.onnx", int8=True)
+    with pytest.raises(RunError, match="int8: needs training images to calibrate with; give --data with a train split"):
+        export_detector(load_detector(student), wanted, view_settings(TrainSettings(size=64)), None, empty)
+    assert not (tmp_path / "model.onnx").exists()
+
+
 def test_data_of_other_classes(tmp_path):
     folder = save_student(build_detector(MODEL, ("cat", "dog")), tmp_path / "student")
     with Progress(quiet=True) as progress, pytest.raises(ModelError, match="does not know 10 of the data's 10 classes"):
@@ -247,3 +260,23 @@ def test_the_card_has_every_file_of_the_folder_and_leaves_other_readmes(student,
     made = api.export(str(student), tmp_path / "third.onnx", size=64, progress=Progress(quiet=True))
     assert made.card is None
     assert (tmp_path / "README.md").read_text() == "# My project\n"
+
+
+def test_the_table_is_in_the_report_of_the_run(student, tmp_path):
+    run = make_run(tmp_path / "run", "baseline", 0, 0.2)
+    shutil.copytree(student, run / "student")
+    (run / "report.html").write_text("before the export")
+    made = api.export(str(run), tmp_path / "exported" / "model.onnx", DIGITS, size=64, progress=Progress(quiet=True))
+    page = (run / "report.html").read_text()
+    assert '<h2 id="exports">Exported files</h2>' in page
+    file = made.stages[1]
+    cells = "".join(f"<td>{cell}</td>" for cell in (*file.cells, ""))
+    assert f'<th scope="row">baseline, seed 0: onnx ({made.file})</th>{cells}' in page
+    assert made.about.origin["run"]["seed"] == 0
+    assert set(json.loads((run / "export.json").read_text())) == {str(made.file)}
+    inside = api.export(str(run / "student"), run / "inside.onnx", size=64, progress=Progress(quiet=True))
+    assert set(json.loads((run / "export.json").read_text())) == {str(made.file), "inside.onnx"}
+    assert inside.card == run / "README.md"
+    (run / "export.json").write_text("[1]")
+    build_report([run], run / "report.html")
+    assert "is no notes of exports" in (run / "report.html").read_text()

@@ -1,5 +1,7 @@
 """Every detector's file gives the detections of the detector, for other numbers and sizes of images than it was traced with."""
 
+import sys
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from detdistill.errors import ModelError
 from detdistill.export.about import About
 from detdistill.export.file_detector import FileDetector
 from detdistill.export.graphs import Graph, graph_of
-from detdistill.export.proof import largest_difference
+from detdistill.export.probe import probe_export
+from detdistill.export.proof import Difference, largest_difference
 from detdistill.export.run import example
 from detdistill.export.selection import Rule, rule_of
 from detdistill.export.write import check_opset, write
@@ -128,6 +131,31 @@ def test_pt2(tmp_path):
     detector = lively("rt_detr")
     file = written(detector, tmp_path / "model.pt2", "pt2")
     assert_same_detections(detector, file, batch(*BATCHES["more images"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fcos", "any number and size of images"),
+        ("rt_detr", "any number of images, fixed size"),
+        ("faster_rcnn", "one image, fixed size"),
+        ("paa", "no: it averages boxes after NMS (score voting), which no exported file does; export ATSS instead"),
+    ],
+)
+def test_the_probe_says_what_may_vary(name, expected):
+    detector = tiny_detector(name)
+    assert probe_export(detector) == expected
+    assert detector.training
+
+
+def test_the_probe_finds_wrong_files_and_missing_packages(monkeypatch):
+    from detdistill.export import probe
+
+    detector = tiny_detector("fcos")
+    monkeypatch.setattr(probe, "largest_difference", lambda *arguments: Difference(0.1, 0.0))
+    assert probe_export(detector) == "no: boxes of the file differ by 0.1 pixels, scores by 0"
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert probe_export(detector) == "no: the package onnx is missing: pip install 'detdistill[export]'"
 
 
 class ForgetsTheBatch(Graph):

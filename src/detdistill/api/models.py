@@ -310,7 +310,23 @@ def export(
             tell(str(data), notes, sets[split].defects, shown)
         detector = load_detector(model, sets["val"].classes if sets and ":" in model else None)
         origin = known_origin(model)
-        return export_detector(detector, wanted, view_settings(chosen), sets.get("val"), sets.get("train"), shown, origin)
+        made = export_detector(detector, wanted, view_settings(chosen), sets.get("val"), sets.get("train"), shown, origin)
+        _note_in_run(model, made, shown)
+        return made
+
+
+def _note_in_run(model: str, made: Exported, progress: Progress) -> None:
+    """If the model is a run or its student: add the table to the run's ``export.json`` and, if there is one, its report."""
+    from detdistill.export.run import NOTES, note, read_notes
+    from detdistill.report.page import build_report
+
+    run = next((folder for folder in (Path(model), Path(model).parent) if (folder / "summary.json").is_file()), None)
+    if run is None:
+        return
+    if (run / NOTES).resolve() != made.notes.resolve():
+        note(run / NOTES, str(made.file), read_notes(made.notes)[made.file.name])
+    if (run / "report.html").is_file():
+        build_report([run], run / "report.html", progress=progress)
 
 
 def push(model: str | Path, to: str, *, private: bool = True, message: str = "Upload by detdistill") -> str:

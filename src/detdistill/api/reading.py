@@ -7,34 +7,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detdistill.api.shared import write
+from detdistill.errors import RunError
 
 if TYPE_CHECKING:
     from detdistill.compare import Gain
     from detdistill.data.inspect import DataReport
+    from detdistill.export.as_run import Measured
 
 
 def compare(
-    runs: Sequence[Path | str], *, metric: str = "AP", allow_unequal: bool = False, out: Path | None = None
+    runs: Sequence[Path | str],
+    *,
+    metric: str = "AP",
+    allow_unequal: bool = False,
+    data: str | None = None,
+    out: Path | None = None,
 ) -> list[Gain]:
     """Pair baselines and distilled runs by seed, and compute mean gain, 95 % interval and verdict.
 
     Args:
-        runs: run folders, or folders that contain them.
+        runs: run folders, folders that contain them, or exported files of runs (``model.onnx``).
         metric: one of the 12 COCO numbers.
         allow_unequal: compare runs whose budgets differ.
+        data: evaluate exported files on the val split of these data; None: their scores are those in ``export.json`` beside them.
         out: also write the result to this JSON file.
 
     Raises:
-        RunError: the metric is unknown, no runs can be paired, or the budgets differ.
+        RunError: the metric is unknown, no runs can be paired, a file has no partner, or the budgets differ.
     """
     import json
 
     from detdistill.compare import compare_runs, gains_json
 
-    gains = compare_runs(runs, metric=metric, allow_unequal=allow_unequal)
+    measured = None if data is None else _measured(runs, data)
+    gains = compare_runs(runs, metric=metric, allow_unequal=allow_unequal, measured=measured)
     if out is not None:
         write(out, json.dumps(gains_json(gains), indent=2) + "\n")
     return gains
+
+
+def _measured(runs: Sequence[Path | str], data: str) -> dict[Path, Measured]:
+    """Scores of the exported files among ``runs``.
+
+    Raises:
+        RunError: there is no file among them.
+    """
+    from detdistill.api.models import evaluate
+    from detdistill.data.discover import load_split
+    from detdistill.export.as_run import Measured
+    from detdistill.export.runtimes import is_file
+
+    files = [path for path in dict.fromkeys(map(Path, runs)) if is_file(path)]
+    if not files:
+        raise RunError("data: only exported files are evaluated, and none is given; leave out --data")
+    images, _ = load_split(data, "val")
+    return {path: Measured(evaluate(str(path), data).metrics, images.fingerprint) for path in files}
 
 
 def report(runs: Sequence[Path | str], *, out: Path | None = None) -> Path:

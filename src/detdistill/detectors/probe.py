@@ -53,6 +53,8 @@ class Probed:
     """Whether each of ``CHECKS`` works; False also if the detector does not implement the capability. Empty: not run."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Reason of each failed check, in one line."""
+    export: str = ""
+    """What may vary in an exported file, or ``no: `` and the reason; empty: not tried."""
 
     def cell(self, check: str) -> str:
         """Table cell: ``yes``, ``no`` (not implemented), ``FAILS``, or empty if the detector was not run."""
@@ -99,24 +101,30 @@ def tiny_detector(name: str, classes: Sequence[str] = ("one", "two")) -> Detecto
         return build_detector(tiny_name(name), classes).train()
 
 
-def probe_all(follow: Callable[[int, int], None] | None = None) -> list[Probed]:
+def probe_all(follow: Callable[[int, int], None] | None = None, export: Callable[[Detector], str] | None = None) -> list[Probed]:
     """Probe all adapters in order of name.
 
     Args:
         follow: called with the number of adapters done and the number of all adapters.
+        export: tries to export a detector and says how, see ``export.probe.probe_export``; None: not tried.
     """
     names, found = adapter_names(), []
     for index, name in enumerate(names):
         if follow is not None:
             follow(index, len(names))
-        found.append(probe_adapter(name))
+        found.append(probe_adapter(name, export))
     if follow is not None:
         follow(len(names), len(names))
     return found
 
 
-def probe_adapter(name: str) -> Probed:
-    """Build one adapter's tiny model and run every check. Errors of the adapter are reported, never raised."""
+def probe_adapter(name: str, export: Callable[[Detector], str] | None = None) -> Probed:
+    """Build one adapter's tiny model and run every check. Errors of the adapter are reported, never raised.
+
+    Args:
+        name: of the adapter.
+        export: as in ``probe_all``.
+    """
     try:
         about = (adapter(name).__doc__ or "").strip().splitlines()[0].rstrip(".")
     except Exception as error:  # a missing or too old package, or any fault of the file
@@ -127,7 +135,8 @@ def probe_adapter(name: str) -> Probed:
         detector = tiny_detector(name)
     except Exception as error:
         return Probed(name, about, reasons={STAGES: _one_line(error)})
-    return replace(probe_detector(detector), name=name, about=about)
+    found = replace(probe_detector(detector), name=name, about=about)
+    return found if export is None else replace(found, export=export(detector))
 
 
 def probe_detector(detector: Detector) -> Probed:

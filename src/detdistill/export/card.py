@@ -9,6 +9,7 @@ from typing import Any
 from detdistill.card import Card, Origin, is_own
 from detdistill.detectors.save import in_words
 from detdistill.export.about import About
+from detdistill.export.proof import Stage
 from detdistill.files import write_atomically
 from detdistill.structures import Resizing
 
@@ -107,27 +108,13 @@ def file_card(file: str, about: About, entries: Mapping[str, Any]) -> Card:
 
 def table(entries: Mapping[str, Any]) -> str:
     """A Markdown table of all files of ``export.json``, each beside its detector in torch."""
-    lines = ["| file | AP | lost | boxes, pixels | scores | ms, one image | MB |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    head = ("file", *Stage.HEAD)
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for entry in entries.values():
-        for stage in entry["stages"]:
-            found = stage.get("difference") or {}
-            cells = (
-                stage["file"] or "torch",
-                number(stage.get("AP"), ".2f", 100),
-                number(stage.get("lost"), "+.2f"),
-                number(found.get("boxes_px"), ".1e"),
-                number(found.get("scores"), ".1e"),
-                number(stage.get("milliseconds"), ".1f"),
-                number(stage.get("megabytes"), ".2f"),
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    lines.append("")
-    lines.append("AP in points of 100 on the validation images; the largest differences of boxes and scores from torch.")
-    return "\n".join(lines)
-
-
-def number(value: float | None, form: str, factor: float = 1.0) -> str:
-    """A number as text; empty if there is none, ``-`` for COCO's -1 (undefined)."""
-    if value is None:
-        return ""
-    return "-" if factor == 100 and value < 0 else f"{factor * value:{form}}"
+        for stage in map(Stage.from_plain, entry["stages"]):
+            lines.append(f"| {' | '.join((stage.file or 'torch', *stage.cells))} |")
+    note = (
+        "AP in points of 100 on the validation images; largest differences of boxes and scores from torch; milliseconds of one "
+        "image from pixels to detections, one after the other on the same machine."
+    )
+    return "\n".join([*lines, "", note])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -59,9 +59,35 @@ class Stage:
     checksum: str | None = None
     """Of the file, as ``files.checksum``: the numbers are those of this file and of no later one."""
 
+    HEAD: ClassVar[tuple[str, ...]] = ("AP", "lost", "boxes px", "scores", "ms", "MB")
+    """Titles of ``cells``."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The numbers as texts for tables: AP and loss in points of 100; empty where there is none, ``-`` if undefined."""
+        found = self.difference
+        return (
+            "" if self.AP is None else "-" if self.AP < 0 else f"{100 * self.AP:.2f}",
+            "" if self.lost is None else f"{self.lost:+.2f}",
+            "" if found is None else f"{found.boxes_px:.1e}",
+            "" if found is None else f"{found.scores:.1e}",
+            "" if self.milliseconds is None else f"{self.milliseconds:.1f}",
+            f"{self.megabytes:.2f}",
+        )
+
     def to_plain(self) -> dict[str, Any]:
         """The stage as JSON."""
         return asdict(self)
+
+    @staticmethod
+    def from_plain(content: Mapping[str, Any]) -> Stage:
+        """Invert ``to_plain``.
+
+        Raises:
+            TypeError: the content is no such stage.
+        """
+        found = content.get("difference")
+        return Stage(**{**content, "difference": None if found is None else Difference(**found)})
 
 
 @torch.no_grad()

@@ -344,7 +344,7 @@ def read_notes(path: Path) -> dict[str, Any]:
         entries = dict(json.loads(path.read_text(encoding="utf-8")))
         for entry in entries.values():
             About.from_text(json.dumps(entry["about"]), path)
-            [stage["name"] for stage in entry["stages"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+            [Stage.from_plain(stage) for stage in entry["stages"]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path}: is no notes of exports ({' '.join(str(error).split())}); move it away") from error
     return entries

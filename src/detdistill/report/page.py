@@ -14,6 +14,7 @@ import yaml
 
 from detdistill.errors import RunError
 from detdistill.report import figures, pictures, words
+from detdistill.report.exports import HEAD, exports_of
 from detdistill.report.pictures import Gallery
 from detdistill.report.runs import Group, Run, baselines_for, data_name, defined, distillation_terms, group, paired, read
 
@@ -173,6 +174,8 @@ def render(groups: Sequence[Group], splits: DataSplits | None, data_note: str, g
         error_names=ERRORS,
         classes=_class_charts(groups, palette),
         gallery=gallery,
+        exports=exports_of(groups),
+        exports_head=HEAD,
         commands=[_command(run) for run in runs],
         again=f"detdistill report {' '.join(shlex.quote(str(run.folder)) for run in runs)}",
         settings=_differences(groups),
