@@ -130,7 +130,8 @@ def test_short_forms(parse):
     assert parse(DISTILL + "--out runs/a")["out"] == Path("runs/a")
     assert parse(DISTILL + "--method fgd,temperature=0.8+pkd")["method"] == "fgd,temperature=0.8+pkd"
     assert parse("compare a b --allow-unequal")["runs"] == ["a", "b"]
-    assert parse("compare --allow_unequal a b") == {"runs": ["a", "b"], "metric": "AP", "allow_unequal": True, "out": None}
+    given = {"runs": ["a", "b"], "metric": "AP", "allow_unequal": True, "data": None, "out": None}
+    assert parse("compare --allow_unequal a b") == given
     assert parse("data inspect folder --deep")["deep"] is True
     assert parse("demo --seeds 0,1")["seeds"] == (0, 1)
     assert parse("train --model m --role teacher")["role"] == "teacher"
