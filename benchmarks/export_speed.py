@@ -9,6 +9,7 @@ Weights are random, on which a network's time does not depend; so that NMS has n
 
 import argparse
 import contextlib
+import json
 import sys
 import tempfile
 import time
@@ -56,7 +57,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16, help="images to calibrate int8 with")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "size": given.size, "models": {}}
+    # Models that are not measured this time keep their numbers.
+    before = json.loads(given.out.read_text())["models"] if given.out.exists() else {}
+    found: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "size": given.size, "models": before}
     trained = dict(one.split("=", 1) for one in given.student)
     for name in [*trained, *given.models]:
         model = trained.get(name) or {**DENSE, **DETRS}[name]

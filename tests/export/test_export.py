@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from torchvision.io import write_png
+from torchvision.ops import batched_nms
 
 from detdistill import api, cli
 from detdistill.data.discover import load_split
@@ -19,10 +20,11 @@ from detdistill.detectors.build import build_detector
 from detdistill.detectors.load import load_detector
 from detdistill.detectors.save import save_student
 from detdistill.errors import ModelError, RunError
+from detdistill.export import selection
 from detdistill.export.file_detector import load_file
 from detdistill.export.proof import Stage, judged, set_difference
 from detdistill.export.run import Wanted, export_detector
-from detdistill.export.selection import Rule, select
+from detdistill.export.selection import Rule, select, suppressed
 from detdistill.progress import Progress
 from detdistill.report.page import build_report
 from detdistill.settings import TrainSettings
@@ -211,6 +213,20 @@ def test_sets_do_not_depend_on_the_order():
     assert found.scores == pytest.approx(0.001, rel=1e-3)
     fewer = set_difference({"boxes": boxes, "scores": scores}, {"boxes": boxes[:4], "scores": scores[:4]})
     assert (fewer.unmatched, fewer.boxes_px) == (2, 0)
+
+
+@pytest.mark.parametrize(("spread", "first_is_enough"), [(400, True), (3, False)])
+def test_suppressing_the_best_first_equals_nms_of_all(spread, first_is_enough, monkeypatch):
+    noise = torch.Generator().manual_seed(0)
+    corner = torch.rand(900, 2, generator=noise) * spread
+    boxes = torch.cat([corner, corner + 20 + torch.rand(900, 2, generator=noise)], dim=1)
+    scores = (torch.rand(900, generator=noise) * 200).round() / 200  # many are equal
+    labels = torch.randint(0, 3, (900,), generator=noise)
+    wanted = batched_nms(boxes, scores, labels, 0.5)[:50]
+    calls = []
+    monkeypatch.setattr(selection, "batched_nms", lambda *given: calls.append(len(given[0])) or batched_nms(*given))
+    assert torch.equal(suppressed(boxes, scores, labels, 0.5, 50), wanted)
+    assert calls == ([200] if first_is_enough else [200, 900])
 
 
 def test_each_query_gives_its_best_class_only_under_softmax():

@@ -101,8 +101,33 @@ def select(found: Mapping[str, Tensor], rule: Rule) -> Detections:
         filled = (mine[:, 2:] > mine[:, :2]).all(dim=1)
         mine, values, label = mine[filled], values[filled], label[filled]
     assert rule.iou is not None
-    best = batched_nms(mine, values, label, rule.iou)[: rule.detections]
+    best = suppressed(mine, values, label, rule.iou, rule.detections)
     return Detections(mine[best], values[best], label[best])
+
+
+FIRST = 4
+"""How many times as many candidates as wanted detections are suppressed at first."""
+
+
+def suppressed(boxes_xyxy: Tensor, scores: Tensor, labels: Tensor, iou: float, count: int | None) -> Tensor:
+    """The first ``count`` rows that NMS of each class keeps, best first.
+
+    Whether a box is kept depends on better boxes only, so the best candidates are suppressed first; the rest is looked at only if
+    too few of them are kept. The result is that of NMS on all of them.
+
+    Args:
+        boxes_xyxy: [P, 4].
+        scores: [P].
+        labels: [P].
+        iou: IoU from which the lower of two boxes is dropped.
+        count: None: all.
+    """
+    if count is not None and len(scores) > FIRST * count:
+        first = scores.sort(descending=True, stable=True).indices[: FIRST * count]
+        kept = batched_nms(boxes_xyxy[first], scores[first], labels[first], iou)
+        if len(kept) >= count:
+            return first[kept[:count]]
+    return batched_nms(boxes_xyxy, scores, labels, iou)[:count]
 
 
 def _candidates(found: Mapping[str, Tensor], rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
