@@ -78,6 +78,7 @@ class UltralyticsOptions(ModelOptions):
 class Network(Detector):
     """What detectors with one and with two branches share."""
 
+    library = "ultralytics"
     columns: Tensor
     """[K] index of the network's output for each class."""
 
