@@ -52,7 +52,7 @@ def save_student(detector: Detector, folder: str | Path, resizing: Resizing | No
 def readme(detector: Detector, resizing: Resizing | None) -> str:
     """Text of a student folder's ``README.md``: what it is, image size, classes, and how to load it."""
     spec = detector.spec
-    parameters = sum(parameter.numel() for parameter in detector.parameters())
+    parameters = detector.count_parameters()
     if resizing is None:
         size = "Unknown: resize images as in training before the detector sees them."
     else:

@@ -258,7 +258,7 @@ def calibration_batches(train: DetectionSet, settings: ViewSettings, count: int)
 
 
 def _torch_stage(detector: Detector, settings: ViewSettings, val: DetectionSet | None, wanted: Wanted, shown: Progress) -> Stage:
-    size = sum(value.numel() * value.element_size() for value in detector.state_dict().values()) / 1e6
+    size = sum(value.numel() * value.element_size() for value in detector.inference_state().values()) / 1e6
     return Stage("torch", None, size, _ap(detector, settings, val, wanted, shown, "torch"), None)
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from detdistill.functional.region_heads import RegionHead, RegionOutput, region_loss
 from detdistill.functional.regions import SampledRegions
-from detdistill.methods.shared.region_heads import AnchorLinear, RegionHead, RegionOutput, region_loss, regions_of_dense
+from detdistill.methods.shared.region_heads import AnchorLinear, regions_of_dense
 from detdistill.structures import Features, Origin
 from tests.methods.contract_checks import without_boxes
 from tests.tiny import TinyDense, tiny_batch
