@@ -386,6 +386,18 @@ class HasQueries(Protocol):
 
 
 @runtime_checkable
+class HasMapsBeforeEncoder(Protocol):
+    """A DETR whose projection of the backbone's maps can be run without the encoder."""
+
+    def before_encoder(self, features: Features, batch: Batch) -> Features:
+        """Compute the maps that the encoder reads, with channels and strides of ``spec``, from the backbone's ``Features``.
+
+        Statistics of normalisation layers stay unchanged. Without an encoder these are the detector's features.
+        """
+        ...
+
+
+@runtime_checkable
 class HasCopies(Protocol):
     """Head and neck that can be copied into separate modules, with their weights or newly initialised."""
 
@@ -565,6 +577,19 @@ class Teacher:
         self._seen = (batch, seen)
         # Only the selected parts: the knowledge of a method (and its size in a cache) must not depend on the other methods.
         return seen.only(look)
+
+    @torch.no_grad()
+    def assign(self, prediction: Prediction, batch: Batch, columns: Sequence[int]) -> Assignment:
+        """Assign the teacher's prediction to the batch's boxes by its own rule.
+
+        Args:
+            prediction: of the teacher.
+            batch: with the student's labels.
+            columns: the teacher's label of each of the student's classes.
+        """
+        labels = torch.tensor(columns, device=batch.images.device)
+        named = batch.with_targets([dataclasses.replace(one, labels=labels[one.labels]) for one in batch.targets])
+        return self.detector.assign(prediction, named)
 
     @torch.no_grad()
     def predict_regions(self, like: Regions, features: Features, batch: Batch) -> Regions:
