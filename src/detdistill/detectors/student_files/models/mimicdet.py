@@ -208,7 +208,7 @@ class MimicDet(OneStage):
 
     def kept(self, objectness: Tensor, valid: Tensor) -> Tensor:
         """Which refined anchors are kept, [B, P] bool: the ``refined`` valid ones with the highest objectness [B, P, 1]."""
-        ranked = objectness[..., 0].masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+        ranked = objectness[..., 0].masked_fill(~valid, -torch.inf).sort(dim=1, descending=True).indices
         chosen = torch.zeros_like(objectness[..., 0]).scatter(1, ranked[:, : self.refined], 1.0)
         return (chosen > 0) & valid
 
