@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -62,19 +61,22 @@ def test_the_class_branch_by_hand():
 def test_boxes_refer_to_the_refined_anchors_which_have_no_gradient():
     detector, batch = spread_out(), unequal_batch()
     prediction = detector(batch).prediction
-    own = prediction.own
-    anchors = torch.stack(own.anchors)
+    outputs, anchors = prediction.own.outputs, prediction.priors_xyxy
     weights = (10.0, 10.0, 5.0, 5.0)
-    refined = decode_boxes(own.outputs["refinement"], anchors, weights, bound_shrinking=True)
-    torch.testing.assert_close(prediction.priors_xyxy, refined, rtol=1e-5, atol=1e-3)
-    assert not prediction.priors_xyxy.requires_grad
-    boxes = decode_boxes(prediction.deltas, prediction.priors_xyxy, weights, bound_shrinking=True)
+    assert float((anchors[0, :, 2:] - anchors[0, :, :2]).min()) == 32  # four strides of 8
+    assert torch.equal(anchors[0], anchors[1])
+    refined = detector.refined(prediction)
+    by_hand = decode_boxes(outputs["refinement"], anchors, weights, bound_shrinking=True)
+    torch.testing.assert_close(refined, by_hand, rtol=1e-5, atol=1e-3)
+    assert not refined.requires_grad
+    boxes = decode_boxes(outputs["bbox_regression"], refined, weights, bound_shrinking=True)
     torch.testing.assert_close(prediction.boxes_xyxy, boxes, rtol=1e-5, atol=1e-3)
+    again = decode_boxes(prediction.deltas, anchors, weights)  # as methods read them
+    torch.testing.assert_close(prediction.boxes_xyxy, again, rtol=1e-4, atol=1e-2)
     prediction.boxes_xyxy.sum().backward()
     refinement = detector.model.head.regression_head.refinement
     assert refinement.deltas.weight.grad is None
     assert detector.model.head.regression_head.bbox_reg.weight.grad.any()
-    assert float((anchors[0, :, 2:] - anchors[0, :, :2]).min()) == 32  # four strides of 8
 
 
 def test_the_finer_level_is_that_of_a_pyramid_with_one_more_input():
@@ -155,7 +157,8 @@ def test_losses_by_hand():
     matched[0] = -1
     matched[0, 5], matched[0, 9], matched[1, 3] = 0, 2, 1
     found = detector.loss(prediction, batch, Assignment(matched)).terms
-    logits, deltas, priors = prediction.logits.detach(), prediction.deltas.detach(), prediction.priors_xyxy
+    logits, deltas = prediction.logits.detach(), prediction.own.outputs["bbox_regression"].detach()
+    priors = detector.refined(prediction)
     entropy = -logits.log_softmax(dim=-1)
     negatives = entropy[0, :, -1].clone()
     negatives[[5, 9]] = -1
@@ -171,7 +174,7 @@ def test_losses_by_hand():
         move = ((target[:2] + target[2:]) - (prior[:2] + prior[2:])) / 2 / size
         distance += (deltas[image, row] - torch.cat([10 * move, 5 * (wanted / size).log()])).abs().sum()
     torch.testing.assert_close(found["bbox_regression"], distance / 4)
-    own, anchors = prediction.own.outputs, torch.stack(prediction.own.anchors)
+    own = prediction.own.outputs
     first = detector.first_assignment(prediction, batch).matched
     used = first != -2
     target = (first >= 0).float()
@@ -180,15 +183,15 @@ def test_losses_by_hand():
     plain = F.softplus(logit) - target * logit
     torch.testing.assert_close(found["objectness"], plain[used].sum() / count)
     assert float(found["refinement"].detach()) > 0
-    assert anchors.shape == priors.shape
 
 
-def test_both_heads_take_anchors_of_an_iou_of_at_least_0_6():
+def test_both_heads_take_anchors_of_an_iou_of_at_least_0_6(monkeypatch):
     detector, batch = spread_out(), unequal_batch()
     prediction = detector(batch).prediction
-    close = prediction.priors_xyxy.clone()
+    close = detector.refined(prediction).clone()
     close[0, 4], close[0, 6] = torch.tensor([10.0, 10, 50, 42]), torch.tensor([10.0, 10, 50, 39])  # IoU 0.64 and 0.58 with box 0
-    matched = detector.assign(replace(prediction, priors_xyxy=close), batch).matched
+    monkeypatch.setattr(detector, "refined", lambda _: close)
+    matched = detector.assign(prediction, batch).matched
     assert matched[0, 4] == 0
     assert matched[0, 6] == -1
     for image, target in enumerate(batch.targets):
@@ -218,7 +221,7 @@ def test_the_mimic_loss_by_hand(monkeypatch):
             assert torch.equal(box, batch.targets[image].boxes_xyxy[origin.ground_truth[row]])
             continue
         place = (prediction.levels == level) & (prediction.cells == origin.cell[row]).all(dim=1)
-        torch.testing.assert_close(box, clip(prediction.priors_xyxy[image, place][0], SIZES[image]))
+        torch.testing.assert_close(box, clip(detector.refined(prediction)[image, place][0], SIZES[image]))
         assert int(levels[row]) == level  # of four levels: an anchor of stride 8 is pooled at stride 4
         for maps, theirs in ((prediction.own.class_hidden, output.class_hidden), (prediction.own.box_hidden, output.box_hidden)):
             total = total + 1 - F.cosine_similarity(maps[level][image, :, y, x], theirs[row], dim=0)

@@ -161,7 +161,9 @@ class FinerLevel(nn.Module):
 
 
 class MimicDetDetector(OwnDenseDetector):
-    """Adapter of MimicDet. Softmax with the background last; ``deltas`` and ``priors_xyxy`` are those of the refined anchor.
+    """Adapter of MimicDet. Softmax with the background last. ``priors_xyxy`` are the anchors, and ``deltas`` refer to them.
+
+    The head's own regression refers to the refined anchors (``refined``), which differ between images and detectors.
 
     In training, ``features`` has one finer level for the region head (``FinerFeatures``), and ``loss`` trains the region head
     on refined anchors and compares its last hidden layers with those of the one-stage head at the cell that the anchor came
@@ -240,6 +242,16 @@ class MimicDetDetector(OwnDenseDetector):
             return found
         return TowerOnFeatures(found.classification, found.regression, found.depth, found.strides, features)
 
+    def placed(self, outputs: dict[str, Tensor], shapes: Sequence[tuple[int, int]], batch: Batch) -> Dense:
+        """Build the prediction; its ``deltas`` lead from the anchors to the final boxes."""
+        found = super().placed(outputs, shapes, batch)
+        anchors = torch.stack(own_outputs(found, self).anchors)
+        return replace(found, priors_xyxy=anchors, deltas=encode_boxes(found.boxes_xyxy, anchors, BOX_WEIGHTS))
+
+    def refined(self, prediction: Dense) -> Tensor:
+        """Return the refined anchors [B, P, 4] of a prediction, constant."""
+        return self.references(own_outputs(prediction, self).outputs, prediction.priors_xyxy, prediction.levels)
+
     def finish(self, hidden: Tower, batch: Batch) -> Dense:
         """Run the remaining blocks, the refinement and the looks into the refined boxes."""
         class_maps, box_maps = self.last_maps(hidden)
@@ -255,17 +267,16 @@ class MimicDetDetector(OwnDenseDetector):
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
         """Assign by IoU with the refined anchors: from 0.6 positive, else negative."""
         dense = cast(Dense, prediction)
-        return self._matched(dense, batch, lambda boxes, _, targets: self._by_iou(boxes, targets), dense.priors_xyxy)
+        return self._matched(dense, batch, lambda boxes, _, targets: self._by_iou(boxes, targets), self.refined(dense))
 
     def first_assignment(self, prediction: Dense, batch: Batch) -> Assignment:
         """Assign the anchors for the refinement: on the level of a box's size, those in its central area."""
-        anchors = torch.stack(own_outputs(prediction, self).anchors)
         unit = 4.0 * self.spec.strides[0]
 
         def rule(boxes: Tensor, levels: Tensor, targets: Tensor) -> Tensor:
             return refinement_assign((boxes[:, :2] + boxes[:, 2:]) / 2, levels, targets, unit, self.center_share)
 
-        return self._matched(prediction, batch, rule, anchors)
+        return self._matched(prediction, batch, rule, prediction.priors_xyxy)
 
     def _by_iou(self, boxes: Tensor, targets: Tensor) -> Tensor:
         return max_iou_assign(boxes, targets, self.positive_iou, self.positive_iou, low_quality=False)
@@ -291,7 +302,7 @@ class MimicDetDetector(OwnDenseDetector):
         own = own_outputs(prediction, self)
         first = self.supervision(self.first_assignment(prediction, batch), batch)
         second = self.supervision(assignment, batch)
-        anchors = torch.stack(own.anchors)
+        anchors = prediction.priors_xyxy
         first_count = number_of_positives(Assignment(torch.where(first.positive, 0, NEGATIVE)), anchors)
         count = number_of_positives(assignment, anchors) if assignment.normalizer is None else assignment.normalizer
         objectness = own.outputs["objectness"][..., 0]
@@ -308,7 +319,7 @@ class MimicDetDetector(OwnDenseDetector):
 
         one, two = first.positive, second.positive
         refinement = distance(own.outputs["refinement"][one], anchors[one], first.boxes_xyxy)
-        regression = distance(prediction.deltas[two], prediction.priors_xyxy[two], second.boxes_xyxy)
+        regression = distance(own.outputs["bbox_regression"][two], self.refined(prediction)[two], second.boxes_xyxy)
         return {
             "objectness": found * first.weights / first_count,
             "refinement": first.spread(refinement) / first_count,
@@ -347,7 +358,7 @@ class MimicDetDetector(OwnDenseDetector):
         generator = torch.Generator().manual_seed(own.seed)
         kept = self.model.kept(own.outputs["objectness"], self.valid(prediction, batch))
         ranked = own.outputs["objectness"][..., 0].masked_fill(~kept, -torch.inf)
-        boxes = replace(prediction, boxes_xyxy=prediction.priors_xyxy)
+        boxes = replace(prediction, boxes_xyxy=self.refined(prediction))
         found = propose(boxes, batch.sizes, scores=ranked, before=self.model.refined, nms=1.0, after=self.model.refined)
         regions = sample_regions(
             found.boxes_xyxy,
