@@ -29,6 +29,7 @@ STRIDES = {
     "paa": (8, 16, 32, 64, 128),
     "gfl": (8, 16, 32, 64, 128),
     "reppoints": (8, 16, 32, 64, 128),
+    "mimicdet": (8, 16, 32, 64, 128),
     "ssd": (8, 16, 32, 64, 128, 256),
     "deformable_detr": (8, 16, 32, 64),
     "conditional_detr": (32,),
@@ -41,9 +42,9 @@ STRIDES = {
 """Of the maps that each detector shows to a method: the neck's; of DETR families the encoder's; AdaMixer's projected maps."""
 FINE = "fcos on levels 3-4"
 STRIDES_WITH_FINE = {**STRIDES, FINE: (8, 16)}
-SOFTMAX = {"ssd"}
+SOFTMAX = {"ssd", "mimicdet"}
 """Dense detectors whose classes and background share a softmax; the others have sigmoids."""
-DENSE = {"retinanet", "fcos", "atss", "paa", "gfl", "reppoints", "ssd"}
+DENSE = {"retinanet", "fcos", "atss", "paa", "gfl", "reppoints", "ssd", "mimicdet"}
 
 
 def model_name(name):

@@ -26,6 +26,8 @@ OTHER = {
     "proposals": "33",
     "rois": "12",
     "mlp": "24",
+    "refined": "55",
+    "mimic": "0.5",
     "size": "512",
     "anchors": "2",
     "dim": "64",

@@ -93,7 +93,7 @@ def test_score_voting_is_refused():
         graph_of(tiny_detector("paa"))
 
 
-@pytest.mark.parametrize("name", ["fcos", "atss"])
+@pytest.mark.parametrize("name", ["fcos", "atss", "mimicdet"])
 def test_suppression_inside_the_file(name, tmp_path):
     detector = lively(name)
     file = written(detector, tmp_path / "model.onnx", inside=True)

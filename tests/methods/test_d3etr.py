@@ -306,6 +306,47 @@ def test_classes_are_compared_by_name():
         torch.testing.assert_close(value, second[name])
 
 
+def test_the_fixed_group_can_have_the_detection_loss_under_the_teachers_assignment():
+    batch, student = tiny_batch(2), TinyQueries(seed=2)
+    teacher = Teacher(TinyQueries(classes=("b", "c", "a"), seed=1))
+    for matching in ("fixed", "both"):
+        method = D3ETR(teacher, student, matching=matching, detection_weight=3.0)
+        found = learn(method, student, batch)
+        seed = method.teach(batch).seed
+        group = student.decode(student.features(batch), seed, batch)
+        labels = torch.tensor([2, 0])  # a and b among the teacher's classes
+        named = batch.with_targets([dataclasses.replace(one, labels=labels[one.labels]) for one in batch.targets])
+        with torch.no_grad():
+            matched = teacher.detector.assign(teacher.detector(named).prediction, named)
+        torch.testing.assert_close(found["fixed_detection"], 3 * student.loss(group, batch, matched).total())
+        own = student.loss(group, batch, student.assign(group, batch)).total()
+        assert not torch.isclose(found["fixed_detection"], 3 * own)  # the student would match others
+    plain = learn(D3ETR(teacher, student), student, batch)
+    assert plain.keys() == found.keys() - {"fixed_detection"}
+    assert D3ETR(teacher, student).teach(batch).matched is None
+
+
+def test_the_detection_loss_of_the_group_reaches_the_student_and_survives_a_cache():
+    method, _, student = build_pair(detection_weight=1.0)
+    batch = tiny_batch(2)
+    taught = method.teach(batch)
+    again = type(taught).stack(taught.split(2))
+    seen = observe(method, student, batch)
+    first, second = (method.learn(student, seen, one, batch, CLOCK).terms["fixed_detection"] for one in (taught, again))
+    torch.testing.assert_close(first, second)
+    first.backward()
+    assert student.layers[0].weight.grad.any()
+    assert student.content.grad is None
+
+
+def test_softmax_classes_of_the_group():
+    """DETR has one more output, the background, which is no label."""
+    torch.manual_seed(0)
+    teacher, student = (build_detector(f"detr:{TINY}", ["a", "b"]) for _ in range(2))
+    method = D3ETR(Teacher(teacher), student, detection_weight=1.0, self_attention_weight=0.0, cross_attention_weight=0.0)
+    assert float(learn(method, student, tiny_batch(2))["fixed_detection"].detach()) > 0
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -315,6 +356,10 @@ def test_classes_are_compared_by_name():
         ({"matching": "hungarian"}, "matching=hungarian is not one of both, adaptive, fixed"),
         ({"cross_maps": "all"}, "cross_maps=all is not one of each, sum, or none"),
         ({"giou_weight": -1.0}, "giou_weight=-1.0 is not a number, 0 or more"),
+        (
+            {"detection_weight": 1.0, "matching": "adaptive"},
+            "detection_weight=1 is for fixed matching; set matching=both or fixed",
+        ),
         ({"l1_cost": float("nan")}, "l1_cost=nan is not a number, 0 or more"),
         (
             dict.fromkeys([f"{name}_weight" for name in ALL], 0.0),

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from detdistill.detectors import probe
 from detdistill.detectors.build import build_detector
-from detdistill.detectors.contract import Teacher
+from detdistill.detectors.contract import PREDICTION, Teacher
 from detdistill.errors import DetdistillError
 from detdistill.losses import (
     detrdistill_contrastive_loss,
@@ -24,6 +25,7 @@ from detdistill.losses import (
 from detdistill.methods.detrdistill import ContrastiveHead, DETRDistill, LogitsWeights
 from detdistill.methods.shared.needs import PairError
 from detdistill.structures import Assignment, Batch, Clock, Queries, QuerySeed, Target, View
+from tests.detectors.dense.shared import unequal_batch
 from tests.golden import Golden, assert_golden
 from tests.methods.contract_checks import check_method, without_boxes
 from tests.tiny import TinyDense, TinyQueries, tiny_batch
@@ -772,3 +774,80 @@ def test_kinds_that_meet_and_kinds_that_do_not():
     assert set(terms) == {"logits_cls", "logits_l1", "logits_giou", "feature"}
     with pytest.raises(PairError, match="softmax classes with a background"):
         DETRDistill(Teacher(build_detector(f"detr:{TINY}", ["a", "b"])), student)
+
+
+# ------------------------------------------------------------------------------------------------- before the encoder
+
+
+def read_by_the_encoder(detector, batch):
+    """What the encoder gets in a pass, as maps [B, D, S] with the cells of all levels side by side."""
+    found = []
+
+    def record(module, given, named):
+        tokens = named.get("inputs_embeds", given[0] if given else None)
+        found.append(torch.cat([x.flatten(2) for x in tokens], dim=2) if isinstance(tokens, list) else tokens.transpose(1, 2))
+
+    handle = detector.model.model.encoder.register_forward_pre_hook(record, with_kwargs=True)
+    detector.features(batch)
+    handle.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", ["deformable_detr", "conditional_detr", "dab_detr", "rt_detr", "deimv2", "adamixer", "lw_detr"])
+def test_the_projection_is_what_the_encoder_reads(kind):
+    detector, batch = probe.tiny_detector(kind).eval(), unequal_batch()
+    with torch.no_grad():
+        below = detector.backbone_features(batch)
+        projected = detector.before_encoder(below, batch)
+        features = detector.features(batch)
+        assert (projected.channels, projected.strides) == (detector.spec.channels, detector.spec.strides)
+        assert (projected.padding is None) == (features.padding is None)
+        if kind in ("adamixer", "lw_detr"):  # no encoder
+            assert all(torch.equal(*pair) for pair in zip(projected.maps, features.maps, strict=True))
+        else:
+            wanted = read_by_the_encoder(detector, batch)
+            torch.testing.assert_close(torch.cat([level.flatten(2) for level in projected.maps], dim=2), wanted)
+            assert not torch.allclose(projected.maps[0], features.maps[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["deformable_detr", "rt_detr"])
+def test_the_released_tap_compares_the_maps_before_the_encoder(kind):
+    batch, (teacher, student) = unequal_batch(), (tiny_detector(kind, seed, ("a", "b", "c")).eval() for seed in (1, 2))
+    method = DETRDistill(Teacher(teacher), student, tap="neck")
+    taught, seen = method.teach(batch), student.observe(batch, PREDICTION | method.requirements.student)
+    with torch.no_grad():
+        mine, theirs = (one.before_encoder(one.backbone_features(batch), batch) for one in (student, teacher))
+        by_hand = 0.0
+        boxes = [target.without_crowd().boxes_xyxy for target in batch.targets]
+        said = taught.prediction
+        shares = detrdistill_query_weights(said.logits, said.boxes_cxcywh01, boxes, batch.sizes, 100)
+        for level, fixed in zip(mine.maps, theirs.maps, strict=True):
+            masks = detrdistill_masks(shares, said.embedding, fixed, 0.01)
+            by_hand += ((masks[:, :, None] * (level - fixed)) ** 2).mean(dim=(1, 2, 3, 4)).sum()
+    terms = method.learn(student, seen, taught, batch, NOW).terms
+    torch.testing.assert_close(terms["feature"], by_hand, rtol=1e-4, atol=1e-6)
+    gradients = torch.autograd.grad(terms["feature"], list(student.parameters()), allow_unused=True)
+    reached = {id(p) for p, g in zip(student.parameters(), gradients, strict=True) if g is not None and bool(g.any())}
+    assert not reached & {id(p) for p in student.model.model.encoder.parameters()}
+    assert reached & {id(p) for p in student.parts().parameters(student.parts().backbone)}
+    plain = DETRDistill(Teacher(teacher), student)
+    assert set(plain.learn(student, seen, plain.teach(batch), batch, NOW).terms) == set(terms)
+
+
+def test_running_statistics_are_updated_once():
+    """RT-DETR's projection has BatchNorm, and it runs twice."""
+    batch, teacher = tiny_batch(2), Teacher(tiny_detector("rt_detr", 1))
+    states = []
+    for tap in ("encoder", "neck"):
+        student = tiny_detector("rt_detr", 2).train()
+        method = DETRDistill(teacher, student, tap=tap)
+        torch.manual_seed(0)
+        method.step(student, batch, method.teach(batch), NOW)
+        states.append([value for name, value in student.state_dict().items() if "running" in name])
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+
+
+def test_a_detector_that_does_not_show_the_maps_is_refused():
+    with pytest.raises(PairError, match=r"tap=neck compares the maps before the encoder, but the student .* set tap=encoder"):
+        build(tap="neck")
+    assert build(tap="neck", feature_weight=0.0).requirements.student.backbone is False

@@ -298,6 +298,32 @@ def test_other_bins_are_matched_by_position(bins):
         assert found[name].item() == pytest.approx(term.item(), rel=1e-4)
 
 
+def test_class_scores_of_the_valuable_region_by_hand():
+    """Mean over the region's cells of a level of the divergence of the classes, summed over levels."""
+    student, teacher, batch = TinySides(seed=2), TinySides(seed=1), tiny_batch(2)
+    found = learned(student, teacher, batch, valuable_cls_weight=3.0, gamma=0.0)
+    plain = learned(student, teacher, batch, gamma=0.0)
+    assert found.keys() - plain.keys() == {"ld_valuable_cls"}
+    alone = learned(student, teacher, batch, valuable_cls_weight=3.0, gamma=0.0, box_weight=0, valuable_weight=0, cls_weight=0)
+    torch.testing.assert_close(alone, {"ld_valuable_cls": found["ld_valuable_cls"]})
+    with torch.no_grad():
+        mine, theirs = (one(batch).prediction for one in (student, teacher))
+    assignment = student.assign(mine, batch)
+    expected = 0.0
+    for level in mine.levels.unique():
+        values = []
+        for image, target in enumerate(batch.targets):
+            allowed = torch.nonzero(assignment.matched[image] != -2).flatten()
+            region = ld_valuable_region(mine.priors_xyxy[image, allowed], mine.levels[allowed], target.boxes_xyxy, 0.0)
+            for place in allowed[region.weights > 0]:
+                if mine.levels[place] == level:
+                    p, q = ((one.logits[image, place] / 2).softmax(dim=0) for one in (theirs, mine))
+                    values.append(4 * (p * (p / q).log()).mean())
+        expected += torch.stack(values).mean() if values else 0.0
+    assert float(expected) > 0
+    torch.testing.assert_close(found["ld_valuable_cls"], 3 * expected, rtol=1e-4, atol=1e-6)
+
+
 def test_terms_reach_only_their_own_outputs():
     batch, student = tiny_batch(3), TinySides(seed=1)
     for settings, reached in (({"cls_weight": 0}, "sides"), ({"box_weight": 0, "valuable_weight": 0}, "logits")):

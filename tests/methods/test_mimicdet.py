@@ -152,10 +152,6 @@ def test_boxes_without_a_cell_are_not_compared_and_the_others_at_most_as_asked()
 
 
 def test_boxes_are_pooled_from_the_level_below_their_own():
-    _, method = build()
-    origin = replace(Origin.given([4]), level=torch.tensor([0, 1, 2, -1]))
-    boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0]] * 3 + [[0.0, 0.0, 300.0, 300.0]])
-    assert method._levels(boxes, origin, 3).tolist() == [0, 0, 1, 2]
     batch, losses = tiny_batch(2), []
     for staggered in (True, False):
         student, method = build(TinyDense(channels=(8, 8, 8), strides=(8, 16, 32), seed=2), staggered=staggered)

@@ -125,7 +125,8 @@ class Parts:
         """Parameters of the given modules, each listed once."""
         return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
 
-    def names(self, detector: nn.Module, modules: Iterable[nn.Module]) -> tuple[str, ...]:
+    @staticmethod
+    def names(detector: nn.Module, modules: Iterable[nn.Module]) -> tuple[str, ...]:
         """State-dict names in ``detector`` of the parameters and buffers of the given modules."""
         mine = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
         return tuple(name for name, tensor in detector.state_dict(keep_vars=True).items() if id(tensor) in mine)
@@ -206,6 +207,22 @@ class Detector(DetectionHead):
             resizing: as for ``export``.
         """
         return "`model.safetensors` is its state dict."
+
+    def training_only(self) -> tuple[nn.Module, ...]:
+        """Return the modules that only training uses. They are neither exported nor counted, and no part of a teacher's identity.
+
+        Default: none.
+        """
+        return ()
+
+    def inference_state(self) -> dict[str, Tensor]:
+        """Return the state dict without the modules that only training uses."""
+        left_out = set(Parts.names(self, self.training_only()))
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in left_out}
+
+    def count_parameters(self) -> int:
+        """Return the number of parameters, without the modules that only training uses."""
+        return sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in Parts.parameters(self.training_only()))
 
     def parts(self) -> Parts:
         """Group the modules into backbone, neck and head.
@@ -373,6 +390,18 @@ class HasQueries(Protocol):
 
 
 @runtime_checkable
+class HasMapsBeforeEncoder(Protocol):
+    """A DETR whose projection of the backbone's maps can be run without the encoder."""
+
+    def before_encoder(self, features: Features, batch: Batch) -> Features:
+        """Compute the maps that the encoder reads, with channels and strides of ``spec``, from the backbone's ``Features``.
+
+        Statistics of normalisation layers stay unchanged. Without an encoder these are the detector's features.
+        """
+        ...
+
+
+@runtime_checkable
 class HasCopies(Protocol):
     """Head and neck that can be copied into separate modules, with their weights or newly initialised."""
 
@@ -535,7 +564,7 @@ class Teacher:
         """SHA-256 of all weights and buffers (names, types, shapes and values) and of the ``spec``."""
         spec = {name: value for name, value in dataclasses.asdict(self.spec).items() if name not in _NOT_IDENTITY}
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
-        for name, tensor in sorted(self.detector.state_dict().items()):
+        for name, tensor in sorted(self.detector.inference_state().items()):
             digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -561,6 +590,19 @@ class Teacher:
         self._seen = (batch, seen)
         # Only the selected parts: the knowledge of a method (and its size in a cache) must not depend on the other methods.
         return seen.only(look)
+
+    @torch.no_grad()
+    def assign(self, prediction: Prediction, batch: Batch, columns: Sequence[int]) -> Assignment:
+        """Assign the teacher's prediction to the batch's boxes by its own rule.
+
+        Args:
+            prediction: of the teacher.
+            batch: with the student's labels.
+            columns: the teacher's label of each of the student's classes.
+        """
+        labels = torch.tensor(columns, device=batch.images.device)
+        named = batch.with_targets([dataclasses.replace(one, labels=labels[one.labels]) for one in batch.targets])
+        return self.detector.assign(prediction, named)
 
     @torch.no_grad()
     def predict_regions(self, like: Regions, features: Features, batch: Batch) -> Regions:

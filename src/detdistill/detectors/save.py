@@ -74,7 +74,7 @@ def revise_origin(folder: Path, **changes: Any) -> None:
 def student_card(detector: Detector, resizing: Resizing | None, origin: Origin | None) -> Card:
     """The card of a student folder."""
     spec = detector.spec
-    parameters = sum(parameter.numel() for parameter in detector.parameters())
+    parameters = detector.count_parameters()
     if resizing is None:
         size = "Unknown: resize images as in training before the detector sees them."
     else:

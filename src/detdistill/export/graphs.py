@@ -95,12 +95,12 @@ class DenseGraph(Graph):
         shapes = [(level.shape[-2], level.shape[-1]) for level in maps]
         anchors = self.anchors(images, shapes)
         levels, cells, _ = layout(shapes, detector.spec.anchors, images.device)
-        priors = anchors[None].expand(images.shape[0], -1, -1)
+        priors = detector.references(raw, anchors[None].expand(images.shape[0], -1, -1), levels)
         boxes = clipped(detector.decode(raw["bbox_regression"], priors, levels), sizes)
         if not self.own:
             return boxes, detector.final_scores(raw)[..., detector.class_outputs], levels
         valid = valid_cells(levels, cells, model.strides, sizes)
-        scores = raw["cls_logits"].sigmoid()[..., detector.class_outputs] * valid[..., None].to(images.dtype)
+        scores = model.scores(raw, valid)[..., detector.class_outputs]
         quality = (raw["bbox_ctrness"][..., 0].sigmoid(),) if "quality" in self.outputs else ()
         return boxes, scores, *quality, levels
 

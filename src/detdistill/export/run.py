@@ -265,7 +265,7 @@ def calibration_batches(train: DetectionSet, settings: ViewSettings, count: int)
 
 
 def _torch_stage(detector: Detector, settings: ViewSettings, val: DetectionSet | None, wanted: Wanted, shown: Progress) -> Stage:
-    size = sum(value.numel() * value.element_size() for value in detector.state_dict().values()) / 1e6
+    size = sum(value.numel() * value.element_size() for value in detector.inference_state().values()) / 1e6
     metrics = _metrics(detector, settings, val, wanted, shown, "torch")
     return Stage("torch", None, size, None if metrics is None else metrics["AP"], None, metrics=metrics)
 

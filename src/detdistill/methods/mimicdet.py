@@ -3,9 +3,10 @@
 Lu, Li, Li, Yan, "MimicDet: Bridging the Gap Between One-Stage and Two-Stage Object Detection", ECCV 2020. No released code was
 found: this is a reconstruction from the abstract and a published note.
 
-The paper's detector has heads of its own. This is its idea in a form that teaches an existing dense detector: a region head
-(T-head) is trained on boxes that the student predicts, and at the cell that a box came from, the student's towers (S-head) should
-point in the direction of the region head's last features, for classes and for boxes. There is no pretrained teacher.
+The paper's detector has heads of its own; it is the model ``mimicdet:BACKBONE`` (``detectors/dense/mimicdet.py``), which trains
+alone. This is its idea in a form that teaches an existing dense detector: a region head (T-head) is trained on boxes that the
+student predicts, and at the cell that a box came from, the student's towers (S-head) should point in the direction of the region
+head's last features, for classes and for boxes. There is no pretrained teacher.
 
 Shape letters: B images, R regions of the whole batch, M of them that are compared, D width of the compared features, C channels.
 """
@@ -15,18 +16,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, HasTowers, Teacher
-from detdistill.functional.cells import level_of_box
 from detdistill.functional.modes import evaluating
 from detdistill.functional.precision import full_precision
+from detdistill.functional.region_heads import RegionHead, region_loss, staggered_levels
 from detdistill.functional.regions import features_at_origin
+from detdistill.functional.similarity import cosine_distance
 from detdistill.methods.shared.contract import TeacherFree
 from detdistill.methods.shared.hyper_parameters import MethodError, check_some
 from detdistill.methods.shared.needs import Needs, PairError
-from detdistill.methods.shared.region_heads import AnchorLinear, RegionHead, region_loss, regions_of_dense
+from detdistill.methods.shared.region_heads import AnchorLinear, regions_of_dense
 from detdistill.structures import WHOLE_TOWER, Batch, Clock, Dense, Features, Look, Losses, Observation, Origin
 from detdistill.values import Count, Fraction, Index, Weight
 
@@ -50,19 +51,17 @@ def mimicdet_loss(student: Tensor, teacher: Tensor, weight: float = 1.0, detach_
         (0.0, 2.0)
     """
     fixed = teacher.detach() if detach_teacher else teacher
-    cosine = F.cosine_similarity(student, fixed, dim=1, eps=1e-8)
-    zero = ~((student != 0).any(dim=1) & (fixed != 0).any(dim=1))  # the gradient there would be of the order of 1 / eps
-    return weight * (1 - cosine.masked_fill(zero, 0.0)).sum() / max(1, len(student))
+    return weight * cosine_distance(student, fixed)
 
 
 class MimicDet(TeacherFree[None]):
     """MimicDet for any dense student with towers. The region head and the adapters are parts of the method, never exported.
 
-    Departures from the paper, which trains a detector of its own: the boxes are the student's predictions instead of anchors
-    that a refinement module has moved, and they are suppressed; the compared features are the student's tower vectors after a
-    linear layer (for each anchor of a cell), instead of those of a head that samples within the refined box by deformable
-    convolutions; the pyramid has no finer level for the region head. With squared errors it would be HEAD's form without a
-    teacher.
+    Departures from the paper's detector (``detectors/dense/mimicdet.py``): the boxes are the student's predictions instead of
+    anchors that a refinement module has moved, and they are suppressed; the compared features are the student's tower vectors
+    after a linear layer (for each anchor of a cell), instead of those of a head that samples within the refined box by
+    deformable convolutions; the pyramid has no finer level for the region head. With squared errors it would be HEAD's form
+    without a teacher.
     """
 
     slug = "mimicdet"
@@ -174,7 +173,8 @@ class MimicDet(TeacherFree[None]):
         assert isinstance(seen.prediction, Dense)
         regions = regions_of_dense(seen.prediction, batch, **self.sampling)
         origin = Origin.cat(regions.origins)
-        levels = self._levels(torch.cat(regions.boxes_xyxy), origin, len(seen.features.maps)) if self.staggered else None
+        boxes, count = torch.cat(regions.boxes_xyxy), len(seen.features.maps)
+        levels = staggered_levels(boxes, origin, count) if self.staggered else None
         output = self.region_head.predict(seen.features, regions.boxes_xyxy, levels)
         with full_precision(batch.images.device):
             terms = {"mimicdet_regions": self.region_weight * region_loss(output, regions, batch)}
@@ -191,10 +191,6 @@ class MimicDet(TeacherFree[None]):
                     loss = mimicdet_loss(mine, theirs[chosen], self.weights[name], self.detach_teacher)
                     terms[f"mimicdet_{name}"] = loss
             return Losses(terms, {"mimicked": terms["mimicdet_regions"].new_tensor(len(chosen) / len(batch))})
-
-    def _levels(self, boxes: Tensor, origin: Origin, count: int) -> Tensor:
-        """[R] the level that each box is pooled from: the one below its origin; inserted ground truth: by its size."""
-        return torch.where(origin.level >= 0, (origin.level - 1).clamp(min=0), level_of_box(boxes, count))
 
     def _chosen(self, origin: Origin, images: int) -> Tensor:
         """Rows of the compared boxes: those with an origin cell, at most ``max_mimic`` of each image."""

@@ -319,7 +319,10 @@ class TADF(Method[TADFTaught]):
         return Losses(terms, monitors)
 
     def _regions(self, student: Detector, seen: Observation, batch: Batch) -> _Compared:
-        """Run the teacher's region head on the student's positive regions."""
+        """The teacher's predictions on the student's positive regions.
+
+        The teacher predicts on all regions, so that the methods of a composition share its pass; a cascade by its first stage.
+        """
         prediction = seen.prediction
         assert isinstance(prediction, Regions)
         with full_precision(batch.images.device):
@@ -327,17 +330,11 @@ class TADF(Method[TADFTaught]):
         proposals = prediction.boxes_xyxy[positives.index]
         if not len(positives):
             return _Compared(positives, proposals, positives.logits.detach(), positives.boxes_xyxy.detach())
-        head = self.teacher.detector
-        assert isinstance(head, HasRegions)
-        by_image = [torch.nonzero(positives.image == image).flatten() for image in range(len(batch))]
-        with torch.no_grad():
-            features = self.teacher.observe(batch).features.float()
-            theirs = head.regions(features, [proposals[mine] for mine in by_image], batch).float()
-        back = torch.cat(by_image).argsort()  # the teacher's regions lie image by image
+        theirs = self.teacher.predict_regions(prediction, self.teacher.observe(batch).features, batch).rows(positives.index)
         columns = torch.tensor(self.columns, device=proposals.device)
-        logits, refined = theirs.logits[back][:, columns], theirs.refined_xyxy[back]
+        logits, refined = theirs.logits[:, columns], theirs.refined_xyxy
         if refined.shape[1] > 1:
-            refined = refined[torch.arange(len(back), device=back.device), columns[positives.labels]]
+            refined = refined[torch.arange(len(proposals), device=proposals.device), columns[positives.labels]]
         return _Compared(positives, proposals, logits, refined.flatten(1))
 
     def _compare_regions(self, found: _Compared, decay: float, terms: dict[str, Tensor], monitors: dict[str, Tensor]) -> None:

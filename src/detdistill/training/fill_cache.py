@@ -131,7 +131,7 @@ def _description(
     return About(
         teacher=plan.teacher,
         teacher_fingerprint=teacher.fingerprint,
-        teacher_parameters=sum(p.numel() for p in teacher.detector.parameters()),
+        teacher_parameters=teacher.detector.count_parameters(),
         spec=described(teacher),
         method=settings.method,
         student=student,

@@ -255,7 +255,7 @@ def _summary(loop: StageLoop, scores: Scores) -> dict[str, Any]:
         "best_ap": max(loop.evaluation.best_ap, scores.metrics["AP"]),
         "seconds": round(loop.seconds, 2),
         "evaluation_seconds": round(scores.seconds, 2),
-        "parameters": sum(p.numel() for p in session.student.parameters()),
+        "parameters": session.student.count_parameters(),
         "teacher_parameters": cache.about.teacher_parameters if cache else _parameters(session.teacher),
         "versions": versions(),
         "hardware": hardware(),
@@ -280,4 +280,4 @@ def _teacher_model(session: Session) -> str | None:
 
 
 def _parameters(teacher: Teacher | None) -> int | None:
-    return None if teacher is None else sum(p.numel() for p in teacher.detector.parameters())
+    return None if teacher is None else teacher.detector.count_parameters()

@@ -1,5 +1,6 @@
 """Regions of a step: hand-made boxes, tiny detectors, and how often a teacher's region head runs."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import ModelError
+from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.regions import has_area, label_regions, of_class, proposed_boxes, usable_boxes
-from detdistill.structures import IGNORED, Assignment
+from detdistill.structures import IGNORED, Assignment, Clock
 from tests.methods.contract_checks import assert_same, without_boxes
 from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
 
@@ -138,3 +140,41 @@ def test_a_teacher_without_regions_is_named():
     teacher = Teacher(TinyDense())
     with pytest.raises(ModelError, match="tinydense:patches has no region head that predicts on given boxes"):
         teacher.predict_regions(mine, teacher.observe(batch).features, batch)
+
+
+REGION_METHODS = ("odkd", "dsig", "g_detkd", "tadf", "mimic")
+
+
+def counted(detector, monkeypatch):
+    """The lists of images and regions that the detector pooled, one entry for each call."""
+    calls, pool = [], detector._pool
+
+    def record(pooler, features, boxes, batch):
+        calls.append([len(mine) for mine in boxes])
+        return pool(pooler, features, boxes, batch)
+
+    monkeypatch.setattr(detector, "_pool", record)
+    return calls
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_composition_of_region_methods_pools_the_regions_of_a_step_once(order, monkeypatch):
+    """One call of the student and one of the teacher, for all images together, whatever the order of the members."""
+    teacher, student = (two_stage(seed) for seed in (1, 2))
+    names = REGION_METHODS[::order]
+    method = build_method("+".join(names), Teacher(teacher), student.train())
+    batch = tiny_batch(3)
+    taught = method.teach(batch)
+    mine, theirs = counted(student, monkeypatch), counted(teacher, monkeypatch)
+    losses = method.step(student, batch, taught, Clock(5, 10))
+    assert {name.split("/")[0] for name in losses.terms if "/" in name} >= set(names)
+    assert len(mine) == 1
+    assert theirs == mine
+    assert len(mine[0]) == 3
+
+
+@functools.cache
+def two_stage(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_detector(f"faster_rcnn:{TINY}", ["a", "b"])

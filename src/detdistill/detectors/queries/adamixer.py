@@ -149,6 +149,10 @@ class AdaMixerDetector(TorchvisionDetector):
         maps = self.model.neck({str(index): level for index, level in enumerate(features.maps)})
         return with_padding(tuple(maps.values()), self.spec.strides, batch)
 
+    def before_encoder(self, features: Features, batch: Batch) -> Features:
+        """The channel mapper's maps; there is no encoder."""
+        return self.neck(features, batch)
+
     def predict(self, features: Features, batch: Batch, attention: bool = False) -> Queries:
         """Run all stages on the detector's own queries."""
         return self.decode(features, self.seed(features, batch), batch, attention)

@@ -101,6 +101,10 @@ class DabDetrDetector(shared.TransformersDetector):
         padding = None if features.padding is None else features.padding[-1:]
         return Features((shared.as_map(encoded.last_hidden_state, level),), features.strides[-1:], padding)
 
+    def before_encoder(self, features: Features, batch: Batch) -> Features:
+        """1x1 projection."""
+        return single_scale.project_single_scale(self.model.model, features)
+
     def positions(self, features: Features) -> Tensor:
         """[B, S, D] position embeddings of the cells, relative to the valid image."""
         level, mask = features.maps[-1], shared.valid_masks(features)[-1]

@@ -177,11 +177,7 @@ class DeformableDetrDetector(shared.TransformersDetector):
     def encode_masked(self, features: Features, valid: Tensor) -> Features:
         """Projections and encoder. ``valid``: [B, H, W] 1 where the image is; masks of added levels are sampled from it."""
         core = self.model.model
-        maps = [project(level) for project, level in zip(core.input_proj, features.maps, strict=False)]
-        masks = list(shared.valid_masks(features))
-        for number, project in enumerate(core.input_proj[len(maps) :]):
-            maps.append(project(maps[-1] if number else features.maps[-1]))
-            masks.append(F.interpolate(valid[None], size=maps[-1].shape[-2:])[0].bool())
+        maps, masks = self.projected(features, valid)
         memory = deformable.flatten(maps)
         dtype = shared.full_precision(features.maps[0]).dtype
         positions = []
@@ -195,8 +191,22 @@ class DeformableDetrDetector(shared.TransformersDetector):
             valid_ratios=valid_ratios(masks, memory.tokens.dtype),
             **memory.where(),
         ).last_hidden_state
-        padding = None if all(bool(mask.all()) for mask in masks) else tuple(~mask for mask in masks)
-        return Features(deformable.unflatten(encoded, memory.shapes), self.spec.strides, padding)
+        return Features(deformable.unflatten(encoded, memory.shapes), self.spec.strides, padding_of(masks))
+
+    def before_encoder(self, features: Features, batch: Batch) -> Features:
+        """Projections only: what the encoder reads on all levels, without positions."""
+        maps, masks = self.projected(features, (~batch.padding_mask()).float())
+        return Features(tuple(maps), self.spec.strides, padding_of(masks))
+
+    def projected(self, features: Features, valid: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps and masks of all levels before the encoder; ``valid`` as in ``encode_masked``."""
+        projections = self.model.model.input_proj
+        maps = [project(level) for project, level in zip(projections, features.maps, strict=False)]
+        masks = list(shared.valid_masks(features))
+        for number, project in enumerate(projections[len(maps) :]):
+            maps.append(project(maps[-1] if number else features.maps[-1]))
+            masks.append(F.interpolate(valid[None], size=maps[-1].shape[-2:])[0].bool())
+        return maps, masks
 
     # ----------------------------------------------------------------------------------------------------------- queries
 
@@ -326,3 +336,8 @@ def valid_ratios(masks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         columns, rows = mask[:, 0].sum(1).to(dtype) / mask.shape[2], mask[:, :, 0].sum(1).to(dtype) / mask.shape[1]
         shares.append(torch.stack([columns, rows], dim=-1))
     return torch.stack(shares, dim=1)
+
+
+def padding_of(masks: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """Padding masks [B, H_l, W_l] of masks that are True where valid; None if all is."""
+    return None if all(bool(mask.all()) for mask in masks) else tuple(~mask for mask in masks)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from detdistill.detectors.queries.shared import deformable
 from detdistill.detectors.queries.shared import rt_detr as family
@@ -79,12 +79,14 @@ class Deimv2Detector(FineDetector):
         maps = self.model.model.conv_encoder.model(images).feature_maps
         return [(level, F.interpolate(pixel_mask[None].float(), size=level.shape[-2:])[0].bool()) for level in maps]
 
+    @property
+    def projections(self) -> nn.ModuleList:
+        """The projection of each level before the encoder."""
+        return cast(nn.ModuleList, self.model.model.conv_encoder.encoder_input_proj)
+
     def encode(self, features: Features) -> Features:
         """Projection and hybrid encoder. Returns the encoder's maps, before the decoder's own projection."""
-        core = self.model.model
-        projections = core.conv_encoder.encoder_input_proj
-        projected = [project(level) for project, level in zip(projections, features.maps, strict=True)]
-        return replace(features, maps=tuple(core.encoder(projected).feature_maps))
+        return replace(features, maps=tuple(self.model.model.encoder(self.projected(features)).feature_maps))
 
     def criterion(self) -> Deimv2Loss:
         """The library's criterion."""

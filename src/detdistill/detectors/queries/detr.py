@@ -88,6 +88,10 @@ class DetrDetector(shared.TransformersDetector):
         """1x1 projection and encoder."""
         return single_scale.encode_single_scale(self.model.model, features, self.positions(features))
 
+    def before_encoder(self, features: Features, batch: Batch) -> Features:
+        """1x1 projection."""
+        return single_scale.project_single_scale(self.model.model, features)
+
     def positions(self, features: Features) -> Tensor:
         """[B, S, D] position embeddings of the cells, relative to the valid image."""
         return single_scale.single_scale_positions(self.model.model.position_embedding, features)

@@ -331,44 +331,51 @@ class TimmPyramid(nn.Module):
         extra: Sequence[int] = (),
         top: Literal["conv", "linear", "input", "pool"] = "conv",
         norm: Literal["bn", "frozen"] = "bn",
+        below: int = 0,
         **timm_options: Any,
     ) -> None:
         """Build with random weights.
 
         Args:
             name: of the timm model.
-            indices: which of its maps enter the pyramid (timm's ``out_indices``).
+            indices: which of its maps are computed (timm's ``out_indices``); all but ``below`` of them enter the pyramid.
             out_channels: of every level.
             extra: numbers of the levels above the backbone's deepest, e.g. (6, 7) for P6 and P7.
             top: how they are made: stride-2 convolutions from the pyramid's highest level with a ReLU between them (``conv``)
                 or without (``linear``), the same without ReLU from the backbone's deepest map (``input``), or torchvision's
                 subsampling (``pool``: one level, without weights).
             norm: ``frozen`` turns the backbone's BatchNorm into constants.
+            below: number of the finest of these maps that do not enter the pyramid (a detector's training reads them).
             timm_options: for ``timm_features``.
         """
         super().__init__()
         body = timm_features(name, out_indices=tuple(indices), **timm_options)
         self.body = freeze_batch_norm_2d(body) if norm == "frozen" else body
+        self.below = below
         self.channels = tuple(body.feature_info.channels())
         self.reductions = tuple(body.feature_info.reduction())
         self.channels_last = str(getattr(body, "output_fmt", None)).upper().endswith("NHWC")
         blocks = None
         if extra:
-            below = self.channels[-1] if top == "input" else None
-            blocks = LastLevelMaxPool() if top == "pool" else StridedLevels(out_channels, extra, below, relu=top == "conv")
-        self.fpn = FeaturePyramidNetwork(list(self.channels), out_channels, extra_blocks=blocks)
+            deepest = self.channels[-1] if top == "input" else None
+            blocks = LastLevelMaxPool() if top == "pool" else StridedLevels(out_channels, extra, deepest, relu=top == "conv")
+        self.fpn = FeaturePyramidNetwork(list(self.channels[below:]), out_channels, extra_blocks=blocks)
         self.out_channels = out_channels
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
-        """The backbone's maps [B, C_l, H_l, W_l], finest first."""
+        """The backbone's maps [B, C_l, H_l, W_l], finest first, also those below the pyramid."""
+        return by_level(self.levels(images))
+
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """The same as a list."""
         maps = self.body(images)
         if self.channels_last:  # swin and its relatives: [B, H, W, C]
             maps = [level.permute(0, 3, 1, 2).contiguous() for level in maps]
-        return by_level(maps)
+        return maps
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Levels [B, out_channels, H_l, W_l], finest first."""
-        return self.fpn(self.maps(images))
+        return self.fpn(by_level(self.levels(images)[self.below :]))
 
 
 class StridedLevels(ExtraFPNBlock):

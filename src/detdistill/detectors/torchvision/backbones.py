@@ -29,6 +29,7 @@ def pyramid_description(
     levels: tuple[int, int],
     neck: int,
     top: Literal["conv", "linear", "input", "pool"] = "conv",
+    below: bool = False,
 ) -> dict[str, Any]:
     """Compute the ``backbone`` entry of a model's description: a call of ``TimmPyramid``.
 
@@ -39,6 +40,7 @@ def pyramid_description(
         neck: channels of every level.
         top: how the levels above the backbone's deepest map are computed, see ``TimmPyramid``; ``pool`` can add one level only
             (torchvision's two-stage models).
+        below: also compute the backbone's map below the pyramid, of half the first stride, if it has one.
 
     Raises:
         ModelError: the backbone is unknown or does not support these levels, channels or stem.
@@ -60,14 +62,16 @@ def pyramid_description(
     extra = list(range(highest + 1, last + 1))
     if top == "pool" and len(extra) > 1:
         raise ModelError(f"backbone {backbone}: levels={first}-{last} ends too high; one level above {highest} can be added")
+    finer = [deepest[2 ** (first - 1)]] if below and 2 ** (first - 1) in deepest else []
     return {
         "call": "TimmPyramid",
         "name": backbone,
-        "indices": indices,
+        "indices": finer + indices,
         "out_channels": neck,
         "extra": extra,
         "top": top,
         "norm": options.norm,
+        **({"below": len(finer)} if finer else {}),
         **timm_options,
     }
 
@@ -161,7 +165,7 @@ def load_pretrained(pyramid: TimmPyramid, description: dict[str, Any], source: b
     Raises:
         ModelError: the backbone has no pretrained weights, they cannot be downloaded, or a file does not fit.
     """
-    known = ("call", "name", "indices", "out_channels", "extra", "top", "norm", "patch")
+    known = ("call", "name", "indices", "out_channels", "extra", "top", "norm", "below", "patch")
     options = {key: value for key, value in description.items() if key not in known}
     vit = isinstance(pyramid.body, SimplePyramid)
     indices = (-1,) if vit else tuple(description["indices"])

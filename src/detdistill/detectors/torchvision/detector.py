@@ -32,6 +32,7 @@ from detdistill.detectors.torchvision.images import (
     coarser_padding,
     image_sizes,
     padded,
+    pyramid_maps,
     pyramids_of,
     with_padding,
 )
@@ -117,11 +118,12 @@ class TorchvisionDetector(Detector):
     def backbone_features(self, batch: Batch) -> Features:
         """Compute the backbone's maps from which the feature pyramid is built."""
         maps = tuple(backbone_maps(self.model.backbone, self.image_list(batch).tensors).values())
-        return with_padding(maps, self.spec.strides[: len(maps)], batch)
+        assert self.spec.backbone is not None
+        return with_padding(maps, self.spec.backbone.strides, batch)
 
     def neck(self, features: Features, batch: Batch) -> Features:
         """Run the feature pyramid on the backbone's maps."""
-        levels = self.model.backbone.fpn({str(index): level for index, level in enumerate(features.maps)})
+        levels = self.model.backbone.fpn(pyramid_maps(self.model.backbone, features.maps))
         return with_padding(tuple(levels.values()), self.spec.strides, batch)
 
     def image_list(self, batch: Batch) -> ImageList:
@@ -137,7 +139,8 @@ class TorchvisionDetector(Detector):
 
     def copy_neck(self, fresh: bool = False) -> Neck:
         """Copy the feature pyramid into a module with parameters of its own; ``fresh``: newly initialised."""
-        neck = Neck(copy.deepcopy(self.model.backbone.fpn), self.spec.strides).requires_grad_(True).train()
+        below = getattr(self.model.backbone, "below", 0)
+        neck = Neck(copy.deepcopy(self.model.backbone.fpn), self.spec.strides, below).requires_grad_(True).train()
         if fresh:
             neck.reset()
         return neck
@@ -200,14 +203,16 @@ This needs torch, torchvision, timm and safetensors."""
 class Neck(nn.Module):
     """A feature pyramid that maps backbone ``Features`` to neck ``Features``."""
 
-    def __init__(self, fpn: nn.Module, strides: tuple[int, ...]) -> None:
+    def __init__(self, fpn: nn.Module, strides: tuple[int, ...], below: int = 0) -> None:
+        """Store the pyramid; ``below``: number of the backbone's finest maps that do not enter it."""
         super().__init__()
         self.fpn = fpn
         self.strides = strides
+        self.below = below
 
     def forward(self, features: Features) -> Features:
         """Compute the pyramid levels from the backbone's maps."""
-        levels = tuple(self.fpn({str(index): level for index, level in enumerate(features.maps)}).values())
+        levels = tuple(self.fpn(pyramid_maps(self, features.maps)).values())
         return Features(levels, self.strides, coarser_padding(features, self.strides))
 
     def reset(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,11 @@ def backbone_maps(backbone: Any, images: Tensor) -> Mapping[str, Tensor]:
     return backbone.maps(images) if isinstance(backbone, TimmPyramid) else backbone.body(images)
 
 
+def pyramid_maps(backbone: Any, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Those of the backbone's maps that its feature pyramid is built from, by number as text."""
+    return {str(index): level for index, level in enumerate(maps[getattr(backbone, "below", 0) :])}
+
+
 @torch.no_grad()
 def pyramids_of(backbone: Any, size: int = 256) -> tuple[Pyramid, Pyramid | None]:
     """Determine channels and strides of the feature pyramid and of the backbone's maps by a run on an empty image.
@@ -76,7 +81,7 @@ def pyramids_of(backbone: Any, size: int = 256) -> tuple[Pyramid, Pyramid | None
     with evaluating(backbone):
         apart = hasattr(backbone, "body") and hasattr(backbone, "fpn")
         below = backbone_maps(backbone, image) if apart else None
-        levels = backbone(image) if below is None else backbone.fpn(below)
+        levels = backbone(image) if below is None else backbone.fpn(pyramid_maps(backbone, list(below.values())))
     if not isinstance(levels, Mapping):
         raise ModelError("the backbone must return a dictionary of maps, as torchvision's BackboneWithFPN does")
     return _pyramid(levels, size), None if below is None else _pyramid(below, size)

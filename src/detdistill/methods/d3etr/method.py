@@ -38,9 +38,22 @@ from detdistill.methods.d3etr.loss import (
     spread_attention,
 )
 from detdistill.methods.shared.contract import Method
-from detdistill.methods.shared.hyper_parameters import check_some
+from detdistill.methods.shared.hyper_parameters import MethodError, check_some
 from detdistill.methods.shared.needs import Needs, PairError
-from detdistill.structures import SECOND, Batch, Clock, Features, Look, Losses, Observation, Queries, QuerySeed, Taught
+from detdistill.structures import (
+    SECOND,
+    Assignment,
+    Batch,
+    Clock,
+    Features,
+    Look,
+    Losses,
+    Observation,
+    Queries,
+    QuerySeed,
+    Taught,
+)
+from detdistill.structures.base import ADDED
 from detdistill.values import Weight
 
 Matching = Literal["both", "adaptive", "fixed"]
@@ -63,6 +76,8 @@ class D3ETRTaught(Taught):
     """[L, B, H, M, M]."""
     cross_attention: tuple[Tensor, ...] | None = None
     """Maps per level, see ``spread_attention``."""
+    matched: Tensor | None = field(default=None, metadata=SECOND | ADDED)
+    """[L, B, M] ground-truth box (index within its image's ``Target``) of each query, -1 for none; for the detection loss."""
 
 
 class D3ETR(Method[D3ETRTaught]):
@@ -84,7 +99,7 @@ class D3ETR(Method[D3ETRTaught]):
   booktitle={Proceedings of the International Joint Conference on Artificial Intelligence},
   year={2024}
 }"""
-    teach_settings = ("self_attention_weight", "cross_attention_weight", "cross_maps")
+    teach_settings = ("self_attention_weight", "cross_attention_weight", "cross_maps", "detection_weight")
 
     def __init__(
         self,
@@ -101,6 +116,7 @@ class D3ETR(Method[D3ETRTaught]):
         l1_cost: Weight = 5.0,
         giou_cost: Weight = 2.0,
         cross_maps: CrossMaps | None = None,
+        detection_weight: Weight = 0.0,
         average_heads: bool = False,
         project: bool = False,
     ) -> None:
@@ -122,12 +138,15 @@ class D3ETR(Method[D3ETRTaught]):
             giou_cost: weight of the GIoU in the adaptive matching.
             cross_maps: compare cross-attention query by query (``each``) or summed over queries (``sum``); None: ``sum`` for
                 detectors with several maps, which are deformable, else ``each``.
+            detection_weight: weight of the student's detection loss on the teacher's queries in fixed matching. Their targets are
+                the boxes that the teacher's own matching gave them, layer by layer, so that both sides agree on the targets. A
+                summary of the paper names it; it is in no code, and off by default.
             average_heads: compare means over heads; the numbers of heads may then differ (our extension).
             project: learn layers that make the parts that the student's decoder needs and the teacher's queries lack (our
                 extension, ``QueryBridge``); only for fixed matching.
 
         Raises:
-            MethodError: a hyper-parameter is out of range, or all weights are 0.
+            MethodError: a hyper-parameter is out of range, or all weights are 0; ``detection_weight`` without fixed matching.
             PairError: softmax against sigmoid classes; decoders, maps or queries that cannot be compared.
         """
         super().__init__(teacher, student)
@@ -135,9 +154,14 @@ class D3ETR(Method[D3ETRTaught]):
         self.weights = D3ETRWeights(*weights)
         check_some(self.slug, **{f"{name}_weight": value for name, value in vars(self.weights).items()})
         self.matchings = [name for name in ("adaptive", "fixed") if matching in (name, "both")]
+        if detection_weight and "fixed" not in self.matchings:
+            raise MethodError(
+                f"{self.slug}: detection_weight={detection_weight:g} is for fixed matching; set matching=both or fixed"
+            )
+        self.detection_weight = detection_weight
         self.costs, self.average_heads, self.project = (cls_cost, l1_cost, giou_cost), average_heads, project
         theirs, mine = teacher.spec, student.spec
-        self.softmax = mine.softmax
+        self.softmax, self.classes = mine.softmax, mine.classes
         self.columns = class_columns(mine.classes, theirs.classes, self.softmax)
         self.summed = cross_maps == "sum" or (cross_maps is None and max(len(theirs.strides), len(mine.strides)) > 1)
         if cross_attention_weight and theirs.strides != mine.strides:
@@ -237,12 +261,13 @@ class D3ETR(Method[D3ETRTaught]):
             QuerySeed(found.seed.content, found.seed.position, found.seed.reference),
             found.self_attention if self.weights.self_attention else None,
             cross,
+            self.teacher.assign(found, batch, self.columns[: len(self.classes)]).matched if self.detection_weight else None,
         )
 
     # ---------------------------------------------------------------------------------------------------------- learn
 
     def learn(self, student: Detector, seen: Observation, taught: D3ETRTaught, batch: Batch, clock: Clock) -> Losses:
-        """Terms ``adaptive_*`` and ``fixed_*``."""
+        """Terms ``adaptive_*`` and ``fixed_*``, and ``fixed_detection`` with ``detection_weight``."""
         fixed = self._decode(student, seen.features, taught, batch)
         terms: dict[str, Tensor] = {}
         with full_precision(batch.images.device):
@@ -252,6 +277,10 @@ class D3ETR(Method[D3ETRTaught]):
                 match = None if matching == "fixed" else d3etr_match(mine, theirs, self.costs, self.softmax)
                 found = d3etr_loss(d3etr_terms(mine, theirs, match, self.softmax), self.weights)
                 terms |= {f"{matching}_{name}": value for name, value in found.items()}
+            if self.detection_weight and fixed is not None:
+                assert taught.matched is not None
+                found_boxes = student.loss(fixed, batch, Assignment(taught.matched)).total()
+                terms["fixed_detection"] = self.detection_weight * found_boxes
         return Losses(terms)
 
     def _decode(self, student: Detector, features: Features, taught: D3ETRTaught, batch: Batch) -> Queries | None:

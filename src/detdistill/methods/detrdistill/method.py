@@ -11,14 +11,13 @@ Boxes of queries are cxcywh in parts of the valid image.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from detdistill.detectors.contract import Detector, DetectorSpec, HasQueries, Teacher
+from detdistill.detectors.contract import Detector, DetectorSpec, HasMapsBeforeEncoder, HasQueries, Teacher
 from detdistill.functional.classes import class_columns
 from detdistill.functional.precision import full_precision
 from detdistill.functional.query_seeds import QueryFormat, QuerySpec, query_spec
@@ -71,7 +70,7 @@ class DETRDistill(Method[DETRDistillTaught]):
       positions. Other pairs are refused; ``assignment_weight=0`` leaves the term out.
 
     The paper's pairs are of one kind (Deformable DETR, Conditional DETR, AdaMixer). Features are those of the encoder, as in
-    the paper; the released code takes the maps before it.
+    the paper; the released code takes the maps before it (``tap="neck"``).
     """
 
     slug = "detrdistill"
@@ -82,7 +81,7 @@ class DETRDistill(Method[DETRDistillTaught]):
   booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},
   year={2023}
 }"""
-    teach_settings = ()
+    teach_settings = ("tap",)
 
     def __init__(
         self,
@@ -104,6 +103,7 @@ class DETRDistill(Method[DETRDistillTaught]):
         mask_floor: Positive = 0.01,
         gamma: Fraction = 0.5,
         levels: Sequence[int] | None = None,
+        tap: Literal["encoder", "neck"] = "encoder",
         assignment_weight: Weight = 1.0,
         assignment: Literal["teacher", "self"] = "teacher",
         contrastive_weight: Weight = 0.0,
@@ -131,6 +131,8 @@ class DETRDistill(Method[DETRDistillTaught]):
             mask_floor: smallest value of the released mask before scaling.
             gamma: exponent of the score in the quality of the paper's mask; that of the IoU is 1 - gamma.
             levels: indices of the student levels in the feature loss; None: all levels that the teacher has, too.
+            tap: maps that the feature loss compares. ``encoder``: the encoder's output, as in the paper; ``neck``: the projected
+                maps that the encoder reads, as in the released code.
             assignment_weight: weight of the assignment loss (lambda 3).
             assignment: targets of the teacher's queries in the student's decoder. ``teacher``: the boxes that the teacher's
                 matching gave them, as in the paper; ``self``: a new matching, as in the released code.
@@ -144,6 +146,7 @@ class DETRDistill(Method[DETRDistillTaught]):
             PairError: softmax classes, or a term that this pair does not support; the message says what to change.
         """
         super().__init__(teacher, student)
+        self.tap = tap
         self.feature_weight = {"released": 1.0, "paper": 20.0}[mask] if feature_weight is None else feature_weight
         terms = {
             "logits_weight": logits_weight,
@@ -158,6 +161,10 @@ class DETRDistill(Method[DETRDistillTaught]):
         self.assignment_weight, self.assignment = assignment_weight, assignment
         self.contrastive_weight, self.temperature = contrastive_weight, temperature
         self.columns = class_columns(student.spec.classes, teacher.spec.classes, softmax=False)
+        if self.feature_weight and tap == "neck":
+            self._check_projection("student", student)
+            if teacher.present:
+                self._check_projection("teacher", teacher.detector)
         self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels) if self.feature_weight else ()
         self.adapters = LevelAdapters(self.pairs)
         self.paired_maps = PairedMaps(self.pairs, self.adapters, resize=True)
@@ -175,14 +182,28 @@ class DETRDistill(Method[DETRDistillTaught]):
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
         """Two DETRs with sigmoid classes. The teacher's decoder is not run again, so a cache can replace the teacher."""
+        below = settings["tap"] == "neck" and settings["feature_weight"] != 0
         return Needs(
-            teacher=Look(prediction=True),
+            teacher=Look(prediction=True, backbone=below),
+            student=Look(backbone=below),
             teacher_families=("queries",),
             student_families=("queries",),
             student_capabilities=(HasQueries,),
             same_classes=True,
             outputs="sigmoid",
         )
+
+    def _check_projection(self, side: str, detector: Detector) -> None:
+        """Check that a detector shows the maps before its encoder.
+
+        Raises:
+            PairError: it does not.
+        """
+        if not isinstance(detector, HasMapsBeforeEncoder):
+            raise PairError(
+                f"{self.slug}: tap=neck compares the maps before the encoder, but the {side} {detector.spec.name} does not show "
+                f"them; set tap=encoder"
+            )
 
     def _check_width(self, side: str, spec: DetectorSpec, queries: QuerySpec, wanted: bool) -> None:
         """Check that queries and features have the same width, if they are compared.
@@ -212,21 +233,28 @@ class DETRDistill(Method[DETRDistillTaught]):
 
     def teach(self, batch: Batch) -> DETRDistillTaught:
         """Features, predictions of all layers with their initial queries, and the ground-truth box matched to each query."""
-        observation = self.teacher.observe(batch, Look(prediction=True))
+        assert self.requirements.teacher is not None
+        observation = self.teacher.observe(batch, self.requirements.teacher)
         prediction = cast(Queries, observation.prediction)
-        columns = torch.tensor(self.columns, device=batch.images.device)
-        named = batch.with_targets([dataclasses.replace(one, labels=columns[one.labels]) for one in batch.targets])
-        with torch.no_grad():
-            matched = self.teacher.detector.assign(prediction, named).matched
+        matched = self.teacher.assign(prediction, batch, self.columns).matched
         seed = QuerySeed(prediction.seed.content, prediction.seed.position, prediction.seed.reference)
         plain = Queries(prediction.logits, prediction.boxes_cxcywh01, prediction.embedding, seed)
-        return DETRDistillTaught(observation.features, plain, matched)
+        with torch.no_grad():
+            features = self._tapped(self.teacher.detector, observation, batch)
+        return DETRDistillTaught(features, plain, matched)
+
+    def _tapped(self, detector: Detector, seen: Observation, batch: Batch) -> Features:
+        """The features that are compared, in a detector's pass."""
+        if seen.backbone_features is None or self.tap == "encoder" or not self.feature_weight:
+            return seen.features
+        return cast(HasMapsBeforeEncoder, detector).before_encoder(seen.backbone_features, batch)
 
     # ---------------------------------------------------------------------------------------------------------- learn
 
     def learn(self, student: Detector, seen: Observation, taught: DETRDistillTaught, batch: Batch, clock: Clock) -> Losses:
         """Terms ``logits_cls``, ``logits_l1``, ``logits_giou``, ``feature``, ``assignment`` and ``contrastive``, where used."""
         auxiliary = self._decode(student, seen, taught, batch) if self.assignment_weight else None
+        features = self._tapped(student, seen, batch).float()
         with full_precision(batch.images.device):
             mine = cast(Queries, seen.prediction)
             theirs = self._followed(taught, mine)
@@ -237,7 +265,7 @@ class DETRDistill(Method[DETRDistillTaught]):
                 found = self._logits(mine, theirs, matched, batch)
                 terms |= {f"logits_{name}": self.logits_weight * value.sum() for name, value in found._asdict().items()}
             if self.feature_weight:
-                terms["feature"] = self.feature_weight * self._feature(seen.features, theirs, batch)
+                terms["feature"] = self.feature_weight * self._feature(features, theirs, batch)
             if auxiliary is not None:
                 given = Assignment(theirs.matched) if self.assignment == "teacher" else None
                 terms["assignment"] = self.assignment_weight * student.loss(auxiliary.float(), batch, given).total()

@@ -36,6 +36,7 @@ from detdistill.detectors.contract import (
 )
 from detdistill.functional.classes import class_columns
 from detdistill.functional.precision import full_precision
+from detdistill.functional.region_heads import RegionHead, region_loss
 from detdistill.functional.regions import features_at_origin
 from detdistill.methods.head.loss import head_ckd_loss, head_layer_loss, head_neck_loss, head_neck_mask
 from detdistill.methods.head.parts import (
@@ -50,7 +51,7 @@ from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_leve
 from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.hyper_parameters import MethodError, check_some
 from detdistill.methods.shared.needs import Needs, PairError
-from detdistill.methods.shared.region_heads import AnchorLinear, RegionHead, region_loss, regions_of_dense
+from detdistill.methods.shared.region_heads import AnchorLinear, regions_of_dense
 from detdistill.structures import (
     WHOLE_TOWER,
     Batch,

@@ -90,6 +90,7 @@ class LD(Method[LDCells | LDObjects]):
         exclude_positives: bool = False,
         cls_weight: Weight = 10.0,
         cls_temperature: Positive = 2.0,
+        valuable_cls_weight: Weight = 0.0,
         imitation_weight: Weight = 0.0,
         imitation: Literal["general_instances", "fine_grained", "inside"] = "general_instances",
         instances: Count = 10,
@@ -111,6 +112,8 @@ class LD(Method[LDCells | LDObjects]):
             exclude_positives: leave positives out of the valuable region (released for RetinaNet).
             cls_weight: factor of the divergence of class scores at positives.
             cls_temperature: of the softmax over classes.
+            valuable_cls_weight: factor of the divergence of class scores in the valuable region, each level divided by its number
+                of cells there. The released code has this loss with the factor 0.
             imitation_weight: factor of the imitation of features; the released config for ResNet-50 has 2 with ``fine_grained``.
             imitation: cells whose features are imitated. ``general_instances``: the predictions that differ most.
                 ``fine_grained``: anchors near a box. ``inside``: anchors whose centre lies inside a box.
@@ -130,20 +133,21 @@ class LD(Method[LDCells | LDObjects]):
             box_weight=box_weight,
             valuable_weight=valuable_weight,
             cls_weight=cls_weight,
+            valuable_cls_weight=valuable_cls_weight,
             imitation_weight=imitation_weight,
         )
         self.match, self.quality, self.imitation, self.instances_of = match, cast(Quality, quality), imitation, instances_of
         self.box_weight, self.valuable_weight, self.cls_weight = box_weight, valuable_weight, cls_weight
+        self.valuable_cls_weight = valuable_cls_weight
         self.imitation_weight, self.instances = imitation_weight, instances
         self.box_temperature, self.cls_temperature = box_temperature, cls_temperature
         self.gamma, self.candidates, self.exclude_positives = gamma, candidates, exclude_positives
         mine = student.spec
         self.columns = class_columns(mine.classes, teacher.spec.classes, softmax=False)
-        if cls_weight and len(self.columns) == 1:
-            raise PairError(
-                f"{self.slug}: a softmax over one class ({mine.classes[0]}) is always 1, so the class term would be zero; set "
-                f"{self.slug},cls_weight=0"
-            )
+        for name, given in (("cls_weight", cls_weight), ("valuable_cls_weight", valuable_cls_weight)):
+            if given and len(self.columns) == 1:
+                only = f"a softmax over one class ({mine.classes[0]}) is always 1, so the class term would be zero"
+                raise PairError(f"{self.slug}: {only}; set {self.slug},{name}=0")
         self.pairs = pair_levels(self.slug, mine, teacher.spec) if match == "cells" else ()
         self.adapters = LevelAdapters(self.pairs) if imitation_weight else None
 
@@ -207,7 +211,7 @@ class LD(Method[LDCells | LDObjects]):
     # --------------------------------------------------------------------------------------------------------- the student
 
     def learn(self, student: Detector, seen: Observation, taught: LDCells | LDObjects, batch: Batch, clock: Clock) -> Losses:
-        """Compute the terms ``ld_box``, ``ld_valuable``, ``ld_cls`` and ``ld_imitation``; terms of weight 0 are left out.
+        """Compute ``ld_box``, ``ld_valuable``, ``ld_cls``, ``ld_valuable_cls`` and ``ld_imitation``; not those of weight 0.
 
         The monitors ``positives`` and ``valuable`` are the numbers of compared predictions in an image.
         """
@@ -220,10 +224,13 @@ class LD(Method[LDCells | LDObjects]):
                 main = self._main(mine, assignment, partners)
             chosen = self._compare(student, mine, taught, batch, partners, *main)
             terms, monitors = self._main_terms(chosen), {"positives": len(chosen.levels) / len(batch)}
-            if self.valuable_weight and isinstance(mine, Dense):
+            if (self.valuable_weight or self.valuable_cls_weight) and isinstance(mine, Dense):
                 *where, weights = self._valuable(mine, assignment, partners, taught, batch)
                 there = self._compare(student, mine, taught, batch, partners, *where)
-                terms["ld_valuable"] = self.valuable_weight * self._box_loss(there, weights, VALUABLE_DIVISOR)
+                if self.valuable_weight:
+                    terms["ld_valuable"] = self.valuable_weight * self._box_loss(there, weights, VALUABLE_DIVISOR)
+                if self.valuable_cls_weight:
+                    terms["ld_valuable_cls"] = self.valuable_cls_weight * self._class_loss(there)
                 monitors["valuable"] = len(weights) / len(batch)
             if self.imitation_weight:
                 assert isinstance(taught, LDCells)
@@ -306,10 +313,13 @@ class LD(Method[LDCells | LDObjects]):
             weights = chosen.logits.detach().sigmoid().amax(dim=1)
             terms["ld_box"] = self.box_weight * self._box_loss(chosen, weights, MAIN_DIVISOR)
         if self.cls_weight:
-            counts = torch.bincount(chosen.levels)[chosen.levels].to(chosen.logits.dtype)
-            loss = ld_class_loss(chosen.logits, chosen.fixed_logits, 1 / counts, self.cls_temperature)
-            terms["ld_cls"] = self.cls_weight * loss
+            terms["ld_cls"] = self.cls_weight * self._class_loss(chosen)
         return terms
+
+    def _class_loss(self, chosen: _Chosen) -> Tensor:
+        """Divergence of class scores, each level divided by its number of predictions."""
+        counts = torch.bincount(chosen.levels)[chosen.levels].to(chosen.logits.dtype)
+        return ld_class_loss(chosen.logits, chosen.fixed_logits, 1 / counts, self.cls_temperature)
 
     def _box_loss(self, chosen: _Chosen, weights: Tensor, divisor: float) -> Tensor:
         mine, theirs = chosen.student, chosen.teacher

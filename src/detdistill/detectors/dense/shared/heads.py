@@ -112,21 +112,23 @@ class DenseDetector(TorchvisionDetector):
 
     def finish(self, hidden: Tower, batch: Batch) -> Dense:
         """Run the remaining blocks and the output layers; outputs and boxes are float32 under mixed precision."""
+        class_maps, box_maps = self.last_maps(hidden)
+        return self.placed(self.outputs(class_maps, box_maps), map_shapes(class_maps), batch)
+
+    def last_maps(self, hidden: Tower) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the remaining blocks: the last maps of both branches, for each level."""
         classification, regression = (side[self.layers_per_block * hidden.depth :] for side in self.towers)
-        class_maps = [classification(level) for level in hidden.classification]
-        box_maps = [regression(level) for level in hidden.regression]
-        shapes = [(level.shape[-2], level.shape[-1]) for level in class_maps]
-        return self.placed(self.outputs(class_maps, box_maps), shapes, batch)
+        return [classification(level) for level in hidden.classification], [regression(level) for level in hidden.regression]
 
     def placed(self, outputs: dict[str, Tensor], shapes: Sequence[tuple[int, int]], batch: Batch) -> Dense:
         """Build the prediction from raw outputs (see ``outputs``); ``shapes`` are rows and columns of each level."""
         outputs = {name: value.to(batch.images.dtype) for name, value in outputs.items()}
         anchors, per_cell = self.priors(shapes, batch)
-        priors = torch.stack(anchors)
-        levels, cells, numbers = layout(shapes, per_cell, priors.device)
+        levels, cells, numbers = layout(shapes, per_cell, anchors[0].device)
+        priors = self.references(outputs, torch.stack(anchors), levels)
         counts = tuple(height * width * count for (height, width), count in zip(shapes, per_cell, strict=True))
         return Dense(
-            logits=outputs["cls_logits"][..., self.class_outputs],
+            logits=outputs["cls_logits"][..., self.logit_outputs],
             deltas=outputs["bbox_regression"],
             boxes_xyxy=self.decode(outputs["bbox_regression"], priors, levels),
             priors_xyxy=priors,
@@ -134,8 +136,13 @@ class DenseDetector(TorchvisionDetector):
             cells=cells,
             anchors=numbers,
             quality=outputs["bbox_ctrness"][..., 0] if "bbox_ctrness" in outputs else None,
+            softmax=self.spec.softmax,
             own=OwnOutputs(outputs, anchors, counts),
         )
+
+    def references(self, outputs: dict[str, Tensor], anchors: Tensor, levels: Tensor) -> Tensor:
+        """Boxes [B, P, 4] that the regression refers to, on ``levels`` [P]: the anchors [B, P, 4]."""
+        return anchors
 
     def priors(self, shapes: Sequence[tuple[int, int]], batch: Batch) -> tuple[tuple[Tensor, ...], list[int]]:
         """Compute the anchors [P, 4] of each image, and the number of anchors of one cell for each level."""
@@ -178,6 +185,11 @@ class DenseDetector(TorchvisionDetector):
         """[K] index of the class output of each class."""
         return self.columns
 
+    @property
+    def logit_outputs(self) -> Tensor:
+        """Index of the class output of each column of ``Dense.logits``."""
+        return self.class_outputs
+
     def class_rows(self, name: str) -> Tensor | None:
         """Return the rows [K, A] of the class outputs of each class and anchor; see ``inherit``."""
         if not name.startswith("model.head.classification_head.cls_logits."):
@@ -217,6 +229,10 @@ class OwnDenseDetector(DenseDetector):
     def decode(self, regression: Tensor, priors_xyxy: Tensor, levels: Tensor) -> Tensor:
         """Decode as the model does."""
         return self.model.decode(regression, priors_xyxy, self.strides(levels, regression))
+
+    def references(self, outputs: dict[str, Tensor], anchors: Tensor, levels: Tensor) -> Tensor:
+        """Compute them as the model does."""
+        return self.model.references(outputs, anchors, self.strides(levels, anchors))
 
     def priors(self, shapes: Sequence[tuple[int, int]], batch: Batch) -> tuple[tuple[Tensor, ...], list[int]]:
         """Compute the square anchors, which are the same for all images."""
@@ -266,6 +282,11 @@ class OwnDenseDetector(DenseDetector):
     def class_outputs(self) -> Tensor:
         """[K] index of the class output of each class: torchvision's label less one, because there is no background output."""
         return self.columns - 1
+
+
+def map_shapes(maps: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Rows and columns of maps [B, C, H_l, W_l]."""
+    return [(level.shape[-2], level.shape[-1]) for level in maps]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,10 @@ class GroupDetector(shared.TransformersDetector):
         """Run the projector; padding masks come from the pixel mask, as in transformers."""
         return self.project(features, F.pad((~batch.padding_mask()).float(), self.rest(batch)))
 
+    def before_encoder(self, features: Features, batch: Batch) -> Features:
+        """Run the projector; there is no encoder."""
+        return self.neck(features, batch)
+
     def encode(self, features: Features) -> Features:
         """Run the projector; padding masks come from the masks of the ViT's maps."""
         return self.project(features, shared.valid_masks(features)[0].float())

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -166,11 +166,23 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
         """Run transformers' backbone."""
         return self.model.model.backbone(images, pixel_mask)
 
+    def before_encoder(self, features: Features, batch: Batch) -> Features:
+        """Run the projection before the encoder; its BatchNorm keeps its statistics."""
+        with shared.still_statistics(self.projections):
+            return replace(features, maps=tuple(self.projected(features)))
+
+    @property
+    def projections(self) -> nn.ModuleList:
+        """The projection of each level before the encoder."""
+        return cast(nn.ModuleList, self.model.model.encoder_input_proj)
+
+    def projected(self, features: Features) -> list[Tensor]:
+        """The projected maps."""
+        return [project(level) for project, level in zip(self.projections, features.maps, strict=True)]
+
     def encode(self, features: Features) -> Features:
         """Run projection and hybrid encoder; return the maps before the decoder's projection. Padding is treated as image."""
-        core = self.model.model
-        projected = [project(level) for project, level in zip(core.encoder_input_proj, features.maps, strict=True)]
-        return replace(features, maps=tuple(core.encoder(projected).last_hidden_state))
+        return replace(features, maps=tuple(self.model.model.encoder(self.projected(features)).last_hidden_state))
 
     # ----------------------------------------------------------------------------------------------------------- queries
 

@@ -59,6 +59,12 @@ def single_scale_positions(embedding: Any, features: Features) -> Tensor:
     return flat_map(embedding(shape=level.shape, device=level.device, dtype=dtype, mask=mask))
 
 
+def project_single_scale(model: Any, features: Features) -> Features:
+    """Apply the projection of DETR, Conditional DETR or DAB-DETR to the last map."""
+    padding = None if features.padding is None else features.padding[-1:]
+    return Features((model.input_projection(features.maps[-1]),), features.strides[-1:], padding)
+
+
 def encode_single_scale(model: Any, features: Features, positions: Tensor) -> Features:
     """Apply projection and encoder of DETR or Conditional DETR to the last map."""
     level, mask = features.maps[-1], valid_masks(features)[-1]

@@ -42,8 +42,13 @@ class ATSS(OneStage):
 
     def decode(self, regression: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
         """Boxes [..., 4] of deltas dx, dy, dw, dh [..., 4] on anchors [..., 4]."""
-        deltas = regression * regression.new_tensor(DELTA_SCALES)
-        center, size = (anchors[..., :2] + anchors[..., 2:]) * 0.5, anchors[..., 2:] - anchors[..., :2]
-        middle = center + size * deltas[..., :2]
-        half = size * deltas[..., 2:].clamp(-LARGEST_LOG_FACTOR, LARGEST_LOG_FACTOR).exp() * 0.5
-        return torch.cat([middle - half, middle + half], dim=-1)
+        return decode_deltas(regression, anchors)
+
+
+def decode_deltas(regression: Tensor, anchors: Tensor) -> Tensor:
+    """Boxes [..., 4] of deltas dx, dy, dw, dh [..., 4], in ``DELTA_SCALES``, on anchors [..., 4]."""
+    deltas = regression * regression.new_tensor(DELTA_SCALES)
+    center, size = (anchors[..., :2] + anchors[..., 2:]) * 0.5, anchors[..., 2:] - anchors[..., :2]
+    middle = center + size * deltas[..., :2]
+    half = size * deltas[..., 2:].clamp(-LARGEST_LOG_FACTOR, LARGEST_LOG_FACTOR).exp() * 0.5
+    return torch.cat([middle - half, middle + half], dim=-1)

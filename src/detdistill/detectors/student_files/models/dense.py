@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import batched_nms, clip_boxes_to_image, deform_conv2d
 
 # ---------------------------------------------------------------------------------------------------------------- heads
 
@@ -32,6 +32,30 @@ def tower(channels: int, convs: int) -> nn.Sequential:
             for _ in range(convs)
         )
     )
+
+
+class DeformableConv(nn.Conv2d):
+    """A convolution without bias that looks where it is told, in float32 (bfloat16 has no kernel for it on a CPU)."""
+
+    def __init__(self, channels: int, outputs: int | None = None, kernel: int = 3) -> None:
+        """C channels, D outputs (None: as many), an odd number of taps along each side."""
+        super().__init__(channels, outputs or channels, kernel, padding=kernel // 2, bias=False)
+
+    def forward(self, features: Tensor, offset: Tensor) -> Tensor:  # type: ignore[override]
+        """Convolve.
+
+        Args:
+            features: [B, C, H, W].
+            offset: [B, 2 * taps, H, W] from each tap's usual place, (y, x) in cells.
+
+        Returns:
+            [B, D, H, W].
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            wide = self.weight.dtype
+            # The kernel reads memory at the offsets: a diverged model must not give it numbers that are none.
+            usable = offset.to(wide).where(offset.isfinite(), 0.0)
+            return deform_conv2d(features.to(wide), usable, self.weight, padding=self.padding)  # type: ignore[arg-type]
 
 
 class ClassificationHead(nn.Module):
@@ -218,6 +242,14 @@ class OneStage(nn.Module):
         """[P, 4] see ``square_anchors``."""
         return square_anchors(shapes, self.strides, self.anchor_scale, like)
 
+    def references(self, outputs: Mapping[str, Tensor], anchors: Tensor, strides: Tensor) -> Tensor:
+        """Boxes [B, P, 4] that the regression refers to: the anchors [B, P, 4], if the head does not move them first."""
+        return anchors
+
+    def scores(self, outputs: Mapping[str, Tensor], valid: Tensor) -> Tensor:
+        """Class scores [B, P, K] by which candidates are chosen; 0 where ``valid`` [B, P] is False."""
+        return outputs["cls_logits"].sigmoid() * valid[..., None].to(outputs["cls_logits"].dtype)
+
     def forward(self, images: Sequence[Tensor], targets: object = None) -> list[dict[str, Tensor]]:
         """Detections of images [3, H, W]: ``boxes`` [D, 4], ``scores`` [D], ``labels`` [D] (1 .. K), best first.
 
@@ -234,7 +266,8 @@ class OneStage(nn.Module):
         anchors = self.anchors(shapes, batch.tensors)
         levels, cells = places(shapes, anchors.device)
         strides = anchors.new_tensor(self.strides)[levels]
-        boxes = self.decode(outputs["bbox_regression"], anchors.expand(len(images), -1, -1), strides)
+        references = self.references(outputs, anchors.expand(len(images), -1, -1), strides)
+        boxes = self.decode(outputs["bbox_regression"], references, strides)
         valid = valid_cells(levels, cells, self.strides, torch.tensor(batch.image_sizes, device=cells.device))
         counts = [height * width for height, width in shapes]
         found = self.select(outputs, boxes, counts, valid, batch.image_sizes)
@@ -267,7 +300,7 @@ class OneStage(nn.Module):
         Returns:
             For each image ``boxes``, ``scores``, ``labels`` (1 .. K) and ``index`` [D] into P.
         """
-        scores = outputs["cls_logits"].sigmoid().masked_fill(~valid[..., None], -1.0)
+        scores = self.scores(outputs, valid)
         quality = outputs["bbox_ctrness"][..., 0].sigmoid() if "bbox_ctrness" in outputs else None
         found = []
         for image, size in enumerate(sizes):

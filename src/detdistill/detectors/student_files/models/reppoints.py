@@ -17,9 +17,8 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import deform_conv2d
 
-from .dense import OneStage, flat, reset, tower
+from .dense import DeformableConv, OneStage, flat, reset, tower
 
 NUM_POINTS = 9
 """As many as a 3x3 convolution has taps."""
@@ -51,29 +50,6 @@ def points_to_boxes(points: Tensor, centers_xy: Tensor, strides: Tensor, moment:
     half = torch.stack([x.std(dim=-1), y.std(dim=-1)], dim=-1) * moment.exp()
     scale = strides[:, None]
     return torch.cat([centers_xy + (center - half) * scale, centers_xy + (center + half) * scale], dim=-1)
-
-
-class DeformableConv(nn.Conv2d):
-    """A 3x3 convolution that looks where it is told, in float32 (bfloat16 has no kernel for it on a CPU)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, padding=1, bias=False)
-
-    def forward(self, features: Tensor, offset: Tensor) -> Tensor:  # type: ignore[override]
-        """Convolve.
-
-        Args:
-            features: [B, C, H, W].
-            offset: [B, 18, H, W] from each of the nine taps' usual places, (y, x) in cells.
-
-        Returns:
-            [B, C, H, W].
-        """
-        with torch.autocast(features.device.type, enabled=False):
-            wide = self.weight.dtype
-            # The kernel reads memory at the offsets: a diverged model must not give it numbers that are none.
-            usable = offset.to(wide).where(offset.isfinite(), 0.0)
-            return deform_conv2d(features.to(wide), usable, self.weight, padding=1)
 
 
 class ClassificationHead(nn.Module):
