@@ -27,7 +27,7 @@ class Probed:
     family: str = "-"
     """Kind of prediction; ``-``: unknown, the detector could not be built; ``as loaded``: depends on the loaded model."""
     results: Mapping[str, bool] = field(default_factory=dict)
-    """Whether each of ``probe.CHECKS`` works, in their order; False also for a capability that is not implemented. Empty: not run."""
+    """Whether each of ``probe.CHECKS`` works, in their order; False also for what is not implemented. Empty: not run."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Reason of each failed check, in one line."""
 
