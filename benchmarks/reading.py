@@ -4,6 +4,7 @@
         --checkpoint runs/x/checkpoints/last.ckpt --out benchmarks/results/reading_cpu.json
 
 - ``coco`` and ``voc``: ``load_data`` of 20,500 made-up images with three boxes each, in a new process of each checkout.
+- ``coco again`` and ``voc again``: the same when this checkout has kept what it read (in an own cache folder).
 - ``deep``: ``detdistill data inspect --deep true`` of a real data set.
 - ``checksum``: the check of a checkpoint, as a share of the time from the start of a process until the checkpoint is loaded.
 """
@@ -18,6 +19,7 @@ import resource
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,10 +111,18 @@ def main() -> None:
         cases: dict[str, Callable[[Path], float]] = {
             "coco": lambda checkout: printed(checkout, LOAD, made / "coco"),
             "voc": lambda checkout: printed(checkout, LOAD, made / "voc"),
+            "coco again": lambda checkout: printed(checkout, LOAD, made / "coco"),
+            "voc again": lambda checkout: printed(checkout, LOAD, made / "voc"),
             "deep": lambda checkout: inspected(checkout, data),
         }
         found: dict[str, dict[str, float]] = {}
         for name, case in cases.items():
+            os.environ["DETDISTILL_CACHE"] = str(made / "cache" if name.endswith("again") else made / "none" / name)
+            if name.endswith("again"):
+                time.sleep(3)  # files that have just been written are not trusted
+                case(ROOT)
+            else:
+                (made / "none").touch()  # a file, so that nothing can be kept below it
             pairs = [(case(ROOT), case(other)) for _ in range(chosen.rounds)]
             mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
             ratio = statistics.median(one / two for one, two in pairs)

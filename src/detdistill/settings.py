@@ -84,6 +84,7 @@ class TrainSettings:
         monitor_every: steps between measurements of each loss term's share of the gradient; 0: never.
         track: further services to log to; their packages must be installed.
         strict: refuse data with defects instead of skipping them.
+        rescan: read every file of the data, even if none has changed since they were last read.
         out: run folder; none creates a new one under runs/.
         resume: continue the run in the folder ``out``.
         allow_changes: resume although the data or the teacher changed since the run started.
@@ -129,6 +130,7 @@ class TrainSettings:
     monitor_every: Annotated[Index, RUN_ONLY] = 200
     track: Annotated[tuple[Literal["wandb", "mlflow"], ...], RUN_ONLY] = ()
     strict: Annotated[bool, CHANCE] = False
+    rescan: Annotated[bool, NOTHING] = False
     out: Annotated[Path | None, NOTHING_FOR_CACHES] = None
     resume: Annotated[bool, NOTHING_FOR_CACHES] = False
     allow_changes: Annotated[bool, NOTHING_FOR_CACHES] = False
