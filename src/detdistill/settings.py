@@ -73,6 +73,7 @@ class TrainSettings:
         max_size: largest long side in pixels for resize=short_side.
         flip: probability of a horizontal flip.
         colour: strength of colour jitter, 0..1.
+        hue: how colour jitter turns the hue: yiq by one matrix around the grey axis (fast), hsv in HSV (slow, as torchvision).
         scale_jitter: smallest and largest zoom, e.g. 0.5,1.5; none turns it off.
         scales: factors on the size of the resized image, one drawn for each image, e.g. 0.8,1,1.2; caches support them.
         mosaic: probability of combining four images into one.
@@ -119,6 +120,7 @@ class TrainSettings:
     max_size: Annotated[Index | None, VIEWS] = None
     flip: Annotated[Fraction, VIEWS] = 0.5
     colour: Annotated[Fraction, VIEWS] = 0.0
+    hue: Annotated[Literal["yiq", "hsv"], VIEWS] = "yiq"
     scale_jitter: Annotated[tuple[Positive, Positive] | None, VIEWS] = None
     scales: Annotated[tuple[Weight, ...], VIEWS] = ()
     mosaic: Annotated[Fraction, VIEWS] = 0.0
