@@ -37,12 +37,18 @@ def read_kept(name: str, key: str) -> Any | None:
 
 
 def keep(name: str, key: str, content: Any) -> None:
-    """Keep a content, anything that JSON can hold, in place of what was kept under the name before."""
+    """Keep a content, anything that JSON can hold, in place of what was kept under the name before.
+
+    Args:
+        name: name of the file without suffix; a folder before a slash is created.
+        key: what the content was computed from.
+        content: the content.
+    """
     text = json.dumps({"key": key, "content": content})
     with suppress(OSError, RuntimeError):
-        folder = cache_directory()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+        file = cache_directory() / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def software() -> str:

@@ -148,7 +148,8 @@ def distill(
         session = open_session(plan, splits, live if knowledge is None or live_too else None, knowledge, shown)
         finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
         score = wanted.score_teacher and is_main_process() and not finished
-        scores = score_teacher(live, splits, wanted, shown) if score and live is not None else None
+        source = teacher if isinstance(teacher, str) else None
+        scores = score_teacher(live, splits, wanted, shown, source) if score and live is not None else None
         if not several:
             result = run(session, shown)
             if scores is not None and is_main_process():
