@@ -199,7 +199,7 @@ def test_a_killed_cache_goes_on_where_it_stopped(teacher, tmp_path):
 def test_a_full_disk_is_said_and_the_rest_is_written_when_there_is_space(teacher, tmp_path, monkeypatch):
     folder, before, count = tmp_path / "cache", LocalFolder.write, [0]
 
-    def full(self, name, content):
+    def full(self, name, *content):
         count[0] += 1
         if count[0] > 5:
             raise OSError(errno.ENOSPC, "No space left on device")
