@@ -16,8 +16,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from detdistill.training.machine import hardware, versions
-
 COMMANDS = ("--help", "recipes", "cite pkd", "methods", "detectors")
 
 
@@ -46,6 +44,8 @@ def main() -> None:
                 time, memory = measured(command, environment)
                 seconds[command].append(time)
                 megabytes[command].append(memory)
+    from detdistill.training.machine import hardware, versions  # not before: a child begins with the memory of its parent
+
     content = {
         "what": __doc__.splitlines()[0],
         "seconds": {command: round(statistics.median(each), 2) for command, each in seconds.items()},
