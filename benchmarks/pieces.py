@@ -5,6 +5,8 @@
 - ``decoding``: ``read_image`` against PIL alone, on the images of a data set; the pixels must be equal.
 - ``pkd``: value and gradient of ``pkd_loss`` against the same formula left to autograd, on maps of a COCO image.
 - ``bf16``: forward and backward pass of a convolution under autocast, against float32.
+- ``hue``: a turn of the hue in YIQ against one in HSV (another colour), on an image of 640 pixels.
+- ``colours``: a view of 640 pixels with colour jitter, with ``hue=yiq`` against ``hue=hsv``.
 - ``predict``: an untrained FCOS on images of 640 pixels, eight at a time against one at a time.
 """
 
@@ -15,17 +17,20 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torchvision.transforms.v2.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from detdistill.data.discover import load_data
 from detdistill.data.loader import read_image
-from detdistill.data.transforms import ViewSettings
+from detdistill.data.records import Record
+from detdistill.data.transforms import ViewSettings, make_view, turn_hue
 from detdistill.detectors.build import build_detector
 from detdistill.evaluation.predict import detect_all
 from detdistill.losses import pkd_loss
@@ -75,11 +80,19 @@ def convolution(half: bool) -> Callable[[], None]:
     return step
 
 
+def coloured(pixels: Tensor, record: Record, hue: Literal["yiq", "hsv"]) -> None:
+    """Make a view with colour jitter."""
+    settings = ViewSettings(size=640, colour=0.5, hue=hue)
+    shown = replace(record, size_hw=(pixels.shape[1], pixels.shape[2]))
+    make_view(pixels, shown, settings, torch.Generator().manual_seed(0), train=True)
+
+
 def main() -> None:
     """Measure all pieces, print them and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cases", nargs="*", help="names of the pieces to measure; the file keeps the others")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     torch.manual_seed(0)
@@ -88,15 +101,22 @@ def main() -> None:
     assert all(torch.equal(read_image(path), by_pil(path)) for path in paths)
     student, teacher = torch.randn(2, 256, 100, 136, requires_grad=True), torch.randn(2, 256, 100, 136)
     detector = build_detector("fcos:resnet18,width=0.5,neck=64", ("object",)).eval()
+    pixels = torch.randint(256, (3, 480, 640), dtype=torch.uint8)
     views, images = ViewSettings(size=640), paths[:16]
     cases = {
         "decoding": (lambda: [read_image(path) for path in paths], lambda: [by_pil(path) for path in paths]),
         "pkd": (lambda: pkd_loss([student], [teacher], 1.0).backward(), lambda: plain_pkd(student, teacher).backward()),
         "bf16": (convolution(True), convolution(False)),
+        "hue": (lambda: turn_hue(pixels, 0.04), lambda: F.adjust_hue(pixels, 0.04)),
+        "colours": tuple((lambda hue=hue: coloured(pixels, records[0], hue)) for hue in ("yiq", "hsv")),
         "predict": tuple((lambda count=count: list(detect_all(detector, images, views, batch=count))) for count in (8, 1)),
     }
     found = {}
+    if chosen.out and chosen.out.exists():
+        found = json.loads(chosen.out.read_text())["pieces"]
     for name, (new, old) in cases.items():
+        if name not in (chosen.cases or cases):
+            continue
         found[name] = compare(new, old, chosen.rounds if name != "predict" else 3)
         print(name, found[name], flush=True)
         if chosen.out:

@@ -8,6 +8,9 @@ Measured (this checkout / the other one; below 1 is faster):
 - ``teach NAME``: a teacher's forward pass that returns the maps of backbone and neck, as a composition of two methods needs.
 - ``d3etr step``: forward and backward pass of one online step of D3ETR.
 - ``second pass``: a bf16 autocast step of KD-DETR, in which the student decodes a second time.
+- ``assign NAME``: assignment of two images of 640 px with 500 boxes each.
+- ``many classes NAME`` and ``memory of many classes NAME``: forward and backward pass with 1203 classes, one image of 320 px; the
+  second case gives the memory that the step adds at its peak, in MB.
 
 Each checkout has its own process, with the same random weights and images; both use the packages of this environment. The
 processes are measured alternately.
@@ -36,24 +39,31 @@ CASES = (
     "d3etr step of conditional_detr:resnet18",
     "d3etr step of deformable_detr:resnet18",
     f"second pass of {DETR}",
+    *(f"assign {name}:resnet10t" for name in ("retinanet", "ssd", "atss", "gfl", "fcos")),
+    "many classes retinanet:resnet10t",
+    "memory of many classes retinanet:resnet10t",
 )
 
 
 # ------------------------------------------------------------------------------------------- in the process of a checkout
 
 
-def batch_of(detector: Any, size: int = 320, images: int = 2) -> Any:
-    """A batch of noise with a few boxes."""
+def batch_of(detector: Any, size: int = 320, images: int = 2, boxes: int = 4) -> Any:
+    """A batch of noise with a few boxes, or with many of sides from 8 to 256 pixels."""
     import torch
 
     from detdistill.structures import Batch, Target, View
 
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(images, 3, size, size, generator=generator)
-    corners = torch.rand(images, 4, 2, generator=generator) * size * 0.5
-    boxes = torch.cat([corners, corners + size * 0.3], dim=-1)
-    labels = torch.zeros(4, dtype=torch.int64)
-    targets = tuple(Target(some, labels, torch.zeros(4, dtype=torch.bool)) for some in boxes)
+    sides = torch.full((images, boxes, 2), size * 0.3)
+    if boxes > 4:
+        sides = 8 * 32 ** torch.rand(images, boxes, 2, generator=generator)
+    corners = torch.rand(images, boxes, 2, generator=generator) * (size * 0.5 if boxes <= 4 else size - sides)
+    labels = torch.zeros(boxes, dtype=torch.int64)
+    targets = tuple(
+        Target(some, labels, torch.zeros(boxes, dtype=torch.bool)) for some in torch.cat([corners, corners + sides], dim=-1)
+    )
     views = tuple(View((size, size), (size, size)) for _ in range(images))
     return Batch(pixels, torch.full((images, 2), size), targets, ids=tuple(range(images)), views=views)
 
@@ -66,6 +76,10 @@ def prepared(case: str) -> Callable[[], None]:
     from detdistill.detectors.contract import Teacher
 
     torch.manual_seed(0)
+    if case.startswith("assign"):
+        return assigning(case.split()[-1])
+    if "many classes" in case:
+        return with_many_classes(case.split()[-1])
     kind, _, name = case.partition(" ") if case.startswith("teach") else (case.split(" of ")[0], "", case.split(" of ")[-1])
     teacher = Teacher(build_detector(name, ["a", "b"]))
     batch = batch_of(teacher.detector)
@@ -73,6 +87,33 @@ def prepared(case: str) -> Callable[[], None]:
         return lambda: look_at_backbone_and_neck(teacher, batch)
     student = build_detector(name, ["a", "b"]).train()
     return stepping(teacher, student, batch, half=kind == "second pass")
+
+
+def assigning(name: str) -> Callable[[], None]:
+    """Prepare the assignment of many boxes."""
+    import torch
+
+    from detdistill.detectors.build import build_detector
+
+    detector = build_detector(name, ["a", "b"]).train()
+    batch = batch_of(detector, size=640, boxes=500)
+    with torch.no_grad():
+        prediction = detector.predict(detector.features(batch), batch)
+    return lambda: detector.assign(prediction, batch) and None
+
+
+def with_many_classes(name: str) -> Callable[[], None]:
+    """Prepare a training step with 1203 classes."""
+    from detdistill.detectors.build import build_detector
+
+    detector = build_detector(name, [str(number) for number in range(1203)]).train()
+    batch = batch_of(detector, images=1)
+
+    def step() -> None:
+        detector.zero_grad()
+        detector.loss(detector.predict(detector.features(batch), batch), batch).total().backward()
+
+    return step
 
 
 def look_at_backbone_and_neck(teacher: Any, batch: Any) -> None:
@@ -122,9 +163,24 @@ def serve() -> None:
         if case not in calls:
             calls[case] = prepared(case)
             calls[case]()
+        if case.startswith("memory"):
+            print(megabytes(calls[case]), flush=True)
+            continue
         started = time.process_time()
         calls[case]()
         print(time.process_time() - started, flush=True)
+
+
+def megabytes(call: Callable[[], None]) -> float:
+    """Memory that a call adds to the process at its peak."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present size
+
+    def kilobytes(name: str) -> int:
+        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+    before = kilobytes("VmRSS")
+    call()
+    return (kilobytes("VmHWM") - before) / 1024
 
 
 # ----------------------------------------------------------------------------------------------------------- the comparison
@@ -187,8 +243,9 @@ def compare(options: argparse.Namespace) -> None:
             pairs.append((seconds[mine], seconds[other]))
         ratio = statistics.median(mine / other for mine, other in pairs)
         here, there = (statistics.median(column) for column in zip(*pairs, strict=True))
-        found[case] = {"ratio": round(ratio, 3), "seconds": round(here, 4), "other_seconds": round(there, 4)}
-        print(f"{ratio:6.3f}  {here:8.3f} s / {there:8.3f} s  {case}", flush=True)
+        unit = "MB" if case.startswith("memory") else "seconds"
+        found[case] = {"ratio": round(ratio, 3), unit: round(here, 4), f"other_{unit}": round(there, 4)}
+        print(f"{ratio:6.3f}  {here:8.3f} / {there:8.3f} {unit}  {case}", flush=True)
         if options.out:
             options.out.write_text(json.dumps({**described, "cases": found}, indent=2) + "\n")
 

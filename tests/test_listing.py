@@ -15,12 +15,13 @@ from dataclasses import asdict, replace
 import pytest
 import yaml
 
-from detdistill import api, cli
+from detdistill import api, cli, kept
 from detdistill.compare import Gain, Pair, summarize
 from detdistill.data.inspect import inspect_data
 from detdistill.data.records import Defect
 from detdistill.detectors import probe
-from detdistill.detectors.probe import CHECKS, STAGES, Probed
+from detdistill.detectors.probe import CHECKS
+from detdistill.detectors.probed import STAGES, Probed
 from detdistill.evaluation.scores import METRICS, Scores
 from detdistill.listing import list_methods, list_recipes
 from detdistill.methods.shared.compose import method_class, method_slugs
@@ -94,8 +95,9 @@ FOUND = [
 
 
 @pytest.fixture
-def probed(monkeypatch):
-    monkeypatch.setattr(probe, "probe_all", lambda follow, export: FOUND)
+def probed(monkeypatch, tmp_path):
+    monkeypatch.setattr(probe, "probe_all", lambda follow=None, export=None: FOUND)
+    monkeypatch.setenv("DETDISTILL_CACHE", str(tmp_path))
 
 
 def test_detectors(see, probed):
@@ -114,6 +116,48 @@ def test_detectors(see, probed):
     assert f"FAILS towers: {FOUND[3].reasons['towers']}" in text
     assert "`detector:backbone[,key=value ...]`" in text
     assert " towers (a dense head that can be resumed)" in text
+
+
+def test_detectors_are_probed_once_for_the_same_versions(see, document, probed, monkeypatch):
+    see("detectors")
+    shown = document("detectors")
+    monkeypatch.setattr(probe, "probe_all", lambda follow: FOUND[:1])
+    assert document("detectors") == shown  # from the kept file
+    assert [each["name"] for each in document("detectors --probe true")["detectors"]] == ["cascade_mask_rcnn"]
+    assert [each["name"] for each in document("detectors")["detectors"]] == ["cascade_mask_rcnn"]  # what was kept last
+
+
+def test_kept_probes_of_other_versions_or_other_files_are_not_trusted(document, probed, monkeypatch):
+    document("detectors")
+    monkeypatch.setattr(probe, "probe_all", lambda follow: FOUND[:1])
+    monkeypatch.setattr(kept, "version", lambda name: "99.0")
+    assert len(document("detectors")["detectors"]) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2", "[]", '{"key": 1}'])
+def test_a_kept_file_that_is_broken_is_written_anew(text, document, probed, tmp_path):
+    (tmp_path / "detectors.json").write_text(text)
+    assert len(document("detectors")["detectors"]) == len(FOUND)
+    assert json.loads((tmp_path / "detectors.json").read_text())["content"]["when"]
+
+
+def test_a_kept_file_of_another_form_is_written_anew(document, probed, tmp_path):
+    (tmp_path / "detectors.json").write_text(json.dumps({"key": kept.software(), "content": {"detectors": [{"nam": 1}]}}))
+    assert len(document("detectors")["detectors"]) == len(FOUND)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_passed_over_in_silence(document, probed, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DETDISTILL_CACHE", str(tmp_path / "file" / "below"))
+    assert len(document("detectors")["detectors"]) == len(FOUND)
+    assert capsys.readouterr().err == ""
+
+
+def test_kept_probes_are_shown_without_importing_torch(probed, tmp_path):
+    probe.survey()
+    code = "import sys; from detdistill.cli import main; main(['detectors']); sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"DETDISTILL_CACHE": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False).returncode == 0
 
 
 def test_detectors_as_json(document, probed):

@@ -26,7 +26,8 @@ import torch
 from detdistill.detectors.adapters import adapter, adapter_names
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.detectors.options import ModelOptions, option_types
-from detdistill.detectors.probe import CHECKS, Probed, probe_all, tiny_detector
+from detdistill.detectors.probe import CHECKS, probe_all, tiny_detector
+from detdistill.detectors.probed import Probed
 from detdistill.export.probe import probe_export
 from detdistill.methods.shared.compose import build_method, method_slugs, parse_methods
 from detdistill.methods.shared.needs import PairError

@@ -601,10 +601,15 @@ def _methods(chosen: Namespace) -> None:
     _show(chosen, lambda: list_methods(**_plain(chosen)), show_methods, asdict)
 
 
+def _detectors_flags(parser: Parser) -> None:
+    parser.add_argument("--probe", type=bool, default=False, help="try the detectors again, even if the result is kept")
+    _json_flag(parser)
+
+
 def _detectors(chosen: Namespace) -> None:
     from detdistill.listing import detectors_json, list_detectors, show_detectors
 
-    _show(chosen, list_detectors, show_detectors, detectors_json)
+    _show(chosen, lambda: list_detectors(**_plain(chosen)), show_detectors, detectors_json)
 
 
 def _recipes(chosen: Namespace) -> None:
@@ -668,7 +673,7 @@ VERBS: dict[str, tuple[Describe, Act, str]] = {
     "compare": (_compare_flags, _compare, "pair runs by seed: gain, 95 % interval, verdict"),
     "report": (_report_flags, _report, "write one self-contained HTML page about runs"),
     "methods": (_methods_flags, _methods, "list the methods, and which of them work with a pair"),
-    "detectors": (_json_flag, _detectors, "list the detectors and their capabilities"),
+    "detectors": (_detectors_flags, _detectors, "list the detectors and their capabilities"),
     "recipes": (_json_flag, _recipes, "list the ready-made settings for --recipe"),
     "cite": (_cite_flags, _cite, "print the BibTeX of a method"),
     "data-inspect": (_inspect_flags, _inspect, "show counts, sizes, class balance and every defect of a data set"),

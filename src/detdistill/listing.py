@@ -13,7 +13,7 @@ from detdistill import printing
 
 if TYPE_CHECKING:
     from detdistill.detectors.contract import Detector
-    from detdistill.detectors.probe import Probed
+    from detdistill.detectors.probed import Probed, Survey
     from detdistill.evaluation.scores import Scores
     from detdistill.export.bench import Timing
     from detdistill.export.run import Exported
@@ -109,26 +109,37 @@ def show_methods(found: MethodList) -> None:
 # -------------------------------------------------------------------------------------------------------- detectors
 
 
-def list_detectors() -> list[Probed]:
-    """List all detectors with their capabilities, found by running and exporting each on a tiny backbone (a minute)."""
+def list_detectors(probe: bool = False) -> Survey:
+    """List all detectors with their capabilities, found by running and exporting each on a tiny backbone (about a minute).
+
+    What is found is kept in the user's cache folder, and taken from there as long as the installed versions are the same.
+
+    Args:
+        probe: run the detectors even if a result is kept.
+    """
+    from detdistill.detectors.probed import kept_survey
+
+    if not probe and (kept := kept_survey()) is not None:
+        return kept
     from detdistill.progress import Progress
 
     with Progress() as progress:
         bar = progress.bar("trying every detector on a tiny backbone", 1)
-        from detdistill.detectors.probe import probe_all
+        from detdistill.detectors.probe import survey
         from detdistill.export.probe import probe_export
 
-        return probe_all(bar.follow, probe_export)
+        return survey(bar.follow, probe_export)
 
 
-def show_detectors(found: Sequence[Probed]) -> None:
+def show_detectors(found: Survey) -> None:
     """Print each detector with its description, kind of prediction, capabilities, and failed checks with their reasons."""
-    from detdistill.detectors.contract import CAPABILITIES
-
     console = printing.stdout()
-    printing.entries(console, [(probed.name, [probed.about, *_abilities(probed)]) for probed in found])
+    printing.entries(console, [(probed.name, [probed.about, *_abilities(probed)]) for probed in found.detectors])
     printing.line(console)
-    printing.paragraph(console, f"Tried on a tiny model of each: {', '.join(CAPABILITIES.values())}.")
+    printing.paragraph(
+        console,
+        f"Tried on a tiny model of each ({found.when}; `detectors --probe true` tries again): {', '.join(found.capabilities)}.",
+    )
     printing.paragraph(console, "Write `detector:backbone[,key=value ...]`, e.g. `fcos:resnet18,width=0.5,neck=64,levels=3-5`.")
 
 
@@ -143,13 +154,12 @@ def _abilities(probed: Probed) -> list[Text]:
     return lines
 
 
-def detectors_json(found: Sequence[Probed]) -> dict[str, Any]:
+def detectors_json(found: Survey) -> dict[str, Any]:
     """The detectors as JSON: the fields of ``Probed``; ``results`` has every check, null if it was not run."""
-    from detdistill.detectors.probe import CHECKS
-
-    return {
-        "detectors": [{**asdict(probed), "results": {check: probed.results.get(check) for check in CHECKS}} for probed in found]
-    }
+    shown = [
+        {**asdict(probed), "results": {check: probed.results.get(check) for check in found.checks}} for probed in found.detectors
+    ]
+    return {"probed": found.when, "detectors": shown}
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes

@@ -81,6 +81,7 @@ class TrainSettings:
         max_size: largest long side in pixels for resize=short_side.
         flip: probability of a horizontal flip.
         colour: strength of colour jitter, 0..1.
+        hue: how colour jitter turns the hue: yiq by one matrix around the grey axis (fast), hsv in HSV (slow, as torchvision).
         scale_jitter: smallest and largest zoom, e.g. 0.5,1.5; none turns it off.
         scales: factors on the size of the resized image, one drawn for each image, e.g. 0.8,1,1.2; caches support them.
         mosaic: probability of combining four images into one.
@@ -92,6 +93,7 @@ class TrainSettings:
         monitor_every: steps between measurements of each loss term's share of the gradient; 0: never.
         track: further services to log to; their packages must be installed.
         strict: refuse data with defects instead of skipping them.
+        rescan: read every file of the data, even if none has changed since they were last read.
         out: run folder; none creates a new one under runs/.
         resume: continue the run in the folder ``out``.
         allow_changes: resume although the data or the teacher changed since the run started.
@@ -126,6 +128,7 @@ class TrainSettings:
     max_size: Annotated[Index | None, VIEWS] = None
     flip: Annotated[Fraction, VIEWS] = 0.5
     colour: Annotated[Fraction, VIEWS] = 0.0
+    hue: Annotated[Literal["yiq", "hsv"], VIEWS] = "yiq"
     scale_jitter: Annotated[tuple[Positive, Positive] | None, VIEWS] = None
     scales: Annotated[tuple[Weight, ...], VIEWS] = ()
     mosaic: Annotated[Fraction, VIEWS] = 0.0
@@ -137,6 +140,7 @@ class TrainSettings:
     monitor_every: Annotated[Index, RUN_ONLY] = 200
     track: Annotated[tuple[Literal["wandb", "mlflow"], ...], RUN_ONLY] = ()
     strict: Annotated[bool, CHANCE] = False
+    rescan: Annotated[bool, NOTHING] = False
     out: Annotated[Path | None, NOTHING_FOR_CACHES] = None
     resume: Annotated[bool, NOTHING_FOR_CACHES] = False
     allow_changes: Annotated[bool, NOTHING_FOR_CACHES] = False

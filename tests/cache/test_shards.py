@@ -120,11 +120,11 @@ def test_a_full_disk_loses_nothing_that_was_finished(tmp_path, monkeypatch):
     folder = LocalFolder(tmp_path)
     space = [2]  # files that still fit
 
-    def full(name, content, write=folder.write):
+    def full(name, *content, write=folder.write):
         if not space[0]:
             raise OSError(errno.ENOSPC, "No space left on device")
         space[0] -= 1
-        write(name, content)
+        write(name, *content)
 
     monkeypatch.setattr(folder, "write", full)
     writer = ShardWriter(folder, CACHE, "0", max_records=2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detdistill.data.records import Record
-from detdistill.data.transforms import ViewSettings, make_mosaic, make_view
+from detdistill.data.transforms import ViewSettings, make_mosaic, make_view, turn_hue
 from detdistill.errors import DataError, RunError
 
 PLAIN = ViewSettings(size=64, flip=0.0)
@@ -144,11 +144,35 @@ def test_an_image_resized_before_gives_the_same_view():
     assert once[2] == twice[2]
 
 
+def test_a_turn_of_the_hue_keeps_brightness_and_greys():
+    noise = torch.randint(64, 192, (3, 8, 8), generator=generator(1), dtype=torch.uint8)  # nothing is cut
+    turned = turn_hue(noise, 0.05)
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    torch.testing.assert_close((turned * weights).sum(0), (noise * weights).sum(0), rtol=0, atol=1e-3)
+    torch.testing.assert_close(turn_hue(turned, -0.05), noise.float(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(turn_hue(noise, 1.0), noise.float(), rtol=0, atol=1e-3)
+    grey = noise[:1].expand(3, -1, -1)
+    torch.testing.assert_close(turn_hue(grey, 0.3), grey.float(), rtol=0, atol=1e-3)
+    assert turn_hue(torch.tensor([255.0, 0, 255])[:, None, None], 0.2).amin() >= 0
+    red, green, blue = turn_hue(torch.tensor([200.0, 50, 50])[:, None, None], 0.05).flatten().tolist()
+    assert red > green > blue  # towards yellow
+
+
+def test_the_hue_setting_changes_nothing_but_colours():
+    noise = torch.randint(256, (3, 43, 64), generator=generator(9), dtype=torch.uint8)
+    fast, slow = (
+        make_view(noise, record(), replace(PLAIN, colour=0.5, hue=hue), generator(3), train=True) for hue in ("yiq", "hsv")
+    )
+    assert fast[2] == slow[2]
+    assert torch.equal(fast[1].boxes_xyxy, slow[1].boxes_xyxy)
+    assert float((fast[0] - slow[0]).abs().mean()) < 0.03
+
+
 def test_the_view_tells_the_colours_exactly():
     import torchvision.transforms.v2.functional as F
 
     noise = torch.randint(256, (3, 43, 64), generator=generator(9), dtype=torch.uint8)
-    settings = replace(PLAIN, colour=0.5)
+    settings = replace(PLAIN, colour=0.5, hue="hsv")
     seen = []
     for seed in range(30):
         pixels, _, view = make_view(noise, record(), settings, generator(seed), train=True)

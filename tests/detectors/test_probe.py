@@ -126,7 +126,7 @@ def test_a_missing_package_or_a_broken_file_is_shown_with_its_sentence(error, mo
     monkeypatch.setattr(probe, "adapter_names", lambda: ("rt_detr",))
     (found,) = probe.probe_all()
     assert found.failures == (f"rt_detr, all stages: {error}",)
-    listing.show_detectors(listing.list_detectors())
+    listing.show_detectors(listing.list_detectors(probe=True))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["rt_detr", "cannot", "be", "imported"]
     assert lines[1].strip() == f"FAILS all stages: {error}"

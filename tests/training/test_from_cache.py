@@ -168,12 +168,13 @@ def test_a_disk_that_is_too_small_is_said_before(teacher, tmp_path, monkeypatch)
 def _killed_while_writing(teacher, folder):
     before, count = LocalFolder.write, [0]
 
-    def write(self, name, content):
+    def write(self, name, *content):
         count[0] += name.endswith(".safetensors")
         if count[0] == 3:
-            (self.path / name).write_bytes(content[: len(content) // 2])  # as a disk without our care would leave it
+            whole = b"".join(content)
+            (self.path / name).write_bytes(whole[: len(whole) // 2])  # as a disk without our care would leave it
             small.die()
-        before(self, name, content)
+        before(self, name, *content)
 
     LocalFolder.write = write
     cache(teacher, folder)
@@ -198,11 +199,11 @@ def test_a_killed_cache_goes_on_where_it_stopped(teacher, tmp_path):
 def test_a_full_disk_is_said_and_the_rest_is_written_when_there_is_space(teacher, tmp_path, monkeypatch):
     folder, before, count = tmp_path / "cache", LocalFolder.write, [0]
 
-    def full(self, name, content):
+    def full(self, name, *content):
         count[0] += 1
         if count[0] > 5:
             raise OSError(errno.ENOSPC, "No space left on device")
-        before(self, name, content)
+        before(self, name, *content)
 
     monkeypatch.setattr(LocalFolder, "write", full)
     with pytest.raises(CacheError, match=r"No space left on device; finished records are kept: make space and run the same"):

@@ -64,7 +64,7 @@ def train(
     name, build = student_of(model, "model")
     _check_start(name, build, wanted, alone=True)
     with progress or Progress(quiet=not is_main_process()) as shown:
-        splits = load_splits(data, wanted.strict, shown)
+        splits = load_splits(data, wanted.strict, shown, wanted.rescan)
         plan = Plan(name, data, wanted, role=role, title=role, build=build)
         result = run(open_session(plan, splits, progress=shown), shown)
         if wanted.report:
@@ -135,7 +135,7 @@ def distill(
     if several:
         check_one_process((teacher_name, student_name), max(wanted.jobs, wanted.devices * wanted.nodes))
     with progress or Progress(quiet=not is_main_process()) as shown:
-        splits = load_splits(data, wanted.strict, shown)
+        splits = load_splits(data, wanted.strict, shown, wanted.rescan)
         with not_these_digits(data):
             live = None if teacher is None else Teacher(_load_teacher(teacher, splits, wanted.other_classes))
         _compare_sizes(teacher, wanted, shown)
@@ -150,7 +150,8 @@ def distill(
         session = open_session(plan, splits, live if knowledge is None or live_too else None, knowledge, shown)
         finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
         score = wanted.score_teacher and is_main_process() and not finished
-        scores = score_teacher(live, splits, wanted, shown) if score and live is not None else None
+        source = teacher if isinstance(teacher, str) else None
+        scores = score_teacher(live, splits, wanted, shown, source) if score and live is not None else None
         if not several:
             result = run(session, shown)
             if scores is not None and is_main_process():
@@ -228,7 +229,7 @@ def cache(
     with progress or Progress(quiet=not is_main_process()) as shown:
         from detdistill.training.fill_cache import make_cache
 
-        splits = load_splits(data, wanted.strict, shown)
+        splits = load_splits(data, wanted.strict, shown, wanted.rescan)
         with not_these_digits(data):
             loaded = _load_teacher(source, splits, wanted.other_classes)
         _compare_sizes(source, wanted, shown)

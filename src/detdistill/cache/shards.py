@@ -11,6 +11,7 @@ import struct
 import uuid
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,19 +121,25 @@ class ShardWriter:
         if not self._waiting:
             return
         stem = f"{self.writer}-{self._session}-{self._number:05d}"
-        content, places = shard_bytes(self._waiting)
+        blocks, places = shard_blocks(self._waiting)
+        with ThreadPoolExecutor(1) as pool:  # checksums are computed while the disk is written
+            writing = pool.submit(self.folder.write, f"{FOLDER}/{stem}.safetensors", *blocks)
+            manifest = self._manifest(stem, sum(map(len, blocks)), places)
+            writing.result()
+        self.folder.write(f"{FOLDER}/{stem}.json", manifest)
+        self.written += len(self._waiting)
+        self._number += 1
+        self._waiting, self._bytes, self._sources = {}, 0, {}
+
+    def _manifest(self, stem: str, size: int, places: Mapping[str, tuple[int, int]]) -> bytes:
         layouts: dict[str, int] = {}
         records = {}
         for key, record in self._waiting.items():
             crc = checksum(key, record.layout, record.data)
             records[key] = [*places[key], crc, layouts.setdefault(record.layout, len(layouts))]
-        manifest = {"cache": self.cache, "shard": stem, "bytes": len(content), "layouts": list(layouts), "records": records}
+        manifest = {"cache": self.cache, "shard": stem, "bytes": size, "layouts": list(layouts), "records": records}
         manifest["sources"] = {key: self._sources[key] for key in self._waiting if key in self._sources}
-        self.folder.write(f"{FOLDER}/{stem}.safetensors", content)
-        self.folder.write(f"{FOLDER}/{stem}.json", sealed(manifest))
-        self.written += len(self._waiting)
-        self._number += 1
-        self._waiting, self._bytes, self._sources = {}, 0, {}
+        return sealed(manifest)
 
 
 def source_of(path: Path) -> tuple[int, int]:
@@ -144,13 +151,14 @@ def source_of(path: Path) -> tuple[int, int]:
     return path.stat().st_mtime_ns, zlib.crc32(path.read_bytes())
 
 
-def shard_bytes(records: Mapping[str, Encoded]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def shard_blocks(records: Mapping[str, Encoded]) -> tuple[list[bytes], dict[str, tuple[int, int]]]:
     """Build a safetensors file in which the tensors of each record are contiguous.
 
     (The writer of safetensors sorts all tensors by type, which would spread a record over the file.)
 
     Returns:
-        Content of the file, and for each key the first byte and the end of its record in the file.
+        Parts of the file, among them the records' own bytes, so that a shard is in memory once; and for each key the first byte
+        and the end of its record in the file.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "detdistill"}}
     blocks: list[bytes] = []
@@ -172,7 +180,7 @@ def shard_bytes(records: Mapping[str, Encoded]) -> tuple[bytes, dict[str, tuple[
     text += b" " * (-len(text) % 8)
     before = 8 + len(text)
     places = {key: (before + start, before + end) for key, (start, end) in offsets.items()}
-    return b"".join([struct.pack("<Q", len(text)), text, *blocks]), places
+    return [struct.pack("<Q", len(text)), text, *blocks], places
 
 
 @dataclass(frozen=True, slots=True)

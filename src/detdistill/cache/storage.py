@@ -41,8 +41,8 @@ class Storage(Protocol):
         """
         ...
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file atomically: after an error or a kill, no part of it is visible."""
+    def write(self, name: str, *content: bytes) -> None:
+        """Write a file from its parts, atomically: after an error or a kill, no part of it is visible."""
         ...
 
     def remove(self, name: str) -> None:
@@ -115,14 +115,14 @@ class LocalFolder:
         del content[done:]
         return content
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, *content: bytes) -> None:
         """Write a temporary file beside the final one, flush it to the disk, then rename it."""
         final = self.path / name
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             with temporary.open("wb") as file:
-                file.write(content)
+                file.writelines(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, final)
@@ -187,12 +187,12 @@ class RemoteFolder:
         with _reached():
             return bytearray(self._files.cat_file(f"{self._root}/{name}", start=start, end=end))
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, *content: bytes) -> None:
         """See ``Storage``."""
         path = f"{self._root}/{name}"
         with _reached():
             self._files.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            self._files.pipe_file(path, content)
+            self._files.pipe_file(path, content[0] if len(content) == 1 else b"".join(content))
 
     def remove(self, name: str) -> None:
         """See ``Storage``."""

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from detdistill.errors import DataError
+from detdistill.kept import cache_directory
 
 FORMAT = 1
 """Version of the generator; incremented whenever the same settings give other images."""
@@ -106,15 +107,6 @@ def digits_folder(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
-
-
-def cache_directory() -> Path:
-    """Folder for generated files: ``DETDISTILL_CACHE``, or ``detdistill`` in the user's cache directory."""
-    given = os.environ.get("DETDISTILL_CACHE")
-    if given:
-        return Path(given).expanduser()
-    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "detdistill"
 
 
 def _make(folder: Path, train: int, val: int, size: int, seed: int, progress: Callable[[int, int], None] | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from detdistill.data.coco import read_coco
 from detdistill.data.coco_files import find_coco
+from detdistill.data.kept_scan import keep_scan, read_scan
 from detdistill.data.other_forms import other_form
 from detdistill.data.paths import outside
 from detdistill.data.records import (
@@ -33,13 +35,14 @@ FORMS = (
 )
 
 
-def load_data(path: str | Path, *, strict: bool = False) -> DataSplits:
+def load_data(path: str | Path, *, strict: bool = False, rescan: bool = False) -> DataSplits:
     """Read a data set of any known form.
 
     Args:
         path: a folder, a COCO JSON file, or a YOLO ``data.yaml``. The text ``digits`` (``digits:train=2000,val=400``) stands
             for the built-in data set.
         strict: raise an error on any defect instead of listing it.
+        rescan: read every file, even if none has changed since the data were last read.
 
     Returns:
         The splits. If there is no val split, a tenth of train becomes val: always the same images, and ``notes`` say so.
@@ -48,7 +51,7 @@ def load_data(path: str | Path, *, strict: bool = False) -> DataSplits:
         DataError: the path does not exist, has no known form, holds broken files, or has no usable box to train on; with
             ``strict``, also any defect.
     """
-    return usable(path, *read_sets(path), strict=strict)
+    return usable(path, *read_sets(path, rescan=rescan), strict=strict)
 
 
 def load_split(path: str | Path, split: SplitName, *, strict: bool = False) -> tuple[DetectionSet, list[str]]:
@@ -128,11 +131,12 @@ def _check_usable(data: DetectionSet) -> None:
         raise DataError(f"{data.root}: none of the {count} images of the {data.name} split is usable{reason}")
 
 
-def read_sets(path: str | Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
+def read_sets(path: str | Path, *, rescan: bool = False) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     """Read whatever splits there are, also those that cannot be used, e.g. without any box.
 
     Args:
         path: as for ``load_data``.
+        rescan: as for ``load_data``.
 
     Returns:
         The sets by split, and notes for the user.
@@ -146,10 +150,14 @@ def read_sets(path: str | Path) -> tuple[dict[SplitName, DetectionSet], list[str
     if not folder.exists():
         there = [item.name for item in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise DataError(f"{folder}: there is no such file or folder{nearest(folder.name, there)}")
-    sets, notes = _read(folder.absolute())
+    folder, began = folder.absolute(), time.time()
+    if not rescan and (kept := read_scan(folder)) is not None:
+        return kept
+    sets, notes = _read(folder)
     for name, data in sets.items():
         if away := outside([record.path for record in data.records], data.root):
             notes.append(f"{name}: {len(away)} images lie outside the data's folder, e.g. {os.path.realpath(away[0])}")
+    keep_scan(folder, began, sets, notes)
     return sets, notes
 
 

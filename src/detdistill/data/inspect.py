@@ -181,7 +181,7 @@ def inspect_data(path: str | Path, *, strict: bool = False, deep: bool = False) 
     Raises:
         DataError: as ``read_sets``; with ``strict``, as ``load_data``, and with ``deep`` also if an image cannot be decoded.
     """
-    found, notes = read_sets(path)
+    found, notes = read_sets(path, rescan=True)
     refusal = ""
     try:
         splits = usable(path, found, notes, strict=strict)

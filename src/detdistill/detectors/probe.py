@@ -7,8 +7,9 @@ with its reason. All adapters are found in their folders, not listed by hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,54 +26,18 @@ from detdistill.detectors.contract import (
     HasRegions,
     HasTowers,
 )
+from detdistill.detectors.probed import STAGES, Probed, Survey, keep_survey
 from detdistill.errors import DetdistillError
 from detdistill.structures import Batch, Features, Prediction, QuerySeed, Regions, Target, View, map_tensors
 
 GENERIC = "resnet10t,channels=8-16-32-64,stem=8,neck=32"
 """Model string after ``NAME:`` of the tiny model, for adapters without a ``TINY`` of their own."""
-STAGES = "all stages"
-"""Name of the check that every detector must pass: features, predict, assign, loss, backward, detect, positives."""
 CHECKS = (STAGES, *(words.partition(" (")[0] for words in CAPABILITIES.values()))
 """Names of all checks, in the order of the tables' columns."""
 
 
 class ProbeError(Exception):
     """A part of a detector ran, but its result breaks the contract."""
-
-
-@dataclass(frozen=True)
-class Probed:
-    """Results of probing one adapter."""
-
-    name: str
-    about: str
-    """First line of the adapter's file."""
-    family: str = "-"
-    """Kind of prediction; ``-``: unknown, the detector could not be built; ``as loaded``: depends on the loaded model."""
-    results: Mapping[str, bool] = field(default_factory=dict)
-    """Whether each of ``CHECKS`` works; False also if the detector does not implement the capability. Empty: not run."""
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    """Reason of each failed check, in one line."""
-    export: str = ""
-    """What may vary in an exported file, or ``no: `` and the reason; empty: not tried."""
-
-    def cell(self, check: str) -> str:
-        """Table cell: ``yes``, ``no`` (not implemented), ``FAILS``, or empty if the detector was not run."""
-        if check in self.reasons:
-            return "FAILS"
-        if not self.results and not self.reasons:
-            return ""
-        return "yes" if self.results.get(check) else "no"
-
-    @property
-    def able(self) -> tuple[str, ...]:
-        """Names of the capabilities that work."""
-        return tuple(check for check in CHECKS[1:] if self.results.get(check))
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """One line for each failure."""
-        return tuple(f"{self.name}, {check}: {reason}" for check, reason in self.reasons.items())
 
 
 def has_tiny(name: str) -> bool:
@@ -115,6 +80,13 @@ def probe_all(follow: Callable[[int, int], None] | None = None, export: Callable
         found.append(probe_adapter(name, export))
     if follow is not None:
         follow(len(names), len(names))
+    return found
+
+
+def survey(follow: Callable[[int, int], None] | None = None, export: Callable[[Detector], str] | None = None) -> Survey:
+    """Probe all adapters, and keep what was found for ``kept_survey``; arguments as in ``probe_all``."""
+    found = Survey(tuple(probe_all(follow, export)), tuple(CAPABILITIES.values()), CHECKS, time.strftime("%Y-%m-%d %H:%M"))
+    keep_survey(found)
     return found
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detdistill.functional.assign import pairwise_iou
+from detdistill.functional.precision import at_least_float32
 from detdistill.structures import NEGATIVE
 
 
@@ -44,18 +44,17 @@ def atss_assign(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Tensor,
     none = anchors_xyxy.new_zeros(len(anchors_xyxy))
     if len(anchors_xyxy) == 0 or len(ground_truth_xyxy) == 0:
         return matched, none
-    overlaps = pairwise_iou(anchors_xyxy, ground_truth_xyxy)  # [P, G]
     centers = (anchors_xyxy[:, :2] + anchors_xyxy[:, 2:]) / 2
-    index, threshold = _candidates(centers, levels, ground_truth_xyxy, overlaps, candidates)
-    own = overlaps.gather(0, index)
+    index, own, threshold = _candidates(anchors_xyxy, centers, levels, ground_truth_xyxy, candidates)
     from_start = centers[index] - ground_truth_xyxy[None, :, :2]
     to_end = ground_truth_xyxy[None, :, 2:] - centers[index]
     inside = torch.cat([from_start, to_end], dim=-1).amin(dim=-1) > 0.01
-    claims = torch.full_like(overlaps, -1.0)
-    claims.scatter_(0, index, torch.where((own >= threshold) & inside, own, -1.0))
-    best, box = claims.max(dim=1)  # max gives the first of equal boxes
-    positive = best >= 0
-    return torch.where(positive, box, matched), torch.where(positive, best, none)
+    candidate, box = torch.nonzero((own >= threshold) & inside, as_tuple=True)
+    anchor, overlap = index[candidate, box], own[candidate, box]
+    best = own.new_zeros(len(matched)).scatter_reduce(0, anchor, overlap, "amax")
+    first = overlap == best[anchor]
+    claimed = torch.full_like(matched, len(ground_truth_xyxy)).scatter_reduce(0, anchor[first], box[first], "amin")
+    return torch.where(claimed < len(ground_truth_xyxy), claimed, matched), best
 
 
 @torch.no_grad()
@@ -76,22 +75,32 @@ def atss_thresholds(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Ten
         >>> atss_thresholds(anchors, torch.zeros(2, dtype=torch.int64), anchors[:1])
         tensor([1.2071])
     """
-    overlaps = pairwise_iou(anchors_xyxy, ground_truth_xyxy)
     centers = (anchors_xyxy[:, :2] + anchors_xyxy[:, 2:]) / 2
-    return _candidates(centers, levels, ground_truth_xyxy, overlaps, candidates)[1]
+    return _candidates(anchors_xyxy, centers, levels, ground_truth_xyxy, candidates)[2]
 
 
 def _candidates(
-    centers: Tensor, levels: Tensor, ground_truth_xyxy: Tensor, overlaps: Tensor, candidates: int
-) -> tuple[Tensor, Tensor]:
-    """Indices [c, G] of each box's candidates, and the threshold [G] of their IoUs."""
+    anchors_xyxy: Tensor, centers: Tensor, levels: Tensor, ground_truth_xyxy: Tensor, candidates: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices [c, G] of each box's candidates, their IoUs [c, G], and the threshold [G] of these."""
     box_centers = (ground_truth_xyxy[:, :2] + ground_truth_xyxy[:, 2:]) / 2
-    distances = (centers[:, None] - box_centers[None]).pow(2).sum(dim=-1).sqrt()  # [P, G]
+    across, down = ((centers[:, None, axis] - box_centers[None, :, axis]).square_() for axis in (0, 1))
+    distances = across.add_(down).sqrt_()  # [P, G]; boxes of equal distance are ordered by their square roots
     chosen = []
     for level in torch.unique(levels).tolist():
         mine = torch.nonzero(levels == level).flatten()
         nearest = distances[mine].topk(min(candidates, len(mine)), dim=0, largest=False).indices
         chosen.append(mine[nearest])
     index = torch.cat(chosen)
-    own = overlaps.gather(0, index)
-    return index, own.mean(dim=0) + (own.std(dim=0) if len(own) > 1 else 0)  # one value has no deviation
+    own = _iou(anchors_xyxy[index], ground_truth_xyxy)
+    return index, own, own.mean(dim=0) + (own.std(dim=0) if len(own) > 1 else 0)  # one value has no deviation
+
+
+def _iou(candidates_xyxy: Tensor, ground_truth_xyxy: Tensor) -> Tensor:
+    """IoU [c, G] of each box with its own candidates [c, G, 4], by the operations of ``pairwise_iou``."""
+    anchors, boxes = at_least_float32(candidates_xyxy), at_least_float32(ground_truth_xyxy)
+    corner = torch.maximum(anchors[..., :2], boxes[:, :2])
+    opposite = torch.minimum(anchors[..., 2:], boxes[:, 2:])
+    shared = (opposite - corner).clamp(min=0).prod(dim=-1)
+    areas = [(each[..., 2:] - each[..., :2]).prod(dim=-1) for each in (anchors, boxes)]
+    return shared / (areas[0] + areas[1] - shared).clamp(min=1e-6)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +14,7 @@ from detdistill.data.records import DataSplits
 from detdistill.detectors.contract import Teacher
 from detdistill.evaluation import Scores, evaluate
 from detdistill.evaluation.scores import points
+from detdistill.kept import keep, read_kept, software
 from detdistill.progress import Progress
 from detdistill.settings import TrainSettings
 from detdistill.training.folder import RunFolder
@@ -20,8 +24,20 @@ from detdistill.training.plan import view_settings
 NEAR_ZERO_AP = 0.02
 
 
-def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings, progress: Progress) -> Scores | None:
+def score_teacher(
+    teacher: Teacher, splits: DataSplits, settings: TrainSettings, progress: Progress, source: str | None = None
+) -> Scores | None:
     """Evaluate the teacher on the validation images, and warn if its AP is below ``NEAR_ZERO_AP``.
+
+    The scores of a teacher with a ``source`` are kept in the user's cache folder for later runs with the same teacher, images,
+    image settings and software (``_key``).
+
+    Args:
+        teacher: the teacher.
+        splits: the data.
+        settings: settings of the run.
+        progress: display.
+        source: path or model string of the teacher; None: it was given in Python, where its code may change without its weights.
 
     Returns:
         Its scores; None if it lacks classes of the data.
@@ -30,8 +46,13 @@ def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings,
     if unknown:
         progress.say(f"teacher {teacher.spec.name} does not know {', '.join(unknown[:5])}: it is not scored", "yellow")
         return None
-    bar = progress.bar("score the teacher", len(splits.val.records))
     device = "cuda" if torch.cuda.is_available() and settings.device != "cpu" else "cpu"
+    key = "" if source is None else _key(teacher, splits, settings, device)
+    scores = None if source is None else _kept(key)
+    bar = progress.bar("score the teacher", len(splits.val.records))
+    if scores is not None:
+        bar.follow(scores.images, scores.images)
+        return _told(scores, splits, bar, progress, ", known from an earlier run")
     scores = evaluate(
         teacher.detector,
         splits.val,
@@ -41,8 +62,42 @@ def score_teacher(teacher: Teacher, splits: DataSplits, settings: TrainSettings,
         progress=bar.follow,
         errors=True,
     )
+    if source is not None:
+        keep(_name(key), key, asdict(scores))
+    return _told(scores, splits, bar, progress)
+
+
+def _key(teacher: Teacher, splits: DataSplits, settings: TrainSettings, device: str) -> str:
+    """Everything the scores depend on: weights, options and code of the teacher, images and boxes, image settings, device."""
+    views = asdict(view_settings(settings))
+    about = {
+        "teacher": teacher.fingerprint,
+        "model": [teacher.spec.name, getattr(teacher.detector, "description", None)],
+        "data": splits.val.fingerprint,
+        "views": views,
+        "batch": settings.batch,
+        "device": device,
+        "software": software(),
+    }
+    return json.dumps(about, sort_keys=True, default=str)
+
+
+def _name(key: str) -> str:
+    return f"teacher-scores/{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+
+
+def _kept(key: str) -> Scores | None:
+    kept: Any = read_kept(_name(key), key)
+    try:
+        return None if kept is None else Scores(**kept)
+    except TypeError:  # of another form
+        return None
+
+
+def _told(scores: Scores, splits: DataSplits, bar: Any, progress: Progress, how: str = "") -> Scores:
+    """Print the scores, and a warning if they are near zero."""
     ap = scores.metrics["AP"]
-    bar.say(f"AP {points(ap)}  AP50 {points(scores.metrics['AP50'])} on {scores.images} images")
+    bar.say(f"AP {points(ap)}  AP50 {points(scores.metrics['AP50'])} on {scores.images} images{how}")
     if 0 <= ap < NEAR_ZERO_AP:
         progress.say(
             f"WARNING: the teacher's AP is {100 * ap:.2f} of 100 on {splits.val.root}, so a student can learn next to "

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torchvision.models.detection import RetinaNet
@@ -5,18 +7,22 @@ from torchvision.ops import box_iou
 
 from detdistill.detectors.adapters import wrap_torchvision
 from detdistill.detectors.build import build_detector
+from detdistill.detectors.dense.shared.heads import LONG_ROW
 from detdistill.errors import ModelError
 from detdistill.structures import Assignment
 from tests.detectors.dense.shared import (
     EMPTY,
+    FULL,
     assert_detections_equal,
     assert_losses_and_gradients_equal,
+    library_images,
     library_targets,
     randomize_outputs,
     unequal_batch,
 )
 
-NAME = "retinanet:resnet10t,width=0.25,neck=32,convs=2,score=0.01"
+SMALL = "resnet10t,width=0.25,neck=32,convs=2,score=0.01"
+NAME = f"retinanet:{SMALL}"
 
 
 @pytest.fixture
@@ -147,3 +153,22 @@ def test_foreign_head_is_refused(detector):
     model = RetinaNet(detector.model.backbone, 4, head=torch.nn.Identity(), anchor_generator=detector.model.anchor_generator)
     with pytest.raises(ModelError, match="only torchvision's RetinaNetHead"):
         wrap_torchvision(model, ["a", "b", "c"], "odd")
+
+
+@pytest.mark.parametrize("targets", [FULL, EMPTY], ids=["full", "empty"])
+def test_with_many_classes_losses_and_gradients_equal_torchvision_to_the_sixth_digit(targets):
+    torch.manual_seed(0)
+    detector = randomize_outputs(build_detector(f"retinanet:{SMALL}", [str(label) for label in range(LONG_ROW)])).train()
+    batch = unequal_batch(targets)
+    prediction = detector(batch).prediction
+    assert torch.equal(prediction.logits, prediction.own.outputs["cls_logits"][..., 1:])
+    assert prediction.logits.data_ptr() == prediction.own.outputs["cls_logits"].data_ptr() + 4  # a view
+    library = copy.deepcopy(detector.model)
+    losses = detector.loss(prediction, batch)
+    theirs = library(library_images(batch), library_targets(batch))
+    for name, value in theirs.items():
+        torch.testing.assert_close(losses.terms[name], value, rtol=1e-6, atol=1e-6)
+    losses.total().backward()
+    sum(theirs.values()).backward()
+    for mine, other in zip(detector.model.parameters(), library.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-6)

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection import RetinaNet
-from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetHead
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
-from detdistill.detectors.dense.shared.heads import DenseDetector, DenseOptions, supervision
+from detdistill.detectors.dense.shared.heads import LONG_ROW, DenseDetector, DenseOptions, supervision
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
-from detdistill.detectors.torchvision.dense_outputs import flat_outputs, own_outputs
-from detdistill.detectors.torchvision.targets import Matches, target_dicts
+from detdistill.detectors.torchvision.dense_outputs import OwnOutputs, flat_outputs, own_outputs
+from detdistill.detectors.torchvision.matching import match_anchors
+from detdistill.detectors.torchvision.targets import target_dicts, trainable, whole_indices
 from detdistill.errors import ModelError
-from detdistill.structures import Assignment, Batch, Losses, Prediction
+from detdistill.structures import NEGATIVE, Assignment, Batch, Dense, Losses, Prediction
 from detdistill.values import Count, Positive
 
 MODEL_CLASS = RetinaNet
@@ -134,14 +134,15 @@ class RetinaNetDetector(DenseDetector):
     def assign(self, prediction: Prediction, batch: Batch) -> Assignment:
         """Assign by torchvision's rule: IoU from 0.5 positive, below 0.4 negative, else ignored; each box keeps its best anchors.
 
-        The rule is part of the model's ``compute_loss``, which runs here with a replacement head that records the matches.
+        An image without boxes has negatives only.
         """
-        own = own_outputs(prediction, self)
-        matches = Matches()
-        stand_in = SimpleNamespace(head=matches, proposal_matcher=self.model.proposal_matcher)
-        targets = target_dicts(batch, self.columns)
-        type(self.model).compute_loss(stand_in, targets, own.outputs, list(own.anchors))
-        return matches.assignment(batch)
+        dense = cast(Dense, prediction)
+        matched = torch.full(dense.logits.shape[:2], NEGATIVE, dtype=torch.int64, device=dense.logits.device)
+        for image, target in enumerate(batch.targets):
+            boxes = target.boxes_xyxy[trainable(target)].to(batch.images.dtype)
+            if len(boxes):
+                matched[image] = whole_indices(match_anchors(self.model.proposal_matcher, boxes, dense, image), target)
+        return Assignment(matched)
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
         """Compute ``classification`` (focal) and ``bbox_regression``.
@@ -150,13 +151,9 @@ class RetinaNetDetector(DenseDetector):
         contain weights and ignored predictions; its normaliser, if given, divides the sum over the whole batch instead.
         """
         own = own_outputs(prediction, self)
-        if assignment is None:
-            targets = target_dicts(batch, self.columns)
-            return Losses(self.model.compute_loss(targets, own.outputs, list(own.anchors)))
+        assignment = assignment or self.assign(prediction, batch)
         if assignment.weights is None and assignment.normalizer is None:
-            targets = target_dicts(batch, self.columns, only_trainable=False)
-            matched = list(assignment.matched)
-            return Losses(self.model.head.compute_loss(targets, own.outputs, list(own.anchors), matched))
+            return Losses(self._plain_loss(own, batch, assignment))
         asked = supervision(assignment, batch, self.class_outputs)
         normalizer = assignment.normalizer
         if normalizer is None:
@@ -171,6 +168,22 @@ class RetinaNetDetector(DenseDetector):
                 "bbox_regression": (regression * asked.weights[positive]).sum(),
             }
         )
+
+    def _plain_loss(self, own: OwnOutputs, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
+        """Compute the head's two terms: by the head, or for long rows in less memory (equal to about 1e-7)."""
+        head, matched = self.model.head, list(assignment.matched)
+        targets = target_dicts(batch, self.columns, only_trainable=False)
+        anchors = list(own.anchors)
+        known = (RetinaNetHead.compute_loss, RetinaNetClassificationHead.compute_loss)
+        theirs = (type(head).compute_loss, type(head.classification_head).compute_loss)
+        if own.outputs["cls_logits"].shape[-1] < LONG_ROW or theirs != known:
+            return dict(head.compute_loss(targets, own.outputs, anchors, matched))
+        asked = supervision(assignment, batch, self.class_outputs)
+        positives = asked.positive.sum(dim=1).clamp(min=1)
+        return {
+            "classification": (asked.focal(own.outputs["cls_logits"]).sum(dim=1) / positives).sum() / len(batch),
+            "bbox_regression": head.regression_head.compute_loss(targets, own.outputs, anchors, matched),
+        }
 
     def _box_losses(self, deltas: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
         """Compute the head's regression loss [M] of each positive; the head itself returns their sum only."""

@@ -15,7 +15,6 @@ from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss
 
 from detdistill.detectors.contract import dense_positives
 from detdistill.detectors.student_files.load_student import build as build_model
@@ -35,6 +34,7 @@ from detdistill.detectors.torchvision.options import BackboneOptions, CandidateO
 from detdistill.detectors.torchvision.targets import matched_targets, target_dicts, trainable, whole_indices
 from detdistill.functional.atss import atss_assign
 from detdistill.functional.counting import label_weights
+from detdistill.functional.sparse_focal import focal_rows
 from detdistill.structures import (
     IGNORED,
     Assignment,
@@ -50,6 +50,8 @@ from detdistill.structures import (
 )
 from detdistill.values import Index
 
+LONG_ROW = 128
+"""From this number of classes on, rows of logits are long: memory counts more than the last bit."""
 Top = Literal["conv", "linear", "input", "pool"]
 Built = tuple[OneStage, dict[str, Any]]
 
@@ -128,7 +130,7 @@ class DenseDetector(TorchvisionDetector):
         priors = self.references(outputs, torch.stack(anchors), levels)
         counts = tuple(height * width * count for (height, width), count in zip(shapes, per_cell, strict=True))
         return Dense(
-            logits=outputs["cls_logits"][..., self.logit_outputs],
+            logits=self.picked_outputs(outputs["cls_logits"]),
             deltas=outputs["bbox_regression"],
             boxes_xyxy=self.decode(outputs["bbox_regression"], priors, levels),
             priors_xyxy=priors,
@@ -151,6 +153,18 @@ class DenseDetector(TorchvisionDetector):
         ]  # so that anchors have full precision under autocast
         generator = self.model.anchor_generator
         return tuple(generator(self.image_shapes(batch), stand_ins)), generator.num_anchors_per_location()
+
+    def picked_outputs(self, outputs: Tensor) -> Tensor:
+        """Return the outputs ``logit_outputs`` [B, P, K]: a view if they stand side by side in long rows.
+
+        Short rows are copied, because arithmetic on rows with gaps between them is slower.
+        """
+        wanted = self.logit_outputs
+        if len(wanted) >= LONG_ROW:
+            first = int(wanted[0])
+            if torch.equal(wanted, torch.arange(first, first + len(wanted), device=wanted.device)):
+                return outputs[..., first : first + len(wanted)]
+        return outputs[..., wanted]
 
     # ---------------------------------------------------------------------------------------------------------- results
 
@@ -377,8 +391,9 @@ class Supervision:
 
     def focal(self, logits: Tensor) -> Tensor:
         """Compute the focal loss [B, P] (alpha 0.25, gamma 2), summed over the class outputs, times the weights."""
-        losses = sigmoid_focal_loss(logits, self.wanted(logits), reduction="none").sum(dim=-1)
-        return losses * self.weights
+        outputs = torch.full_like(self.positive, -1, dtype=torch.int64)
+        outputs[self.positive] = self.outputs
+        return focal_rows(logits, outputs) * self.weights
 
     def spread(self, values: Tensor) -> Tensor:
         """Scatter the values [M] of the positives, times their weights, to [B, P]; zero elsewhere."""

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD, SSDFeatureExtractorVGG
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet, SSDLiteHead
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from detdistill.detectors.contract import Parts, Pyramid, dense_positives
 from detdistill.detectors.student_files.load_student import TimmLevels
 from detdistill.detectors.torchvision.dense_outputs import flat_outputs, layout
 from detdistill.detectors.torchvision.detector import TorchvisionDetector
 from detdistill.detectors.torchvision.images import image_sizes, with_padding
+from detdistill.detectors.torchvision.matching import match_anchors
 from detdistill.detectors.torchvision.targets import trainable, whole_indices
 from detdistill.errors import ModelError
 from detdistill.functional.modes import evaluating
@@ -204,8 +205,7 @@ class SingleShotDetector(TorchvisionDetector):
         for image, target in enumerate(batch.targets):
             boxes = target.boxes_xyxy[trainable(target)].to(dense.priors_xyxy.dtype)
             if len(boxes):
-                index = self.model.proposal_matcher(box_iou(boxes, dense.priors_xyxy[image]))
-                matched[image] = whole_indices(index, target)
+                matched[image] = whole_indices(match_anchors(self.model.proposal_matcher, boxes, dense, image), target)
         return Assignment(matched)
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:

@@ -29,6 +29,7 @@ from detdistill.detectors.torchvision.backbones import image_statistics, pyramid
 from detdistill.detectors.torchvision.dense_outputs import layout
 from detdistill.detectors.torchvision.detector import TorchvisionDetector
 from detdistill.detectors.torchvision.images import image_sizes
+from detdistill.detectors.torchvision.matching import match_anchors
 from detdistill.detectors.torchvision.options import BackboneOptions, Levels, PyramidOptions, SelectionOptions
 from detdistill.detectors.torchvision.targets import trainable
 from detdistill.errors import DataError, ModelError
@@ -355,8 +356,8 @@ class TwoStageDetector(TorchvisionDetector):
         for image, target in enumerate(batch.targets):
             usable = trainable(target)
             if len(usable):
-                overlaps = box_iou(target.boxes_xyxy[usable].to(batch.images.dtype), first.priors_xyxy[image])
-                found = self.model.rpn.proposal_matcher(overlaps)
+                boxes = target.boxes_xyxy[usable].to(batch.images.dtype)
+                found = match_anchors(self.model.rpn.proposal_matcher, boxes, first, image)
                 matched[image] = torch.where(found >= 0, usable[found.clamp(min=0)], found)
         return Assignment(matched)
 
