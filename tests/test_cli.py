@@ -276,8 +276,8 @@ def test_a_pipe_that_closes_early_is_no_error():
 
 
 def test_listings_show_every_file(capsys, monkeypatch):
-    def names(verb):
-        cli.main([verb, "--json"])
+    def names(verb, *more):
+        cli.main([verb, "--json", *more])
         return [entry["name"] for entry in json.loads(capsys.readouterr().out)[verb]]
 
     package = Path(detdistill.__file__).parent
@@ -287,7 +287,7 @@ def test_listings_show_every_file(capsys, monkeypatch):
     assert len(methods) >= 11
     assert names("methods") == sorted(methods)
     monkeypatch.setattr(probe, "probe_adapter", lambda name, export: probe.Probed(name, "not tried"))
-    detectors = names("detectors")
+    detectors = names("detectors", "--probe", "true")
     assert set(detectors) >= {"fcos", "retinanet", "faster_rcnn", "mask_rcnn", "ssd", "ssdlite", "torchvision"}
 
 

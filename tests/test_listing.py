@@ -121,7 +121,7 @@ def test_detectors(see, probed):
 def test_detectors_are_probed_once_for_the_same_versions(see, document, probed, monkeypatch):
     see("detectors")
     shown = document("detectors")
-    monkeypatch.setattr(probe, "probe_all", lambda follow: FOUND[:1])
+    monkeypatch.setattr(probe, "probe_all", lambda follow, export: FOUND[:1])
     assert document("detectors") == shown  # from the kept file
     assert [each["name"] for each in document("detectors --probe true")["detectors"]] == ["cascade_mask_rcnn"]
     assert [each["name"] for each in document("detectors")["detectors"]] == ["cascade_mask_rcnn"]  # what was kept last
@@ -129,7 +129,7 @@ def test_detectors_are_probed_once_for_the_same_versions(see, document, probed, 
 
 def test_kept_probes_of_other_versions_or_other_files_are_not_trusted(document, probed, monkeypatch):
     document("detectors")
-    monkeypatch.setattr(probe, "probe_all", lambda follow: FOUND[:1])
+    monkeypatch.setattr(probe, "probe_all", lambda follow, export: FOUND[:1])
     monkeypatch.setattr(kept, "version", lambda name: "99.0")
     assert len(document("detectors")["detectors"]) == 1
 
