@@ -42,6 +42,16 @@ def lively(name):
             parameter.data.add_(2 + 0.3 * torch.randn(parameter.shape, generator=noise))
         if parameter.dim() == 4 and "cls_logits" in key:
             parameter.data.mul_(30)
+    if name == "ultralytics":
+        for module in detector.modules():  # statistics of real maps, without which the maps fade from layer to layer
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        with torch.no_grad():
+            detector.train()(batch(((128, 128),), 128, 128))
+        detector.eval()
+        for key, parameter in detector.head.named_parameters():
+            if key.endswith("2.weight") and parameter.dim() == 4:  # the output layers
+                parameter.data.add_(torch.randn(parameter.shape, generator=noise))
     if name in ("fcos", "retinanet"):  # torchvision's heads have an output for the background, which training holds down
         detector.model.head.classification_head.cls_logits.bias.data[0::3] = -9
     return detector

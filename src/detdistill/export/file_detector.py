@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -76,7 +76,12 @@ class FileDetector(Detector):
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
         """Choose the detections by the rule in the file."""
         results = cast(Any, prediction)
-        return [select(found, self.about.rule) for found in results.images]
+        chosen = [select(found, self.about.rule) for found in results.images]
+        if not self.about.rule.clip:
+            return chosen
+        limits = batch.sizes[:, [1, 0, 1, 0]].to(torch.float32)
+        clipped = [one.boxes_xyxy.clamp(min=0).minimum(limit) for one, limit in zip(chosen, limits, strict=True)]
+        return [replace(one, boxes_xyxy=boxes) for one, boxes in zip(chosen, clipped, strict=True)]
 
     def assign(self, prediction: Prediction, batch: Batch) -> NoReturn:
         """Not available."""

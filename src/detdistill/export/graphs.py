@@ -32,6 +32,7 @@ from detdistill.detectors.student_files.models.dense import valid_cells
 from detdistill.detectors.torchvision.dense_outputs import layout
 from detdistill.detectors.torchvision.detector import TorchvisionDetector
 from detdistill.detectors.two_stage.shared.detector import TwoStageDetector
+from detdistill.detectors.yolo.shared import detector as yolo
 from detdistill.errors import ModelError
 from detdistill.export.selection import Rule, rule_of
 from detdistill.structures import Batch, Features, map_tensors
@@ -134,6 +135,27 @@ class SingleShotGraph(Graph):
         boxes = model.box_coder.decode_single(found["bbox_regression"].flatten(0, 1), priors.flatten(0, 1))
         scores = found["cls_logits"].softmax(dim=-1)[..., detector.columns]
         return clipped(boxes.reshape(images.shape[0], -1, 4), sizes), scores
+
+
+class YOLOGraph(Graph):
+    """A network of ultralytics. Results: ``boxes`` [B, P, 4] in pixels and ``scores`` [B, P, K] of all cells.
+
+    Boxes are not clipped, because the package suppresses them before. With the option ``nms=false`` the results are those of the
+    one-to-one branch.
+    """
+
+    outputs = ("boxes", "scores")
+    detector: yolo.Network
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """Run the network and decode."""
+        detector = self.detector
+        _, valid = self.normalized(images, sizes)
+        maps = list(detector.pyramid(detector.backbone(torch.where(valid[:, None], images, yolo.GREY))))
+        found = detector.head.forward_head(maps, **(detector.head.one2many if detector.options.nms else detector.head.one2one))
+        shapes = [(level.shape[-2], level.shape[-1]) for level in maps]
+        levels, cells, _ = layout(shapes, detector.spec.anchors, images.device)
+        return detector.decoded(found["boxes"], levels, cells), found["scores"].sigmoid().transpose(1, 2)[..., detector.columns]
 
 
 class TwoStageGraph(Graph):
@@ -250,11 +272,13 @@ def graph_of(detector: Detector, inside: bool = False) -> Graph:
         return TwoStageGraph(detector)
     if getattr(detector, "votes", False):
         raise ModelError(f"{name}: it averages boxes after NMS (score voting), which no exported file does; export ATSS instead")
+    if isinstance(detector, yolo.Network) and not inside:
+        return YOLOGraph(detector)
     if isinstance(detector, DenseDetector):
         return SuppressedGraph(DenseGraph(detector), rule_of(detector)) if inside else DenseGraph(detector)
     if inside:
-        why = "SSD's fixed set of boxes is chosen outside" if isinstance(detector, SingleShotDetector) else "queries need no NMS"
-        raise ModelError(f"{name}: nms inside the file is there for dense heads only ({why}); leave out --nms")
+        why = "boxes of SSD and YOLO are chosen outside" if detector.spec.family == "dense" else "queries need no NMS"
+        raise ModelError(f"{name}: nms inside the file is there for dense heads with towers only ({why}); leave out --nms")
     if isinstance(detector, SingleShotDetector):
         return SingleShotGraph(detector)
     if detector.spec.family == "queries":

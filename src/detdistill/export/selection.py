@@ -17,6 +17,7 @@ from detdistill.detectors.contract import Detector
 from detdistill.detectors.dense.shared.heads import DenseDetector, OwnDenseDetector
 from detdistill.detectors.single_shot.shared.detector import SingleShotDetector
 from detdistill.detectors.torchvision.detector import TorchvisionDetector
+from detdistill.detectors.yolo.shared import detector as yolo
 from detdistill.structures import Detections
 
 
@@ -37,6 +38,8 @@ class Rule:
     """Largest number of detections of an image; None: no limit."""
     drop_empty: bool = False
     """Boxes without area are dropped before NMS."""
+    clip: bool = False
+    """The file's boxes reach out of the image, and detections are clipped to it after NMS."""
 
     @staticmethod
     def from_plain(content: Mapping[str, Any]) -> Rule:
@@ -61,6 +64,11 @@ def rule_of(detector: Detector) -> Rule:
             int(model.detections_per_img),
             isinstance(detector, OwnDenseDetector),
         )
+    if isinstance(detector, yolo.Network):
+        chosen = detector.options
+        if not chosen.nms:
+            return Rule("pair", chosen.score, detections=chosen.dets, clip=True)
+        return Rule("class", chosen.score, iou=chosen.iou, detections=chosen.dets, clip=True)
     if detector.spec.family == "regions":
         return Rule("inside")
     if isinstance(detector, TorchvisionDetector):  # AdaMixer

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from detdistill.detectors.contract import Detector, DetectorSpec, Parts, Pyramid, dense_positives
 from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.single_cells import accept_single_cells
+from detdistill.detectors.torchvision.dense_outputs import layout
 from detdistill.detectors.torchvision.images import coarser_padding, image_sizes, with_padding
 from detdistill.detectors.yolo.shared.assignment import task_aligned
 from detdistill.detectors.yolo.shared.networks import save_pt
@@ -141,7 +142,7 @@ class Network(Detector):
 
     def normalized(self, batch: Batch) -> Tensor:
         """[B, 3, H, W] images in 0..1 with grey padding, as the package shows them, and padded to whole cells of each level."""
-        images, divisible = batch.images, int(self.model.stride.max())
+        images, divisible = batch.images, max(self.spec.strides)
         below, right = (-side % divisible for side in images.shape[-2:])
         if any(view.size_hw != batch.padding_hw for view in batch.views):
             images = images.masked_fill(batch.padding_mask()[:, None], GREY)
@@ -153,10 +154,13 @@ class Network(Detector):
 
     def backbone_features(self, batch: Batch) -> Features:
         """Compute the maps of the backbone that later layers read."""
+        return with_padding(self.backbone(self.normalized(batch)), self._below_strides(), batch)
+
+    def backbone(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The maps of the backbone that later layers read, from images [B, 3, H, W] with grey padding."""
         kept: dict[int, Tensor] = {}
-        self._run(self._body, self.normalized(batch), kept, self._taps)
-        maps = tuple(kept[index] for index in self._taps)
-        return with_padding(maps, self._below_strides(), batch)
+        self._run(self._body, images, kept, self._taps)
+        return tuple(kept[index] for index in self._taps)
 
     def neck(self, features: Features, batch: Batch) -> Features:
         """Run the layers between backbone and head."""
@@ -210,7 +214,7 @@ class Network(Detector):
             own: prediction of a second branch.
         """
         deltas, scores = (one.transpose(1, 2).to(batch.images.dtype) for one in (boxes, scores))
-        levels, cells = places(shapes, deltas.device)
+        levels, cells, numbers = layout(shapes, self.spec.anchors, deltas.device)
         points, strides = self._points(levels, cells, deltas)
         sides = deltas
         if self.head.reg_max > 1:
@@ -225,7 +229,7 @@ class Network(Detector):
             priors_xyxy=halves.expand_as(corners),
             levels=levels,
             cells=cells,
-            anchors=torch.zeros_like(levels),
+            anchors=numbers,
             own=own,
         )
 
@@ -313,7 +317,7 @@ class Network(Detector):
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:
         """Select the detections as the package's validation does, and clip them to the images."""
         dense, options = cast(Dense, prediction), self.options
-        boxes, scores = self._decoded(dense), dense.logits.sigmoid()
+        boxes, scores = self.decoded(dense.deltas.transpose(1, 2), dense.levels, dense.cells), dense.logits.sigmoid()
         found = []
         for image, size in enumerate(image_sizes(batch)):
             index, labels, score = select(
@@ -322,10 +326,18 @@ class Network(Detector):
             found.append(detections_at(boxes[image, index], score, labels, index, image, dense, size))
         return found
 
-    def _decoded(self, dense: Dense) -> Tensor:
-        """Boxes [B, P, 4] in pixels, with the arithmetic of the package's inference (centre and size; bins by convolution)."""
-        outputs = dense.deltas.transpose(1, 2)
-        points, strides = self._points(dense.levels, dense.cells, outputs)
+    def decoded(self, outputs: Tensor, levels: Tensor, cells: Tensor) -> Tensor:
+        """Decode boxes with the arithmetic of the package's inference (centre and size; bins by convolution).
+
+        Args:
+            outputs: [B, 4R, P] outputs for the sides.
+            levels: [P] level of each prediction.
+            cells: [P, 2] row and column of each prediction.
+
+        Returns:
+            [B, P, 4] in pixels, not clipped.
+        """
+        points, strides = self._points(levels, cells, outputs)
         sides = self.head.dfl(outputs) if self.head.reg_max > 1 else outputs
         low, high = points.T - sides[:, :2], points.T + sides[:, 2:]
         center, extent = (low + high) / 2 * strides.T, (high - low) * strides.T
@@ -412,15 +424,6 @@ def _reset(network: nn.Module) -> None:
 def _sources(layer: Any) -> list[int]:
     """Numbers of the layers whose outputs a layer reads; -1: the one before."""
     return list(layer.f) if isinstance(layer.f, list) else [layer.f]
-
-
-def places(shapes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Level [P], and row and column [P, 2], of each prediction."""
-    levels, cells = [], []
-    for level, (height, width) in enumerate(shapes):
-        cells.append(torch.cartesian_prod(torch.arange(height, device=device), torch.arange(width, device=device)))
-        levels.append(torch.full((height * width,), level, device=device))
-    return torch.cat(levels), torch.cat(cells)
 
 
 def _objects(batch: Batch, image: Tensor, matched: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
