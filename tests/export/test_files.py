@@ -43,18 +43,23 @@ def lively(name):
         if parameter.dim() == 4 and "cls_logits" in key:
             parameter.data.mul_(30)
     if name == "ultralytics":
-        for module in detector.modules():  # statistics of real maps, without which the maps fade from layer to layer
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = 1.0
-        with torch.no_grad():
-            detector.train()(batch(((128, 128),), 128, 128))
-        detector.eval()
-        for key, parameter in detector.head.named_parameters():
-            if key.endswith("2.weight") and parameter.dim() == 4:  # the output layers
-                parameter.data.add_(torch.randn(parameter.shape, generator=noise))
+        spread_outputs(detector, noise)
     if name in ("fcos", "retinanet"):  # torchvision's heads have an output for the background, which training holds down
         detector.model.head.classification_head.cls_logits.bias.data[0::3] = -9
     return detector
+
+
+@torch.no_grad()
+def spread_outputs(detector, noise):
+    """Give the output layers of a YOLO weights with which boxes and scores differ from cell to cell."""
+    given = batch(((128, 128),), 128, 128)
+    maps = detector.features(given).maps
+    for side, least in ((detector.head.cv3, -1.0), (detector.head.cv2, 0.0)):
+        for level, branch in zip(maps, side, strict=True):
+            inner, last = branch[:-1](level), branch[-1]
+            scale = inner.std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-12)
+            last.weight.copy_(torch.randn(last.weight.shape, generator=noise) / scale / inner.shape[1] ** 0.5)
+            last.bias.copy_(least - last(inner).mean(dim=(0, 2, 3)) + last.bias)
 
 
 def written(detector, path, kind="onnx", inside=False):
