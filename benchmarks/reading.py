@@ -6,6 +6,7 @@
 - ``coco`` and ``voc``: ``load_data`` of 20,500 made-up images with three boxes each, in a new process of each checkout.
 - ``coco again`` and ``voc again``: the same when this checkout has kept what it read (in an own cache folder).
 - ``deep``: ``detdistill data inspect --deep true`` of a real data set.
+- ``predict``: ``detdistill.predict`` of the images of the data set at 640 pixels, with the student folder ``--model``.
 - ``checksum``: the check of a checkpoint, as a share of the time from the start of a process until the checkpoint is loaded.
 """
 
@@ -50,6 +51,19 @@ print((checked - before) / time.process_time())
 """
 
 
+PREDICT = """
+import sys, tempfile, time
+from pathlib import Path
+import detdistill.evaluation.predict
+from detdistill import api
+model, images = sys.argv[1].split("|")
+with tempfile.TemporaryDirectory() as out:
+    before = time.process_time()
+    api.predict(model, Path(images), Path(out), size=640)
+    print(time.process_time() - before)
+"""
+
+
 def make(root: Path) -> None:
     """Write the same images and boxes in COCO and in VOC form."""
     for folder in ("coco/train2017", "coco/annotations", "voc/JPEGImages", "voc/Annotations", "voc/ImageSets/Main"):
@@ -80,7 +94,7 @@ def make(root: Path) -> None:
         (root / "voc/ImageSets/Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in part))
 
 
-def printed(checkout: Path, code: str, path: Path) -> float:
+def printed(checkout: Path, code: str, path: Path | str) -> float:
     """The number that a program prints in the environment of a checkout."""
     command = [str(checkout / ".venv/bin/python"), "-c", code, str(path)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tempfile.gettempdir()).stdout)
@@ -101,6 +115,7 @@ def main() -> None:
     parser.add_argument("--other", type=Path, required=True, help="another checkout with its own .venv")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, help="none: checksums are not measured")
+    parser.add_argument("--model", type=Path, help="a student folder; none: predict is not measured")
     parser.add_argument("--cases", nargs="*", help="names of the cases to measure; the file keeps the others")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -116,6 +131,8 @@ def main() -> None:
             "voc again": lambda checkout: printed(checkout, LOAD, made / "voc"),
             "deep": lambda checkout: inspected(checkout, data),
         }
+        if chosen.model:
+            cases["predict"] = lambda checkout: printed(checkout, PREDICT, f"{chosen.model.resolve()}|{data}")
         found: dict[str, dict[str, float]] = {}
         if chosen.out and chosen.out.exists():
             found = json.loads(chosen.out.read_text())["cases"]

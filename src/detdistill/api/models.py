@@ -111,6 +111,9 @@ def predict(
         raise RunError("predict: give out, a folder for the drawn images; detdistill.detect(model, images) returns boxes alone")
     if not isinstance(images, str | Path):
         raise RunError(f"predict: reads an image file or a folder, not a {type(images).__name__}; use detdistill.detect for it")
+    import torch
+    from torch import nn
+
     from detdistill.evaluation.predict import default_batch, default_threads, predict_folder
     from detdistill.functional.modes import evaluating
     from detdistill.progress import Progress
@@ -118,6 +121,11 @@ def predict(
     _check_looking(score, batch)
     with progress or Progress() as shown:
         detector, settings = _ready(model, size, device, shown)
+        parameter = next(detector.parameters(), None)
+        if not isinstance(model, nn.Module) and parameter is not None and parameter.device.type == "cpu":
+            detector = detector.to(
+                memory_format=torch.channels_last
+            )  # 0.8 to 1.0 of the time, by detector; not done to a caller's
         bar = shown.bar("predict", 1)
         with evaluating(detector):
             found = predict_folder(
