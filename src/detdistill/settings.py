@@ -42,7 +42,7 @@ NOTHING_FOR_CACHES = Effect(run=False, stage=False, cache=False)
 
 BUDGET = (
     "epochs", "steps", "batch", "accumulate", "optimizer", "lr", "backbone_lr_factor", "weight_decay", "schedule", "warmup_steps",
-    "clip", "ema", "precision", "devices", "nodes", "size", "resize", "max_size", "flip", "colour", "scale_jitter",
+    "clip", "ema", "precision", "devices", "nodes", "size", "resize", "max_size", "flip", "colour", "hue", "scale_jitter",
     "scales", "mosaic",
 )  # fmt: skip
 """Settings that must agree for a comparison to be fair."""
