@@ -5,6 +5,12 @@
 Five levels (strides 8..128), 256 channels, 800x1088 pixels, batch 2, float32. Time is the median of the repetitions. Peak memory
 is that of the process (CPU) or of the device (CUDA), less the memory of maps, modules and their gradients. Each method is
 measured in a process of its own.
+
+    uv run python benchmarks/losses.py --released FOLDER --out benchmarks/results/losses_released_cpu.json
+
+Each loss side by side with released code, see ``released/compare.py``. FOLDER holds the repositories, each in ``owner+name`` at the
+commit that ``released/*.py`` name, and in ``site`` the packages that these need (mmcv-lite 2.2.0, mmengine 0.10.7, einops and
+opencv-python-headless, installed with ``uv pip install --no-deps --target FOLDER/site``).
 """
 
 import argparse
@@ -25,6 +31,7 @@ from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.needs import Needs
 from detdistill.structures import Batch, Clock, Features, Observation, Target, View
 from detdistill.training.machine import hardware, versions
+from released.compare import compare_all
 
 STRIDES = (8, 16, 32, 64, 128)
 SIZE = (800, 1088)
@@ -98,8 +105,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--released", type=Path, help="folder of released repositories: compare with these")
+    parser.add_argument("--only", nargs="+", help="with --released: only these comparisons, the others stay as they are in --out")
     parser.add_argument("--method", help="measure this method in this process and print the result as JSON")
     chosen = parser.parse_args()
+    if chosen.released:
+        compare_all(chosen.released, chosen.out, chosen.only)
+        return
     if chosen.method:
         print(json.dumps(measure(chosen.method, chosen.device, chosen.repeat)))
         return

@@ -70,9 +70,7 @@ def pkd(folder: Path) -> Case:
     (module,) = load(_razor(RAZOR + "pkd_loss"), folder)
     given = maps()
     loss = module.PKDLoss(loss_weight=6)
-    return Case(
-        partial(pkd_loss, given.student, given.teacher), partial(loss, given.student, given.teacher), given.student
-    )
+    return Case(partial(pkd_loss, given.student, given.teacher), partial(loss, given.student, given.teacher), given.student)
 
 
 def cwd(folder: Path) -> Case:
@@ -111,7 +109,9 @@ def fkd(folder: Path) -> Case:
 def fgd(folder: Path) -> Case:
     """``FeatureLoss`` of FGD, masks of the boxes included."""
     source = Source(
-        "yzd-v/FGD", "c03a6cf3b3cb3cbfd5554dbf4766e7135747d22d", {"mmdet.distillation.losses.fgd": "mmdet/distillation/losses/fgd.py"}
+        "yzd-v/FGD",
+        "c03a6cf3b3cb3cbfd5554dbf4766e7135747d22d",
+        {"mmdet.distillation.losses.fgd": "mmdet/distillation/losses/fgd.py"},
     )
     (module,) = load(source, folder)
     given = maps()
