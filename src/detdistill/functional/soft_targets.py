@@ -14,6 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROWS_CHUNK = {"cpu": 2**17}
+"""Numbers that a divergence compares at a time, by kind of device."""
+LARGE_CHUNK = 2**26
+"""The same for other devices."""
+
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
     """Kullback-Leibler divergence of softmaxes, ``T^2 * sum_c p_c (log p_c - log q_c)``: the sum over classes.
@@ -43,23 +48,42 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
 
 
 class _KLDivergence(torch.autograd.Function):
-    """Custom autograd function that keeps one tensor for the backward pass (``q - p``); autograd would keep two."""
+    """Custom autograd function that keeps one tensor for the backward pass (``q - p``); autograd would keep two.
+
+    A few rows are computed at a time, so that the temporary tensors stay in a CPU's cache.
+    """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
-        log_q = (student / temperature).log_softmax(dim)
-        log_p = (teacher / temperature).log_softmax(dim)
-        ratio, p, q = log_q - log_p, log_p.exp_(), log_q.exp_()
-        difference = q.add_(p).mul_(torch.tanh(ratio / 2))  # q - p with all its digits, as (q - p) / (q + p) = tanh(r / 2)
-        ctx.save_for_backward(difference)
+        mine, theirs = (side.movedim(dim, -1) for side in torch.broadcast_tensors(student, teacher))
+        shape, classes = mine.shape, mine.shape[-1]
+        mine, theirs = mine.reshape(-1, classes), theirs.reshape(-1, classes)
+        difference, total = torch.empty_like(mine), mine.new_empty(len(mine))
+        rows = max(1, ROWS_CHUNK.get(student.device.type, LARGE_CHUNK) // max(1, classes))
+        for start in range(0, len(mine), rows):
+            part = slice(start, start + rows)
+            q, shift_q = _softmax(mine[part], temperature)
+            p, shift_p = _softmax(theirs[part], temperature)
+            ratio = (mine[part] - theirs[part]).div_(temperature).sub_(shift_q - shift_p)
+            # q - p with all its digits, as (q - p) / (q + p) = tanh(r / 2)
+            torch.mul(q.add_(p), torch.tanh(ratio / 2), out=difference[part])
+            total[part] = torch.addcmul(difference[part], p, ratio, value=-1).sum(-1)
+        ctx.save_for_backward(difference.view(shape).movedim(-1, dim))
         ctx.temperature, ctx.dim = temperature, dim
-        return temperature**2 * torch.addcmul(difference, p, ratio, value=-1).sum(dim)
+        return total.mul_(temperature**2).view(shape[:-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (difference,) = ctx.saved_tensors
         return (ctx.temperature * grad).unsqueeze(ctx.dim) * difference, None, None, None
+
+
+def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Softmax of rows [R, K], and the logarithm of its divisor [R, 1], without a second exponential of each logit."""
+    scaled = logits if temperature == 1 else logits / temperature
+    probabilities = scaled.softmax(-1)
+    return probabilities, scaled.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log()
 
 
 def mean_kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
