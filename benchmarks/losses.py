@@ -8,8 +8,8 @@ measured in a process of its own.
 
     uv run python benchmarks/losses.py --released FOLDER --out benchmarks/results/losses_released_cpu.json
 
-Each loss side by side with released code, see ``released/compare.py``. FOLDER holds the repositories, each in ``owner+name`` at the
-commit that ``released/*.py`` name, and in ``site`` the packages that these need (mmcv-lite 2.2.0, mmengine 0.10.7, einops and
+Each loss side by side with released code, see ``released/compare.py``. FOLDER holds the repositories, each in ``owner+name`` at
+the commit that ``released/*.py`` name, and in ``site`` the packages that these need (mmcv-lite 2.2.0, mmengine 0.10.7, einops and
 opencv-python-headless, installed with ``uv pip install --no-deps --target FOLDER/site``).
 """
 

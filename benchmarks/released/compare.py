@@ -1,21 +1,25 @@
-"""Run all comparisons with released code, each in processes of its own, and write a table after each.
+"""Run all comparisons with released code, each in a process of its own, and write a table after each.
 
     OMP_NUM_THREADS=1 uv run python benchmarks/losses.py --released FOLDER --out benchmarks/results/losses_released_cpu.json
 
-Processor time, one thread, rounds in turns in one process; the ratio is the median of released / ours over the rounds. Peak memory
-of a step is measured in another process for each side, less inputs, weights and their gradients.
+Processor time, one thread, rounds in turns in one process; the ratio is the median of released / ours over the rounds. Peak
+memory of a step is measured in another process for each side, less inputs, weights and their gradients.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+
+import detdistill.losses  # noqa: F401  (loaded once, before a process is forked for each comparison)
+from detdistill.training.machine import hardware, versions
+from released.measure import Case, peak_mb, timed
 
 PLACES = {
     "maps": "fitnet fitnet_normalized pkd cwd fkd fgd mgd skd",
@@ -41,6 +45,7 @@ ROUNDS = 9
 
 def compare_all(folder: Path, out: Path | None, only: list[str] | None) -> None:
     """Measure the comparisons; one that fails is written down with its error, and the next one is measured."""
+    torch.set_num_threads(1)
     rows: dict[str, Any] = json.loads(out.read_text())["rows"] if only and out and out.exists() else {}
     for module, names in PLACES.items():
         for name in names.split():
@@ -53,26 +58,39 @@ def compare_all(folder: Path, out: Path | None, only: list[str] | None) -> None:
 
 
 def _row(case: str, folder: Path) -> dict[str, Any]:
-    try:
-        row = _measured(case, folder, "time")
-        for side in ("ours", "released"):
-            row[f"{side}_peak_mb"] = _measured(case, folder, side)
-        row["memory_ours_over_released"] = round(row["ours_peak_mb"] / max(row["released_peak_mb"], 0.1), 3)
-    except subprocess.CalledProcessError as error:
-        return {"error": error.stderr.strip().splitlines()[-1]}
+    return _in_a_process(lambda: _measured(case, folder))
+
+
+def _measured(case: str, folder: Path) -> dict[str, Any]:
+    module, name = case.split(".")
+    built: Case = getattr(importlib.import_module(f"released.{module}"), name)(folder)
+    row = _in_a_process(lambda: {**timed(built, ROUNDS), "differs": built.differs, "note": built.note})
+    for side in ("ours", "released"):
+        row |= _in_a_process(lambda side=side: {f"{side}_peak_mb": peak_mb(built, side)})  # type: ignore[misc]
+    row["memory_ours_over_released"] = round(row["ours_peak_mb"] / max(row["released_peak_mb"], 0.1), 3)
     return row
 
 
-def _measured(case: str, folder: Path, what: str) -> Any:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", "released.compare", "--case", case, "--folder", str(folder), "--what", what]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])
+def _in_a_process(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Result of an action in a forked process, which has all modules loaded; an error becomes the result."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            result = action()
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        os.write(writer, json.dumps(result).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        text = file.read()
+    os.waitpid(child, 0)
+    found: dict[str, Any] = json.loads(text or '{"error": "the process ended"}')
+    return found
 
 
 def _write(out: Path, rows: dict[str, Any]) -> None:
-    from detdistill.training.machine import hardware, versions
-
     sources = {
         name: getattr(importlib.import_module(f"released.{module}"), name).__doc__
         for module, names in PLACES.items()
@@ -89,26 +107,3 @@ def _write(out: Path, rows: dict[str, Any]) -> None:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def main() -> None:
-    """Measure one comparison in this process and print the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("--case", "--folder", "--what"):
-        parser.add_argument(name, required=True)
-    chosen = parser.parse_args()
-    import torch
-
-    from released.measure import peak_mb, timed
-
-    torch.set_num_threads(1)
-    module, name = chosen.case.split(".")
-    case = getattr(importlib.import_module(f"released.{module}"), name)(Path(chosen.folder))
-    if chosen.what == "time":
-        print(json.dumps({**timed(case, ROUNDS), "differs": case.differs, "note": case.note}))
-    else:
-        print(json.dumps(peak_mb(case, chosen.what)))
-
-
-if __name__ == "__main__":
-    main()

@@ -92,15 +92,19 @@ def ld(folder: Path) -> Case:
         return level.permute(0, 2, 3, 1).reshape(-1, numbers)
 
     def ours() -> Tensor:
-        classes = [torch.cat([rows(level, CLASSES) for level in part]) for part in (scores, fixed)]
-        borders = [torch.cat([rows(level, 4 * BINS) for level in part]).unflatten(1, (4, BINS)) for part in (sides, other)]
-        here, near = torch.cat(main).nonzero()[:, 0], torch.cat(valuable).nonzero()[:, 0]
-        best = classes[0][here].detach().amax(dim=1).sigmoid()
+        def chosen(levels: list[Tensor], masks: list[Tensor], numbers: int) -> Tensor:
+            return torch.cat([rows(level, numbers)[mask] for level, mask in zip(levels, masks, strict=True)])
+
+        classes = [chosen(part, main, CLASSES) for part in (scores, fixed)]
+        here, near = (
+            [chosen(part, masks, 4 * BINS).unflatten(1, (4, BINS)) for part in (sides, other)] for masks in (main, valuable)
+        )
+        best = classes[0].detach().amax(dim=1).sigmoid()
         share = torch.cat([torch.full((int(mask.sum()),), 1 / max(1, int(mask.sum()))) for mask in main])
         return (
-            0.25 * ld_box_loss(borders[0][here], borders[1][here], best)
-            + 0.25 * ld_box_loss(borders[0][near], borders[1][near], torch.cat(overlap)[near], divisor=16)
-            + 10 * ld_class_loss(classes[0][here], classes[1][here], share)
+            0.25 * ld_box_loss(*here, best)
+            + 0.25 * ld_box_loss(*near, torch.cat(overlap)[torch.cat(valuable)], divisor=16)
+            + 10 * ld_class_loss(*classes, share)
         )
 
     def released() -> Tensor:

@@ -21,7 +21,26 @@ from typing import Any
 import torch
 from torch import nn
 
-FRAMEWORKS = ["AdelaiDet", "adet", "cvpods", "detectron2", "fcos_core", "fvcore", "kornia", "mmcv", "mmdet", "mmengine", "mmrazor", "model", "models", "pycocotools", "todd", "tools", "up", "utils"]
+FRAMEWORKS = [
+    "AdelaiDet",
+    "adet",
+    "cvpods",
+    "detectron2",
+    "fcos_core",
+    "fvcore",
+    "kornia",
+    "mmcv",
+    "mmdet",
+    "mmengine",
+    "mmrazor",
+    "model",
+    "models",
+    "pycocotools",
+    "todd",
+    "tools",
+    "up",
+    "utils",
+]
 """First parts of the names of modules that are stand-ins unless a source names their file."""
 
 

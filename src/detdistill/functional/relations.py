@@ -263,6 +263,8 @@ class GloReBlock(nn.Module):
         projection = self.project(maps).flatten(2)  # [B, nodes, H*W]
         states = self.reduce(maps).flatten(2) @ projection.mT  # [B, states, nodes]
         mixed = self.mix_states((states + self.mix_nodes(states.mT).mT).relu())
-        related = mixed @ projection  # [B, states, H*W]
-        weight, bias = _fold_normalization(related, self.extend.weight.flatten(1), self.norm_weight, self.norm_bias, self.eps)
-        return maps + F.conv2d(related.unflatten(2, maps.shape[-2:]), weight[:, :, None, None], bias)
+        # All that follows is linear: the small matrices are multiplied first, [B, C, nodes].
+        related = (self.extend.weight.flatten(1) @ mixed @ projection).view_as(maps)
+        if maps.numel() == maps.shape[1]:  # one value of each channel, which batch_norm refuses
+            return maps + 0 * related + self.norm_bias[:, None, None]
+        return maps + F.batch_norm(related, None, None, self.norm_weight, self.norm_bias, training=True, eps=self.eps)

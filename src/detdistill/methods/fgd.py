@@ -8,13 +8,13 @@ Shape letters: B images, C channels of the teacher, H x W cells of one level, G 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.functional.attention import channel_attention, spatial_attention
+from detdistill.functional.attention import attentions, channel_parts
 from detdistill.functional.cells import floor_ceil_cells, floor_ceil_span
 from detdistill.functional.level_maps import check_maps
 from detdistill.functional.masks import maximum_over_boxes
@@ -103,18 +103,50 @@ def fgd_terms(
     check_maps("fgd_terms", student, teacher)
     fixed = teacher.detach()
     images = student.shape[0]
-    cells, channels = spatial_attention(fixed, temperature), channel_attention(fixed, temperature)
-    difference = student - fixed
-    weighted = torch.einsum("bchw,bc->bhw", difference.square(), channels) * cells
-    attention = (spatial_attention(student, temperature) - cells).abs().sum()
-    attention = attention + (channel_attention(student, temperature) - channels).abs().sum()
-    relation = (difference + (student_context - teacher_context)[:, :, None, None]).square().sum()
+    cells, channels = attentions(fixed, temperature)
+    own_cells, own_channels = attentions(student, temperature)
+    shift = (student_context - teacher_context).to(channels.dtype)
+    squares, relation = cast(tuple[Tensor, Tensor], _Squares.apply(student, fixed, channels, shift))
+    weighted = squares.view_as(cells) * cells
+    attention = (own_cells - cells).abs().sum() + (own_channels - channels).abs().sum()
     return FGDTerms(
         foreground=(weighted * foreground).sum() / images,
         background=(weighted * background).sum() / images,
         attention=attention / images,
         relation=relation / images,
     )
+
+
+class _Squares(torch.autograd.Function):
+    """Squares of the difference of two maps: summed over channels with weights [B, C], and of the shifted difference, summed.
+
+    Some channels are computed at a time, forward and backward, so nothing of a map's size is kept but the maps themselves.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, channels: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        mine, theirs = student.flatten(2), teacher.flatten(2)
+        weighted = channels.new_zeros(len(mine), mine.shape[2])
+        sums, relation = torch.empty_like(channels), channels.new_zeros(())
+        for part in channel_parts(student):
+            gap = (mine[:, part] - theirs[:, part]).to(channels.dtype)
+            weighted += (channels[:, None, part] @ gap.square())[:, 0]
+            sums[:, part] = gap.sum(dim=2)
+            relation += gap.add_(shift[:, part, None]).square_().sum()
+        ctx.save_for_backward(student, teacher, channels, shift, sums)
+        return weighted, relation
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_weighted: Tensor, of_relation: Tensor) -> tuple[Tensor, None, None, Tensor]:
+        student, teacher, channels, shift, sums = ctx.saved_tensors
+        mine, theirs = student.flatten(2), teacher.flatten(2)
+        result = torch.empty_like(mine)
+        for part in channel_parts(student):
+            gap = (mine[:, part] - theirs[:, part]).to(channels.dtype)
+            factor = (2 * channels[:, part, None] * of_weighted[:, None]).add_(2 * of_relation)
+            result[:, part] = gap.mul_(factor).add_(2 * of_relation * shift[:, part, None])
+        return result.view_as(student), None, None, 2 * of_relation * (sums + mine.shape[2] * shift)
 
 
 def fgd_loss(

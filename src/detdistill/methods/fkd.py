@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.functional.attention import channel_attention, spatial_attention
+from detdistill.functional.attention import attentions, channel_attention, spatial_attention
 from detdistill.functional.level_maps import check_maps
 from detdistill.functional.precision import full_precision
 from detdistill.functional.relations import NonLocalBlock
@@ -124,6 +124,10 @@ def fkd_attention(
         channel_temperature: of the softmax over channels.
     """
     check_maps("fkd_attention", student, teacher)
+    if spatial_temperature == channel_temperature:
+        both = zip(attentions(teacher, spatial_temperature), attentions(student, spatial_temperature), strict=True)
+        cells, channels = ((theirs + mine) / 2 for theirs, mine in both)
+        return cells, channels
     cells = (spatial_attention(teacher, spatial_temperature) + spatial_attention(student, spatial_temperature)) / 2
     channels = (channel_attention(teacher, channel_temperature) + channel_attention(student, channel_temperature)) / 2
     return cells, channels
