@@ -31,7 +31,7 @@ from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.needs import Needs
 from detdistill.structures import Batch, Clock, Features, Observation, Target, View
 from detdistill.training.machine import hardware, versions
-from released.compare import compare_all
+from released.compare import compare_all, markdown
 
 STRIDES = (8, 16, 32, 64, 128)
 SIZE = (800, 1088)
@@ -106,9 +106,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--released", type=Path, help="folder of released repositories: compare with these")
+    parser.add_argument("--table", type=Path, help="print results of --released as a table and end")
     parser.add_argument("--only", nargs="+", help="with --released: only these comparisons, the others stay as they are in --out")
     parser.add_argument("--method", help="measure this method in this process and print the result as JSON")
     chosen = parser.parse_args()
+    if chosen.table:
+        print(markdown(json.loads(chosen.table.read_text())["rows"]))
+        return
     if chosen.released:
         compare_all(chosen.released, chosen.out, chosen.only)
         return

@@ -57,6 +57,19 @@ def compare_all(folder: Path, out: Path | None, only: list[str] | None) -> None:
                 _write(out, rows)
 
 
+def markdown(rows: dict[str, Any]) -> str:
+    """The table of ``docs/results.md``: ``python benchmarks/losses.py --table FILE`` prints it."""
+    lines = ["| loss | ours, s | released, s | released / ours | memory, ours / released |", "| --- | --- | --- | --- | --- |"]
+    for name, row in rows.items():
+        if "error" in row:
+            lines.append(f"| `{name}` | {row['error']} | | | |")
+            continue
+        seconds = [f"{row[f'{side}_seconds']:.3g}" for side in ("ours", "released")]
+        parts = [f"`{name}`", *seconds, f"{row['released_over_ours']:.2f}", f"{row['memory_ours_over_released']:.2f}"]
+        lines.append(f"| {' | '.join(parts)} |")
+    return "\n".join([*lines, "", *(f"- `{name}`: {why}." for name, why in WITHOUT.items())])
+
+
 def _row(case: str, folder: Path) -> dict[str, Any]:
     return _in_a_process(lambda: _measured(case, folder))
 

@@ -40,9 +40,8 @@ def _counts(shapes: list[tuple[int, int]]) -> list[int]:
 
 def bckd(folder: Path) -> Case:
     """``NovelKDLoss`` and mmdet's ``GIoULoss``, level by level, of 80 classes; decoded boxes are given."""
-    source = Source(
-        "TinyTigerPan/BCKD", "121c9aa272c9195c0f05cd12727bfe57636a5005", _paths(IOU, LOSSES + "utils", LOSSES + "iou_loss", LOSSES + "kd_loss")
-    )  # fmt: skip
+    names = (IOU, LOSSES + "utils", LOSSES + "iou_loss", LOSSES + "kd_loss")
+    source = Source("TinyTigerPan/BCKD", "121c9aa272c9195c0f05cd12727bfe57636a5005", _paths(*names))
     boxes, _, iou, kd = load(source, folder)
     iou.bbox_overlaps = boxes.bbox_overlaps
     mine, theirs = level_logits(CLASSES, 1.0, -3.0)

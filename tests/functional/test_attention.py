@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from detdistill.functional import attention
 from detdistill.functional.attention import channel_attention, spatial_attention
 
 
@@ -43,3 +44,14 @@ def test_half_precision_is_computed_in_float32(attention):
 def test_gradients_agree_with_finite_differences(attention):
     maps = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
     torch.autograd.gradcheck(lambda maps: attention(maps, 0.7), maps)
+
+
+@pytest.mark.parametrize("chunk", [1, 10**9])
+def test_both_attentions_equal_each_alone_however_many_channels_are_taken_at_a_time(monkeypatch, chunk):
+    monkeypatch.setitem(attention.CHUNK, "cpu", chunk)
+    maps = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    cells, channels = attention.attentions(maps, 0.3)
+    torch.testing.assert_close(cells, attention.spatial_attention(maps, 0.3))
+    torch.testing.assert_close(channels, attention.channel_attention(maps, 0.3))
+    assert torch.autograd.gradcheck(lambda given: attention.attentions(given, 0.3), [maps])
+    assert attention.attentions(maps.half(), 0.3)[0].dtype == torch.float32

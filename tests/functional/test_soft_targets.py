@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from detdistill.functional import soft_targets
 from detdistill.functional.focal import quality_focal_loss
 from detdistill.functional.soft_targets import (
     binary_kl_divergence,
@@ -224,3 +225,19 @@ def test_float32_is_near_float64(name):
     student, teacher = logits(26, 40, 6), logits(27, 40, 6)
     exact = LOSSES[name](student, teacher)
     torch.testing.assert_close(LOSSES[name](student.float(), teacher.float()).double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_a_divergence_does_not_depend_on_how_many_rows_are_taken_at_a_time(monkeypatch, dim):
+    seeded = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 4, 5, generator=seeded, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    found = []
+    for chunk in (1, 10**9):
+        monkeypatch.setitem(soft_targets.ROWS_CHUNK, "cpu", chunk)
+        value = kl_divergence(student, teacher, 2.0, dim)
+        found.append((value, *torch.autograd.grad(value.square().sum(), student)))
+    for one, whole in zip(*found, strict=True):
+        assert torch.equal(one, whole)
+    p, q = ((side / 2).softmax(dim) for side in (teacher, student))
+    torch.testing.assert_close(found[0][0], 4 * (p * (p.log() - q.log())).sum(dim))

@@ -264,7 +264,8 @@ class GloReBlock(nn.Module):
         states = self.reduce(maps).flatten(2) @ projection.mT  # [B, states, nodes]
         mixed = self.mix_states((states + self.mix_nodes(states.mT).mT).relu())
         # All that follows is linear: the small matrices are multiplied first, [B, C, nodes].
-        related = (self.extend.weight.flatten(1) @ mixed @ projection).view_as(maps)
+        related: Tensor = (self.extend.weight.flatten(1) @ mixed @ projection).view_as(maps)
         if maps.numel() == maps.shape[1]:  # one value of each channel, which batch_norm refuses
-            return maps + 0 * related + self.norm_bias[:, None, None]
+            related = 0 * related + self.norm_bias[:, None, None]
+            return maps + related
         return maps + F.batch_norm(related, None, None, self.norm_weight, self.norm_bias, training=True, eps=self.eps)

@@ -55,7 +55,7 @@ class _KLDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
-        mine, theirs = (side.movedim(dim, -1) for side in torch.broadcast_tensors(student, teacher))
+        mine, theirs = (side.movedim(dim, -1) for side in (student, teacher.expand_as(student)))
         shape, classes = mine.shape, mine.shape[-1]
         mine, theirs = mine.reshape(-1, classes), theirs.reshape(-1, classes)
         difference, total = torch.empty_like(mine), mine.new_empty(len(mine))
@@ -70,7 +70,8 @@ class _KLDivergence(torch.autograd.Function):
             total[part] = torch.addcmul(difference[part], p, ratio, value=-1).sum(-1)
         ctx.save_for_backward(difference.view(shape).movedim(-1, dim))
         ctx.temperature, ctx.dim = temperature, dim
-        return total.mul_(temperature**2).view(shape[:-1])
+        result: Tensor = total.mul_(temperature**2).view(shape[:-1])
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
