@@ -92,11 +92,12 @@ def ld(folder: Path) -> Case:
 
     def ours() -> Tensor:
         def chosen(levels: list[Tensor], masks: list[Tensor], numbers: int) -> Tensor:
-            return torch.cat([rows(level, numbers)[mask] for level, mask in zip(levels, masks, strict=True)])
+            return torch.cat([rows(level, numbers)[index] for level, index in zip(levels, masks, strict=True)])
 
-        classes = [chosen(part, main, CLASSES) for part in (scores, fixed)]
+        positive, close = ([mask.nonzero()[:, 0] for mask in masks] for masks in (main, valuable))
+        classes = [chosen(part, positive, CLASSES) for part in (scores, fixed)]
         here, near = (
-            [chosen(part, masks, 4 * BINS).unflatten(1, (4, BINS)) for part in (sides, other)] for masks in (main, valuable)
+            [chosen(part, masks, 4 * BINS).unflatten(1, (4, BINS)) for part in (sides, other)] for masks in (positive, close)
         )
         best = classes[0].detach().amax(dim=1).sigmoid()
         share = torch.cat([torch.full((int(mask.sum()),), 1 / max(1, int(mask.sum()))) for mask in main])

@@ -156,7 +156,10 @@ def soft_binary_cross_entropy(logits: Tensor, targets: Tensor, power: float = 0.
     """
     fixed = targets.detach()
     entropy = F.binary_cross_entropy_with_logits(logits, fixed, reduction="none")
-    return entropy if power == 0 else (fixed - logits.sigmoid()).abs() ** power * entropy
+    if power == 0:
+        return entropy
+    gap = (fixed - logits.sigmoid()).abs()
+    return (gap if power == 1 else gap**power) * entropy
 
 
 def binary_kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

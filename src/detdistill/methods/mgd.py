@@ -70,7 +70,7 @@ class MGDGeneration(nn.Module):
         self.align = nn.Conv2d(student_channels, teacher_channels, 1) if student_channels != teacher_channels else nn.Identity()
         self.generation = nn.Sequential(
             nn.Conv2d(teacher_channels, teacher_channels, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),  # neither convolution reads what it overwrites
             nn.Conv2d(teacher_channels, teacher_channels, 3, padding=1),
         )
 
@@ -136,11 +136,13 @@ class MGD(Method[Observation]):
 
         Every call drops cells, also in eval mode. The random numbers come from the global generator of the maps' device.
         """
-        theirs, generated = [taught.features.maps[pair.teacher] for pair in self.pairs], []
+        theirs, generated, losses = [taught.features.maps[pair.teacher] for pair in self.pairs], [], []
         with full_precision(batch.images.device):
             for pair, generator, fixed in zip(self.pairs, self.generators, theirs, strict=True):
                 mine = resize_like(seen.features.maps[pair.student], fixed)
                 images, channels, height, width = fixed.shape
                 shape = (images, channels, 1, 1) if self.drop_channels else (images, 1, height, width)
                 generated.append(generator(mine, mgd_keep(torch.rand(shape, device=mine.device), self.dropped)))
-            return Losses({"mgd": mgd_loss(generated, theirs, self.weight)}, {"cosine": mean_cosine(generated, theirs)})
+                # Level by level, so that the backward pass holds the gradient of one generated map at a time.
+                losses.append(mgd_loss(generated[-1:], [fixed], self.weight))
+            return Losses({"mgd": torch.stack(losses).sum()}, {"cosine": mean_cosine(generated, theirs)})

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
@@ -30,6 +31,8 @@ from detdistill.values import Limits, Positive, Weight
 
 Scope = Literal["image", "tensor", "channel", "none"]
 
+BAND = 32
+"""Cells of a row that are blurred by one product."""
 C1, C2 = 0.01**2, 0.03**2
 """Constants that keep the quotients of SSIM finite, for values between 0 and 1."""
 CHUNK = {"cpu": 2**18}
@@ -111,9 +114,13 @@ def skd_ssim(
     shorter = min(height, width)
     side = min(window, 2 * shorter - 1 if borders else shorter - (shorter + 1) % 2)
     down, across = (_blur_matrix(count, side, sigma, student) for count in (height, width))
+    bands = [_bands(count, side // 2) for count in (height, width)]
 
     def mean(maps: Tensor) -> Tensor:
-        return down @ (maps @ across.T)
+        rows = [maps[..., read] @ across[write, read].T for write, read in bands[1]]
+        maps = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+        rows = [down[write, read] @ maps[..., read, :] for write, read in bands[0]]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
 
     fixed = teacher.detach()
     mine, theirs = mean(student), mean(fixed)
@@ -147,6 +154,13 @@ def _blur_matrix(count: int, side: int, sigma: float, like: Tensor) -> Tensor:
     cells = cells.abs()
     cells = (count - 1) - ((count - 1) - cells).abs()
     return like.new_zeros(count, count).scatter_add_(1, cells, (taps / taps.sum()).expand(count, side))
+
+
+def _bands(count: int, reach: int) -> list[tuple[slice, slice]]:
+    """Pieces of a row of cells, and the cells that each reads: most of a blur matrix is 0 and need not be multiplied."""
+    pieces = max(1, round(count / BAND))
+    ends = [count * piece // pieces for piece in range(pieces + 1)]
+    return [(slice(a, b), slice(max(0, a - reach), min(count, b + reach))) for a, b in pairwise(ends)]
 
 
 def skd_loss(
