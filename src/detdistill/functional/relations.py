@@ -266,6 +266,6 @@ class GloReBlock(nn.Module):
         # All that follows is linear: the small matrices are multiplied first, [B, C, nodes].
         related: Tensor = (self.extend.weight.flatten(1) @ mixed @ projection).view_as(maps)
         if maps.numel() == maps.shape[1]:  # one value of each channel, which batch_norm refuses
-            related = 0 * related + self.norm_bias[:, None, None]
-            return maps + related
+            only_bias: Tensor = 0 * related * self.norm_weight[:, None, None] + self.norm_bias[:, None, None]
+            return maps + only_bias
         return maps + F.batch_norm(related, None, None, self.norm_weight, self.norm_bias, training=True, eps=self.eps)

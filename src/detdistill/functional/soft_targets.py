@@ -62,9 +62,9 @@ class _KLDivergence(torch.autograd.Function):
         rows = max(1, ROWS_CHUNK.get(student.device.type, LARGE_CHUNK) // max(1, classes))
         for start in range(0, len(mine), rows):
             part = slice(start, start + rows)
-            q, shift_q = _softmax(mine[part], temperature)
-            p, shift_p = _softmax(theirs[part], temperature)
-            ratio = (mine[part] - theirs[part]).div_(temperature).sub_(shift_q - shift_p)
+            own, q, own_best = _softmax(mine[part], temperature)
+            fixed, p, best = _softmax(theirs[part], temperature)
+            ratio = own.sub_(fixed).add_(own_best - best)  # log q - log p
             # q - p with all its digits, as (q - p) / (q + p) = tanh(r / 2)
             torch.mul(q.add_(p), torch.tanh(ratio / 2), out=difference[part])
             total[part] = torch.addcmul(difference[part], p, ratio, value=-1).sum(-1)
@@ -80,11 +80,17 @@ class _KLDivergence(torch.autograd.Function):
         return (ctx.temperature * grad).unsqueeze(ctx.dim) * difference, None, None, None
 
 
-def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Softmax of rows [R, K], and the logarithm of its divisor [R, 1], without a second exponential of each logit."""
-    scaled = logits if temperature == 1 else logits / temperature
-    probabilities = scaled.softmax(-1)
-    return probabilities, scaled.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log()
+def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [R, K] less their maximum, their softmax, and the logarithm of its maximum [R, 1].
+
+    The sum of the first and the last is the logarithm of the softmax. It costs no second exponential of each logit, and large
+    logits lose no digits.
+    """
+    centered = logits - logits.amax(-1, keepdim=True)
+    if temperature != 1:
+        centered.div_(temperature)
+    probabilities = centered.softmax(-1)
+    return centered, probabilities, probabilities.amax(-1, keepdim=True).log()
 
 
 def mean_kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
