@@ -54,6 +54,20 @@ def by_transformers(folder):
         return processor.post_process_object_detection(outputs, threshold=score, target_sizes=[image.shape[-2:]])[0]
     return detect, model.config.id2label
 
+def by_ultralytics(folder):
+    from ultralytics.nn.tasks import DetectionModel
+    from ultralytics.utils.nms import non_max_suppression
+    about = json.loads((folder / "network.json").read_text())
+    model = DetectionModel(about["description"], nc=len(about["names"]), verbose=False).eval()
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    def detect(image, score):
+        options = about["options"]
+        found = non_max_suppression(
+            model(image[None].float() / 255), options["score"], options["iou"], multi_label=True, max_det=options["dets"]
+        )[0]
+        return {"boxes": found[:, :4], "scores": found[:, 4], "labels": found[:, 5].long()}
+    return detect, dict(enumerate(about["names"]))
+
 FIELDS = ("boxes", "scores", "labels")
 
 def rows(boxes, scores, labels):
@@ -62,7 +76,8 @@ def rows(boxes, scores, labels):
 
 @torch.no_grad()
 def check(folder, classes, score):
-    detect, names = (by_script if (folder / "load_student.py").is_file() else by_transformers)(folder)
+    loaders = {"load_student.py": by_script, "network.json": by_ultralytics, "config.json": by_transformers}
+    detect, names = next(load for file, load in loaders.items() if (folder / file).is_file())(folder)
     expected = load_file(folder.with_suffix(".safetensors"))
     for number, image in load_file(folder.parent / "images.safetensors").items():
         found = detect(image, score)

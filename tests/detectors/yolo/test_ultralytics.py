@@ -1,8 +1,11 @@
 """YOLO of ultralytics, stage by stage, against the package's own forward passes, losses and files."""
 
 import copy
+import importlib.util
 import json
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,12 +15,15 @@ from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import HasBoxDistributions, HasSchedule, HasTowers
 from detdistill.detectors.load import load_detector
 from detdistill.detectors.save import save_student
+from detdistill.detectors.yolo.shared.networks import need_library
 from detdistill.errors import ModelError
 from detdistill.structures import Assignment, Batch, Clock, View
 from tests.detectors.checks import check_detector
 from tests.detectors.dense.shared import FULL, target, unequal_batch
 
-pytest.importorskip("ultralytics")
+if importlib.util.find_spec("ultralytics") is None:
+    pytest.skip("needs ultralytics", allow_module_level=True)
+need_library("these tests")  # first of all, so that the package's import changes nothing for other tests
 SMALL = "width=0.0625"
 NAMES = ("yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n")
 OPTIONS = {"yolov9t": "", "yolo12n": ""}
@@ -342,6 +348,17 @@ def test_descriptions_are_checked_before_anything_is_built(tmp_path):
             build_detector(f"ultralytics:{path}", CLASSES)
     path.write_text(yaml.safe_dump(detector.description))
     assert build_detector(f"ultralytics:{path}", CLASSES).spec.channels == detector.spec.channels
+
+
+def test_importing_the_package_changes_nothing_elsewhere():
+    code = (
+        "import numpy, torch\nfrom PIL import Image\n"
+        "before = Image.open, torch.save, numpy.get_printoptions(), repr(torch.tensor([1 / 3] * 40))\n"
+        "from detdistill.detectors.yolo.shared.networks import need_library\nneed_library('x')\nimport ultralytics.utils\n"
+        "after = Image.open, torch.save, numpy.get_printoptions(), repr(torch.tensor([1 / 3] * 40))\n"
+        "assert before == after, [one == two for one, two in zip(before, after)]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_missing_package_is_named_with_its_licence(monkeypatch):

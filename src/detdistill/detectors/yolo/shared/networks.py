@@ -8,16 +8,20 @@ entries as code.
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor, nn
 
 from detdistill.detectors.inert import Inert, read_inert, state_of
@@ -49,13 +53,25 @@ class Saved:
 
 
 def need_library(name: str) -> None:
-    """Check that the package is installed.
+    """Import the package, and undo what its import changes in other libraries.
+
+    It replaces ``PIL.Image.open`` (a file that is no image then starts an installation), ``torch.save`` and how tensors and
+    arrays are printed, for the whole process. Where it was imported before, its changes stay.
 
     Raises:
-        ModelError: it is not; the message says how to install it, and its licence.
+        ModelError: it is not installed; the message says how to install it, and its licence.
     """
     if importlib.util.find_spec("ultralytics") is None:
         raise ModelError(f"{name} needs the package ultralytics (AGPL-3.0): pip install 'detdistill[ultralytics]'")
+    if "ultralytics" in sys.modules:
+        return
+    opening, saving, printed, shown = Image.open, torch.save, np.get_printoptions(), vars(torch._tensor_str.PRINT_OPTS).copy()
+    try:
+        importlib.import_module("ultralytics.nn.tasks")
+    finally:
+        Image.open, torch.save = opening, saving
+        np.set_printoptions(**{key: value for key, value in printed.items() if key != "override_repr"})
+        vars(torch._tensor_str.PRINT_OPTS).update(shown)
 
 
 def describe(name: str, model: str) -> dict[str, Any]:
