@@ -94,7 +94,11 @@ def test_a_swin_under_a_detr_takes_images_of_any_size(tmp_path):
     config = detector.config.backbone_config
     assert (config.depths, config.num_heads, config.window_size) == ([2, 2, 6, 2], [3, 6, 12, 24], 7)
     again = load_detector(save_student(detector, tmp_path)).eval()
-    assert torch.equal(detections(detector, image()).boxes_xyxy, detections(again, image()).boxes_xyxy)
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in detector.state_dict().items())
+    # Equal weights at other places in memory are summed in another order by some CPUs (seen: 8e-6 pixels, with AVX2).
+    boxes = detections(detector, image()).boxes_xyxy
+    torch.testing.assert_close(detections(again, image()).boxes_xyxy, boxes, rtol=1e-6, atol=1e-5)
     with pytest.raises(ModelError, match="transformers' own Swin, into which timm's weights do not fit"):
         build_detector(f"detr:{swin},pretrained=true", CLASSES)
 
