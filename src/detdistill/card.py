@@ -85,7 +85,7 @@ class Card:
             f"## {TRAINING}",
             training(self.origin),
             "## Licence",
-            licence(self.origin),
+            licence(self.origin, self._kind()),
             "## Citation",
             citation(self.origin),
             "## Classes",
@@ -199,9 +199,15 @@ def training(origin: Origin | None) -> str:
     return "\n".join(lines)
 
 
-def licence(origin: Origin | None) -> str:
-    """What bears on the licence of the weights, which their author chooses."""
+LICENCES = {"ultralytics": "AGPL-3.0"}
+"""Licences, other than permissive ones, of the packages whose networks a detector runs, by the family in its model string."""
+
+
+def licence(origin: Origin | None, kind: str = "") -> str:
+    """What bears on the licence of the weights, which their author chooses; ``kind`` is the detector's family."""
     sources = ["- the code of detdistill, also the files that it copies into student folders, is under Apache-2.0;"]
+    if kind in LICENCES:
+        sources.append(f"- the network runs by the package {kind}, which is under {LICENCES[kind]};")
     if origin is not None and origin.run.get("init"):
         sources.append(f"- the first weights, {quoted(origin.run['init'].get('from'))}, have a licence of their own;")
     else:

@@ -376,6 +376,7 @@ def test_a_student_folder_loads_here_and_with_the_package(tmp_path):
 
     detector, batch = built("yolo26n", options=f"{SMALL},score=0.01").eval(), full_batch()
     folder = save_student(detector, tmp_path / "student")
+    assert "runs by the package ultralytics, which is under AGPL-3.0;" in (folder / "README.md").read_text()
     loaded = load_detector(folder).eval()
     assert loaded.options == detector.options
     about = json.loads((folder / "network.json").read_text())
