@@ -65,12 +65,12 @@ def need_library(name: str) -> None:
         raise ModelError(f"{name} needs the package ultralytics (AGPL-3.0): pip install 'detdistill[ultralytics]'")
     if "ultralytics" in sys.modules:
         return
-    opening, saving, printed, shown = Image.open, torch.save, np.get_printoptions(), vars(torch._tensor_str.PRINT_OPTS).copy()
+    opening, saving, shown = Image.open, torch.save, vars(torch._tensor_str.PRINT_OPTS).copy()
     try:
-        importlib.import_module("ultralytics.nn.tasks")
+        with np.printoptions():
+            importlib.import_module("ultralytics.nn.tasks")
     finally:
         Image.open, torch.save = opening, saving
-        np.set_printoptions(**{key: value for key, value in printed.items() if key != "override_repr"})
         vars(torch._tensor_str.PRINT_OPTS).update(shown)
 
 
