@@ -313,3 +313,16 @@ def test_autocast_does_not_reach_the_losses():
 @pytest.mark.parametrize("box_norm", ["padded", "image"])
 def test_contract(box_norm):
     assert len(check_method(FGD, box_norm=box_norm)) == 18
+
+
+def test_contexts_of_each_cell_are_those_of_the_map_where_they_are_equal():
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = (torch.rand(2, 4, 5, 6, generator=generator) for _ in range(2))
+    masks = [torch.rand(2, 5, 6, generator=generator) for _ in range(2)]
+    contexts = [torch.rand(2, 4, generator=generator, requires_grad=True) for _ in range(2)]
+    spread = [one[:, :, None, None].expand(-1, -1, 5, 6) for one in contexts]
+    plain, wide = fgd_terms(student, teacher, *masks, *contexts), fgd_terms(student, teacher, *masks, *spread)
+    for one, other in zip(plain, wide, strict=True):
+        torch.testing.assert_close(one, other)
+    mine, theirs = (torch.autograd.grad(terms.relation, contexts[0])[0] for terms in (plain, wide))
+    torch.testing.assert_close(mine, theirs)

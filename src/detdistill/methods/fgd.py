@@ -96,8 +96,9 @@ def fgd_terms(
         teacher: [B, C, H, W], treated as constant.
         foreground: [B, H, W] weights of foreground cells (``fgd_masks``).
         background: [B, H, W] weights of background cells.
-        student_context: [B, C] output of the student's ``ContextBlock``; gradient flows to the block.
-        teacher_context: [B, C] output of the teacher's ``ContextBlock``; gradient flows to the block.
+        student_context: [B, C] output of the student's ``ContextBlock``, or [B, C, H, W] of another block that gives each cell
+            its own; gradient flows to the block.
+        teacher_context: the same of the teacher's block.
         temperature: of both attentions.
     """
     check_maps("fgd_terms", student, teacher)
@@ -106,7 +107,11 @@ def fgd_terms(
     cells, channels = attentions(fixed, temperature)
     own_cells, own_channels = attentions(student, temperature)
     shift = (student_context - teacher_context).to(channels.dtype)
-    squares, relation = cast(tuple[Tensor, Tensor], _Squares.apply(student, fixed, channels, shift))
+    by_cell = shift.ndim == 4
+    given = torch.zeros_like(channels) if by_cell else shift
+    squares, relation = cast(tuple[Tensor, Tensor], _Squares.apply(student, fixed, channels, given))
+    if by_cell:
+        relation = (student - fixed + shift).square().sum()
     weighted = squares.view_as(cells) * cells
     attention = (own_cells - cells).abs().sum() + (own_channels - channels).abs().sum()
     return FGDTerms(
