@@ -332,3 +332,16 @@ def test_classes_that_are_not_those_of_the_default_data_are_said_so(tmp_path):
             action()
     with pytest.raises(RunError, match=r"no setting 'imgsz' \(did you mean 'size'\?\)"):
         api.train(MODEL, DIGITS, imgsz=96)
+
+
+def test_predicting_leaves_a_detector_in_memory_in_its_memory_layout(tmp_path, student):
+    from PIL import Image
+
+    from detdistill.detectors.contract import Teacher
+
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    detector = load_detector(str(student))
+    before = [parameter.stride() for parameter in detector.parameters()]
+    for number, model in enumerate((detector, Teacher(detector))):
+        api.predict(model, tmp_path / "a.png", tmp_path / f"out{number}", size=64, device="cpu")
+        assert [parameter.stride() for parameter in detector.parameters()] == before

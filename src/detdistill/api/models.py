@@ -112,17 +112,18 @@ def predict(
     if not isinstance(images, str | Path):
         raise RunError(f"predict: reads an image file or a folder, not a {type(images).__name__}; use detdistill.detect for it")
     import torch
-    from torch import nn
 
     from detdistill.evaluation.predict import default_batch, default_threads, predict_folder
     from detdistill.functional.modes import evaluating
+    from detdistill.given import name_or_detector
     from detdistill.progress import Progress
 
     _check_looking(score, batch)
     with progress or Progress() as shown:
         detector, settings = _ready(model, size, device, shown)
         parameter = next(detector.parameters(), None)
-        if not isinstance(model, nn.Module) and parameter is not None and parameter.device.type == "cpu":
+        loaded = isinstance(name_or_detector(model), str)
+        if loaded and parameter is not None and parameter.device.type == "cpu":
             detector = detector.to(
                 memory_format=torch.channels_last
             )  # 0.8 to 1.0 of the time, by detector; not done to a caller's
