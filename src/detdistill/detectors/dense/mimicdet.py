@@ -18,11 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detdistill.detectors.contract import Parts
-from detdistill.detectors.dense.shared.heads import DenseOptions, OwnDenseDetector, map_shapes
-from detdistill.detectors.student_files.load_student import build as build_model
+from detdistill.detectors.dense.shared.heads import DenseOptions, OwnDenseDetector, map_shapes, one_stage_model
 from detdistill.detectors.student_files.models.atss import DELTA_SCALES
 from detdistill.detectors.student_files.models.mimicdet import Looked, MimicDet
-from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
 from detdistill.detectors.torchvision.dense_outputs import OwnOutputs, own_outputs
 from detdistill.detectors.torchvision.images import pyramid_maps
 from detdistill.detectors.torchvision.targets import trainable, whole_indices
@@ -68,28 +66,8 @@ def build(backbone: str, classes: Sequence[str], options: MimicDetOptions) -> Mi
     Raises:
         ModelError: the options do not fit the backbone or the head.
     """
-    pyramid = pyramid_description(backbone, options, options.levels, options.neck, below=True)
-    first, last = options.levels
-    mean, std = image_statistics(backbone, options)
-    description = {
-        "call": "models.mimicdet.MimicDet",
-        "backbone": pyramid,
-        "channels": options.neck,
-        "num_classes": len(classes),
-        "strides": [2**level for level in range(first, last + 1)],
-        "width": options.mlp,
-        "convs": options.convs,
-        "refined": options.refined,
-        "training_only": {"rois": options.rois, "mimic": options.mimic},
-        "image_mean": mean,
-        "image_std": std,
-        "score_thresh": options.score,
-        "topk_candidates": options.topk,
-        "detections_per_img": options.dets,
-    }
-    model = build_model(description)
-    if options.pretrained:
-        load_pretrained(model.backbone, pyramid, options.pretrained)
+    heads = {"width": options.mlp, "refined": options.refined, "training_only": {"rois": options.rois, "mimic": options.mimic}}
+    model, description = one_stage_model("models.mimicdet.MimicDet", backbone, classes, options, "conv", below=True, **heads)
     return wrap_model(model, classes, options.name or f"mimicdet:{backbone}", description=description)
 
 

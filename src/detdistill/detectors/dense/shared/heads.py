@@ -311,7 +311,16 @@ class DenseOptions(CandidateOptions, BackboneOptions, PyramidOptions):
     """Number of convolutions in the head before the output layers."""
 
 
-def one_stage_model(call: str, backbone: str, classes: Sequence[str], options: DenseOptions, top: Top = "linear") -> Built:
+def one_stage_model(
+    call: str,
+    backbone: str,
+    classes: Sequence[str],
+    options: DenseOptions,
+    top: Top = "linear",
+    *,
+    below: bool = False,
+    **more: Any,
+) -> Built:
     """Build a model of the folder ``models`` on a timm backbone (random weights; the backbone optionally pretrained).
 
     Args:
@@ -320,6 +329,8 @@ def one_stage_model(call: str, backbone: str, classes: Sequence[str], options: D
         classes: names of the K classes, in label order.
         options: options of the model string.
         top: how the levels above the backbone's deepest map are computed, see ``TimmPyramid``.
+        below: also compute the backbone's map below the pyramid, if it has one.
+        more: further arguments of the model class.
 
     Returns:
         The model and its description.
@@ -327,7 +338,7 @@ def one_stage_model(call: str, backbone: str, classes: Sequence[str], options: D
     Raises:
         ModelError: the options do not fit the backbone or the head.
     """
-    pyramid = pyramid_description(backbone, options, options.levels, options.neck, top)
+    pyramid = pyramid_description(backbone, options, options.levels, options.neck, top, below=below)
     first, last = options.levels
     mean, std = image_statistics(backbone, options)
     description: dict[str, Any] = {
@@ -342,6 +353,7 @@ def one_stage_model(call: str, backbone: str, classes: Sequence[str], options: D
         "score_thresh": options.score,
         "topk_candidates": options.topk,
         "detections_per_img": options.dets,
+        **more,
     }
     model = build_model(description)
     if options.pretrained:
