@@ -51,6 +51,18 @@ def name_or_detector(model: Any, what: str = "model") -> str | Detector:
     )
 
 
+def name_of(model: Any, what: str = "model") -> str:
+    """A model string or path as text, for what needs a model on disk.
+
+    Raises:
+        ModelError: a detector in memory, and see ``name_or_detector``.
+    """
+    found = name_or_detector(model, what)
+    if not isinstance(found, str):
+        raise ModelError(f"{what}: a detector in memory has no folder; give the run, the student folder or the model string")
+    return found
+
+
 def student_of(model: Any, what: str = "student") -> tuple[str, Callable[[], Detector] | None]:
     """The name of a student, and for a model given in Python what builds it (None: the name is a model string).
 

@@ -107,6 +107,18 @@ def test_bench(student, exported, capsys):
     assert all(timing["milliseconds"] >= timing["least"] > 0 for timing in found.values())
 
 
+def test_what_the_package_gives_is_exported_and_timed(student, exported, tmp_path):
+    detector = load_detector(student)
+    with Progress(quiet=True) as progress:
+        again = api.export(detector, tmp_path / "memory" / "model.onnx", size=64, progress=progress)
+        timed = api.bench([detector, exported.file], size=64, rounds=1, progress=progress)
+    assert again.stages[1].difference.scores < 1e-5
+    assert list(timed) == [detector.spec.name, str(exported.file)]
+    with pytest.raises(ModelError, match="a detector in memory has no folder; give the run"):
+        api.export_student(detector, tmp_path / "student")
+    assert api.export_student(student, tmp_path / "student", size=64) == tmp_path / "student"  # a Path
+
+
 def test_too_much_lost_ends_with_1(student, tmp_path, capsys, monkeypatch):
     from detdistill.export import proof
 

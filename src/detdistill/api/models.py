@@ -194,7 +194,7 @@ def detect(
 
 
 def export_student(
-    model: str,
+    model: Model,
     out: str | Path,
     *,
     data: str | None = None,
@@ -206,7 +206,8 @@ def export_student(
     """Write a model into a folder like ``student/`` of a run, e.g. the best checkpoint of a run, also of an unfinished one.
 
     Args:
-        model: a checkpoint, a run folder, a ``student/`` folder, or a model string with weights.
+        model: a checkpoint, a run folder, a ``student/`` folder, a model string with weights, or a result of ``train`` or of a
+            ``distill`` of one run.
         out: the folder to write; it must not exist or be empty.
         data: the training data, whose class names a checkpoint of an unfinished run needs; None: the data of the run.
         size: image size that the folder will say; None: the one with which the model was trained.
@@ -225,11 +226,12 @@ def export_student(
     from detdistill.detectors.load import load_detector, trained_resizing
     from detdistill.detectors.save import save_student
     from detdistill.files import seal_folder
+    from detdistill.given import name_of
     from detdistill.structures import Resizing
     from detdistill.training.origin import known_origin
     from detdistill.training.plan import view_settings
 
-    folder = Path(out)
+    model, folder = name_of(model), Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists; give another --out")
     given = {"size": size, "resize": resize, "max_size": max_size}
@@ -257,7 +259,7 @@ def export_student(
 
 
 def export(
-    model: str,
+    model: Model,
     out: str | Path,
     data: str | None = None,
     *,
@@ -301,14 +303,16 @@ def export(
     from detdistill.detectors.load import load_detector
     from detdistill.export.run import Wanted, check_wanted, export_detector
     from detdistill.export.runtimes import is_file
+    from detdistill.given import name_or_detector
     from detdistill.progress import Progress
     from detdistill.training.origin import known_origin
     from detdistill.training.plan import view_settings
 
+    model = name_or_detector(model)
     free = None if dynamic is None else tuple(dynamic)
     wanted = Wanted(Path(out), format, int8, nms, free, opset, calibration, batch, overwrite=overwrite)
     check_wanted(wanted)
-    if is_file(model):
+    if isinstance(model, str) and is_file(model):
         raise RunError(f"model: {model} is an exported file; export the run or the student folder that it was made of")
     given = {name: value for name, value in settings.items() if value is not None}
     with progress or Progress() as shown:
@@ -317,10 +321,12 @@ def export(
         for split in ("val", *(("train",) if int8 else ())) if data is not None else ():
             sets[split], notes = load_split(str(data), cast("SplitName", split), strict=chosen.strict)
             tell(str(data), notes, sets[split].defects, shown)
-        detector = load_detector(model, sets["val"].classes if sets and ":" in model else None)
-        origin = known_origin(model)
+        classes = _classes_for(model, sets["val"].classes if sets else None)
+        detector = load_detector(model, classes) if isinstance(model, str) else model
+        origin = known_origin(model) if isinstance(model, str) else None
         made = export_detector(detector, wanted, view_settings(chosen), sets.get("val"), sets.get("train"), shown, origin)
-        _note_in_run(model, made, shown)
+        if isinstance(model, str):
+            _note_in_run(model, made, shown)
         return made
 
 
@@ -338,7 +344,7 @@ def _note_in_run(model: str, made: Exported, progress: Progress) -> None:
         build_report([run], run / "report.html", progress=progress)
 
 
-def push(model: str | Path, to: str, *, private: bool = True, message: str = "Upload by detdistill") -> str:
+def push(model: Model, to: str, *, private: bool = True, message: str = "Upload by detdistill") -> str:
     """Upload a student folder or an exported file to the Hugging Face hub.
 
     Args:
@@ -354,12 +360,13 @@ def push(model: str | Path, to: str, *, private: bool = True, message: str = "Up
         RunError: there is nothing to upload, no token, no network, or no permission.
     """
     from detdistill.export.push import push as upload
+    from detdistill.given import name_of
 
-    return upload(Path(model), to, private=private, message=message)
+    return upload(Path(name_of(model)), to, private=private, message=message)
 
 
 def bench(
-    models: Sequence[str],
+    models: Sequence[Model],
     data: str | None = None,
     *,
     batch: int = 1,
@@ -389,7 +396,7 @@ def bench(
     from detdistill.data.discover import load_split
     from detdistill.export.bench import interleaved
     from detdistill.export.run import first_batch, random_batch
-    from detdistill.given import open_detector
+    from detdistill.given import name_or_detector, open_detector
     from detdistill.progress import Progress
     from detdistill.training.plan import view_settings
 
@@ -399,7 +406,8 @@ def bench(
         if value < 1:
             raise RunError(f"{name}: {value} must be 1 or more")
     given = {name: value for name, value in settings.items() if value is not None}
-    chosen = image_settings(models[0], given, None)
+    found = [name_or_detector(model) for model in models]
+    chosen = image_settings(found[0], given, None)
     where, before = device_of(device), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -409,7 +417,12 @@ def bench(
                 images, notes = load_split(data, "val", strict=chosen.strict)
                 tell(data, notes, images.defects, shown)
                 classes = images.classes
-            opened = {name: open_detector(name, classes if ":" in name else None, where, fresh=True) for name in models}
+            opened = {
+                model if isinstance(model, str) else model.spec.name: open_detector(
+                    model, _classes_for(model, classes), where, fresh=True
+                )
+                for model in found
+            }
             opened = {name: detector.eval().to(where) for name, detector in opened.items()}
             given_batch = random_batch(batch, view.size) if images is None else first_batch(images, view, batch)
             bar = shown.bar("bench", rounds)
@@ -433,6 +446,11 @@ def _classes_of_unfinished(model: str, data: str | None) -> Sequence[str] | None
         except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             raise RunError(f"{run / 'config.yaml'} does not name the data ({error}); give --data") from error
     return load_data(data).train.classes
+
+
+def _classes_for(model: str | Detector, classes: Sequence[str] | None) -> Sequence[str] | None:
+    """The classes with which a model is loaded: None for a path, whose model has its own."""
+    return None if isinstance(model, str) and ":" not in model else classes
 
 
 def _check_looking(score: float, batch: int | None) -> None:
