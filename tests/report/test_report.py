@@ -176,6 +176,37 @@ def test_methods_share_baselines_and_prefer_their_own(tmp_path: Path) -> None:
     assert "+5.0 AP on one seed" in text
 
 
+def test_many_methods_stand_in_a_table_best_first(tmp_path: Path) -> None:
+    runs = write_experiment(tmp_path, "pkd", [0.30, 0.31], [0.33, 0.34])
+    for place, method in enumerate(("cwd", "fgd", "mgd", "fkd", "skd", "frs"), start=1):
+        for seed, plain in enumerate((0.30, 0.31)):
+            ap = plain + 0.01 * place
+            runs.append(write_run(tmp_path / f"{method}{seed}", "distilled", ap, seed=seed, method=method, kd_terms=(method,)))
+    page = build_report(runs, tmp_path / "report.html")
+    source = page.read_text()
+    parser, text = parsed(page)
+    assert "verdict frs +6.0 +6.0 to +6.0 30.5 36.5 2 gain skd +5.0 " in text
+    assert text.index("mgd +3.0") < text.index("fgd +2.0") < text.index("cwd +1.0")
+    assert not [attributes for tag, attributes in parser.tags if "gain" in str(attributes.get("class")) and tag == "article"]
+    assert text.count("Evaluated on 40 images only: the interval covers the seeds, not the choice of images.") == 1
+    assert "Each of the 16 runs alone" in text
+    assert "<details><summary>Each of the 16 runs alone" in source
+    assert "frs (mean of 2 seeds)" in text
+    groups = group([read(run) for run in runs])
+    palette = figures.Palette(groups)
+    looks = {(palette.name(one), palette.line(one)) for one in groups}
+    assert len(looks) == len(groups) == 8
+    assert ("c0", "dotted") in looks
+
+
+def test_notes_of_several_verdicts_are_said_once() -> None:
+    def said(label: str, *notes: str) -> words.Verdict:
+        return words.Verdict(label, "open", "", "", notes)
+
+    notes = words.shared_notes([said("a", "short", "few"), said("b", "few"), said("c", "few", "slow"), said("d", "few", "slow")])
+    assert notes == ["a: short", "few", "c, d: slow"]
+
+
 def test_seed_without_baseline_does_not_count(tmp_path: Path) -> None:
     runs = write_experiment(tmp_path, "pkd", [0.30, 0.30], [0.33, 0.33])
     runs.append(write_run(tmp_path / "distilled-seed7", "distilled", 0.90, seed=7, method="pkd"))

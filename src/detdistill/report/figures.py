@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 NUM_COLOURS = 6
 """Number of method colours in the page's style sheet: ``--c0`` .. ``--c5``."""
+DASHES = {"solid": "-", "dotted": ":", "dashdot": "-."}
+"""Line styles of the first six methods, the next six, and all others."""
+MOST_WITH_SEEDS = 5
+"""Figures of more groups show only the means over the seeds."""
 _SENTINELS = {"ink": "#010101", "grid": "#020202", "teacher": "#030303", "baseline": "#040404"} | {
     f"c{index}": f"#0505{index + 16:02x}" for index in range(NUM_COLOURS)
 }
@@ -50,6 +54,14 @@ class Palette:
         """Name of the group's colour in the style sheet, without the leading dashes."""
         return self._names[group.role, group.label]
 
+    def line(self, group: Group) -> str:
+        """Style of the group's lines: ``dashed`` for the teacher, else one of ``DASHES``, so that no two groups look alike."""
+        if group.role == "teacher":
+            return "dashed"
+        others = [key for key, name in self._names.items() if name.startswith("c")]
+        turn = others.index((group.role, group.label)) // NUM_COLOURS if (group.role, group.label) in others else 0
+        return list(DASHES)[min(turn, len(DASHES) - 1)]
+
 
 def curves(
     groups: Sequence[Group],
@@ -62,6 +74,8 @@ def curves(
     level: float | None = None,
 ) -> str:
     """Draw a column of ``metrics.csv`` for all runs: thin lines for seeds, thick for their mean, dashed for the teacher.
+
+    With more than ``MOST_WITH_SEEDS`` groups only the means are drawn.
 
     Args:
         groups: the groups to draw.
@@ -83,8 +97,11 @@ def curves(
         for group in groups:
             found = [_thin(run.curve(column, against)) for run in group.runs]
             found = [([*x], [factor * value for value in y]) for x, y in found if x]
+            if found and len(groups) > MOST_WITH_SEEDS:
+                found = [mean_curve(found)]
             if found:
-                drawn += _draw(axes, found, _SENTINELS[palette.name(group)], "--" if group.role == "teacher" else "-")
+                dash = "--" if group.role == "teacher" else DASHES[palette.line(group)]
+                drawn += _draw(axes, found, _SENTINELS[palette.name(group)], dash)
         if not drawn:
             return ""
         if level is not None:

@@ -26,8 +26,12 @@ NOT_SETTINGS = ("out", "resume", "jobs", "seed", "seeds", "role", "method", "stu
 """Settings left out of the table of differences: they differ by design or do not affect training."""
 
 
-Entry = tuple[str, str, bool, int]
-"""Entry of a legend: label, colour, dashed, number of seeds."""
+Entry = tuple[str, str, str, str]
+"""Entry of a legend: label, colour, style of the line, and a remark on its seeds."""
+MOST_CARDS = 4
+"""Verdicts of more methods stand in a table, best first, instead of a card each."""
+MOST_RUNS = 12
+"""The table of more single runs is folded."""
 
 
 @dataclass(frozen=True)
@@ -153,16 +157,20 @@ def render(groups: Sequence[Group], splits: DataSplits | None, data_note: str, g
         for one in distilled
         if one.runs[0].rows
     ]
-    legend = [(one.label, palette.name(one), one.role == "teacher", len(one.runs)) for one in groups]
+    legend = [(one.label, palette.name(one), palette.line(one), _seeds(one, groups)) for one in groups]
+    verdicts = [words.verdict(one, groups) for one in distilled]
     return environment.get_template("template.html.jinja").render(
         title=_title(groups),
         subtitle=_subtitle(runs),
-        verdicts=[words.verdict(one, groups) for one in distilled],
+        verdicts=verdicts if len(verdicts) <= MOST_CARDS else [],
+        ranking=_ranking(verdicts) if len(verdicts) > MOST_CARDS else [],
+        notes=words.shared_notes(verdicts) if len(verdicts) > MOST_CARDS else [],
         plain=[one for one in groups if one.role in ("train", "teacher", "baseline")] if not distilled else [],
         points=words.points,
         metrics=METRICS,
         table=_table(groups),
         per_run=[_run_line(one, run) for one in groups for run in one.runs],
+        folded=len(runs) > MOST_RUNS,
         legend=legend,
         score_legend=_score_legend(groups, legend),
         scores=_score_panels(groups, palette),
@@ -214,6 +222,20 @@ def _subtitle(runs: Sequence[Run]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
+
+
+def _seeds(one: Group, groups: Sequence[Group]) -> str:
+    """What the lines of a group in the figures say of its seeds."""
+    count = len(one.runs)
+    if count == 1:
+        return ""
+    return f"mean of {count} seeds" if len(groups) > figures.MOST_WITH_SEEDS else f"{count} seeds thin, mean thick"
+
+
+def _ranking(verdicts: Sequence[words.Verdict]) -> list[Line]:
+    """Rows of the table of verdicts: the highest mean gain first, methods without a comparison last."""
+    ordered = sorted(verdicts, key=lambda one: -one.gain.mean if one.gain is not None else float("inf"))
+    return [Line(one.label, one.tone, words.verdict_cells(one)) for one in ordered]
 
 
 def _table(groups: Sequence[Group]) -> list[Line]:
@@ -281,7 +303,7 @@ def _lone_teacher(groups: Sequence[Group], metric: str) -> float | None:
 
 def _score_legend(groups: Sequence[Group], legend: Sequence[Entry]) -> list[Entry]:
     known = _lone_teacher(groups, "AP") is not None
-    return [*([("teacher (as it is)", "teacher", True, 1)] if known else []), *legend]
+    return [*([("teacher (as it is)", "teacher", "dashed", "")] if known else []), *legend]
 
 
 def _against(groups: Sequence[Group]) -> str:

@@ -87,6 +87,26 @@ def verdict(group: Group, groups: Sequence[Group]) -> Verdict:
     return Verdict(group.label, *_judge(gain, teacher), tuple(notes), gain)
 
 
+def verdict_cells(one: Verdict) -> tuple[str, ...]:
+    """Cells of a verdict in a table: gain, interval, AP alone, AP distilled, seeds, verdict."""
+    if one.gain is None:
+        return (one.headline, "", "", "", "", one.sentence)
+    baseline, distilled = (statistics.fmean(getattr(pair, name) for pair in one.gain.pairs) for name in ("baseline", "distilled"))
+    inside = (one.gain.low, one.gain.high)
+    interval = " to ".join(points(end, signed=True) for end in inside) if None not in inside else points(None)
+    mean = points(one.gain.mean, signed=True)
+    return (mean, interval, points(baseline), points(distilled), str(len(one.gain.pairs)), one.gain.verdict)
+
+
+def shared_notes(verdicts: Sequence[Verdict]) -> list[str]:
+    """The notes of all verdicts, each once, with the methods it is about unless these are all."""
+    about: dict[str, list[str]] = {}
+    for one in verdicts:
+        for note in one.notes:
+            about.setdefault(note, []).append(one.label)
+    return [note if len(labels) == len(verdicts) else f"{', '.join(labels)}: {note}" for note, labels in about.items()]
+
+
 def _judge(gain: Gain, teacher: float | None) -> tuple[str, str, str]:
     """Tone, headline and sentence."""
     baseline = statistics.fmean(pair.baseline for pair in gain.pairs)
