@@ -658,10 +658,26 @@ def _inspect(chosen: Namespace) -> None:
 
 Describe = Callable[[Parser], None]
 Act = Callable[[Namespace], None]
+
+
+def _schedules_flags(parser: Parser) -> None:
+    _distill_flags(parser)
+    parser.add_argument("--at", type=tuple[float, ...], default=(1, 3), help="lengths, as multiples of the epochs or steps")
+    _json_flag(parser, FRACTIONS)
+
+
+def _schedules(chosen: Namespace) -> None:
+    from detdistill import api
+    from detdistill.schedules import schedules_json, show_schedules
+
+    _show(chosen, lambda: api.schedules(**_plain(chosen)), show_schedules, schedules_json)
+
+
 VERBS: dict[str, tuple[Describe, Act, str]] = {
     "demo": (_demo_flags, _demo, "run the built-in example, data to report, in minutes on a CPU"),
     "train": (_train_flags, _train, "train a detector alone: a teacher or a baseline"),
     "distill": (_distill_flags, _distill, "distil a teacher into a student, and measure the gain"),
+    "schedules": (_schedules_flags, _schedules, "distil at several lengths: a better student, or a faster one?"),
     "cache": (_cache_flags, _cache, "store a teacher's outputs, so that later runs need no teacher"),
     "cache-verify": (_verify_flags, _verify, "check a cache's checksums, and compare it with its teacher"),
     "eval": (_eval_flags, _eval, "compute the 12 COCO numbers and the AP of each class"),

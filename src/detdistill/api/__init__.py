@@ -2,11 +2,12 @@
 
 from detdistill.api.models import bench, detect, evaluate, export, export_student, predict, push
 from detdistill.api.reading import compare, inspect_data, report
+from detdistill.api.schedules import schedules
 from detdistill.api.shared import write
 from detdistill.api.training import Cached, cache, distill, train, verify_cache
 from detdistill.results import Distilled
 
 __all__ = [
     "Cached", "Distilled", "bench", "cache", "compare", "detect", "distill", "evaluate", "export", "export_student",
-    "inspect_data", "predict", "push", "report", "train", "verify_cache", "write",
+    "inspect_data", "predict", "push", "report", "schedules", "train", "verify_cache", "write",
 ]  # fmt: skip
