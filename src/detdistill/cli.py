@@ -430,6 +430,35 @@ def _predict(chosen: Namespace) -> None:
         sys.exit(1)
 
 
+def _label_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--teacher", type=str, required=True, help="a detector, or hf:NAME of one that is told by text what to find"
+    )
+    parser.add_argument("--images", type=Path, required=True, help="an image, or a folder of images with its sub-folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the COCO data set; it must not exist")
+    parser.add_argument("--classes", type=str, default="", help="what to find, e.g. helmet,person; none: all of the detector's")
+    parser.add_argument("--score", type=float, default=0.3, help="lowest score of a box, 0..1")
+    parser.add_argument("--size", type=int | None, default=None, help="side of the images in pixels; none: that of the training")
+    parser.add_argument("--nms", type=float, default=0.7, help="largest IoU of two boxes of a class, for models told by text")
+    parser.add_argument("--review", type=int, default=200, help="number of images on the page review.html")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
+
+
+def _label(chosen: Namespace) -> None:
+    from detdistill import api
+    from detdistill.errors import counted
+
+    values = _plain(chosen)
+    values["classes"] = [name.strip() for name in values["classes"].split(",") if name.strip()]
+    found = api.label(**values)
+    for name, count in found.boxes.items():
+        _say(f"{count:>8}  {name}")
+    _say(f"{counted(sum(found.boxes.values()), 'box', 'boxes')} on {counted(found.images, 'image')}")
+    _say(f"data set {found.folder}; look through it: {found.folder / 'review.html'}")
+    if found.unreadable:
+        sys.exit(1)
+
+
 def _student_flags(parser: Parser) -> None:
     parser.add_argument(
         "--model", type=str, required=True, help="checkpoint (runs/x/checkpoints/best.ckpt), run folder or student folder"
@@ -682,6 +711,7 @@ VERBS: dict[str, tuple[Describe, Act, str]] = {
     "cache-verify": (_verify_flags, _verify, "check a cache's checksums, and compare it with its teacher"),
     "eval": (_eval_flags, _eval, "compute the 12 COCO numbers and the AP of each class"),
     "predict": (_predict_flags, _predict, "draw a detector's boxes on images"),
+    "label": (_label_flags, _label, "label images by a model, e.g. one that is told by text what to find"),
     "student": (_student_flags, _student, "write a student folder from a checkpoint, e.g. best.ckpt"),
     "export": (_export_flags, _export, "write a model as ONNX, OpenVINO or int8, and prove the file"),
     "bench": (_bench_flags, _bench, "measure the latency of models and exported files in turns"),

@@ -118,9 +118,9 @@ def predict(
     from detdistill.given import name_or_detector
     from detdistill.progress import Progress
 
-    _check_looking(score, batch)
+    check_looking(score, batch)
     with progress or Progress() as shown:
-        detector, settings = _ready(model, size, device, shown)
+        detector, settings = ready(model, size, device, shown)
         parameter = next(detector.parameters(), None)
         loaded = isinstance(name_or_detector(model), str)
         if loaded and parameter is not None and parameter.device.type == "cpu":
@@ -181,8 +181,8 @@ def detect(
     from detdistill.evaluation.predict import default_batch, detect_all
     from detdistill.functional.modes import evaluating
 
-    _check_looking(score, batch)
-    detector, settings = _ready(model, size, device)
+    check_looking(score, batch)
+    detector, settings = ready(model, size, device)
     folder = isinstance(images, str | Path) and Path(images).is_dir()
     several = folder or isinstance(images, list | tuple)
     chosen = find_images(Path(images)).paths if folder else images if several else [images]
@@ -453,7 +453,7 @@ def _classes_for(model: str | Detector, classes: Sequence[str] | None) -> Sequen
     return None if isinstance(model, str) and ":" not in model else classes
 
 
-def _check_looking(score: float, batch: int | None) -> None:
+def check_looking(score: float, batch: int | None) -> None:
     """Check the arguments of ``predict`` and ``detect``."""
     if not 0 <= score <= 1:
         raise RunError(f"score: {score} is not between 0 and 1")
@@ -461,7 +461,7 @@ def _check_looking(score: float, batch: int | None) -> None:
         raise RunError(f"batch: {batch} is not at least 1")
 
 
-def _ready(model: Model, size: int | None, device: str, progress: Progress | None = None) -> tuple[Detector, ViewSettings]:
+def ready(model: Model, size: int | None, device: str, progress: Progress | None = None) -> tuple[Detector, ViewSettings]:
     """A detector on its device, and the image settings for it."""
     from detdistill.given import name_or_detector, open_detector
     from detdistill.training.plan import view_settings

@@ -216,6 +216,8 @@ class _Reading:
     """Number of boxes by the flag, other than ``iscrowd``, that marks them."""
     outlined: int = 0
     """Number of boxes that are the tight box of a segmentation."""
+    scored: int = 0
+    """Number of boxes with a score below 1."""
 
     def report(self, kind: str, record: str, message: str, skipped: str = "box") -> None:
         self.defects.append(Defect(kind, self.where, record, message, skipped))
@@ -225,6 +227,8 @@ class _Reading:
             yield f"{count} boxes are marked '{key}': like crowds, they are neither trained on nor counted as mistakes"
         if self.outlined:
             yield f"{self.outlined} annotations have no bbox: the tight box of their segmentation is used"
+        if self.scored:
+            yield f"{self.scored} boxes have a score below 1: each counts as much as its score in the training"
 
 
 def _raw_images(content: dict[str, Any], file: Path, root: Path, reading: _Reading, split: SplitName) -> list[RawImage]:
@@ -308,6 +312,7 @@ def _raw_boxes(annotations: list[Any], images: _Ids, reading: _Reading) -> dict[
                 crowd=crowd,
                 area=_area(item.get("area"), record, reading),
                 segmentation=item.get("segmentation") or None,
+                score=_score(item, record, reading),
             )
         )
     return boxes
@@ -357,6 +362,20 @@ def _crowd(item: dict[str, Any], record: str, reading: _Reading) -> bool | None:
             reading.ignored[key] += 1
         crowd = crowd or flag
     return crowd
+
+
+def _score(item: dict[str, Any], record: str, reading: _Reading) -> float:
+    """The score of a box that a model labelled; 1 (and a defect, if there is something else) without one."""
+    score = item.get("score")
+    if score is None:
+        return 1.0
+    if isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 1:
+        reading.scored += score < 1
+        return float(score)
+    reading.report(
+        "malformed score", record, f"score is {score!r:.60}, not a number from 0 to 1; the box counts fully", "nothing"
+    )
+    return 1.0
 
 
 def _area(value: Any, record: str, reading: _Reading) -> float | None:

@@ -158,6 +158,7 @@ def _about(data: DetectionSet) -> dict[str, Any]:
         "segmentation": {
             index: record.segmentation for index, record in enumerate(data.records) if record.segmentation is not None
         },
+        "scores": {index: record.scores.tolist() for index, record in enumerate(data.records) if record.scores is not None},
     }
 
 
@@ -175,13 +176,13 @@ def _arrays(records: Sequence[Record]) -> dict[str, np.ndarray]:
 
 def _set(name: SplitName, about: dict[str, Any], kept: Any) -> DetectionSet:
     arrays = {key: kept[f"{name}/{key}"] for key in ("id", "size_hw", "count", *FIELDS)}
-    root, segmentation = Path(about["root"]), about["segmentation"]
+    root, segmentation, scores = Path(about["root"]), about["segmentation"], about["scores"]
     ends = np.cumsum(arrays["count"]).tolist()
     boxes, labels, crowd, areas = (arrays[key] for key in FIELDS)
     rows = zip(arrays["id"].tolist(), about["paths"], arrays["size_hw"].tolist(), [0, *ends], ends, strict=False)
     records = []
     for index, (key, path, (height, width), first, end) in enumerate(rows):
-        outlines = segmentation.get(str(index))
+        outlines, scored = segmentation.get(str(index)), scores.get(str(index))
         place = slice(first, end)
         records.append(
             Record(
@@ -193,6 +194,7 @@ def _set(name: SplitName, about: dict[str, Any], kept: Any) -> DetectionSet:
                 crowd[place],
                 areas[place],
                 None if outlines is None else tuple(outlines),
+                None if scored is None else np.array(scored, dtype=np.float64),
             )
         )
     defects = tuple(Defect(**defect) for defect in about["defects"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from detdistill.data.pixels import eight_bits
 from detdistill.data.records import DetectionSet, Record
-from detdistill.data.transforms import ViewSettings, make_mosaic, make_view, resize_image
+from detdistill.data.transforms import ViewSettings, joined_scores, make_mosaic, make_view, resize_image
 from detdistill.errors import DataError, RunError
 from detdistill.structures import Batch, Target, View
 
@@ -307,4 +307,7 @@ def _side_by_side(targets: Sequence[Target], padded_hw: tuple[int, int]) -> tupl
         if mask is not None:
             mask = torch.nn.functional.pad(mask, (0, padded_hw[1] - mask.shape[2], 0, padded_hw[0] - mask.shape[1]))
         masks.append(mask)
-    return tuple(Target(*fields) for fields in zip(boxes, labels, crowd, masks, strict=True))
+    scores: Sequence[Tensor | None] = [None] * len(targets)
+    if any(target.scores is not None for target in targets):
+        scores = torch.split(cast(Tensor, joined_scores(targets)), counts)
+    return tuple(Target(*fields) for fields in zip(boxes, labels, crowd, masks, scores, strict=True))

@@ -51,6 +51,8 @@ class Record:
     """[G] float64, in square pixels: the area given in the annotation (in COCO, that of the mask), else width times height."""
     segmentation: tuple[Any, ...] | None = None
     """For each box the polygons or run lengths of the annotation, or None if it has none. None: no box of the image has any."""
+    scores: np.ndarray | None = None
+    """[G] float64, 0..1: the score with which a model labelled each box, else 1. None: no box has a score below 1."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -191,7 +193,7 @@ class DataSplits:
 
 
 def fingerprint(classes: Sequence[str], records: Iterable[Record]) -> str:
-    """Compute a sha256 over class names, ids, file names, file sizes, image sizes, boxes, labels, crowd flags and areas.
+    """Compute a sha256 over class names, ids, file names, file sizes, image sizes, boxes, labels, crowd flags, areas and scores.
 
     Boxes are rounded to 1/1000 pixel, areas to 1/100 square pixel. Folders do not enter, so the data may be moved.
     """
@@ -205,12 +207,15 @@ def fingerprint(classes: Sequence[str], records: Iterable[Record]) -> str:
     labels = np.concatenate([record.labels for record in every]).astype("<i8").tobytes()
     crowd = np.concatenate([record.crowd for record in every]).astype("u1").tobytes()
     areas = (np.round(np.concatenate([record.areas for record in every]), 2) + 0.0).astype("<f8").tobytes()
+    scored = any(record.scores is not None for record in every)  # so that other data have the fingerprint of earlier versions
     end = 0
     for record in every:
         first, end = end, end + len(record)
         size = os.stat(record.path).st_size
         digest.update(f"\n{record.id}\0{record.path.name}\0{size}\0{record.size_hw}".encode())
         digest.update(boxes[32 * first : 32 * end] + labels[8 * first : 8 * end] + crowd[first:end] + areas[8 * first : 8 * end])
+        if scored:
+            digest.update(np.round(np.ones(len(record)) if record.scores is None else record.scores, 6).astype("<f8").tobytes())
     return digest.hexdigest()
 
 
@@ -255,6 +260,7 @@ class RawBox:
     crowd: bool = False
     area: float | None = None
     segmentation: Any = None
+    score: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -366,6 +372,7 @@ def _clean(image: RawImage, size_hw: tuple[int, int], defects: list[Defect]) -> 
         kept.append(box)
         own = box.area is not None and math.isfinite(box.area) and box.area > 0
         areas.append(float(box.area) if own and box.area is not None else (inside[2] - inside[0]) * (inside[3] - inside[1]))
+    scores = np.array([box.score for box in kept], dtype=np.float64) if any(box.score < 1 for box in kept) else None
     segmentation = None
     if any(box.segmentation is not None for box in kept):
         scale = np.array([width, height], dtype=np.float64)
@@ -379,6 +386,7 @@ def _clean(image: RawImage, size_hw: tuple[int, int], defects: list[Defect]) -> 
         np.array([box.crowd for box in kept], dtype=bool),
         np.array(areas, dtype=np.float64),
         segmentation,
+        scores,
     )
 
 

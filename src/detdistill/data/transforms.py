@@ -20,7 +20,7 @@ from torch import Tensor
 
 from detdistill.data.records import Record
 from detdistill.errors import DataError, RunError, nearest
-from detdistill.structures import Target, View
+from detdistill.structures import Target, View, map_tensors
 
 Resize = Literal["letterbox", "stretch", "short_side"]
 
@@ -319,6 +319,7 @@ def _target(record: Record, view: View, masks: bool) -> Target:
         torch.from_numpy(record.labels.astype(np.int64)),
         torch.from_numpy(record.crowd.astype(bool)),
         drawn,
+        None if record.scores is None else torch.from_numpy(record.scores.astype(np.float32)),
     )
 
 
@@ -332,8 +333,7 @@ def _drop_small(target: Target) -> Target:
 
 
 def _select(target: Target, keep: Tensor) -> Target:
-    masks = None if target.masks is None else target.masks[keep]
-    return Target(target.boxes_xyxy[keep], target.labels[keep], target.crowd[keep], masks)
+    return map_tensors(target, lambda tensor: tensor[keep])
 
 
 def _shift(target: Target, left: int, top: int, size_hw: tuple[int, int]) -> Target:
@@ -343,7 +343,7 @@ def _shift(target: Target, left: int, top: int, size_hw: tuple[int, int]) -> Tar
     if masks is not None:
         right, bottom = size_hw[1] - left - masks.shape[2], size_hw[0] - top - masks.shape[1]
         masks = torch.nn.functional.pad(masks, (left, right, top, bottom))
-    return Target(boxes, target.labels, target.crowd, masks)
+    return replace(target, boxes_xyxy=boxes, masks=masks)
 
 
 def _join(targets: Sequence[Target]) -> Target:
@@ -355,7 +355,15 @@ def _join(targets: Sequence[Target]) -> Target:
         torch.cat([target.labels for target in shown]),
         torch.cat([target.crowd for target in shown]),
         torch.cat(masks) if len(masks) == len(shown) else None,
+        joined_scores(shown),
     )
+
+
+def joined_scores(targets: Sequence[Target]) -> Tensor | None:
+    """The scores of the boxes of all targets, 1 where a target has none; None if no target has any."""
+    if all(target.scores is None for target in targets):
+        return None
+    return torch.cat([torch.ones(len(target)) if target.scores is None else target.scores for target in targets])
 
 
 # --------------------------------------------------------------------------------------------------------------- masks

@@ -71,6 +71,8 @@ class Target(Movable):
     """[G] bool; training ignores crowd boxes, and evaluation handles them by COCO's rule."""
     masks: Tensor | None = None
     """[G, H, W] bool if the data has masks and the detector uses them, else None."""
+    scores: Tensor | None = None
+    """[G] float, 0..1: what each box counts in the detection loss, the score of the model that labelled it; None: 1 for all."""
 
     def __len__(self) -> int:
         return self.boxes_xyxy.shape[0]

@@ -26,6 +26,7 @@ from detdistill.errors import RunError, StoppedError
 from detdistill.evaluation import Scores, evaluate
 from detdistill.evaluation.instability import first_images, index_vectors
 from detdistill.files import damage
+from detdistill.functional.label_scores import detection_loss
 from detdistill.methods.shared.contract import Method, Stage
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, TrainSettings
@@ -344,7 +345,7 @@ def plain_stage(student: Detector) -> Stage:
         with torch.autocast(batch.images.device.type, enabled=False):
             seen = seen.float()
             assert seen.prediction is not None
-            return student.loss(seen.prediction, batch)
+            return detection_loss(student, seen.prediction, batch)
 
     return Stage("train", step, lambda clock: (student,), student)
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 from torch import nn
 
 from detdistill.detectors.contract import PREDICTION, Detector, Teacher
+from detdistill.functional.label_scores import detection_loss
 from detdistill.functional.precision import full_precision
 from detdistill.methods.shared.hyper_parameters import checked_settings
 from detdistill.methods.shared.needs import Needs, PairError, check_pair
@@ -132,7 +133,7 @@ class Method(nn.Module, Generic[T]):
     def supervise(self, student: Detector, seen: Observation, taught: T, batch: Batch) -> Losses:
         """Compute the student's detection loss, in full precision. At most one method of a composition may override this."""
         assert seen.prediction is not None
-        return student.loss(seen.prediction, batch)
+        return detection_loss(student, seen.prediction, batch)
 
     def relabel(self, student: Detector, features: Features, batch: Batch, clock: Clock) -> tuple[Batch, Losses]:
         """Replace the targets of the batch, after the student's features and before its prediction.
