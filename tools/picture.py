@@ -3,8 +3,8 @@
     uv run detdistill demo --out runs/demo
     uv run python tools/picture.py --demo runs/demo --out docs/pictures/students.png
 
-Right boxes (same class, IoU 0.5 or more) are green, all others red; boxes below ``--score`` are not drawn. The images are the first
-of the validation set with at least ``--objects`` objects; they are not chosen by what the models find.
+Right boxes (same class, IoU 0.5 or more) are green, all others red; boxes below ``--score`` are not drawn. The images are the
+first of the validation set with at least ``--objects`` objects; they are not chosen by what the models find.
 """
 
 from __future__ import annotations

@@ -65,14 +65,21 @@ class DeformableTests:
     unreached: tuple[str, ...] = ()
     """Parameters that a batch without boxes does not reach (parts of their names)."""
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def name(self):
         return f"{self.family}:{SMALL}{self.options}"
 
-    @pytest.fixture
-    def detector(self, name):
+    @pytest.fixture(scope="class")
+    def built(self, name):
+        """The detector, built once for all tests of the class, and the random state after that."""
         torch.manual_seed(0)
-        return shaken(build_detector(name, CLASSES))
+        return shaken(build_detector(name, CLASSES)), torch.get_rng_state()
+
+    @pytest.fixture
+    def detector(self, built):
+        detector, state = built
+        torch.set_rng_state(state)
+        return copy.deepcopy(detector)
 
     # ------------------------------------------------------------------- what the library wants; families may differ
 

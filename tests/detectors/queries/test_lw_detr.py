@@ -106,14 +106,14 @@ class TestLwDetr(GroupTests):
     family = "lw_detr"
     exact = True
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def name(self):
         return "lw_detr:vit_nano,dim=32,queries=30,decoder=3,heads=4,ffn=64,levels=3-3"
 
-    @pytest.fixture
-    def detector(self, name):
+    @pytest.fixture(scope="class")
+    def built(self, name):
         torch.manual_seed(0)
-        return shaken(build_detector(name, CLASSES), 0.02)
+        return shaken(build_detector(name, CLASSES), 0.02), torch.get_rng_state()
 
     def test_dense_attention_is_what_the_decoder_computes(self, detector):
         batch = unequal_batch()
