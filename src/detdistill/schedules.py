@@ -86,8 +86,8 @@ def over_schedules(runs: Mapping[float, Sequence[Path]]) -> tuple[Schedule, ...]
             if (ap := baseline_at(one["seconds"], curves.get(one["seed"], []))) is not None
         ]
         at_time = summarize(gain.method, gain.teacher, gain.student, "AP", pairs) if len(pairs) == len(distilled) else None
-        means = [statistics.fmean(one["seconds"] for one in some) for some in (alone, distilled)]
-        schedules.append(Schedule(factor, gain, *means, at_time))
+        seconds_alone, seconds_distilled = (statistics.fmean(one["seconds"] for one in some) for some in (alone, distilled))
+        schedules.append(Schedule(factor, gain, seconds_alone, seconds_distilled, at_time))
     return tuple(schedules)
 
 
