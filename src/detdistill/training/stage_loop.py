@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import warnings
 from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -27,14 +29,16 @@ from detdistill.evaluation import Scores, evaluate
 from detdistill.evaluation.instability import first_images, index_vectors
 from detdistill.files import damage
 from detdistill.methods.shared.contract import Method, Stage
+from detdistill.processes import by_srun, is_main_process, restarts
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, TrainSettings
 from detdistill.structures import Batch, Clock, Losses
+from detdistill.training.agreement import Agreement, Facts
 from detdistill.training.bar import TrainingBar
 from detdistill.training.callbacks import Checkpoints, Evaluation, Records
 from detdistill.training.folder import RunFolder
 from detdistill.training.from_cache import stage_from_cache
-from detdistill.training.machine import is_main_process, seed_everything
+from detdistill.training.machine import seed_everything
 from detdistill.training.matching_instability import MatchingInstability
 from detdistill.training.metrics_table import MetricsTable, idle_terms, read_rows
 from detdistill.training.module import NonFiniteLoss, StageModule
@@ -51,13 +55,19 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 class StageLoop:
     """Trains the stages of one run, one after the other, in one run folder."""
 
-    def __init__(self, session: Session, folder: RunFolder, progress: Progress) -> None:
+    def __init__(self, session: Session, folder: RunFolder, progress: Progress, facts: Facts | None = None) -> None:
         """Read stage and step of the checkpoint if the run is resumed.
+
+        Args:
+            session: plan, data, student and method.
+            folder: the run folder.
+            progress: display of the progress.
+            facts: what all processes of the run must have in common.
 
         Raises:
             RunError: the checkpoint cannot be read.
         """
-        self.session, self.folder, self.progress = session, folder, progress
+        self.session, self.folder, self.progress, self.facts = session, folder, progress, facts or {}
         self.plan, self.splits, self.settings = session.plan, session.splits, session.plan.settings
         self.student, self.method, self.cache = session.student, session.method, session.cache
         self.validation: DetectionLoader | None = None
@@ -71,6 +81,9 @@ class StageLoop:
         self.resume_step = 0
         if self.resume_from is not None:
             self.resume_stage, self.resume_step = _stage_and_step(self.resume_from)
+            if restarts():
+                where = f"{self.resume_from.name} (stage {self.resume_stage}, step {self.resume_step})"
+                self.progress.say(f"torchrun has started the processes again (restart {restarts()}): continuing from {where}")
         self.table: MetricsTable | None = None
 
     def _resume_from(self) -> Path | None:
@@ -146,7 +159,7 @@ class StageLoop:
             stage.before()
         self.module = self._module(stage, settings, total)
         self.evaluation = Evaluation(self.evaluate, settings.evaluate_every, settings.patience)
-        trainer = self._trainer(settings, self._callbacks(settings, total, self.evaluation), epochs)
+        trainer = self._trainer(settings, self._callbacks(stage, settings, total, self.evaluation), epochs)
         with warnings.catch_warnings():
             # Lightning's warnings about loaders and intervals concern its own defaults, which are not used here.
             warnings.filterwarnings("ignore", module="lightning")
@@ -212,9 +225,12 @@ class StageLoop:
         module.train_dataloader = train_dataloader  # type: ignore[method-assign]
         return module
 
-    def _callbacks(self, settings: TrainSettings, total: int, evaluation: Evaluation) -> list[L.Callback]:
+    def _callbacks(self, stage: Stage, settings: TrainSettings, total: int, evaluation: Evaluation) -> list[L.Callback]:
         """The callbacks of the stage; the checkpoint comes after the evaluation, so that it contains the scores."""
         callbacks: list[L.Callback] = [TrainingBar(self.progress, self.plan.title or self.plan.role, total)]
+        if settings.devices * settings.nodes > 1:
+            place = {"stage": stage.name, "steps": str(total), "checkpoint": f"{self.resume_stage} {self.resume_step}"}
+            callbacks.append(Agreement({**self.facts, **place}))
         if self.table is not None:
             records = Records(self.table, settings.log_every)
             callbacks.append(records)
@@ -269,6 +285,7 @@ class StageLoop:
             devices=settings.devices,
             num_nodes=settings.nodes,
             strategy=strategy,
+            plugins=_launcher(),
             precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[settings.precision],  # type: ignore[arg-type]
             max_epochs=epochs,  # not max_steps: with it, Lightning resumes wrongly from the end of an epoch
             accumulate_grad_batches=settings.accumulate,
@@ -349,6 +366,25 @@ def plain_stage(student: Detector) -> Stage:
     return Stage("train", step, lambda clock: (student,), student)
 
 
+def _launcher() -> ClusterEnvironment | None:
+    """Who numbers the processes, where Lightning's guess may be wrong: in a Slurm job, srun only if it has started several."""
+    if "SLURM_NTASKS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    return SLURMEnvironment(auto_requeue=False) if by_srun() else LightningEnvironment()
+
+
+def _unreachable(error: torch.distributed.DistNetworkError | torch.distributed.DistStoreError) -> RunError:
+    """What to do if the processes cannot find each other."""
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "?")
+    if "EADDRINUSE" in str(error) or "already in use" in str(error):
+        return RunError(f"port {port} of {address} is in use; set the environment variable MASTER_PORT to a free port")
+    reason = str(error).strip().splitlines()[0]
+    return RunError(
+        f"the process at {address}, port {port}, cannot be reached: {reason}; check that MASTER_ADDR and MASTER_PORT are the "
+        "same on all machines, that the first machine's process runs, and that no firewall is in between"
+    )
+
+
 def _fit(trainer: L.Trainer, module: StageModule, checkpoints: Path, resume_from: Path | None) -> None:
     """Train, and turn Lightning's reactions to SIGTERM and Ctrl-C into a ``RunError`` and ``KeyboardInterrupt``."""
     interrupt = signal.getsignal(signal.SIGINT)
@@ -362,6 +398,8 @@ def _fit(trainer: L.Trainer, module: StageModule, checkpoints: Path, resume_from
     except SIGTERMException as error:
         start = "from the last checkpoint" if any(checkpoints.glob("*.ckpt")) else "from step 0, since there is no checkpoint yet"
         raise StoppedError(f"stopped by SIGTERM; --resume true continues {start}") from error
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        raise _unreachable(error) from error
     except RuntimeError:
         if trainer.world_size > 1:  # the connection to a process that has ended
             wait_for_the_end()
