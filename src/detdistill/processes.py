@@ -58,11 +58,11 @@ def restarts() -> int:
 
 
 def launch() -> str | None:
-    """What torchrun calls the launch of this process, the same after a restart; None: torchrun has not started it."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name != "none":  # torchrun's name for launches without --rdzv-id
-        return name
-    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    """What torchrun calls the launch of this process, the same after a restart; None: torchrun has not started it.
+
+    Without ``--rdzv-id`` all launches have the name "none".
+    """
+    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def with_parent() -> dict[str, str]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from detdistill import api
 from detdistill.errors import RunError
@@ -24,9 +22,9 @@ from detdistill.processes import is_main_process, local_rank, number_of_processe
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, TrainSettings, effects
 from detdistill.training import machine
-from detdistill.training.folder import LAUNCH, after_restart
+from detdistill.training.folder import LAUNCH, after_restart, forget_launch
+from detdistill.training.lock import locked
 from tests.training import small
-from tests.training.test_signals import children
 from tests.training.together import free_port, srun, together, torchrun
 
 BACKBONE = "resnet10t,channels=8-8-16-16,stem=8"
@@ -175,48 +173,60 @@ def test_only_the_run_of_the_same_launch_is_continued(tmp_path: Path, variables:
     assert after_restart(settings).resume
     variables({**first, "TORCHELASTIC_RESTART_COUNT": 1, "TORCHELASTIC_RUN_ID": "another"})
     assert not after_restart(settings).resume
-    (tmp_path / LAUNCH).write_text('{"launch": "127.0.0.1:1"}')
-    variables({**first, "TORCHELASTIC_RESTART_COUNT": 1, "TORCHELASTIC_RUN_ID": "none"})
-    assert after_restart(settings).resume
+    again = {**first, "TORCHELASTIC_RESTART_COUNT": 1}
+    variables(again)
     (tmp_path / "summary.json").touch()
     assert not after_restart(settings).resume, "it is finished"
+    (tmp_path / "summary.json").unlink()
     assert not after_restart(TrainSettings(out=tmp_path / "elsewhere")).resume
+    forget_launch(tmp_path)
+    assert after_restart(settings).resume, "only a first process forgets"
+    variables(first)
+    with locked(tmp_path):
+        forget_launch(tmp_path)
+    assert (tmp_path / LAUNCH).exists(), "somebody trains there"
+    forget_launch(tmp_path)  # a second launch of the same name, whose first processes are refused
+    variables(again)
+    assert not after_restart(settings).resume
+
+
+def _mortal(out: str, settings: dict[str, Any]) -> None:
+    """A process of torchrun's: the second one is killed when there is a checkpoint, but not once it was started again."""
+    torch.set_num_threads(1)
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+
+        def kill() -> None:
+            while not (Path(out) / "checkpoints" / "last.ckpt").exists():
+                time.sleep(0.01)
+            small.die()
+
+        threading.Thread(target=kill, daemon=True).start()
+    train(small.MODEL, Path(out), **settings)
+
+
+def _torchrun(out: Path, settings: dict[str, Any]) -> None:
+    """What ``torchrun --nproc-per-node 2 --max-restarts 1 --master-port PORT`` does, with forks as its processes."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="none",
+        rdzv_backend="static",
+        rdzv_endpoint=f"127.0.0.1:{free_port()}",
+        rdzv_configs={"rank": 0, "timeout": 120},
+        max_restarts=1,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    elastic_launch(config, _mortal)(str(out), settings)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_after_a_process_was_killed(tmp_path: Path):
+def test_a_run_goes_on_after_a_process_was_killed(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     whole, out = tmp_path / "whole", tmp_path / "run"
-    settings = {**small.SETTINGS, "epochs": 1, "steps": 60, "batch": 2, "devices": 2, "checkpoint_every": 2, "lr": 0.001}
-    settings |= {"evaluate_every": 100}
-    assert together(2, partial(_plain, whole, settings)) == [0, 0]
-    flags = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
-    flags += [f"--model={small.MODEL}", f"--data={small.DATA}", f"--out={out}"]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "LOCAL_RANK", "WORLD"))}
-    with (tmp_path / "log.txt").open("w+") as log:
-        agent = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--max-restarts=1"),
-                *(f"--master-port={free_port()}", "-m", "detdistill", "train", *flags),
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**clean, "OMP_NUM_THREADS": "1"},
-        )
-        deadline = time.monotonic() + 300
-        last = out / "checkpoints" / "last.ckpt"
-        while not last.exists():
-            assert agent.poll() is None, log.seek(0) or log.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        os.kill(children(agent.pid)[1], signal.SIGKILL)
-        assert agent.wait(300) == 0, log.seek(0) or log.read()
-        log.seek(0)
-        said = " ".join(log.read().split())
-    assert "torchrun has started the processes again (restart 1): continuing from last.ckpt" in said
+    settings = {"steps": 24, "batch": 2, "devices": 2, "checkpoint_every": 2, "evaluate_every": 100, "sync_bn": False}
+    assert together(2, lambda rank: train(small.MODEL, whole, **settings)) == [0, 0]
+    assert together(1, lambda rank: _torchrun(out, settings), lambda rank, world, port: {}) == [0]
+    assert "failed (exitcode: -9) local_rank: 1" in capfd.readouterr().err
     assert small.unequal_runs(whole, out) == []
     assert not (out / LAUNCH).exists()
-
-
-def _plain(out: Path, settings: dict[str, Any], rank: int) -> None:
-    with Progress(quiet=True) as progress:
-        api.train(small.MODEL, small.DATA, out=out, progress=progress, **settings)

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
+import detdistill.detectors.dense.fcos
+import detdistill.training.run
+import detdistill.training.session  # noqa: F401 - imported here, forks need not import them again
 from detdistill.errors import DetdistillError
+
+PATIENCE = 300.0
+"""Seconds after which a process hangs; some tests run on machines that are busy."""
 
 
 def free_port() -> int:
@@ -84,7 +90,7 @@ def together(
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(PATIENCE)
     hanging = [rank for rank, process in enumerate(processes) if process.exitcode is None]
     for rank in hanging:
         processes[rank].kill()

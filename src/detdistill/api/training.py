@@ -286,7 +286,7 @@ def _check_start(model: str, build: Callable[[], Detector] | None, settings: Tra
     """Check before the data are read: the model string must be valid, the run folder free, and several processes possible."""
     from detdistill.detectors.adapters import read_model
     from detdistill.processes import is_main_process
-    from detdistill.training.folder import new_folder
+    from detdistill.training.folder import forget_launch, new_folder
     from detdistill.training.machine import check_interactive
 
     if build is None:
@@ -294,6 +294,7 @@ def _check_start(model: str, build: Callable[[], Detector] | None, settings: Tra
     if alone:
         check_interactive(settings)
     if settings.out is not None and not settings.resume and is_main_process():
+        forget_launch(settings.out)
         new_folder(settings.out, "")
 
 

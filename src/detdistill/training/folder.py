@@ -17,6 +17,7 @@ import yaml
 from detdistill.errors import RunError
 from detdistill.processes import launch, restarts
 from detdistill.settings import DistillSettings, TrainSettings, as_plain, names_where, renamed
+from detdistill.training.lock import locked
 
 INPUTS = "inputs.json"
 """Fingerprints of the data and the teacher with which a run started."""
@@ -110,6 +111,16 @@ def note_launch(folder: RunFolder) -> None:
     if (name := launch()) is not None:
         with contextlib.suppress(OSError):
             folder.write_json(LAUNCH, {"launch": name})
+
+
+def forget_launch(path: Path) -> None:
+    """Make sure that the processes of this launch do not continue, when they are started again, what an earlier one began.
+
+    Nothing happens if a process is training in the folder.
+    """
+    if launch() is not None and not restarts() and (path / LAUNCH).exists():
+        with contextlib.suppress(RunError, OSError), locked(path):
+            (path / LAUNCH).unlink(missing_ok=True)
 
 
 def after_restart(settings: S) -> S:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import signal
 import warnings
 from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -29,7 +26,7 @@ from detdistill.evaluation import Scores, evaluate
 from detdistill.evaluation.instability import first_images, index_vectors
 from detdistill.files import damage
 from detdistill.methods.shared.contract import Method, Stage
-from detdistill.processes import by_srun, is_main_process, restarts
+from detdistill.processes import is_main_process, restarts
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, TrainSettings
 from detdistill.structures import Batch, Clock, Losses
@@ -43,6 +40,7 @@ from detdistill.training.matching_instability import MatchingInstability
 from detdistill.training.metrics_table import MetricsTable, idle_terms, read_rows
 from detdistill.training.module import NonFiniteLoss, StageModule
 from detdistill.training.plan import view_settings
+from detdistill.training.rendezvous import ElasticDDP, launcher, unreachable
 from detdistill.training.session import Session
 from detdistill.training.signals import EndTogether, wait_for_the_end
 from detdistill.training.stage_results import load_result, reusable, save_result, stage_file, stage_length
@@ -279,13 +277,13 @@ class StageLoop:
         accelerator = {"auto": "gpu" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "cuda": "gpu"}[settings.device]
         several = settings.devices * settings.nodes > 1
         # Some methods and stages leave parameters without a gradient; DDP must search for them.
-        strategy = DDPStrategy(find_unused_parameters=True) if several else "auto"
+        strategy = ElasticDDP(find_unused_parameters=True) if several else "auto"
         return L.Trainer(
             accelerator=accelerator,
             devices=settings.devices,
             num_nodes=settings.nodes,
             strategy=strategy,
-            plugins=_launcher(),
+            plugins=launcher(),
             precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[settings.precision],  # type: ignore[arg-type]
             max_epochs=epochs,  # not max_steps: with it, Lightning resumes wrongly from the end of an epoch
             accumulate_grad_batches=settings.accumulate,
@@ -366,25 +364,6 @@ def plain_stage(student: Detector) -> Stage:
     return Stage("train", step, lambda clock: (student,), student)
 
 
-def _launcher() -> ClusterEnvironment | None:
-    """Who numbers the processes, where Lightning's guess may be wrong: in a Slurm job, srun only if it has started several."""
-    if "SLURM_NTASKS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        return None
-    return SLURMEnvironment(auto_requeue=False) if by_srun() else LightningEnvironment()
-
-
-def _unreachable(error: torch.distributed.DistNetworkError | torch.distributed.DistStoreError) -> RunError:
-    """What to do if the processes cannot find each other."""
-    address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "?")
-    if "EADDRINUSE" in str(error) or "already in use" in str(error):
-        return RunError(f"port {port} of {address} is in use; set the environment variable MASTER_PORT to a free port")
-    reason = str(error).strip().splitlines()[0]
-    return RunError(
-        f"the process at {address}, port {port}, cannot be reached: {reason}; check that MASTER_ADDR and MASTER_PORT are the "
-        "same on all machines, that the first machine's process runs, and that no firewall is in between"
-    )
-
-
 def _fit(trainer: L.Trainer, module: StageModule, checkpoints: Path, resume_from: Path | None) -> None:
     """Train, and turn Lightning's reactions to SIGTERM and Ctrl-C into a ``RunError`` and ``KeyboardInterrupt``."""
     interrupt = signal.getsignal(signal.SIGINT)
@@ -399,7 +378,7 @@ def _fit(trainer: L.Trainer, module: StageModule, checkpoints: Path, resume_from
         start = "from the last checkpoint" if any(checkpoints.glob("*.ckpt")) else "from step 0, since there is no checkpoint yet"
         raise StoppedError(f"stopped by SIGTERM; --resume true continues {start}") from error
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
-        raise _unreachable(error) from error
+        raise unreachable(error) from error
     except RuntimeError:
         if trainer.world_size > 1:  # the connection to a process that has ended
             wait_for_the_end()
