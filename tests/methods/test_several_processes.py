@@ -54,6 +54,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 """Settings in which a method is tried: small, met by a tiny pair, and without sums over images (see the docs)."""
 DIFFERENT = {
     "pkd": "standardised over the batch",
+    "crosskd": "moments of the batch",
     "fkd": "norms over the batch",
     "drkd": "norms over the batch, and sums over images",
     "dsig": "sums over images",
