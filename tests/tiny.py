@@ -25,6 +25,7 @@ from detdistill.detectors.contract import (
     query_positives,
     region_positives,
 )
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.structures import (
     IGNORED,
     NEGATIVE,
@@ -198,7 +199,7 @@ class TinyHead(nn.Module):
         wanted[positives.image, positives.index, positives.labels.clamp(max=self.num_classes - 1)] = 1
         weights = torch.ones_like(wanted[..., 0]) if assignment.weights is None else assignment.weights
         weights = weights * (assignment.matched != IGNORED)
-        normalizer = max(1, len(positives)) if assignment.normalizer is None else assignment.normalizer
+        normalizer = divisor_over_ranks(len(positives), weights) if assignment.normalizer is None else assignment.normalizer
         bce = F.binary_cross_entropy_with_logits(prediction.logits, wanted, reduction="none").sum(dim=-1)
         l1 = (positives.boxes_xyxy - positives.targets_xyxy).abs().sum(dim=-1) / max(batch.padding_hw)
         weights_of_positives = weights[positives.image, positives.index]
@@ -356,7 +357,7 @@ class TinyRegions(TinyDetector):
         wanted[positives.index] = positives.labels
         weights = torch.ones_like(prediction.logits[:, 0]) if assignment.weights is None else assignment.weights
         weights = weights * (assignment.matched != IGNORED)
-        normalizer = max(1, len(wanted)) if assignment.normalizer is None else assignment.normalizer
+        normalizer = divisor_over_ranks(len(wanted), weights) if assignment.normalizer is None else assignment.normalizer
         entropy = F.cross_entropy(prediction.logits, wanted, reduction="none")
         l1 = (positives.boxes_xyxy - positives.targets_xyxy).abs().sum(dim=-1) / max(batch.padding_hw)
         terms = {"cls": (entropy * weights).sum() / normalizer, "box": (l1 * weights[positives.index]).sum() / normalizer}
@@ -456,7 +457,7 @@ class TinyQueries(TinyDetector):
         wanted[(*where, positives.labels)] = 1
         weights = torch.ones_like(wanted[..., 0]) if assignment.weights is None else assignment.weights
         weights = weights * (assignment.matched != IGNORED)
-        normalizer = max(1, len(positives)) if assignment.normalizer is None else assignment.normalizer
+        normalizer = divisor_over_ranks(len(positives), weights) if assignment.normalizer is None else assignment.normalizer
         bce = F.binary_cross_entropy_with_logits(prediction.logits, wanted, reduction="none").sum(dim=-1)
         l1 = (positives.boxes_xyxy - positives.targets_xyxy).abs().sum(dim=-1) / max(batch.padding_hw)
         return Losses({"cls": (bce * weights).sum() / normalizer, "box": (l1 * weights[where]).sum() / normalizer})

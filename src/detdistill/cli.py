@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args
 from jsonargparse import ArgumentParser, Namespace
 
 from detdistill.errors import DetdistillError, DetdistillWarning, nearest
-from detdistill.processes import end_with_parent
+from detdistill.processes import end_with_parent, is_main_process
 from detdistill.settings import RENAMED, CacheSettings, DistillSettings, TrainSettings, meant, names_where, renamed
 from detdistill.values import choices, in_words
 
@@ -748,5 +748,5 @@ def _plain(chosen: Namespace) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # only the first process of a distributed run prints
+    if is_main_process():  # only the first process of a distributed run prints
         print(text, flush=True)  # flushed here, where ``main`` still catches a closed pipe

@@ -1,4 +1,7 @@
-"""Processes that this one starts: they end when it ends, and a signal to it ends them."""
+"""Processes that this one starts (they end when it ends, and a signal to it ends them), and its place among those of a run.
+
+The processes of a distributed run are started by this package, by torchrun or by Slurm's srun; their environment numbers them.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,49 @@ PARENT = "DETDISTILL_PARENT"
 """Environment variable with the id of the process that started this one and without which it must not go on."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 """Signals by which users and schedulers end a process; Windows has no SIGHUP."""
+
+
+def by_srun() -> bool:
+    """Whether srun has started this process as one of several; a batch script itself has some of its variables, too."""
+    number = os.environ.get("SLURM_NTASKS", "1")
+    return number.isdigit() and int(number) > 1 and "SLURM_STEP_ID" in os.environ and not _numbered()
+
+
+def _numbered() -> bool:
+    """Whether torchrun or this package has numbered this process; inside of a Slurm job this comes first."""
+    return bool({"RANK", "LOCAL_RANK"} & set(os.environ))
+
+
+def number_of_processes() -> int:
+    """Number of processes of the distributed run to which this one belongs; 1: nobody has started others with it yet."""
+    return int(os.environ["SLURM_NTASKS"] if by_srun() else os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine."""
+    return int(os.environ.get("SLURM_LOCALID", 0) if by_srun() else os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main_process() -> bool:
+    """True in a single process and in the first process of a distributed run."""
+    if by_srun():
+        return int(os.environ.get("SLURM_PROCID", 0)) == 0
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"]) == 0
+    return local_rank() == 0 and int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0))) == 0
+
+
+def restarts() -> int:
+    """How often torchrun has started this process again (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def launch() -> str | None:
+    """What torchrun calls the launch of this process, the same after a restart; None: torchrun has not started it.
+
+    Without ``--rdzv-id`` all launches have the name "none".
+    """
+    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def with_parent() -> dict[str, str]:

@@ -42,8 +42,8 @@ NOTHING_FOR_CACHES = Effect(run=False, stage=False, cache=False)
 
 BUDGET = (
     "epochs", "steps", "batch", "accumulate", "optimizer", "lr", "backbone_lr_factor", "weight_decay", "schedule", "warmup_steps",
-    "clip", "ema", "precision", "devices", "nodes", "size", "resize", "max_size", "flip", "colour", "hue", "scale_jitter",
-    "scales", "mosaic",
+    "clip", "ema", "precision", "devices", "nodes", "sync_bn", "size", "resize", "max_size", "flip", "colour", "hue",
+    "scale_jitter", "scales", "mosaic",
 )  # fmt: skip
 """Settings that must agree for a comparison to be fair."""
 
@@ -71,7 +71,8 @@ class TrainSettings:
         channels_last: use the channels-last memory layout; faster for convolutions in half precision.
         device: auto, cpu or cuda.
         devices: processes (GPUs, or CPU processes) per node.
-        nodes: number of machines; start the same command on each with torchrun's environment variables.
+        nodes: number of machines; start the same command on each with torchrun or srun.
+        sync_bn: batch norms use the statistics of the images of all processes, not only of their own.
         threads: torch threads of each process; 0: torch's default.
         workers: processes that load images; 0 loads in the training process.
         in_memory: keep decoded, resized images in memory (for small data sets).
@@ -119,6 +120,7 @@ class TrainSettings:
     device: Annotated[Literal["auto", "cpu", "cuda"], CHANCE] = "auto"
     devices: Annotated[Count, CHANCE] = 1
     nodes: Annotated[Count, CHANCE] = 1
+    sync_bn: Annotated[bool, RUN_ONLY] = False
     threads: Annotated[Index, CHANCE] = 0
     workers: Annotated[Index, CHANCE] = 0
     in_memory: Annotated[bool, RUN_ONLY] = False

@@ -70,15 +70,17 @@ def _score(rank: int, world: int, store: str, student: str, out: str) -> None:
     dist.destroy_process_group()
 
 
-def test_evaluation_in_two_processes_gives_the_numbers_of_one(teacher: Path, tmp_path: Path):
+def test_evaluation_in_several_processes_gives_the_numbers_of_one(teacher: Path, tmp_path: Path):
     longer = tmp_path / "trained"
     small.train(longer, epochs=30, lr=0.01, evaluate_every=100)
     splits = load_data(small.DATA)
     alone = evaluate(load_detector(longer), splits.val, ViewSettings(size=64), batch_size=3)
     assert max(alone.metrics.values()) > 0, "zeros would be equal anyhow"
-    mp.start_processes(_score, (2, str(tmp_path / "store"), str(longer), str(tmp_path)), nprocs=2, start_method="fork")
-    for rank in range(2):
-        metrics, per_class, images = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert metrics == alone.metrics
-        assert per_class == alone.per_class
-        assert images == alone.images == 8
+    for world in (2, 4):
+        arguments = (world, str(tmp_path / f"store{world}"), str(longer), str(tmp_path))
+        mp.start_processes(_score, arguments, nprocs=world, start_method="fork")
+        for rank in range(world):
+            metrics, per_class, images = json.loads((tmp_path / f"{rank}.json").read_text())
+            assert metrics == pytest.approx(alone.metrics, abs=1e-9)
+            assert per_class == pytest.approx(alone.per_class, abs=1e-9)
+            assert images == alone.images == 8

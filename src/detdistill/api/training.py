@@ -55,12 +55,14 @@ def train(
     """
     wanted = settings_of(TrainSettings, settings)
     from detdistill.given import student_of
+    from detdistill.processes import is_main_process
     from detdistill.progress import Progress
-    from detdistill.training.machine import is_main_process
+    from detdistill.training.folder import after_restart
     from detdistill.training.plan import Plan
     from detdistill.training.run import run
     from detdistill.training.session import open_session
 
+    wanted = after_restart(wanted)
     name, build = student_of(model, "model")
     _check_start(name, build, wanted, alone=True)
     with progress or Progress(quiet=not is_main_process()) as shown:
@@ -114,13 +116,16 @@ def distill(
         raise RunError("inherit: it copies weights of the teacher; give --teacher")
     teacher_name, teacher = teacher_of(teacher)
     student_name, build = student_of(student)
+    from detdistill.training.folder import after_restart
+
+    wanted = after_restart(wanted)
     several = wanted.baseline or bool(wanted.seeds)
     _check_start(student_name, build, wanted, alone=not several)
     from detdistill.compare import over_seeds
     from detdistill.detectors.contract import Teacher
+    from detdistill.processes import is_main_process
     from detdistill.training.experiment import run_experiment
     from detdistill.training.from_cache import open_cache, why_live_teacher
-    from detdistill.training.machine import is_main_process
     from detdistill.training.origin import note_in_card
     from detdistill.training.own_models import check_one_process
     from detdistill.training.plan import Plan, view_settings
@@ -216,8 +221,9 @@ def cache(
     wanted = settings_of(CacheSettings, {"method": method, **settings})
     from detdistill.given import teacher_of
     from detdistill.methods.shared.compose import parse_methods
+    from detdistill.processes import is_main_process
     from detdistill.progress import Progress
-    from detdistill.training.machine import check_machine, is_main_process
+    from detdistill.training.machine import check_machine
 
     parse_methods(wanted.method)
     if not (student is None or isinstance(student, str)):
@@ -279,14 +285,16 @@ def verify_cache(
 def _check_start(model: str, build: Callable[[], Detector] | None, settings: TrainSettings, alone: bool) -> None:
     """Check before the data are read: the model string must be valid, the run folder free, and several processes possible."""
     from detdistill.detectors.adapters import read_model
-    from detdistill.training.folder import new_folder
-    from detdistill.training.machine import check_interactive, is_main_process
+    from detdistill.processes import is_main_process
+    from detdistill.training.folder import forget_launch, new_folder
+    from detdistill.training.machine import check_interactive
 
     if build is None:
         read_model(model)
     if alone:
         check_interactive(settings)
     if settings.out is not None and not settings.resume and is_main_process():
+        forget_launch(settings.out)
         new_folder(settings.out, "")
 
 
@@ -333,8 +341,8 @@ def _compare_sizes(teacher: str | Detector | None, settings: TrainSettings, prog
 
 
 def _report(runs: Sequence[Path], page: Path, progress: Progress) -> None:
+    from detdistill.processes import is_main_process
     from detdistill.report.page import build_report
-    from detdistill.training.machine import is_main_process
 
     if is_main_process():
         build_report(runs, page, progress=progress)

@@ -21,6 +21,11 @@ EPSILON = torch.finfo(torch.float32).eps
 # ----------------------------------------------------------------------------------------------------------- processes
 
 
+def number_of_ranks() -> int:
+    """Number of processes; 1 if ``torch.distributed`` is not initialised."""
+    return dist.get_world_size() if _distributed() else 1
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of a tensor of any shape over all processes, detached."""
     value = value.detach().clone()
@@ -29,16 +34,52 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of a floating-point tensor of any shape over all processes, detached.
+def mean_over_ranks(value: Tensor, least: float | None = None) -> Tensor:
+    """The mean of a tensor of any shape over all processes, detached; in several processes a floating-point one.
 
     If each process divides its loss by the mean of a count, and gradients are averaged over processes, the gradient equals
     that of a single process with the whole batch.
+
+    Args:
+        value: of this process.
+        least: the smallest sum over all processes, for divisors that are at least 1, for example; None: no limit.
     """
     value = sum_over_ranks(value)
-    if _distributed():
-        value /= dist.get_world_size()
-    return value
+    if least is not None:
+        value = value.clamp(min=least)
+    return value / dist.get_world_size() if _distributed() else value
+
+
+def divisor_over_ranks(count: int, like: Tensor) -> Tensor | int:
+    """Divisor of a loss that is summed over the things of a batch: their number, at least 1; see ``mean_over_ranks``.
+
+    Args:
+        count: number of things of this process.
+        like: tensor on the device of the loss.
+
+    Returns:
+        ``max(1, count)`` in a single process, else a tensor [].
+    """
+    if not _distributed():
+        return max(1, count)
+    return mean_over_ranks(torch.tensor(float(count), device=like.device), least=1)
+
+
+def share_over_ranks(value: Tensor, least: float = 1.0) -> Tensor | float:
+    """Factor on a loss that was divided by this process's count, so that it is divided by the mean count instead.
+
+    For losses of other libraries, which divide by the count of the batch before this package sees them.
+
+    Args:
+        value: the count of this process, floating-point, any shape.
+        least: the divisor of the loss is at least this.
+
+    Returns:
+        ``max(value, least) / mean_over_ranks(value, least)``; 1.0 in a single process.
+    """
+    if not _distributed():
+        return 1.0
+    return value.detach().clamp(min=least) / mean_over_ranks(value, least)
 
 
 def gather_over_ranks(rows: Tensor) -> Tensor:

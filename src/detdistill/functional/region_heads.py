@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detdistill.functional.cells import level_of_box
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.functional.regions import SampledRegions, encode_boxes, pool_boxes
 from detdistill.structures import Batch, Features, Origin
 
@@ -89,7 +90,9 @@ class RegionHead(nn.Module):
 
 
 def region_loss(output: RegionOutput, regions: SampledRegions, batch: Batch) -> Tensor:
-    """Cross-entropy over the K+1 classes plus L1 of the positives' deltas, each summed and divided by the number of regions.
+    """Cross-entropy over the K+1 classes plus L1 of the positives' deltas, summed and divided by the number of regions.
+
+    The number is the mean over processes.
 
     Args:
         output: for the regions, in their order; gradient flows.
@@ -108,7 +111,7 @@ def region_loss(output: RegionOutput, regions: SampledRegions, batch: Batch) -> 
         wanted[mine] = target.boxes_xyxy[matched[mine]].to(wanted.dtype)
         first += len(rows)
     positive = torch.nonzero(matched >= 0).flatten()
-    count = max(1, len(matched))
+    count = divisor_over_ranks(len(matched), output.logits)
     column = labels[positive] if output.deltas.shape[1] > 1 else torch.zeros_like(positive)
     deltas = encode_boxes(wanted[positive], boxes[positive], BOX_WEIGHTS).to(output.deltas.dtype)
     distance = F.l1_loss(output.deltas[positive, column], deltas, reduction="sum")

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detdistill.functional.counting import divisor_over_ranks
+
 
 @torch.no_grad()
 def mean_cosine(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -42,7 +44,7 @@ def cosine_distance(first: Tensor, second: Tensor) -> Tensor:
     """
     cosine = F.cosine_similarity(first, second, dim=1, eps=1e-8)
     zero = ~((first != 0).any(dim=1) & (second != 0).any(dim=1))  # the gradient there would be of the order of 1 / eps
-    return (1 - cosine.masked_fill(zero, 0.0)).sum() / max(1, len(first))
+    return (1 - cosine.masked_fill(zero, 0.0)).sum() / divisor_over_ranks(len(first), first)
 
 
 def _cosine(first: Tensor, second: Tensor) -> Tensor:

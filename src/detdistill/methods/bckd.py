@@ -19,7 +19,7 @@ from torch import Tensor
 from detdistill.detectors.contract import PREDICTION, Detector, Teacher
 from detdistill.functional.boxes import paired_giou, paired_iou
 from detdistill.functional.classes import class_columns
-from detdistill.functional.counting import label_weights, number_of_positives, positives_per_level
+from detdistill.functional.counting import label_weights, number_of_positives, positives_per_level, sum_over_ranks
 from detdistill.functional.dense_maps import find_partners, only_parts
 from detdistill.functional.precision import full_precision
 from detdistill.functional.soft_targets import soft_binary_cross_entropy
@@ -54,7 +54,7 @@ def bckd_weights(assignment: Assignment, levels: Tensor, like: Tensor, level_rul
     weights = label_weights(assignment, like)
     if level_rule == "all" or levels.numel() == 0:
         return weights
-    filled = positives_per_level(assignment, levels, int(levels.max()) + 1) > 0
+    filled = sum_over_ranks(positives_per_level(assignment, levels, int(levels.max()) + 1)) > 0
     return weights * filled[levels]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from detdistill.detectors.contract import PREDICTION, Detector, Teacher
 from detdistill.functional.cells import anchors_near_boxes, level_of_box
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.functional.dense_maps import prediction_grid
 from detdistill.functional.precision import full_precision
 from detdistill.methods.shared.align import LevelAdapters, pair_levels
@@ -110,7 +111,7 @@ def _loss_of_rows(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: 
     losses = []
     for mine, theirs in zip(student, teacher, strict=True):
         count = mine.numel() if form == "fpn" else len(mine)
-        losses.append(F.mse_loss(mine, theirs.detach(), reduction="sum") / max(1, 2 * count))
+        losses.append(F.mse_loss(mine, theirs.detach(), reduction="sum") / divisor_over_ranks(2 * count, mine))
     total = torch.stack(losses)
     return factor * (total.mean() if form == "fpn" else total.sum())
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError
+from detdistill.functional.counting import mean_over_ranks
 from detdistill.functional.deformable import Cells, DeformableEncoder
 from detdistill.functional.level_maps import paired_levels
 from detdistill.functional.masks import foreground_mask
@@ -113,7 +114,7 @@ def fitnet_modified_loss(
     losses = []
     for (mine, theirs), mask in zip(pairs, foreground, strict=True):
         squares = (resize_like(mine, theirs) - theirs.detach()).square() * mask[:, None]
-        losses.append(squares.sum() / (theirs.shape[1] * mask.sum().clamp(min=1)))
+        losses.append(squares.sum() / (theirs.shape[1] * mean_over_ranks(mask.sum(), least=1)))
     return weight * _added(losses)
 
 

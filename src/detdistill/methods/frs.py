@@ -18,6 +18,7 @@ from torch import Tensor
 
 from detdistill.detectors.contract import PREDICTION, Detector, DetectorSpec, Teacher
 from detdistill.functional.classes import class_columns
+from detdistill.functional.counting import mean_over_ranks
 from detdistill.functional.dense_maps import to_map
 from detdistill.functional.masks import best_scores, score_mask
 from detdistill.functional.precision import full_precision
@@ -110,8 +111,8 @@ def frs_class_loss(
 
 
 def _mass(mask: Tensor) -> Tensor:
-    """[] the sum of a mask, above 0."""
-    return mask.detach().sum().clamp(min=torch.finfo(mask.dtype).tiny)
+    """[] the sum of a mask, above 0; the mean over processes."""
+    return mean_over_ranks(mask.sum(), least=torch.finfo(mask.dtype).tiny)
 
 
 @dataclass(frozen=True)

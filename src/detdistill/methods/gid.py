@@ -21,6 +21,7 @@ from detdistill.detectors.contract import PREDICTION, Detector, Teacher
 from detdistill.functional.assign import pairwise_iou
 from detdistill.functional.boxes import giou_loss
 from detdistill.functional.classes import class_columns
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.functional.dense_maps import find_partners
 from detdistill.functional.precision import full_precision
 from detdistill.functional.regions import pool_boxes, propose
@@ -122,7 +123,7 @@ def gid_feature_loss(student: Tensor, teacher: Tensor, distance: Literal["l2", "
     Returns:
         []; 0 without instances.
     """
-    cells = max(1, len(student) * student.shape[2] * student.shape[3])
+    cells = divisor_over_ranks(len(student) * student.shape[2] * student.shape[3], student)
     return _distance(student, teacher, distance, beta) / cells
 
 
@@ -180,7 +181,7 @@ def gid_response_loss(
         class_beta: of smooth L1 on logits.
         box_beta: of smooth L1 on regressions.
     """
-    count = max(1, len(student_logits))
+    count = divisor_over_ranks(len(student_logits), student_logits)
     if class_distance == "bce":
         entropy = soft_cross_entropy if softmax else _binary_entropy
         classification = entropy(student_logits, teacher_logits).sum()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from detdistill.detectors.contract import Detector, HasQueries, Teacher
 from detdistill.functional.classes import class_columns
+from detdistill.functional.counting import mean_over_ranks
 from detdistill.functional.precision import full_precision
 from detdistill.functional.query_seeds import (
     QueryBridge,
@@ -93,7 +94,7 @@ def kd_detr_terms(
     """
     fixed_boxes, w = teacher_boxes_cxcywh01.detach(), weights.detach()
     divergence = kl_divergence(student_logits, teacher_logits, temperature)  # [L, B, N]
-    total = w.sum().clamp(min=torch.finfo(w.dtype).tiny)
+    total = mean_over_ranks(w.sum(), least=torch.finfo(w.dtype).tiny)
     divisor = student_logits.shape[-1] if cls_reduction == "sum" else total
     distance = (student_boxes_cxcywh01 - fixed_boxes).abs().mean(dim=-1)
     apart = 1 - giou_with_eps(student_boxes_cxcywh01, fixed_boxes)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from detdistill.detectors.contract import Detector, DetectorSpec, HasRegions, Teacher
 from detdistill.functional.cells import level_of_box
 from detdistill.functional.classes import class_columns
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.functional.precision import full_precision
 from detdistill.functional.regions import pool_boxes
 from detdistill.methods.shared.contract import Method, Stage
@@ -54,7 +55,7 @@ def mimic_loss(student: Tensor, teacher: Tensor, weight: float = 1.0, normalize:
     """
     squares = F.mse_loss(student, teacher.detach(), reduction="sum")
     count = student.numel() if normalize else len(student)
-    return weight * squares / (2 * max(1, count))
+    return weight * squares / (2 * divisor_over_ranks(count, student))
 
 
 def mimic_prediction_loss(student: Tensor, teacher: Tensor, weight: float = 1.0) -> Tensor:

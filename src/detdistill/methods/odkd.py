@@ -19,6 +19,7 @@ from torch import Tensor
 
 from detdistill.detectors.contract import Detector, HasRegions, Teacher, dense_positives
 from detdistill.functional.classes import class_columns
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.functional.dense_maps import find_partners
 from detdistill.functional.precision import full_precision
 from detdistill.functional.regions import encode_boxes
@@ -75,7 +76,7 @@ def odkd_class_loss(
         objects = theirs.sigmoid() * F.logsigmoid(mine)
         background = (-theirs).sigmoid() * F.logsigmoid(-mine)
         rows = -(object_weight * objects + background_weight * background).sum(dim=-1)
-    return rows.sum() / max(1, len(rows))
+    return rows.sum() / divisor_over_ranks(len(rows), rows)
 
 
 def odkd_worse(student: Tensor, teacher: Tensor, target: Tensor, margin: float = 0.0) -> Tensor:
@@ -113,7 +114,7 @@ def odkd_box_loss(student: Tensor, teacher: Tensor, target: Tensor, margin: floa
     """
     errors = (student - target.detach()).square().sum(dim=-1)
     bounded = errors.masked_fill(~odkd_worse(student, teacher, target, margin), 0.0)
-    return bounded.sum() / max(1, len(errors) if count is None else count)
+    return bounded.sum() / divisor_over_ranks(len(errors) if count is None else count, bounded)
 
 
 def odkd_hint_loss(
@@ -404,5 +405,5 @@ def _active(settings: dict[str, Any]) -> dict[str, bool]:
 
 
 def _mean(rows: Tensor) -> Tensor:
-    """Mean of [R]; 0, connected to the graph, for no rows."""
-    return rows.sum() / max(1, len(rows))
+    """Mean of [R] (its divisor is the mean over processes); 0, connected to the graph, for no rows."""
+    return rows.sum() / divisor_over_ranks(len(rows), rows)

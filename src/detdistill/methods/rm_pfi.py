@@ -20,7 +20,7 @@ from torch import Tensor
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.boxes import paired_iou
 from detdistill.functional.classes import class_columns
-from detdistill.functional.counting import number_objects
+from detdistill.functional.counting import divisor_over_ranks, number_objects
 from detdistill.functional.dense_maps import Partners, find_partners, to_map
 from detdistill.functional.precision import full_precision
 from detdistill.methods.shared.align import LevelAdapters, PairedMaps, pair_levels, resize_like
@@ -58,7 +58,7 @@ def rm_pfi_rank_loss(
     log_p = _log_softmax(teacher_scores.detach() / temperature, objects, count)
     ratio = log_q - log_p
     # Equal to the sum of p (log p - log q), as p and q sum to 1; its terms do not cancel when the ranks are nearly equal.
-    return (log_p.exp() * (torch.expm1(ratio) - ratio)).sum() / max(1, count)
+    return (log_p.exp() * (torch.expm1(ratio) - ratio)).sum() / divisor_over_ranks(count, student_scores)
 
 
 def _log_softmax(scores: Tensor, groups: Tensor, count: int) -> Tensor:

@@ -26,6 +26,7 @@ from detdistill.detectors.contract import Detector, HasRegions, Teacher
 from detdistill.functional.boxes import paired_iou
 from detdistill.functional.cells import level_of_box
 from detdistill.functional.classes import class_columns
+from detdistill.functional.counting import divisor_over_ranks, mean_over_ranks
 from detdistill.functional.masks import gaussian_mask
 from detdistill.functional.precision import full_precision
 from detdistill.functional.regions import encode_boxes
@@ -116,7 +117,7 @@ def _loss_of_rows(
         ((mine - theirs.detach()).square().sum(dim=1) * level.detach()).sum()
         for mine, theirs, level in zip(student, teacher, weights, strict=True)
     ]
-    return weight * (torch.stack(sums) / (2 * masses.clamp(min=1e-6))).sum()
+    return weight * (torch.stack(sums) / (2 * mean_over_ranks(masses, least=1e-6))).sum()
 
 
 def tadf_class_loss(
@@ -141,7 +142,7 @@ def tadf_class_loss(
     """
     better = tadf_class_gate(student_logits, teacher_logits, labels)
     distance = kl_divergence(student_logits[better], teacher_logits[better], temperature)
-    return weight * distance.sum() / max(1, len(distance))
+    return weight * distance.sum() / divisor_over_ranks(len(distance), distance)
 
 
 def tadf_class_gate(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ def tadf_box_loss(
     """
     better = tadf_box_gate(teacher_xyxy, proposals_xyxy, targets_xyxy)
     mine, theirs = (encode_boxes(side[better], proposals_xyxy[better], CODING) for side in (student_xyxy, teacher_xyxy.detach()))
-    return weight * F.smooth_l1_loss(mine, theirs, reduction="sum") / max(1, len(mine))
+    return weight * F.smooth_l1_loss(mine, theirs, reduction="sum") / divisor_over_ranks(len(mine), mine)
 
 
 def tadf_box_gate(teacher_xyxy: Tensor, proposals_xyxy: Tensor, targets_xyxy: Tensor) -> Tensor:

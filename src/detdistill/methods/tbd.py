@@ -21,6 +21,7 @@ from torch import Tensor
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.boxes import paired_iou
 from detdistill.functional.classes import class_columns
+from detdistill.functional.counting import mean_over_ranks
 from detdistill.functional.dense_maps import find_partners
 from detdistill.functional.masks import overlap_mask, score_mask
 from detdistill.functional.precision import full_precision
@@ -76,7 +77,7 @@ def tbd_harmony_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: [M] scores of the teacher's predictions at the same places, treated as constant.
     """
     fixed = teacher.detach()
-    return (fixed * (fixed - student).abs()).sum() / fixed.sum().clamp(min=1e-6)
+    return (fixed * (fixed - student).abs()).sum() / mean_over_ranks(fixed.sum(), least=1e-6)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import yaml
 from detdistill.errors import RunError
 from detdistill.evaluation import Scores
 from detdistill.evaluation.scores import points
-from detdistill.processes import stopped_by_signals, with_parent
+from detdistill.processes import number_of_processes, stopped_by_signals, with_parent
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings
 from detdistill.training.folder import new_folder, resume_folder
@@ -69,8 +68,10 @@ def run_experiment(session: Session, teacher_scores: Scores | None, progress: Pr
     """
     settings = session.plan.settings
     assert isinstance(settings, DistillSettings)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise RunError("several runs cannot be started by torchrun; use --devices without it, or start each seed by itself")
+    if number_of_processes() > 1:
+        raise RunError(
+            "several runs cannot be started by torchrun or srun; use --devices without them, or start each seed by itself"
+        )
     if settings.resume:
         if settings.out is None:
             raise RunError("--resume true needs --out with the folder of the experiment")

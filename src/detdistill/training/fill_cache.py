@@ -30,7 +30,7 @@ from detdistill.detectors.contract import Detector, DetectorSpec, HasQueries, Te
 from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.contract import Method, Stage, teach_by_canvas
 from detdistill.methods.shared.needs import PairError
-from detdistill.processes import stopped_by_signals, with_parent
+from detdistill.processes import by_srun, local_rank, number_of_processes, stopped_by_signals, with_parent
 from detdistill.progress import Progress
 from detdistill.settings import CacheSettings, DistillSettings, as_plain, names_where
 from detdistill.training.from_cache import stage_from_cache
@@ -74,15 +74,15 @@ def make_cache(
     """
     folder, views = storage(url), view_settings(settings)
     views_of(views)  # raises CacheError for an unlimited number of views, before anything else
-    if settings.nodes > 1 and "WORLD_SIZE" not in os.environ:
-        raise CacheError("nodes: start the same command on every machine with torchrun, which numbers the processes")
+    if settings.nodes > 1 and not _started_together():
+        raise CacheError("nodes: start the same command on every machine with torchrun or srun, which number the processes")
     frozen = Teacher(teacher[1])
     seed_everything(settings.seed)
     learner, method = _learner(frozen, student, data[1], settings.method)
     session = _session(teacher[0], frozen, data, student, settings, learner, method)
     stages = prepare(session, progress)
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device == "cuda" and _started_together():
+        device = f"cuda:{local_rank()}"
     lecture = Lecture(settings.method, method, device, settings.precision)
     train, everything = data[1].train, sights(data[1].train, views)
     rank, world = _rank(settings.devices)
@@ -162,8 +162,15 @@ def _wait(folder: Storage) -> About | None:
 
 
 def _rank(devices: int) -> tuple[int, int]:
-    """Rank of this process and number of processes, as set by torchrun or ``_others``; default: 0 of ``devices``."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", devices))
+    """Rank of this process and number of processes, as set by torchrun, srun or ``_others``; default: 0 of ``devices``."""
+    if not _started_together():
+        return 0, devices
+    return int(os.environ["SLURM_PROCID"] if by_srun() else os.environ.get("RANK", 0)), number_of_processes()
+
+
+def _started_together() -> bool:
+    """Whether torchrun, srun or ``_others`` has started this process."""
+    return "WORLD_SIZE" in os.environ or by_srun()
 
 
 @contextlib.contextmanager
@@ -173,7 +180,7 @@ def _others(settings: CacheSettings, store: Store, names: dict[str, str | None])
     Raises:
         CacheError: a process failed; with the last line of its output.
     """
-    if "WORLD_SIZE" in os.environ or settings.devices == 1:
+    if _started_together() or settings.devices == 1:
         yield
         return
     plain = {**as_plain(settings), "store": store, **names}

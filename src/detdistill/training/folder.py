@@ -8,17 +8,22 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from detdistill.errors import RunError
-from detdistill.settings import DistillSettings, names_where, renamed
+from detdistill.processes import launch, restarts
+from detdistill.settings import DistillSettings, TrainSettings, as_plain, names_where, renamed
+from detdistill.training.lock import locked
 
 INPUTS = "inputs.json"
 """Fingerprints of the data and the teacher with which a run started."""
+LAUNCH = "launch.json"
+"""Name of torchrun's launch that trains in the folder; processes that it starts again continue the run."""
+S = TypeVar("S", bound=TrainSettings)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,37 @@ def start_folder(path: Path, config: dict[str, Any]) -> RunFolder:
     return folder
 
 
+def note_launch(folder: RunFolder) -> None:
+    """Write which launch of torchrun trains in a folder. A full disk is reported where results are written."""
+    if (name := launch()) is not None:
+        with contextlib.suppress(OSError):
+            folder.write_json(LAUNCH, {"launch": name})
+
+
+def forget_launch(path: Path) -> None:
+    """Make sure that the processes of this launch do not continue, when they are started again, what an earlier one began.
+
+    Nothing happens if a process is training in the folder.
+    """
+    if launch() is not None and not restarts() and (path / LAUNCH).exists():
+        with contextlib.suppress(RunError, OSError), locked(path):
+            (path / LAUNCH).unlink(missing_ok=True)
+
+
+def after_restart(settings: S) -> S:
+    """The settings of a run, with ``resume`` if torchrun has started its processes again after one of them had died.
+
+    Only a run that the same launch has begun is continued; in any other folder the new processes report what the first did.
+    """
+    if settings.resume or settings.out is None or not restarts():
+        return settings
+    try:
+        mine = json.loads((settings.out / LAUNCH).read_text(encoding="utf-8")).get("launch") == launch()
+    except (OSError, ValueError, AttributeError):
+        return settings
+    return replace(settings, resume=True) if mine and not (settings.out / "summary.json").exists() else settings
+
+
 def _write_first(path: Path, text: str) -> None:
     """Write a file that must not exist, whole or not at all.
 
@@ -175,7 +211,7 @@ def _config_of(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} cannot be read: {' '.join(str(error).split())}; start a new run with another --out") from error
     if not isinstance(content, dict):
         raise RunError(f"{path} holds no settings; start a new run with another --out")
-    return renamed(content)
+    return {**as_plain(DistillSettings()), **renamed(content)}  # a setting that did not exist yet had today's default
 
 
 def check_inputs(path: Path, now: Mapping[str, str | None]) -> None:

@@ -22,8 +22,12 @@ _held: set[Path] = set()
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
     """Context in which no other run can use a run folder.
+
+    Args:
+        folder: the run folder.
+        wait: seconds for which another process may still hold the lock.
 
     Raises:
         RunError: another process (or another run of this process) uses the folder, or the lock file cannot be written.
@@ -36,8 +40,11 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; make space, or give another --out") from error
     with file:
-        if not _lock(file):
-            raise _taken(folder, _owner(file))
+        deadline = time.monotonic() + wait
+        while not _lock(file):
+            if time.monotonic() >= deadline:
+                raise _taken(folder, _owner(file))
+            time.sleep(0.5)
         _held.add(path)
         try:
             _sign(file)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from detdistill.errors import DetdistillWarning, RunError
+from detdistill.processes import by_srun, number_of_processes
 from detdistill.settings import TrainSettings
 
 
@@ -32,9 +33,30 @@ def check_machine(settings: TrainSettings) -> None:
     if not on_gpu and settings.precision == "bf16" and not has_bf16():
         text = "precision: this CPU has no instructions for bf16, so it is far slower than 32; use --precision 32"
         warnings.warn(text, DetdistillWarning, stacklevel=2)
-    world, wanted = int(os.environ.get("WORLD_SIZE", 1)), settings.devices * settings.nodes
+    world, wanted = number_of_processes(), settings.devices * settings.nodes
     if world > 1 and world != wanted:  # each process would train alone, all in the same folder
-        raise RunError(f"devices: {world} processes were started, but --devices times --nodes is {wanted}; give --devices")
+        raise RunError(
+            f"devices: {world} processes were started, but --devices times --nodes is {wanted}; give --devices (processes of a "
+            "machine) and --nodes (machines)"
+        )
+    if by_srun():
+        _check_srun(settings)
+
+
+def _check_srun(settings: TrainSettings) -> None:
+    """Compare the numbers of Slurm's variables with the settings.
+
+    Raises:
+        RunError: they differ, or srun was not told how many processes each machine gets.
+    """
+    each = os.environ.get("SLURM_NTASKS_PER_NODE")
+    if each is None:
+        raise RunError("devices: start srun with --ntasks-per-node, the same number as --devices")
+    if int(each) != settings.devices:
+        raise RunError(f"devices: srun has started {each} processes on each machine, but --devices is {settings.devices}")
+    machines = os.environ.get("SLURM_NNODES", str(settings.nodes))
+    if int(machines) != settings.nodes:
+        raise RunError(f"nodes: srun has started processes on {machines} machines, but --nodes is {settings.nodes}")
 
 
 def check_interactive(settings: TrainSettings) -> None:
@@ -46,7 +68,7 @@ def check_interactive(settings: TrainSettings) -> None:
         RunError: it is.
     """
     interactive = getattr(sys.modules.get("__main__"), "__file__", None) is None
-    if settings.devices * settings.nodes > 1 and interactive and "WORLD_SIZE" not in os.environ:
+    if settings.devices * settings.nodes > 1 and interactive and number_of_processes() == 1:
         raise RunError(
             f"devices: {settings.devices} processes cannot be started from a notebook or an interactive session; use devices=1, "
             "a script or the command line"
@@ -59,11 +81,6 @@ def has_bf16() -> bool:
     PyTorch's kernels for it need AVX-512; on older CPUs it is emulated, and a convolution takes about ten times as long.
     """
     return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
-
-
-def is_main_process() -> bool:
-    """True in a single process and in the first process of a distributed run."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0))) == 0
 
 
 def seed_everything(seed: int) -> None:

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detdistill.detectors.contract import Detector, HasSchedule
 from detdistill.errors import RunError
+from detdistill.functional.synced_norm import backward_alone
 from detdistill.methods.shared.contract import Method, Source, Stage, teach_by_canvas
 from detdistill.settings import DistillSettings, TrainSettings
 from detdistill.structures import Batch, Clock, Losses, map_tensors
@@ -217,7 +218,8 @@ class StageModule(L.LightningModule):
             if not term.requires_grad:
                 norms[name] = torch.zeros((), device=term.device)
                 continue
-            grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            with backward_alone():  # a term may have no gradient in some of the processes
+                grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
             squares = [grad.float().square().sum() for grad in grads if grad is not None]
             norms[name] = torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=term.device)
         whole = torch.stack(list(norms.values())).sum().clamp(min=1e-30)

@@ -21,20 +21,35 @@ from detdistill.detectors.save import save_student
 from detdistill.errors import DetdistillError, RunError, StoppedError
 from detdistill.evaluation import Scores, evaluate
 from detdistill.evaluation.scores import METRICS
+from detdistill.functional.synced_norm import synchronized
 from detdistill.methods.shared.contract import Stage
 from detdistill.printing import html_table
+from detdistill.processes import is_main_process, number_of_processes, restarts
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, names_where
 from detdistill.structures import Resizing
-from detdistill.training.folder import INPUTS, RunFolder, check_inputs, new_folder, resume_folder, start_folder
+from detdistill.training.agreement import Facts
+from detdistill.training.folder import (
+    INPUTS,
+    LAUNCH,
+    RunFolder,
+    check_inputs,
+    new_folder,
+    note_launch,
+    resume_folder,
+    start_folder,
+)
 from detdistill.training.lock import locked
-from detdistill.training.machine import hardware, is_main_process, seed_everything, versions
+from detdistill.training.machine import hardware, seed_everything, versions
 from detdistill.training.origin import origin_of
 from detdistill.training.own_models import load_own
 from detdistill.training.plan import Plan, view_settings
 from detdistill.training.session import Session
 from detdistill.training.stage_loop import StageLoop, found_result, plain_stage
 from detdistill.training.stage_results import reusable
+
+LOCK_WAIT = 120.0
+"""Seconds for which a main process that torchrun has started again waits for the lock of the one before."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,9 +100,14 @@ def run(session: Session, progress: Progress | None = None) -> Run:
     there_before = path is not None and path.exists()
     folder = _open(plan, path)
     try:
-        with locked(folder.path) if is_main_process() else contextlib.nullcontext():
-            _note_inputs(session, folder)
-            return _train(StageLoop(session, folder, progress))
+        # The main process that torchrun replaces may have died on a machine whose lock takes a while to be freed.
+        with locked(folder.path, wait=LOCK_WAIT if restarts() else 0) if is_main_process() else contextlib.nullcontext():
+            if is_main_process():
+                note_launch(folder)
+            facts = _note_inputs(session, folder)
+            synced = (session.student, session.method) if settings.sync_bn else ()
+            with synchronized(*synced):
+                return _train(StageLoop(session, folder, progress, facts))
     except DetdistillError as error:
         if not (settings.resume or isinstance(error, StoppedError)) and is_main_process():
             folder.discard(folder_too=not there_before)
@@ -125,7 +145,7 @@ def prepare(session: Session, progress: Progress) -> tuple[Stage, ...]:
     for index, stage in enumerate(found):
         if found_result(stage, dataclasses.replace(plan.settings, **stage.overrides), session.splits, method, progress):
             continue
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if number_of_processes() > 1:
             raise RunError(
                 f"stage {stage.name} is not trained yet; first run the same command in one process with --dry_run true"
             )
@@ -156,7 +176,7 @@ def _finished(plan: Plan) -> Run | None:
 
 def _folder_for(plan: Plan) -> Path:
     name = f"{plan.role}-{plan.student.split(',')[0].replace(':', '-').replace('/', '-')}-seed{plan.settings.seed}"
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and plan.settings.out is None:
+    if number_of_processes() > 1 and plan.settings.out is None:
         told = os.environ.get("DETDISTILL_OUT")
         if told is None:
             raise RunError("several processes need one folder: give --out")
@@ -179,8 +199,11 @@ def _open(plan: Plan, path: Path | None) -> RunFolder:
     return start_folder(path, config)
 
 
-def _note_inputs(session: Session, folder: RunFolder) -> None:
+def _note_inputs(session: Session, folder: RunFolder) -> Facts:
     """Write the fingerprints of data, teacher and initial weights; when a run is resumed, compare them first.
+
+    Returns:
+        What all processes of the run must have in common.
 
     Raises:
         RunError: one of them changed since the run started, and ``allow_changes`` is off.
@@ -199,6 +222,9 @@ def _note_inputs(session: Session, folder: RunFolder) -> None:
             folder.write_json(INPUTS, now)
         except OSError as error:
             raise RunError(f"cannot write {folder.path / INPUTS}: {error.strerror or error}; make space") from error
+    config, kind = session.plan.config(), type(settings)
+    shared = [name for name in names_where(kind, "run") if name not in ("init", "device") and name in config]
+    return {**versions(), **now, "student": session.plan.student, **{name: str(config[name]) for name in shared}}
 
 
 def _finish(loop: StageLoop) -> Run:
@@ -217,6 +243,7 @@ def _finish(loop: StageLoop) -> Run:
             origin = origin_of(summary, session.plan.config())
             save_student(detector.cpu(), folder.student, Resizing.of(settings), origin)
             folder.write_json("summary.json", summary)
+            (folder.path / LAUNCH).unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise RunError(

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 
-from detdistill.processes import SIGNALS
+from detdistill.processes import SIGNALS, is_main_process
 
 CONTINUE = "--resume true continues from the last checkpoint"
 GRACE = 2.0
@@ -80,8 +80,7 @@ def _end(workers: Sequence[subprocess.Popen[bytes]], code: int, who: str = "") -
     """
     number = abs(code) if not who or code < 0 else code - 128 if code > 128 else 0
     name = signal.Signals(number).name if number in set(signal.Signals) else f"exit code {code}"
-    leader = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
-    if leader:
+    if is_main_process():
         with contextlib.suppress(OSError):
             sys.stderr.write(f"\ndetdistill: {who + ' ' if who else ''}stopped by {name}; {CONTINUE}\n")
             sys.stderr.flush()

@@ -12,7 +12,6 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -28,18 +27,21 @@ from detdistill.evaluation.instability import first_images, index_vectors
 from detdistill.files import damage
 from detdistill.functional.label_scores import detection_loss
 from detdistill.methods.shared.contract import Method, Stage
+from detdistill.processes import is_main_process, restarts
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, TrainSettings
 from detdistill.structures import Batch, Clock, Losses
+from detdistill.training.agreement import Agreement, Facts
 from detdistill.training.bar import TrainingBar
 from detdistill.training.callbacks import Checkpoints, Evaluation, Records
 from detdistill.training.folder import RunFolder
 from detdistill.training.from_cache import stage_from_cache
-from detdistill.training.machine import is_main_process, seed_everything
+from detdistill.training.machine import seed_everything
 from detdistill.training.matching_instability import MatchingInstability
 from detdistill.training.metrics_table import MetricsTable, idle_terms, read_rows
 from detdistill.training.module import NonFiniteLoss, StageModule
 from detdistill.training.plan import view_settings
+from detdistill.training.rendezvous import ElasticDDP, launcher, unreachable
 from detdistill.training.session import Session
 from detdistill.training.signals import EndTogether, wait_for_the_end
 from detdistill.training.stage_results import load_result, reusable, save_result, stage_file, stage_length
@@ -52,13 +54,19 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 class StageLoop:
     """Trains the stages of one run, one after the other, in one run folder."""
 
-    def __init__(self, session: Session, folder: RunFolder, progress: Progress) -> None:
+    def __init__(self, session: Session, folder: RunFolder, progress: Progress, facts: Facts | None = None) -> None:
         """Read stage and step of the checkpoint if the run is resumed.
+
+        Args:
+            session: plan, data, student and method.
+            folder: the run folder.
+            progress: display of the progress.
+            facts: what all processes of the run must have in common.
 
         Raises:
             RunError: the checkpoint cannot be read.
         """
-        self.session, self.folder, self.progress = session, folder, progress
+        self.session, self.folder, self.progress, self.facts = session, folder, progress, facts or {}
         self.plan, self.splits, self.settings = session.plan, session.splits, session.plan.settings
         self.student, self.method, self.cache = session.student, session.method, session.cache
         self.validation: DetectionLoader | None = None
@@ -72,6 +80,9 @@ class StageLoop:
         self.resume_step = 0
         if self.resume_from is not None:
             self.resume_stage, self.resume_step = _stage_and_step(self.resume_from)
+            if restarts():
+                where = f"{self.resume_from.name} (stage {self.resume_stage}, step {self.resume_step})"
+                self.progress.say(f"torchrun has started the processes again (restart {restarts()}): continuing from {where}")
         self.table: MetricsTable | None = None
 
     def _resume_from(self) -> Path | None:
@@ -147,7 +158,7 @@ class StageLoop:
             stage.before()
         self.module = self._module(stage, settings, total)
         self.evaluation = Evaluation(self.evaluate, settings.evaluate_every, settings.patience)
-        trainer = self._trainer(settings, self._callbacks(settings, total, self.evaluation), epochs)
+        trainer = self._trainer(settings, self._callbacks(stage, settings, total, self.evaluation), epochs)
         with warnings.catch_warnings():
             # Lightning's warnings about loaders and intervals concern its own defaults, which are not used here.
             warnings.filterwarnings("ignore", module="lightning")
@@ -213,9 +224,12 @@ class StageLoop:
         module.train_dataloader = train_dataloader  # type: ignore[method-assign]
         return module
 
-    def _callbacks(self, settings: TrainSettings, total: int, evaluation: Evaluation) -> list[L.Callback]:
+    def _callbacks(self, stage: Stage, settings: TrainSettings, total: int, evaluation: Evaluation) -> list[L.Callback]:
         """The callbacks of the stage; the checkpoint comes after the evaluation, so that it contains the scores."""
         callbacks: list[L.Callback] = [TrainingBar(self.progress, self.plan.title or self.plan.role, total)]
+        if settings.devices * settings.nodes > 1:
+            place = {"stage": stage.name, "steps": str(total), "checkpoint": f"{self.resume_stage} {self.resume_step}"}
+            callbacks.append(Agreement({**self.facts, **place}))
         if self.table is not None:
             records = Records(self.table, settings.log_every)
             callbacks.append(records)
@@ -264,12 +278,13 @@ class StageLoop:
         accelerator = {"auto": "gpu" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "cuda": "gpu"}[settings.device]
         several = settings.devices * settings.nodes > 1
         # Some methods and stages leave parameters without a gradient; DDP must search for them.
-        strategy = DDPStrategy(find_unused_parameters=True) if several else "auto"
+        strategy = ElasticDDP(find_unused_parameters=True) if several else "auto"
         return L.Trainer(
             accelerator=accelerator,
             devices=settings.devices,
             num_nodes=settings.nodes,
             strategy=strategy,
+            plugins=launcher(),
             precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[settings.precision],  # type: ignore[arg-type]
             max_epochs=epochs,  # not max_steps: with it, Lightning resumes wrongly from the end of an epoch
             accumulate_grad_batches=settings.accumulate,
@@ -363,6 +378,8 @@ def _fit(trainer: L.Trainer, module: StageModule, checkpoints: Path, resume_from
     except SIGTERMException as error:
         start = "from the last checkpoint" if any(checkpoints.glob("*.ckpt")) else "from step 0, since there is no checkpoint yet"
         raise StoppedError(f"stopped by SIGTERM; --resume true continues {start}") from error
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        raise unreachable(error) from error
     except RuntimeError:
         if trainer.world_size > 1:  # the connection to a process that has ended
             wait_for_the_end()

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 
 from detdistill.cache.storage import masked
 from detdistill.errors import RunError
-from detdistill.training.machine import is_main_process
+from detdistill.processes import is_main_process
 
 
 def tracker(service: str, folder: Path, config: dict[str, Any]) -> Logger:

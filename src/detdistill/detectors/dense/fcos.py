@@ -19,9 +19,10 @@ from torchvision.ops import generalized_box_iou_loss
 from detdistill.detectors.dense.shared.heads import DenseDetector, DenseOptions, supervision
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
-from detdistill.detectors.torchvision.dense_outputs import flat_outputs, own_outputs
+from detdistill.detectors.torchvision.dense_outputs import OwnOutputs, flat_outputs, own_outputs
 from detdistill.detectors.torchvision.targets import Matches, target_dicts
 from detdistill.errors import ModelError
+from detdistill.functional.counting import mean_over_ranks, share_over_ranks
 from detdistill.structures import Assignment, Batch, Losses, Prediction
 
 MODEL_CLASS = FCOS
@@ -120,24 +121,31 @@ class FCOSDetector(DenseDetector):
         """
         own = own_outputs(prediction, self)
         matches = Matches()
-        stand_in = SimpleNamespace(head=matches, center_sampling_radius=self.model.center_sampling_radius)
-        targets = target_dicts(batch, self.columns)
-        type(self.model).compute_loss(stand_in, targets, own.outputs, list(own.anchors), list(own.counts))
+        self._compute_loss(matches, own, batch)
         return matches.assignment(batch)
+
+    def _compute_loss(self, head: Matches, own: OwnOutputs, batch: Batch) -> dict[str, Tensor]:
+        """Run the model's ``compute_loss`` with another head."""
+        stand_in = SimpleNamespace(head=head, center_sampling_radius=self.model.center_sampling_radius)
+        arguments = target_dicts(batch, self.columns), own.outputs, list(own.anchors), list(own.counts)
+        return cast(dict[str, Tensor], type(self.model).compute_loss(stand_in, *arguments))
 
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
         """Compute ``classification`` (focal), ``bbox_regression`` (GIoU) and ``bbox_ctrness``.
 
-        Each term is divided by the number of positives. A given ``assignment`` may contain weights, ignored predictions and a
-        normaliser. A positive point outside its box gets the centerness target 0 (torchvision would compute NaN).
+        Each term is divided by the number of positives (mean over processes). A given ``assignment`` may contain weights,
+        ignored predictions and a normaliser. A positive point outside its box gets the centerness target 0 (torchvision would
+        compute NaN).
         """
         own = own_outputs(prediction, self)
         if assignment is None:
-            targets = target_dicts(batch, self.columns)
-            return Losses(self.model.compute_loss(targets, own.outputs, list(own.anchors), list(own.counts)))
+            matches = Matches(self.model.head)
+            terms = self._compute_loss(matches, own, batch)
+            share = share_over_ranks(matches.number(batch.images))
+            return Losses({name: term * share for name, term in terms.items()})
         asked = supervision(assignment, batch, self.class_outputs)
         positive, boxes, weights = asked.positive, asked.boxes_xyxy, asked.weights[asked.positive]
-        normalizer = positive.sum().clamp(min=1) if assignment.normalizer is None else assignment.normalizer
+        normalizer = mean_over_ranks(positive.sum(), least=1) if assignment.normalizer is None else assignment.normalizer
         anchors = torch.stack(own.anchors)[positive]
 
         predicted = self.model.box_coder.decode(own.outputs["bbox_regression"][positive], anchors)

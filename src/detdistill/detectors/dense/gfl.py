@@ -102,7 +102,7 @@ class GFLDetector(OwnDenseDetector):
         score = prediction.logits[positive].detach().sigmoid().amax(dim=1)
         count, total = assignment.normalizer, assignment.normalizer
         if count is None or total is None:
-            count, total = number_of_positives(assignment, batch.images), mean_over_ranks(score.sum()).clamp(min=1)
+            count, total = number_of_positives(assignment, batch.images), mean_over_ranks(score.sum(), least=1)
 
         quality = asked.wanted(prediction.logits, paired_iou(predicted.detach(), boxes))
         focal = quality_focal_loss(prediction.logits, quality, self.beta).sum(dim=-1) * asked.weights

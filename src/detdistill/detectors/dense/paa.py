@@ -78,8 +78,9 @@ class PAADetector(OwnDenseDetector):
         number, total = assignment.normalizer, assignment.normalizer
         count = assignment.normalizer
         if number is None or total is None or count is None:
-            positives = mean_over_ranks(positive.sum().to(batch.images.dtype))
-            number, count = positives.clamp(min=len(batch)) + EPSILON, positives.clamp(min=1) + EPSILON
+            positives = positive.sum().to(batch.images.dtype)
+            number = mean_over_ranks(positives).clamp(min=len(batch)) + EPSILON
+            count = mean_over_ranks(positives, least=1) + EPSILON
             total = mean_over_ranks(iou.sum()) + EPSILON
         overlap = giou_loss(predicted, boxes) * iou.clamp(min=1e-12)
         quality_loss = F.binary_cross_entropy_with_logits(quality[positive], iou, reduction="none")

@@ -26,6 +26,7 @@ from detdistill.detectors.torchvision.options import BackboneOptions, LevelOptio
 from detdistill.detectors.torchvision.targets import trainable, whole_indices
 from detdistill.errors import ModelError
 from detdistill.functional.boxes import giou_loss
+from detdistill.functional.counting import mean_over_ranks
 from detdistill.functional.matching import focal_class_cost, giou_cost, hungarian, l1_cost
 from detdistill.structures import (
     IGNORED,
@@ -214,8 +215,8 @@ class AdaMixerDetector(TorchvisionDetector):
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
         """``classification`` (focal), ``bbox_regression`` (L1) and ``giou``: sums over all stages and queries.
 
-        Each stage is divided by the number of its positives, at least 1 (the paper's code divides by zero without boxes),
-        or by a foreign assignment's normaliser.
+        Each stage is divided by the number of its positives (mean over processes), at least 1 (the paper's code divides by
+        zero without boxes), or by a foreign assignment's normaliser.
         """
         queries = cast(Queries, prediction)
         assignment = self.assign(queries, batch) if assignment is None else assignment
@@ -224,7 +225,7 @@ class AdaMixerDetector(TorchvisionDetector):
         where = (positives.layer, positives.image, positives.index)
         weights = torch.ones_like(queries.logits[..., 0]) if assignment.weights is None else assignment.weights
         if assignment.normalizer is None:
-            normalizer = positive.flatten(1).sum(dim=1).clamp(min=1).to(weights.dtype)  # [S]
+            normalizer = mean_over_ranks(positive.flatten(1).sum(dim=1), least=1).to(weights.dtype)  # [S]
         else:
             normalizer = assignment.normalizer.to(weights.dtype).expand(len(matched))
         share = weights / normalizer[:, None, None]

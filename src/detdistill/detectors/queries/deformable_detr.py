@@ -32,6 +32,7 @@ from detdistill.detectors.queries.shared.options import (
 )
 from detdistill.detectors.torchvision.options import BackboneOptions, LevelOptions, Levels
 from detdistill.errors import ModelError
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.structures import Assignment, Batch, Features, Losses, Prediction, Queries, QuerySeed
 from detdistill.values import Count
 
@@ -297,9 +298,12 @@ class DeformableDetrDetector(shared.TransformersDetector):
     def loss(self, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
         """As in the base; two-stage: plus the encoder's losses, which always use their own matching."""
         losses = super().loss(prediction, batch, assignment)
-        if not isinstance(prediction.own, Outputs) or shared.diverged_losses(prediction) is not None:
+        if not isinstance(prediction.own, Outputs):
             return losses
-        return Losses({**losses.terms, **self.encoder_losses(prediction.own, batch)}, losses.monitors)
+        encoder = self.encoder_losses(prediction.own, batch)
+        if shared.diverged_losses(prediction) is not None:
+            return losses
+        return Losses({**losses.terms, **encoder}, losses.monitors)
 
     def encoder_losses(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Focal, L1 and GIoU loss of the encoder's outputs in all cells; every box counts as the first class (appendix A.4)."""
@@ -310,7 +314,8 @@ class DeformableDetrDetector(shared.TransformersDetector):
         ]
         matched = deformable.hungarian(self.criterion().matcher, outputs, labels, batch)
         pairs = deformable.pairs_of(matched, None, whole, outputs.boxes.dtype)
-        divisor, weights = max(1, sum(len(entry["boxes"]) for entry in labels)), self.term_weights()
+        count, weights = sum(len(entry["boxes"]) for entry in labels), self.term_weights()
+        divisor = divisor_over_ranks(count, outputs.logits)
         distance, overlap = deformable.box_losses(outputs, pairs)
         found = {
             "loss_ce": deformable.focal_loss(outputs, pairs, self.config.focal_alpha),

@@ -23,6 +23,7 @@ from detdistill.detectors.queries.shared.d_fine import FineDetector
 from detdistill.detectors.queries.shared.deformable import Outputs
 from detdistill.detectors.queries.shared.options import DetrSelectionOptions
 from detdistill.errors import ModelError
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.structures import Features
 
 try:
@@ -111,7 +112,7 @@ class Deimv2Detector(FineDetector):
         places = []
         for row in rows:
             places.append(torch.where((row < -1) & (union == -1), row, union))  # ignored queries stay ignored
-        return places, max(1, sum(len(query) for query, _ in found))
+        return places, divisor_over_ranks(sum(len(query) for query, _ in found), union)
 
     def class_losses(self, outputs: Outputs, pairs: deformable.Pairs, normalizer: Any) -> dict[str, Tensor]:
         """Matching-aware loss: the target of the matched class is the IoU to the power of gamma."""

@@ -46,12 +46,20 @@ def whole_indices(matched: Tensor, target: Target) -> Tensor:
 
 
 class Matches:
-    """Replacement of a head inside torchvision's ``compute_loss`` that records the matches and computes no loss."""
+    """Replacement of a head inside torchvision's ``compute_loss`` that records the matches."""
+
+    def __init__(self, head: Any = None) -> None:
+        """Compute the losses of ``head``; None: no losses."""
+        self.head = head
 
     def compute_loss(self, targets: Any, outputs: Any, anchors: Any, matched_idxs: list[Tensor]) -> dict[str, Tensor]:
         """Record the matches."""
         self.matched = matched_idxs
-        return {}
+        return {} if self.head is None else self.head.compute_loss(targets, outputs, anchors, matched_idxs)
+
+    def number(self, like: Tensor) -> Tensor:
+        """Count the matched predictions of the batch: [], with dtype and device of ``like``."""
+        return torch.stack([(row >= 0).sum() for row in self.matched]).sum().to(like)
 
     def assignment(self, batch: Batch) -> Assignment:
         """Return the matches [B, P] as indices into all boxes of each image."""

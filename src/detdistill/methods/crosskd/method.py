@@ -262,7 +262,7 @@ class CrossKD(Method[CrossKDTaught]):
         positives = student.positives(mine, assignment, batch)
         priors = mine.priors_xyxy[positives.image, positives.index]
         central = centerness_target((priors[:, :2] + priors[:, 2:]) / 2, positives.targets_xyxy)
-        return mean_over_ranks(central.sum().to(mine.logits.dtype)).clamp(min=1e-6) + EPSILON
+        return mean_over_ranks(central.sum().to(mine.logits.dtype), least=1e-6) + EPSILON
 
     def _terms(self, cross: Dense, fixed: Dense, weights: Tensor, positive: Tensor, divisor: Tensor) -> dict[str, Tensor]:
         """The weighted losses of the predictions that both sides have."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from detdistill.functional.cells import level_of_box, truncated_cells
+from detdistill.functional.counting import divisor_over_ranks, mean_over_ranks
 from detdistill.functional.masks import union_mask
 from detdistill.functional.soft_targets import binary_kl_divergence, kl_divergence
 
@@ -109,7 +110,7 @@ def defeat_map_terms(
     total, count = torch.stack(sums), torch.stack(counts)  # [L, 2]
     if normalization == "pyramid":
         total, count = total.sum(dim=0, keepdim=True), count.sum(dim=0, keepdim=True)
-    return DeFeatTerms(*(total / count.clamp(min=1)).mean(dim=0))
+    return DeFeatTerms(*(total / mean_over_ranks(count, least=1)).mean(dim=0))
 
 
 def defeat_head_terms(
@@ -149,7 +150,7 @@ def defeat_head_terms(
             divergence = kl_divergence(mine, fixed, t)
         else:
             divergence = t**2 * binary_kl_divergence(mine / t, fixed / t).sum(dim=-1)
-        means.append(divergence.sum() / max(1, len(mine)))
+        means.append(divergence.sum() / divisor_over_ranks(len(mine), mine))
     return DeFeatTerms(*means)
 
 

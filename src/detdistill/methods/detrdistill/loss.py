@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from detdistill.functional.boxes import giou_loss, paired_iou, pairwise_iou
-from detdistill.functional.counting import EPSILON
+from detdistill.functional.counting import EPSILON, mean_over_ranks
 from detdistill.functional.level_maps import check_maps
 from detdistill.functional.matching import giou_cost, hungarian, l1_cost
 from detdistill.structures import (
@@ -150,7 +150,7 @@ def detrdistill_logits_loss(
         weights: weights of the three losses.
     """
     good = (matched >= 0).to(student_logits.dtype)
-    number = good.sum(dim=(1, 2)) + EPSILON
+    number = mean_over_ranks(good.sum(dim=(1, 2))) + EPSILON
     index = matched.clamp(min=0)[..., None]
     scores = teacher_logits.detach().sigmoid()
     scores = scores.gather(2, index.expand(*index.shape[:3], scores.shape[-1]))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.functional.soft_targets import binary_kl_divergence
 
 Form = Literal["softmax", "binary", "normalized"]
@@ -58,7 +59,7 @@ def dicod_classification_loss(
         divergence = _kl(theirs, mine).sum(dim=-1)
     else:
         divergence = binary_kl_divergence(mine, theirs).mean(dim=-1)
-    return temperature**2 * divergence.sum() / (max(1, len(logits)) if normalizer is None else normalizer)
+    return temperature**2 * divergence.sum() / (divisor_over_ranks(len(logits), logits) if normalizer is None else normalizer)
 
 
 def _kl(theirs: Tensor, mine: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from torchvision.ops import sigmoid_focal_loss
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import name_list
 from detdistill.functional.classes import class_columns
+from detdistill.functional.counting import share_over_ranks
 from detdistill.functional.crops import clamp_boxes
 from detdistill.functional.modes import evaluating
 from detdistill.functional.precision import full_precision
@@ -229,6 +230,7 @@ class DICOD(TeacherFree[DICODTaught]):
         boxes = clamp_boxes(jittered(boxes, self.jitter), image, [view.size_hw for view in batch.views])
         chosen = torch.nonzero(usable & large_enough(boxes)).flatten()
         chosen = chosen[dicod_sample(len(chosen), CHUNK).to(chosen.device)]
+        share = share_over_ranks(torch.tensor(float(len(chosen)), device=chosen.device))
         if not len(chosen):
             nothing = torch.stack([parameter.sum() for parameter in self.classifier.parameters()]).sum() * 0
             return Losses({"categorical": nothing})
@@ -236,10 +238,10 @@ class DICOD(TeacherFree[DICODTaught]):
         # BatchNorm cannot compute statistics of a single crop whose last maps have one cell.
         with contextlib.nullcontext() if len(chosen) > 1 else evaluating(self.classifier):
             logits = self.classifier(crops).float()
-        terms = {"categorical": F.cross_entropy(logits, labels)}
+        terms = {"categorical": F.cross_entropy(logits, labels) * share}
         if self.joint:
             wanted = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-            terms["focal"] = sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2, reduction="sum") / len(chosen)
+            terms["focal"] = sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2, reduction="sum") / len(chosen) * share
         return Losses(terms, {"accuracy": (logits.detach().argmax(dim=1) == labels).float().mean()})
 
     # ---------------------------------------------------------------------------------------------------------- learn
@@ -278,6 +280,7 @@ class DICOD(TeacherFree[DICODTaught]):
         """Both localization terms and the number of boxes used. Boxes below a pixel or outside the image are left out."""
         boxes = clamp_boxes(positives.boxes_xyxy, positives.image, [view.size_hw for view in batch.views])
         visible = torch.nonzero(large_enough(boxes.detach())).flatten()
+        share = share_over_ranks(boxes.new_tensor(float(min(len(visible), self.max_crops))))
         if not len(visible):
             nothing = positives.boxes_xyxy[:0].sum()
             return nothing, nothing, 0
@@ -291,7 +294,8 @@ class DICOD(TeacherFree[DICODTaught]):
         predicted = dicod_pooled([crops, *maps], self.cells)
         truth = [part[image, ground_truth] for part in (taught.pixels, *taught.features)[: len(predicted)]]
         predicted[0], truth[0] = predicted[0] * self.pixel_scale, truth[0] * self.pixel_scale
-        return *dicod_localization_loss(predicted, truth, self.pixel_weight, self.feature_weight), len(chosen)
+        pixels, features = dicod_localization_loss(predicted, truth, self.pixel_weight, self.feature_weight)
+        return pixels * share, features * share, len(chosen)
 
     def _accuracy(self, taught: DICODTaught, batch: Batch) -> dict[str, Tensor]:
         """Accuracy of the classifier on the batch's objects; empty without objects or with a single class."""

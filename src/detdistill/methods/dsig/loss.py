@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.functional.relations import cosine_gram
 from detdistill.functional.soft_targets import mean_kl_divergence
 from detdistill.methods.shared.align import resize_like
@@ -116,7 +117,9 @@ def dsig_class_loss(student_logits: Tensor, teacher_logits: Tensor, temperature:
     Returns:
         [] the loss; 0, connected to the student, without regions.
     """
-    return mean_kl_divergence(student_logits, teacher_logits, temperature).sum() / max(1, len(student_logits))
+    return mean_kl_divergence(student_logits, teacher_logits, temperature).sum() / divisor_over_ranks(
+        len(student_logits), student_logits
+    )
 
 
 def dsig_box_loss(student: Tensor, teacher: Tensor, count: int, beta: float = 0.0) -> Tensor:
@@ -131,4 +134,4 @@ def dsig_box_loss(student: Tensor, teacher: Tensor, count: int, beta: float = 0.
     Returns:
         [] the loss; 0, connected to the student, if M is 0.
     """
-    return F.smooth_l1_loss(student, teacher.detach(), beta=beta, reduction="sum") / max(1, count)
+    return F.smooth_l1_loss(student, teacher.detach(), beta=beta, reduction="sum") / divisor_over_ranks(count, student)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.functional.relations import info_nce
 from detdistill.functional.soft_targets import kl_divergence
 
@@ -70,7 +71,7 @@ def g_detkd_sgfi_loss(student: Tensor, teacher: Tensor) -> Tensor:
         >>> float(g_detkd_sgfi_loss(torch.ones(2, 3, 7, 7), torch.zeros(2, 3, 7, 7)))
         1.0
     """
-    return F.mse_loss(student, teacher.detach(), reduction="sum") / max(1, student.numel())
+    return F.mse_loss(student, teacher.detach(), reduction="sum") / divisor_over_ranks(student.numel(), student)
 
 
 def g_detkd_ckd_loss(
@@ -106,7 +107,7 @@ def g_detkd_ckd_loss(
     """
     units, fixed = g_detkd_units(student), g_detkd_units(teacher.detach())
     found = info_nce(units, fixed, gamma, bank=bank, ignored=ignored, positive_in_denominator=positive_in_denominator)
-    return found.sum() / max(1, len(found))
+    return found.sum() / divisor_over_ranks(len(found), found)
 
 
 def g_detkd_units(rows: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ def g_detkd_class_loss(student_logits: Tensor, teacher_logits: Tensor, temperatu
         [] the loss; 0, connected to the student, if there are no regions.
     """
     found = kl_divergence(student_logits, teacher_logits, temperature)
-    return found.sum() / max(1, len(found))
+    return found.sum() / divisor_over_ranks(len(found), found)
 
 
 def g_detkd_box_loss(
@@ -158,4 +159,4 @@ def g_detkd_box_loss(
     probabilities = teacher_logits.detach().softmax(dim=1)[:, :-1, None]
     distance = (probabilities * (teacher_deltas.detach() - student_deltas)).sum(dim=1).abs()
     rows = distance.sum(dim=1) if reduction == "sum" else distance.mean(dim=1)
-    return rows.sum() / max(1, len(rows))
+    return rows.sum() / divisor_over_ranks(len(rows), rows)

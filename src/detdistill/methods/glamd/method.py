@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError
 from detdistill.functional.classes import class_columns
+from detdistill.functional.counting import mean_over_ranks
 from detdistill.functional.dense_maps import at_cells, find_partners
 from detdistill.functional.precision import full_precision
 from detdistill.methods.glamd.loss import GLAMDLevel, GLAMDTerms, glamd_box_loss, glamd_class_loss
@@ -163,7 +164,7 @@ class GLAMD(Method[Observation]):
         for pair, mask in zip(self.pairs, masks, strict=True):
             here = mine.levels == pair.student
             at_predictions = at_cells(mask, mine, pair.student)[..., 0] * partners.mask[:, here]
-            cells = mask.sum()  # the number of cells that are not padding
+            cells = mean_over_ranks(mask.sum())  # the number of cells that are not padding
             weights[0, :, here] = at_predictions / cells
             weights[1, :, here] = at_predictions / (cells * int(mine.anchors[here].max() + 1))
         found = {}

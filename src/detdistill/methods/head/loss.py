@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.functional.cells import BoxCells
+from detdistill.functional.counting import share_over_ranks
 from detdistill.structures import Origin
 
 
@@ -61,8 +62,9 @@ def head_ckd_loss(student: Tensor, target: Tensor, origin: Origin, weight: float
 
 
 def _mean_square(student: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference; 0, connected to the student, of tensors without entries."""
-    return F.mse_loss(student, target.detach()) if student.numel() else student.sum()
+    """Mean squared difference, over all processes; 0, connected to the student, of tensors without entries."""
+    share = share_over_ranks(torch.tensor(float(student.numel()), device=student.device))
+    return F.mse_loss(student, target.detach()) * share if student.numel() else student.sum()
 
 
 def head_neck_mask(boxes_xyxy: Sequence[Tensor], stride: float, map_hw: tuple[int, int], negative_gain: float = 9.0) -> Tensor:

@@ -15,6 +15,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from detdistill.detectors.contract import DetectorSpec, HasRegions, HasTowers
 from detdistill.functional.boxes import boxes_from_distances, centerness_target, distances_to_sides, giou_loss
+from detdistill.functional.counting import mean_over_ranks
 from detdistill.functional.modes import evaluating
 from detdistill.functional.precision import full_precision
 from detdistill.methods.shared.align import LevelAdapters, LevelPair
@@ -134,9 +135,9 @@ class DenseAssistant(nn.Module):
             entropy = F.binary_cross_entropy_with_logits(centerness[image, index], weight, reduction="sum")
             terms.append(torch.stack([(giou_loss(found, mine) * weight).sum(), entropy, weight.sum()]))
         overlap, entropy, weights = torch.stack(terms).sum(dim=0)
-        count = wanted.sum().clamp(min=1)
+        count = mean_over_ranks(wanted.sum(), least=1)
         focal = sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2, reduction="sum") / count
-        return focal + overlap / weights.clamp(min=1e-6) + entropy / count
+        return focal + overlap / mean_over_ranks(weights, least=1e-6) + entropy / count
 
     def _points(self, tower: Tower, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Points [P, 2] in pixels, their strides [P], and the largest distance [P, 2] (lower and upper limit) of their level."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from detdistill.functional.counting import mean_over_ranks
 from detdistill.functional.precision import at_least_float32
 
 Form = Literal["mse", "mse_batch", "l1", "smooth_l1", "l2"]
@@ -137,7 +138,8 @@ def icd_auxiliary_losses(outputs: Tensor, queries: ICDQueries) -> tuple[Tensor, 
     entropy = F.binary_cross_entropy_with_logits(outputs[..., 0], real, weight=valid, reduction="sum")
     scale = queries.sizes01.repeat(1, 1, 2).clamp(min=1e-7)
     apart = ((outputs[..., 1:].sigmoid() - queries.sides01).abs() / scale).sum(dim=-1)
-    return entropy / valid.sum().clamp(min=LEAST_MASS), (apart * real).sum() / real.sum().clamp(min=LEAST_MASS)
+    masses = mean_over_ranks(torch.stack([valid.sum(), real.sum()]), least=LEAST_MASS)
+    return entropy / masses[0], (apart * real).sum() / masses[1]
 
 
 # -------------------------------------------------------------------------------------------------------- distillation
@@ -222,7 +224,7 @@ def icd_value_loss(
     share = weights.detach().mT
     if form == "mse":
         return ((apart * share).sum(dim=1) / share.sum(dim=1).clamp(min=LEAST_MASS)).mean()
-    total = (apart * share).sum() / share.sum().clamp(min=LEAST_MASS)
+    total = (apart * share).sum() / mean_over_ranks(share.sum(), least=LEAST_MASS)
     if form != "l2":
         return total
     nothing = total == 0  # the root has no finite gradient there

@@ -19,7 +19,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from detdistill.functional.assign import pairwise_iou
 from detdistill.functional.boxes import giou_loss, paired_iou
-from detdistill.functional.counting import EPSILON, mean_over_ranks, number_objects
+from detdistill.functional.counting import EPSILON, mean_over_ranks, number_objects, number_of_ranks
 from detdistill.functional.soft_targets import focal_kl_divergence
 from detdistill.structures import IGNORED, Target
 
@@ -68,7 +68,7 @@ def lad_label_terms(
     wanted = torch.zeros_like(logits)
     wanted[image, index, labels] = 1.0
     focal = sigmoid_focal_loss(logits, wanted, reduction="none").sum(dim=-1).masked_fill(matched == IGNORED, 0.0)
-    predicted, count = boxes_xyxy[image, index], number.clamp(min=1) + EPSILON
+    predicted, count = boxes_xyxy[image, index], number.clamp(min=1 / number_of_ranks()) + EPSILON
     branch = None
     if quality is not None:
         iou = paired_iou(predicted.detach(), boxes)

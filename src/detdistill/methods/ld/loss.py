@@ -18,6 +18,7 @@ from torchvision.ops import batched_nms
 
 from detdistill.functional.assign import pairwise_iou
 from detdistill.functional.atss import atss_thresholds
+from detdistill.functional.counting import share_over_ranks
 from detdistill.functional.distributions import project_distribution
 from detdistill.functional.soft_targets import mean_kl_divergence
 
@@ -190,12 +191,13 @@ def ld_general_instances(
 
 
 def ld_imitation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of feature vectors [N, C] at the cells of a region; 0 if N is 0.
+    """Mean squared difference of feature vectors [N, C] at the cells of a region (N: mean over processes); 0 if N is 0.
 
     Args:
         student: [N, C]; gradient flows.
         teacher: [N, C], treated as constant.
     """
+    share = share_over_ranks(torch.tensor(float(len(student)), device=student.device))
     if student.numel() == 0:
         return student.sum()
-    return F.mse_loss(student, teacher.detach())
+    return F.mse_loss(student, teacher.detach()) * share

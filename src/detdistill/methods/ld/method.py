@@ -14,7 +14,7 @@ from torch import Tensor
 from detdistill.detectors.contract import PREDICTION, Detector, HasBoxDistributions, Teacher
 from detdistill.functional.cells import anchors_near_boxes, points_inside
 from detdistill.functional.classes import class_columns
-from detdistill.functional.counting import label_weights
+from detdistill.functional.counting import label_weights, mean_over_ranks, positives_per_level, sum_over_ranks
 from detdistill.functional.dense_maps import Partners, find_partners
 from detdistill.functional.precision import full_precision
 from detdistill.methods.ld.loss import (
@@ -61,7 +61,7 @@ class LD(Method[LDCells | LDObjects]):
 
     The terms are reduced as released: the divergences of box sides are sums over predictions, which grow with the batch; the
     divergence of classes is a mean over the positives of each level. The released code fails on an image without boxes; here it
-    has no terms. Counts of positives are those of one process.
+    has no terms. Counts of positives are means over processes.
     """
 
     slug = "ld"
@@ -148,6 +148,7 @@ class LD(Method[LDCells | LDObjects]):
             if given and len(self.columns) == 1:
                 only = f"a softmax over one class ({mine.classes[0]}) is always 1, so the class term would be zero"
                 raise PairError(f"{self.slug}: {only}; set {self.slug},{name}=0")
+        self.num_levels = len(mine.strides)
         self.pairs = pair_levels(self.slug, mine, teacher.spec) if match == "cells" else ()
         self.adapters = LevelAdapters(self.pairs) if imitation_weight else None
 
@@ -318,7 +319,8 @@ class LD(Method[LDCells | LDObjects]):
 
     def _class_loss(self, chosen: _Chosen) -> Tensor:
         """Divergence of class scores, each level divided by its number of predictions."""
-        counts = torch.bincount(chosen.levels)[chosen.levels].to(chosen.logits.dtype)
+        counts = torch.bincount(chosen.levels, minlength=self.num_levels).to(chosen.logits.dtype)
+        counts = mean_over_ranks(counts)[chosen.levels]
         return ld_class_loss(chosen.logits, chosen.fixed_logits, 1 / counts, self.cls_temperature)
 
     def _box_loss(self, chosen: _Chosen, weights: Tensor, divisor: float) -> Tensor:
@@ -338,10 +340,9 @@ class LD(Method[LDCells | LDObjects]):
         with torch.no_grad():
             region = self._region(mine, taught, partners, assignment, batch)
         maps = self.adapters([seen.features.maps[pair.student] for pair in self.pairs])
-        losses = []
+        losses, positives = [], sum_over_ranks(positives_per_level(assignment, mine.levels, self.num_levels))
         for pair, own in zip(self.pairs, maps, strict=True):
-            here = mine.levels == pair.student
-            filled = bool((assignment.matched[:, here] >= 0).any())
+            here, filled = mine.levels == pair.student, bool(positives[pair.student] > 0)
             image, index = torch.nonzero(region & here & filled, as_tuple=True)
             row, column = mine.cells[index].unbind(1)
             fixed = taught.features.maps[pair.teacher]

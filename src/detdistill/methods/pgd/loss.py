@@ -18,6 +18,7 @@ from torch import Tensor
 from detdistill.functional.assign import pairwise_iou
 from detdistill.functional.attention import spatial_attention
 from detdistill.functional.cells import CHUNK, points_inside
+from detdistill.functional.counting import divisor_over_ranks
 
 MARGIN = 1e-10
 """A centre is inside a box if its distances to all sides are larger than this."""
@@ -216,7 +217,7 @@ def pgd_box_terms(student: Tensor, teacher: Tensor, weights: Tensor, temperature
         weights: [M] weights of the cells, above 0. With no cell both losses are 0 and connected to the graph.
         temperature: of the channel attention.
     """
-    fixed, count = teacher.detach(), max(1, len(student))
+    fixed, count = teacher.detach(), divisor_over_ranks(len(student), student)
     channels, own_channels = _channel_shares(fixed, temperature), _channel_shares(student, temperature)
     squared = ((student - fixed).square() * channels).sum(dim=1)  # the mean over C channels, as the attention has a factor C
     attention = F.l1_loss(own_channels, channels, reduction="sum") * student.shape[1]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.functional.boxes import giou_loss
+from detdistill.functional.counting import divisor_over_ranks, share_over_ranks
 from detdistill.functional.soft_targets import kl_divergence, soft_binary_cross_entropy
 
 
@@ -31,10 +33,12 @@ def scalekd_feature_loss(student: Tensor, teacher: Tensor, padding: Tensor | Non
         >>> float(scalekd_feature_loss(torch.full((1, 2, 3, 3), 2.0), torch.zeros(1, 2, 3, 3)))
         4.0
     """
+    cells = torch.tensor(float(student[:, 0].numel()), device=student.device) if padding is None else (~padding).sum().float()
+    share = share_over_ranks(cells)  # also without padding: other processes may have some
     if padding is None:
-        return F.mse_loss(student, teacher)
+        return F.mse_loss(student, teacher) * share
     difference = (student - teacher).masked_fill(padding[:, None], 0.0)
-    return difference.square().sum() / (~padding).sum().clamp(min=1) / student.shape[1]
+    return difference.square().sum() / cells.clamp(min=1) * share / student.shape[1]
 
 
 def scalekd_class_loss(
@@ -84,7 +88,7 @@ def scalekd_region_class_loss(student_logits: Tensor, assistant_logits: Tensor) 
     Returns:
         [] the loss; 0, connected to the student, if there are no regions.
     """
-    return kl_divergence(student_logits, assistant_logits).sum() / max(1, len(student_logits))
+    return kl_divergence(student_logits, assistant_logits).sum() / divisor_over_ranks(len(student_logits), student_logits)
 
 
 def scalekd_box_loss(student: Tensor, assistant: Tensor, kind: Literal["smooth_l1", "giou"] = "smooth_l1") -> Tensor:
@@ -105,5 +109,5 @@ def scalekd_box_loss(student: Tensor, assistant: Tensor, kind: Literal["smooth_l
     """
     fixed = assistant.detach()
     if kind == "giou":
-        return giou_loss(student, fixed).sum() / max(1, len(student))
-    return F.smooth_l1_loss(student, fixed, reduction="sum") / max(1, student.numel())
+        return giou_loss(student, fixed).sum() / divisor_over_ranks(len(student), student)
+    return F.smooth_l1_loss(student, fixed, reduction="sum") / divisor_over_ranks(student.numel(), student)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.boxes import paired_iou
+from detdistill.functional.counting import share_over_ranks
 from detdistill.functional.precision import full_precision
 from detdistill.methods.shared.contract import TeacherFree
 from detdistill.methods.shared.needs import Needs, PairError
@@ -140,6 +141,7 @@ class SSDDet(TeacherFree[None]):
         objects = [torch.nonzero(~target.crowd).flatten() for target in batch.targets]
         with full_precision(batch.images.device):
             used = features.take(self.levels).float()
+            share = share_over_ranks(batch.images.new_tensor(float(sum(map(len, objects)))))
             if not any(len(index) for index in objects):
                 return batch, Losses({"refiner": self._nothing(used)})
             boxes = [target.boxes_xyxy[index] for target, index in zip(batch.targets, objects, strict=True)]
@@ -152,7 +154,8 @@ class SSDDet(TeacherFree[None]):
             changed = target.boxes_xyxy.clone()
             changed[index] = own.to(changed.dtype)
             targets.append(replace(target, boxes_xyxy=changed))
-        return batch.with_targets(targets), Losses(found.losses, {"moved_iou": overlap})
+        losses = {name: term * share for name, term in found.losses.items()}
+        return batch.with_targets(targets), Losses(losses, {"moved_iou": overlap})
 
     def _nothing(self, features: Features) -> Tensor:
         """A 0 that is connected to the features and to all layers of the refiner."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou, clip_boxes_to_image
 
 from detdistill.functional.boxes import paired_iou
+from detdistill.functional.counting import mean_over_ranks
 
 Kind = Literal["content", "positional"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -41,7 +42,8 @@ def unikd_loss(student: Tensor, teacher: Tensor, positive: Tensor) -> Tensor:
         2.0
     """
     squares = (student - teacher.detach()).square().mean(dim=-1)
-    return (squares * positive).sum() / positive.sum().clamp(min=1) + (squares * ~positive).sum() / (~positive).sum().clamp(min=1)
+    near, far = mean_over_ranks(torch.stack([positive.sum(), (~positive).sum()]), least=1)
+    return (squares * positive).sum() / near + (squares * ~positive).sum() / far
 
 
 def unikd_boxes(

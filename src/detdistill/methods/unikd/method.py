@@ -25,6 +25,7 @@ from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
 
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.functional.boxes import giou_loss
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.functional.deformable import Cells
 from detdistill.functional.matching import focal_class_cost, giou_cost, hungarian, l1_cost
 from detdistill.functional.modes import frozen
@@ -232,7 +233,7 @@ class UniKD(Method[UniKDTaught]):
             found.append(boxes[image, mine])
             wanted.append(objects[matched[image, mine]].to(boxes.dtype))
         predicted, target = torch.cat(found), torch.cat(wanted)
-        objects_of_batch = max(1, sum(int((~target.crowd).sum()) for target in batch.targets))
+        objects_of_batch = divisor_over_ranks(sum(int((~target.crowd).sum()) for target in batch.targets), logits)
         by = objects_of_batch if self.cls_norm == "num_gt" else len(batch) * self.queries
         apart = giou_loss(box_convert(predicted, "cxcywh", "xyxy"), box_convert(target, "cxcywh", "xyxy"))
         return {

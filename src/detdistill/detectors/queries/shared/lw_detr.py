@@ -22,6 +22,7 @@ from detdistill.detectors.queries.shared import deformable
 from detdistill.detectors.queries.shared import transformers_detector as shared
 from detdistill.detectors.queries.shared.deformable import Memory, Outputs
 from detdistill.errors import DataError
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.structures import Assignment, Batch, Features, Losses, Movable, Prediction, Queries, QuerySeed
 
 
@@ -237,9 +238,9 @@ class GroupDetector(shared.TransformersDetector):
         ``assignment`` applies to the first group; the other groups and the encoder outputs use their own matching.
         """
         own, whole = self.own(prediction), self.labels(batch, only_trainable=False)
+        boxes = divisor_over_ranks(sum(len(entry["boxes"]) for entry in self.labels(batch)) * own.groups, prediction.logits)
         if (diverged := shared.diverged_losses(prediction)) is not None:
             return diverged
-        boxes = max(1, sum(len(entry["boxes"]) for entry in self.labels(batch)) * own.groups)
         normalizer: Any = boxes if assignment is None or assignment.normalizer is None else assignment.normalizer
         sets: list[tuple[str, Outputs, int | None]] = [("", own.layers[-1], len(own.layers) - 1)]
         if self.config.auxiliary_loss:

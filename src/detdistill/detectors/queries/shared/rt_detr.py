@@ -34,6 +34,7 @@ from detdistill.detectors.torchvision.backbones import probe, timm_description
 from detdistill.detectors.torchvision.options import BackboneOptions, LevelOptions, Levels
 from detdistill.detectors.torchvision.targets import trainable
 from detdistill.errors import DataError, ModelError
+from detdistill.functional.counting import divisor_over_ranks
 from detdistill.structures import Assignment, Batch, Features, Losses, Movable, Prediction, Queries, QuerySeed
 from detdistill.values import Count, Index
 
@@ -341,20 +342,23 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
 
         No suffix: last layer; ``_aux_i``: earlier layers, then the encoder; ``_dn_i``: denoising queries. A given
         ``assignment`` applies to the decoder layers. The encoder's predictions (and D-FINE's first boxes) use their own
-        matching; each denoising query keeps the box from which ``predict`` built it.
+        matching; each denoising query keeps the box from which ``predict`` built it. The divisors are means over processes.
         """
-        if (diverged := transformers_base.diverged_losses(prediction)) is not None:
-            return diverged
         own, config, matcher = self.own(prediction), self.config, self.criterion().matcher
-        usable = self.labels(batch)
+        usable, noise = self.labels(batch), own.denoising
         labels = self.labels(batch, only_trainable=False)
-        boxes = max(1, sum(len(label["boxes"]) for label in usable))
+        # All processes communicate: the divisors are computed even if the prediction has diverged.
+        boxes = divisor_over_ranks(sum(len(label["boxes"]) for label in usable), prediction.logits)
+        noisy: Any = 0 if noise is None else sum(len(label["boxes"]) for label in noise.labels) * noise.groups
+        noisy = divisor_over_ranks(noisy, prediction.logits)
         normalizer: Any = boxes if assignment is None or assignment.normalizer is None else assignment.normalizer
         matched = self.assign(prediction, batch).matched if assignment is None else assignment.matched
         terms: dict[str, Tensor] = {}
         sets = [(suffix, self.trained(outputs), layer) for suffix, outputs, layer in self.sets(own)]
         rows = [shared.hungarian(matcher, one, usable, batch) if layer is None else matched[layer] for _, one, layer in sets]
         place_rows, places = self.place_rows(rows, boxes)
+        if (diverged := transformers_base.diverged_losses(prediction)) is not None:
+            return diverged
         if assignment is not None and assignment.normalizer is not None:
             places = assignment.normalizer
         for (suffix, outputs, layer), row, place_row in zip(sets, rows, place_rows, strict=True):
@@ -363,10 +367,9 @@ class HybridEncoderDetector(transformers_base.TransformersDetector):
             place_pairs = pairs if place_row is row else shared.pairs_of(place_row, given, labels, outputs.boxes.dtype)
             found = {**self.class_losses(outputs, pairs, normalizer), **self.place_losses(outputs, place_pairs, places)}
             terms |= {name + suffix: term for name, term in found.items()}
-        if own.denoising is not None and own.noisy is not None and config.auxiliary_loss:
-            noisy = max(1, sum(len(label["boxes"]) for label in own.denoising.labels)) * own.denoising.groups
+        if noise is not None and own.noisy is not None and config.auxiliary_loss:
             for number, outputs in enumerate(map(self.trained, self.noisy_sets(own.noisy))):
-                pairs = own.denoising.pairs(outputs.boxes)
+                pairs = noise.pairs(outputs.boxes)
                 found = {**self.class_losses(outputs, pairs, noisy), **self.place_losses(outputs, pairs, noisy)}
                 terms |= {f"{name}_dn_{number}": term for name, term in found.items()}
         return Losses(terms)

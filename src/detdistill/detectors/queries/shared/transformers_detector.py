@@ -40,6 +40,7 @@ from detdistill.detectors.contract import Detector, DetectorSpec, Parts, Pyramid
 from detdistill.detectors.queries.shared.transformers_models import quiet, saved_state
 from detdistill.detectors.single_cells import accept_single_cells
 from detdistill.detectors.torchvision.targets import trainable, whole_indices
+from detdistill.functional.counting import number_of_ranks, share_over_ranks
 from detdistill.functional.modes import evaluating
 from detdistill.structures import (
     IGNORED,
@@ -298,16 +299,44 @@ class TransformersDetector(Detector):
         The library's criterion computes the losses if the assignment contains only matches to trainable boxes. Assignments
         with weights, ignored queries, a normaliser or other matches use the same formulas, computed here: weights multiply
         the losses of each query and do not change the divisors, ignored queries do not count, and a normaliser replaces
-        each divisor.
+        each divisor. The divisors are means over processes.
         """
         queries = cast(Queries, prediction)
-        if (diverged := diverged_losses(queries)) is not None:
-            return diverged
         if assignment is None:
             assignment = self.assign(queries, batch)
+        shares = self.shares(queries, batch, assignment)  # before anything that depends on values: all processes communicate
+        if (diverged := diverged_losses(queries)) is not None:
+            return diverged
         if self.is_plain(assignment, batch):
-            return self.criterion_losses(queries, batch, assignment)
-        return self.weighted_losses(queries, batch, assignment)
+            return self.shared_out(self.criterion_losses(queries, batch, assignment), shares)
+        return self.shared_out(self.weighted_losses(queries, batch, assignment), shares)
+
+    def shares(self, queries: Queries, batch: Batch, assignment: Assignment) -> tuple[Tensor | float, Tensor | float]:
+        """Factors that make this process's divisors means over processes: of the box losses [], and of the class losses [L]."""
+        if assignment.normalizer is not None or number_of_ranks() == 1:
+            return 1.0, 1.0
+        boxes, divisors = queries.logits.new_tensor(float(sum(len(trainable(target)) for target in batch.targets))), []
+        for matched in assignment.matched:
+            wanted, counted = torch.full_like(matched, len(self.spec.classes)), matched != IGNORED
+            for image, target in enumerate(batch.targets):
+                positive = matched[image] >= 0
+                wanted[image, positive] = target.labels[matched[image, positive]].to(wanted)
+            divisors.append(self.class_normalizer(wanted, counted, boxes))
+        share = share_over_ranks(boxes)
+        if all(divisor is boxes for divisor in divisors):
+            return share, torch.as_tensor(share).expand(len(divisors))
+        return share, share_over_ranks(torch.stack(divisors), least=1e-6)
+
+    def shared_out(self, losses: Losses, shares: tuple[Tensor | float, Tensor | float]) -> Losses:
+        """Multiply the terms of each layer by the factors of ``shares``."""
+        boxes, classes = shares
+        if isinstance(classes, float):  # a single process
+            return losses
+        terms = {}
+        for name, term in losses.terms.items():
+            layer = int(name.rpartition("_")[2]) if kind_of(name) != name else -1
+            terms[name] = term * (classes[layer] if kind_of(name) == self.class_term else boxes)
+        return Losses(terms, losses.monitors)
 
     def is_plain(self, assignment: Assignment, batch: Batch) -> bool:
         """Whether an assignment contains only matches to trainable boxes, so that the library's criterion can use it."""

@@ -27,6 +27,7 @@ from detdistill.detectors.torchvision.images import image_sizes, with_padding
 from detdistill.detectors.torchvision.matching import match_anchors
 from detdistill.detectors.torchvision.targets import trainable, whole_indices
 from detdistill.errors import ModelError
+from detdistill.functional.counting import divisor_over_ranks, share_over_ranks
 from detdistill.functional.modes import evaluating
 from detdistill.structures import (
     IGNORED,
@@ -212,7 +213,8 @@ class SingleShotDetector(TorchvisionDetector):
         """Compute torchvision's terms ``bbox_regression`` (smooth L1) and ``classification`` (cross-entropy).
 
         ``classification`` uses the positives and the hardest negatives, three for each positive, so an image without
-        positives has no negatives either. Both terms are divided by the number of positives in the batch.
+        positives has no negatives either. Both terms are divided by the number of positives in the batch (mean over
+        processes).
         """
         dense = cast(Dense, prediction)
         if assignment is None:
@@ -221,7 +223,9 @@ class SingleShotDetector(TorchvisionDetector):
             return Losses(self._weighted_loss(dense, batch, assignment))
         targets = [{"boxes": t.boxes_xyxy.to(dense.deltas.dtype), "labels": t.labels + 1} for t in batch.targets]
         outputs = {"cls_logits": _background_first(dense.logits), "bbox_regression": dense.deltas}
-        return Losses(self.model.compute_loss(targets, outputs, list(dense.priors_xyxy), list(assignment.matched)))
+        terms = self.model.compute_loss(targets, outputs, list(dense.priors_xyxy), list(assignment.matched))
+        share = share_over_ranks((assignment.matched >= 0).sum().to(dense.logits.dtype))
+        return Losses({name: term * share for name, term in terms.items()})
 
     def _weighted_loss(self, dense: Dense, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
         """Compute ``SSD.compute_loss`` with weights; ignored predictions are neither positives nor hard negatives."""
@@ -237,10 +241,10 @@ class SingleShotDetector(TorchvisionDetector):
         weights = torch.ones_like(entropy) if assignment.weights is None else assignment.weights.to(entropy.dtype)
         regression = self.model.box_coder.encode_single(positives.targets_xyxy, dense.priors_xyxy[where])
         smooth_l1 = F.smooth_l1_loss(dense.deltas[where], regression, reduction="none").sum(dim=1)
-        normalizer = max(1, len(positives)) if assignment.normalizer is None else assignment.normalizer
+        divisor = divisor_over_ranks(len(positives), entropy) if assignment.normalizer is None else assignment.normalizer
         return {
-            "bbox_regression": (smooth_l1 * weights[where]).sum() / normalizer,
-            "classification": (entropy * weights)[used].sum() / normalizer,
+            "bbox_regression": (smooth_l1 * weights[where]).sum() / divisor,
+            "classification": (entropy * weights)[used].sum() / divisor,
         }
 
     def detect(self, prediction: Prediction, batch: Batch) -> list[Detections]:

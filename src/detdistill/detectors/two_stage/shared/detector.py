@@ -33,6 +33,7 @@ from detdistill.detectors.torchvision.matching import match_anchors
 from detdistill.detectors.torchvision.options import BackboneOptions, Levels, PyramidOptions, SelectionOptions
 from detdistill.detectors.torchvision.targets import trainable
 from detdistill.errors import DataError, ModelError
+from detdistill.functional.counting import mean_over_ranks, share_over_ranks
 from detdistill.structures import (
     IGNORED,
     NEGATIVE,
@@ -377,7 +378,10 @@ class TwoStageDetector(TorchvisionDetector):
         return self._first_stage_losses(prediction.first, batch, prediction.first_assignment if kept else None)
 
     def _first_stage_losses(self, first: Dense, batch: Batch, assignment: Assignment | None) -> dict[str, Tensor]:
-        """Compute ``RegionProposalNetwork.compute_loss`` over the anchors of an assignment; None: sample anchors."""
+        """Compute ``RegionProposalNetwork.compute_loss`` over the anchors of an assignment; None: sample anchors.
+
+        Both terms are divided by the number of these anchors (mean over processes).
+        """
         if assignment is None:
             assignment = self._sample_anchors(first, batch)
         positives = dense_positives(first, assignment, batch)
@@ -388,12 +392,13 @@ class TwoStageDetector(TorchvisionDetector):
         wanted[: len(positives)] = 1
         boxes = positives.targets_xyxy.to(batch.images.dtype)
         regression = self.model.rpn.box_coder.encode_single(boxes, first.priors_xyxy[positive])
+        share = share_over_ranks(objectness.new_tensor(float(len(wanted)))) if assignment.normalizer is None else 1.0
         if assignment.weights is None and assignment.normalizer is None and len(wanted):
             box = F.smooth_l1_loss(first.deltas[positive], regression, beta=SMOOTH_L1_BETA, reduction="sum")
             entropy = F.binary_cross_entropy_with_logits(objectness, wanted)
-            return {"loss_objectness": entropy, "loss_rpn_box_reg": box / len(wanted)}
+            return {"loss_objectness": entropy * share, "loss_rpn_box_reg": box / len(wanted) * share}
         weights = torch.ones_like(first.logits[..., 0]) if assignment.weights is None else assignment.weights
-        divisor = max(1, len(wanted)) if assignment.normalizer is None else assignment.normalizer
+        divisor = max(1, len(wanted)) / share if assignment.normalizer is None else assignment.normalizer
         distance = F.smooth_l1_loss(first.deltas[positive], regression, beta=SMOOTH_L1_BETA, reduction="none").sum(dim=1)
         entropy = F.binary_cross_entropy_with_logits(objectness, wanted, reduction="none")
         return {
@@ -404,14 +409,17 @@ class TwoStageDetector(TorchvisionDetector):
     def _region_losses(
         self, prediction: Regions, batch: Batch, assignment: Assignment, heads: Any, beta: float = SMOOTH_L1_BETA
     ) -> dict[str, Tensor]:
-        """Compute ``fastrcnn_loss`` under any assignment; both terms are divided by the number of regions not ignored."""
+        """Compute ``fastrcnn_loss`` under any assignment.
+
+        Both terms are divided by the number of regions not ignored (mean over processes).
+        """
         logits, deltas = prediction.logits, prediction.deltas
         positives = region_positives(prediction, assignment, batch)
         labels = torch.full_like(assignment.matched, logits.shape[1] - 1)  # background, last
         labels[positives.index] = positives.labels
         counts = (assignment.matched != IGNORED).to(logits.dtype)
         weights = counts if assignment.weights is None else counts * assignment.weights
-        divisor = counts.sum().clamp(min=1) if assignment.normalizer is None else assignment.normalizer
+        divisor = mean_over_ranks(counts.sum(), least=1) if assignment.normalizer is None else assignment.normalizer
         classifier = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
         # an empty box (clipped to zero size between two stages) has no valid regression target
         sized = _sized(prediction.boxes_xyxy[positives.index]) & _sized(positives.targets_xyxy)
@@ -425,7 +433,7 @@ class TwoStageDetector(TorchvisionDetector):
         return terms
 
     def _mask_loss(self, prediction: Regions, batch: Batch, assignment: Assignment, heads: Any) -> Tensor:
-        """Compute ``maskrcnn_loss``, the mean over the positive regions; weights and normaliser have no influence."""
+        """Compute ``maskrcnn_loss``, the mean over the positive regions of all processes, without weights and normaliser."""
         features = prediction.own
         if not isinstance(features, Features):
             raise ModelError(
@@ -446,7 +454,8 @@ class TwoStageDetector(TorchvisionDetector):
             matched.append(assignment.matched[mine])
         pooled = self._pool(heads.mask_roi_pool, features, boxes, batch)
         logits = _full(heads.mask_predictor(heads.mask_head(pooled)))
-        return cast(Tensor, maskrcnn_loss(logits, boxes, masks, labels, matched))
+        share = share_over_ranks(logits.new_tensor(float(sum(len(rows) for rows in matched))))
+        return cast(Tensor, maskrcnn_loss(logits, boxes, masks, labels, matched)) * share
 
     def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
         """Gather the regions that ``assignment`` matches to a ground-truth box, with the refined box of the box's class."""

@@ -28,7 +28,7 @@ from detdistill.detectors.yolo.shared.networks import save_pt
 from detdistill.detectors.yolo.shared.selection import select
 from detdistill.errors import ModelError
 from detdistill.files import write_atomically
-from detdistill.functional.counting import mean_over_ranks
+from detdistill.functional.counting import mean_over_ranks, number_of_ranks
 from detdistill.functional.focal import distribution_focal_loss
 from detdistill.functional.modes import evaluating
 from detdistill.structures import (
@@ -270,8 +270,8 @@ class Network(Detector):
     def branch_loss(self, dense: Dense, batch: Batch, assignment: Assignment) -> dict[str, Tensor]:
         """Compute ``box_loss`` (complete IoU), ``cls_loss`` (binary cross-entropy) and ``dfl_loss`` or ``l1_loss``.
 
-        Class targets of positives are their weights. All terms are divided by the sum of these weights (at least 1), and
-        multiplied by the options' weights and by the number of images, as in the package.
+        Class targets of positives are their weights. All terms are divided by the sum of these weights (at least 1, mean over
+        processes), and multiplied by the options' weights and by the number of images of all processes, as in the package.
         """
         from ultralytics.utils.metrics import bbox_iou
 
@@ -281,7 +281,7 @@ class Network(Detector):
         image, index = torch.nonzero(positive, as_tuple=True)
         labels, wanted = _objects(batch, image, matched[positive], dense.boxes_xyxy.dtype)
         score = weights[positive]
-        total = assignment.normalizer if assignment.normalizer is not None else mean_over_ranks(score.sum()).clamp(min=1)
+        total = assignment.normalizer if assignment.normalizer is not None else mean_over_ranks(score.sum(), least=1)
 
         target = torch.zeros_like(dense.logits)
         target[image, index, labels] = score
@@ -294,7 +294,7 @@ class Network(Detector):
         points = (dense.priors_xyxy[positive][:, :2] + dense.priors_xyxy[positive][:, 2:]) / 2 / strides
         sides = torch.cat([points - goal[:, :2], goal[:, 2:] - points], dim=-1)
         last = self._side_loss(dense.deltas[positive], sides, strides, dense)
-        count, options = len(batch), self.options
+        count, options = len(batch) * number_of_ranks(), self.options
         return {
             "box_loss": options.box * count * ((1 - overlap) * score).sum() / total,
             "cls_loss": options.cls * count * entropy.sum() / total,

@@ -1,0 +1,56 @@
+"""How the processes of a distributed run find each other, also after a restart, and what to do if they cannot."""
+
+from __future__ import annotations
+
+import os
+
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+
+from detdistill.errors import RunError
+from detdistill.processes import by_srun, restarts
+
+
+class ElasticDDP(DDPStrategy):
+    """DDP whose processes find each other after a restart, too."""
+
+    def setup_distributed(self) -> None:
+        """Connect the processes; restarted ones look in a part of torchrun's store that belongs to this restart.
+
+        With a static address (``--master-port``), torchrun keeps its store over restarts, and in it the addresses of the
+        processes that have ended. torch 2.15 then waits for these and fails.
+        """
+        if restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
+            self.set_world_ranks()
+            assert self.cluster_environment is not None
+            address, port = self.cluster_environment.main_address, self.cluster_environment.main_port
+            store = dist.TCPStore(address, port, self.world_size, is_master=False, timeout=self._timeout)
+            dist.init_process_group(
+                "nccl" if self.root_device.type == "cuda" else "gloo",
+                store=dist.PrefixStore(f"detdistill/restart {restarts()}", store),
+                rank=self.global_rank,
+                world_size=self.world_size,
+                timeout=self._timeout,
+                device_id=self.root_device if self.root_device.type != "cpu" else None,
+            )
+        super().setup_distributed()
+
+
+def launcher() -> ClusterEnvironment | None:
+    """Who numbers the processes, where Lightning's guess may be wrong: in a Slurm job, srun only if it has started several."""
+    if "SLURM_NTASKS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    return SLURMEnvironment(auto_requeue=False) if by_srun() else LightningEnvironment()
+
+
+def unreachable(error: dist.DistNetworkError | dist.DistStoreError) -> RunError:
+    """What to do if the processes cannot find each other."""
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "?")
+    if "EADDRINUSE" in str(error) or "already in use" in str(error):
+        return RunError(f"port {port} of {address} is in use; set the environment variable MASTER_PORT to a free port")
+    reason = str(error).strip().splitlines()[0]
+    return RunError(
+        f"the process at {address}, port {port}, cannot be reached: {reason}; check that MASTER_ADDR and MASTER_PORT are the "
+        "same on all machines, that the first machine's process runs, and that no firewall is in between"
+    )
