@@ -136,14 +136,13 @@ def test_detections_equal_the_packages(name):
             alone = slice(image, image + 1)
             output = {"predictions": outputs["predictions"][alone]} if "yolo9" in name else [level[alone] for level in outputs]
             other = postprocess(output, 0.001, 0.6, input_size=(128, 64), original_size=(64, 128), max_det=300)
-            assert len(one) == other["num_detections"] > 10
+            assert len(one) == other["num_detections"] > 5
             assert one.boxes_xyxy.tolist() == other["boxes"]
             assert one.scores.tolist() == other["scores"]
             assert one.labels.tolist() == other["classes"]
             same = (prediction.levels == one.origin.level[:, None]) & (prediction.cells == one.origin.cell[:, None]).all(dim=2)
-            boxes = (
-                prediction.boxes_xyxy[image, same.int().argmax(dim=1)].clamp(min=0).minimum(torch.tensor([64.0, 128, 64, 128]))
-            )
+            boxes = prediction.boxes_xyxy[image, same.int().argmax(dim=1)].clamp(min=0)
+            boxes = boxes.minimum(torch.tensor([64.0, 128, 64, 128]))
             torch.testing.assert_close(boxes, one.boxes_xyxy, rtol=1e-5, atol=1e-4)
 
 
@@ -208,10 +207,10 @@ def test_weights_of_simota_are_the_ious_of_its_pairs():
         positive = own.matched[image] >= 0
         assert bool(positive.any()) == (len(one) > 0)
         if len(one):
-            assert len(own.matched[image][positive].unique()) > 1
             overlap = box_iou(prediction.boxes_xyxy[image][positive], one.boxes_xyxy)
             wanted = overlap.gather(1, own.matched[image][positive][:, None])[:, 0]
             torch.testing.assert_close(own.weights[image][positive], wanted.detach(), rtol=1e-4, atol=1e-5)
+    assert len(own.matched[0].unique()) > 2  # cells of several objects, and cells without
     assert bool((own.weights[own.matched < 0] == 1).all())
 
 
