@@ -177,6 +177,9 @@ def varied(name: str) -> Detector:
         detector = build_detector(f"{tiny_name(name)},score={SCORE}", CLASSES).train()
         for parameter in detector.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        for key, parameter in detector.named_parameters():  # YOLOX's scores are products, which begin at 0.0001
+            if ("obj_preds" in key or "cls_preds" in key) and key.endswith("bias"):
+                parameter += 4.0
         detector.features(batch_of(torch.stack([image[:, :64, :64] for image in pixels(seed=1)])))
     return detector.eval()
 
