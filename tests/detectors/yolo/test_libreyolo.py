@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from detdistill.detectors.build import build_detector
-from detdistill.detectors.contract import HasBoxDistributions, HasSchedule, HasTowers
+from detdistill.detectors.contract import HasBoxDistributions, HasSchedule, HasTowers, Teacher
 from detdistill.detectors.load import load_detector
 from detdistill.detectors.save import save_student
 from detdistill.detectors.yolo.shared.libreyolo_networks import build_network
 from detdistill.errors import ModelError
+from detdistill.methods.shared.compose import build_method
 from detdistill.structures import Assignment, Batch, Clock, View
 from tests.detectors.checks import check_detector
 from tests.detectors.dense.shared import FULL, target, unequal_batch
@@ -291,6 +292,31 @@ def test_a_cached_prediction_of_one_image_has_its_detections_and_loss():
         again = detector.detect(pieces, batch)
     assert all(torch.equal(one.boxes_xyxy, other.boxes_xyxy) for one, other in zip(whole, again, strict=True))
     torch.testing.assert_close(detector.loss(pieces, batch).total(), detector.loss(prediction, batch).total())
+
+
+@pytest.mark.parametrize(
+    ("method", "teacher", "student", "terms"),
+    [
+        ("crosskd", NAMES[0], NAMES[0], {"crosskd_cls", "crosskd_box", "crosskd_centerness"}),
+        ("ld", "yolo9-t", "yolo9-t", {"ld_box", "ld_cls", "ld_valuable"}),
+        ("fkd", "yolo9-t", NAMES[0], {"fkd_feature", "fkd_channel", "fkd_spatial", "fkd_relation"}),
+        ("unikd", NAMES[0], NAMES[1], {"content", "positional"}),
+        ("dicod,classifier=test_resnet,size=32", None, NAMES[0], {"crop_classes", "crop_pixels", "crop_features"}),
+    ],
+)
+def test_methods_teach_it(method, teacher, student, terms):
+    """Each kind of capability once: towers and quality, distributions, maps, a decoder on positives, positive boxes."""
+    frozen = None if teacher is None else Teacher(built(teacher, seed=1))
+    learner, batch = built(student).train(), full_batch()
+    taught = build_method(method, frozen, learner)
+    losses = taught.step(learner, batch, taught.teach(batch), Clock(0, 10))
+    distilled = {name: value for name, value in losses.terms.items() if name in terms}
+    assert distilled.keys() == terms
+    assert losses.terms.keys() - terms == learner.loss(learner(batch).prediction, batch).terms.keys()
+    assert all(bool(torch.isfinite(value)) for value in distilled.values())
+    backbone = learner.parts().parameters(learner.parts().backbone)
+    reached = torch.autograd.grad(sum(distilled.values()), backbone, allow_unused=True)
+    assert sum(gradient is not None and bool(gradient.any()) for gradient in reached) > 0.5 * len(backbone)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
