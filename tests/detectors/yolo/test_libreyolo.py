@@ -18,6 +18,7 @@ from detdistill.detectors.save import save_student
 from detdistill.detectors.yolo.shared.libreyolo_networks import build_network
 from detdistill.errors import ModelError
 from detdistill.methods.shared.compose import build_method
+from detdistill.methods.shared.needs import PairError
 from detdistill.structures import Assignment, Batch, Clock, View
 from tests.detectors.checks import check_detector
 from tests.detectors.dense.shared import FULL, target, unequal_batch
@@ -317,6 +318,14 @@ def test_methods_teach_it(method, teacher, student, terms):
     backbone = learner.parts().parameters(learner.parts().backbone)
     reached = torch.autograd.grad(sum(distilled.values()), backbone, allow_unused=True)
     assert sum(gradient is not None and bool(gradient.any()) for gradient in reached) > 0.5 * len(backbone)
+
+
+def test_gid_cannot_compare_instances_of_levels_with_different_channels():
+    frozen, learner = Teacher(built(NAMES[0], seed=1)), built(NAMES[1])
+    expected = r"^gid: the levels of the teacher libreyolo:yolox-n,width=0\.0625 have \(16, 32, 64\) channels, and instances of"
+    with pytest.raises(PairError, match=expected):
+        build_method("gid", frozen, learner)
+    build_method("gid,feature_weight=0,relation_weight=0", frozen, learner)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
