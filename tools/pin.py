@@ -69,7 +69,7 @@ def locked_versions(lock: dict[str, Any]) -> list[str]:
         if "registry" not in package["source"]:
             continue
         pin = f"{package['name']}=={package['version']}"
-        markers = package.get("resolution-markers", [])
+        markers = sorted(package.get("resolution-markers", []))  # uv lists them in one order or another
         if markers:
             pin += " ; " + (markers[0] if len(markers) == 1 else " or ".join(f"({marker})" for marker in markers))
         pins.append(pin)

@@ -468,7 +468,7 @@ def _student_flags(parser: Parser) -> None:
     parser.add_argument("--size", type=int | None, default=None, help="image size to be noted; none: that of the training")
     parser.add_argument("--resize", type=Literal["letterbox", "stretch", "short_side"] | None, default=None)
     parser.add_argument("--max_size", type=int | None, default=None)
-    parser.add_argument("--pt", type=bool, default=False, help="also write best.pt for ultralytics.YOLO")
+    parser.add_argument("--pt", type=bool, default=False, help="also write best.pt for ultralytics.YOLO or libreyolo.LibreYOLO")
 
 
 def _student(chosen: Namespace) -> None:

@@ -54,10 +54,26 @@ def by_transformers(folder):
         return processor.post_process_object_detection(outputs, threshold=score, target_sizes=[image.shape[-2:]])[0]
     return detect, model.config.id2label
 
-def by_ultralytics(folder):
+def by_yolo(folder):
+    about = json.loads((folder / "network.json").read_text())
+    return (by_libreyolo if "family" in about["description"] else by_ultralytics)(folder, about)
+
+def by_libreyolo(folder, about):
+    from libreyolo.postprocess.yolox import postprocess
+    code = next(block for block in (folder / "README.md").read_text().split("```") if "import LibreYOLOXModel" in block)
+    made = {}
+    exec(code.removeprefix("python").replace("path/to/this/folder", str(folder)), made)
+    options = about["options"]
+    def detect(image, score):
+        size = image.shape[-2:]
+        outputs = made["model"](image[None].float().flip(1))
+        found = postprocess(outputs, options["score"], options["iou"], size, (size[1], size[0]), max_det=options["dets"])
+        return dict(zip(FIELDS, (torch.tensor(found[key]) for key in ("boxes", "scores", "classes"))))
+    return detect, dict(enumerate(about["names"]))
+
+def by_ultralytics(folder, about):
     from ultralytics.nn.tasks import DetectionModel
     from ultralytics.utils.nms import non_max_suppression
-    about = json.loads((folder / "network.json").read_text())
     model = DetectionModel(about["description"], nc=len(about["names"]), verbose=False).eval()
     model.load_state_dict(load_file(folder / "model.safetensors"))
     def detect(image, score):
@@ -76,7 +92,7 @@ def rows(boxes, scores, labels):
 
 @torch.no_grad()
 def check(folder, classes, score):
-    loaders = {"load_student.py": by_script, "network.json": by_ultralytics, "config.json": by_transformers}
+    loaders = {"load_student.py": by_script, "network.json": by_yolo, "config.json": by_transformers}
     detect, names = next(load for file, load in loaders.items() if (folder / file).is_file())(folder)
     expected = load_file(folder.with_suffix(".safetensors"))
     for number, image in load_file(folder.parent / "images.safetensors").items():
@@ -161,6 +177,9 @@ def varied(name: str) -> Detector:
         detector = build_detector(f"{tiny_name(name)},score={SCORE}", CLASSES).train()
         for parameter in detector.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        for key, parameter in detector.named_parameters():  # YOLOX's scores are products, which begin at 0.0001
+            if ("obj_preds" in key or "cls_preds" in key) and key.endswith("bias"):
+                parameter += 4.0
         detector.features(batch_of(torch.stack([image[:, :64, :64] for image in pixels(seed=1)])))
     return detector.eval()
 

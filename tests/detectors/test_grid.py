@@ -38,6 +38,7 @@ STRIDES = {
     "adamixer": (4, 8, 16, 32),
     "yolo11": (8, 16, 32),
     "yolo26": (8, 16, 32),
+    "yolox": (8, 16, 32),
 }
 """Of the maps that each detector shows to a method: the neck's; of DETR families the encoder's; AdaMixer's projected maps."""
 FINE = "fcos on levels 3-4"
@@ -48,6 +49,8 @@ DENSE = {"retinanet", "fcos", "atss", "paa", "gfl", "reppoints", "ssd", "mimicde
 
 
 def model_name(name):
+    if name == "yolox":
+        return "libreyolo:yolox-n,width=0.0625"
     if name.startswith("yolo"):
         return f"ultralytics:{name}n,width=0.0625"
     return f"{tiny_name('fcos')},levels=3-4" if name == FINE else tiny_name(name)

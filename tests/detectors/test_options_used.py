@@ -49,6 +49,7 @@ OTHER = {
     "box": "3",
     "cls": "3",
     "dfl": "3",
+    "l1": "3",
 }
 """A value of each option that is neither its default nor that of the tiny models."""
 NEEDED = {"nms": "ultralytics:yolo26n,width=0.0625"}
@@ -69,7 +70,7 @@ def description(detector):
     model = detector.model
     plain = (int, float, str, tuple, type(None))
     visible = [{key: value for key, value in vars(part).items() if isinstance(value, plain)} for part in (detector, model)]
-    config = model.config.to_dict() if hasattr(model, "config") else None
+    config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else None
     spec = {key: value for key, value in vars(detector.spec).items() if key != "name"}
     options = {key: value for key, value in vars(getattr(detector, "options", None) or detector.spec).items() if key != "name"}
     return json.dumps([getattr(detector, "description", None), config, repr(model), spec, options, visible], default=str)

@@ -42,7 +42,7 @@ def lively(name):
             parameter.data.add_(2 + 0.3 * torch.randn(parameter.shape, generator=noise))
         if parameter.dim() == 4 and "cls_logits" in key:
             parameter.data.mul_(30)
-    if name == "ultralytics":
+    if name in ("ultralytics", "libreyolo"):
         spread_outputs(detector, noise)
     if name in ("fcos", "retinanet"):  # torchvision's heads have an output for the background, which training holds down
         detector.model.head.classification_head.cls_logits.bias.data[0::3] = -9
@@ -53,10 +53,15 @@ def lively(name):
 def spread_outputs(detector, noise):
     """Give the output layers of a YOLO weights with which boxes and scores differ from cell to cell."""
     given = batch(((128, 128),), 128, 128)
-    maps = detector.features(given).maps
-    for side, least in ((detector.head.cv3, -1.0), (detector.head.cv2, 0.0)):
-        for level, branch in zip(maps, side, strict=True):
-            inner, last = branch[:-1](level), branch[-1]
+    tower, head = detector.tower(detector.features(given)), detector.head
+    if hasattr(head, "cls_preds"):
+        sides = ((head.cls_preds, tower.classification, -1.0), (head.obj_preds, tower.regression, 0.0))
+        sides = (*sides, (head.reg_preds, tower.regression, 0.0))
+    else:
+        last_of = [[branch[-1] for branch in side] for side in (head.cv3, head.cv2)]
+        sides = ((last_of[0], tower.classification, -1.0), (last_of[1], tower.regression, 0.0))
+    for layers, maps, least in sides:
+        for inner, last in zip(maps, layers, strict=True):
             scale = inner.std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-12)
             last.weight.copy_(torch.randn(last.weight.shape, generator=noise) / scale / inner.shape[1] ** 0.5)
             last.bias.copy_(least - last(inner).mean(dim=(0, 2, 3)) + last.bias)

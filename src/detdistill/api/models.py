@@ -213,7 +213,7 @@ def export_student(
         size: image size that the folder will say; None: the one with which the model was trained.
         resize: as ``size``, for the resizing: letterbox, stretch or short_side.
         max_size: as ``size``, for the largest long side with short_side.
-        pt: also write ``best.pt``, which ``ultralytics.YOLO`` opens; for detectors of ``ultralytics:`` only.
+        pt: also write ``best.pt``, which ``ultralytics.YOLO`` or ``libreyolo.LibreYOLO`` opens; for their detectors only.
 
     Returns:
         ``out``.
@@ -247,7 +247,10 @@ def export_student(
     detector = load_detector(model, _classes_of_unfinished(model, data))
     save_pt = cast("Callable[[Path], None] | None", getattr(detector, "save_pt", None))
     if pt and save_pt is None:
-        raise RunError(f"pt: {detector.spec.name} is no network of ultralytics, so no .pt file can hold it; leave --pt out")
+        raise RunError(
+            f"pt: {detector.spec.name} does not fit into a .pt file: only networks of ultralytics do, and those of libreyolo "
+            "without width= and depth=; leave --pt out"
+        )
     try:
         save_student(detector.eval(), folder, resizing, known_origin(model))
         if pt and save_pt is not None:

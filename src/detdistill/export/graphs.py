@@ -33,9 +33,11 @@ from detdistill.detectors.torchvision.dense_outputs import layout
 from detdistill.detectors.torchvision.detector import TorchvisionDetector
 from detdistill.detectors.two_stage.shared.detector import TwoStageDetector
 from detdistill.detectors.yolo.shared import detector as yolo
+from detdistill.detectors.yolo.shared.common import GREY
+from detdistill.detectors.yolo.shared.libreyolo_detector import LibreNetwork
 from detdistill.errors import ModelError
 from detdistill.export.selection import Rule, rule_of
-from detdistill.structures import Batch, Features, map_tensors
+from detdistill.structures import Batch, Dense, Features, map_tensors
 
 INPUTS = ("images", "sizes")
 LEARNED_QUERIES = ("detr", "conditional_detr", "dab-detr", "deformable_detr")
@@ -151,11 +153,33 @@ class YOLOGraph(Graph):
         """Run the network and decode."""
         detector = self.detector
         _, valid = self.normalized(images, sizes)
-        maps = list(detector.pyramid(detector.backbone(torch.where(valid[:, None], images, yolo.GREY))))
+        maps = list(detector.pyramid(detector.backbone(torch.where(valid[:, None], images, GREY))))
         found = detector.head.forward_head(maps, **(detector.head.one2many if detector.options.nms else detector.head.one2one))
         shapes = [(level.shape[-2], level.shape[-1]) for level in maps]
         levels, cells, _ = layout(shapes, detector.spec.anchors, images.device)
         return detector.decoded(found["boxes"], levels, cells), found["scores"].sigmoid().transpose(1, 2)[..., detector.columns]
+
+
+class LibreYOLOGraph(Graph):
+    """A network of libreyolo. Results: ``boxes`` [B, P, 4] in pixels, clipped, and ``scores`` [B, P, K] of all cells.
+
+    Where the package takes the best class of each cell only (YOLOX), the scores of the others are 0.
+    """
+
+    outputs = ("boxes", "scores")
+    detector: LibreNetwork
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """Run the network and decode."""
+        detector = self.detector
+        _, valid = self.normalized(images, sizes)
+        maps = detector.pyramid(detector.backbone(detector.network_input(torch.where(valid[:, None], images, GREY))))
+        prediction = detector.predict(Features(maps, detector.spec.strides), Batch(images, sizes, (), (), ()))
+        boxes, scores = detector.boxes_and_scores(cast(Dense, prediction))
+        if detector.single_label:
+            labels = torch.arange(scores.shape[-1], device=scores.device)
+            scores = scores * (labels == scores.argmax(dim=-1, keepdim=True)).to(scores.dtype)
+        return clipped(boxes, sizes), scores
 
 
 class TwoStageGraph(Graph):
@@ -274,6 +298,8 @@ def graph_of(detector: Detector, inside: bool = False) -> Graph:
         raise ModelError(f"{name}: it averages boxes after NMS (score voting), which no exported file does; export ATSS instead")
     if isinstance(detector, yolo.Network) and not inside:
         return YOLOGraph(detector)
+    if isinstance(detector, LibreNetwork) and not inside:
+        return LibreYOLOGraph(detector)
     if isinstance(detector, DenseDetector):
         return SuppressedGraph(DenseGraph(detector), rule_of(detector)) if inside else DenseGraph(detector)
     if inside:

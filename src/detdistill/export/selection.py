@@ -18,6 +18,7 @@ from detdistill.detectors.dense.shared.heads import DenseDetector, OwnDenseDetec
 from detdistill.detectors.single_shot.shared.detector import SingleShotDetector
 from detdistill.detectors.torchvision.detector import TorchvisionDetector
 from detdistill.detectors.yolo.shared import detector as yolo
+from detdistill.detectors.yolo.shared.libreyolo_detector import LibreNetwork
 from detdistill.structures import Detections
 
 
@@ -69,6 +70,9 @@ def rule_of(detector: Detector) -> Rule:
         if not chosen.nms:
             return Rule("pair", chosen.score, detections=chosen.dets, clip=True)
         return Rule("class", chosen.score, iou=chosen.iou, detections=chosen.dets, clip=True)
+    if isinstance(detector, LibreNetwork):
+        mine = detector.options
+        return Rule("class", mine.score, iou=mine.iou, detections=mine.dets, drop_empty=True)
     if detector.spec.family == "regions":
         return Rule("inside")
     if isinstance(detector, TorchvisionDetector):  # AdaMixer

@@ -292,6 +292,13 @@ class GID(Method[Observation]):
         self.feature_distance, self.relation_beta = feature_distance, relation_beta
         self.response = {"class_distance": class_distance, "box_distance": box_distance, "box_beta": box_beta}
         self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels)
+        channels = tuple(pair.teacher_channels for pair in self.pairs)
+        if (feature_weight or relation_weight) and len(set(channels)) > 1:
+            raise PairError(
+                f"{self.slug}: the levels of the teacher {teacher.spec.name} have {channels} channels, and instances of "
+                "different channels cannot be compared; take a teacher whose neck has equal channels, or set feature_weight=0 "
+                "and relation_weight=0"
+            )
         wide = [pair for pair in self.pairs if pair.student_channels != pair.teacher_channels]
         if adapter == "none" and wide:
             raise PairError(

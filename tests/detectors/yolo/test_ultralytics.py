@@ -406,7 +406,7 @@ def test_the_command_writes_a_file_for_the_package(tmp_path, capsys):
     other = save_student(build_detector("fcos:resnet10t,neck=32,convs=1", CLASSES), tmp_path / "fcos")
     with pytest.raises(SystemExit):
         cli.main(["student", "--model", str(other), "--out", str(tmp_path / "none"), "--pt", "--size", "64"])
-    assert "is no network of ultralytics, so no .pt file can hold it" in capsys.readouterr().err
+    assert "does not fit into a .pt file: only networks of ultralytics do" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import load_file
 
 from detdistill.detectors.torchvision.images import image_sizes
-from detdistill.detectors.yolo.shared.detector import DESCRIPTION, Network, UltralyticsOptions, detections_at
+from detdistill.detectors.yolo.shared.common import DESCRIPTION, detections_at
+from detdistill.detectors.yolo.shared.detector import Network, UltralyticsOptions
 from detdistill.detectors.yolo.shared.networks import build_network, describe, need_library, read_saved, resized
 from detdistill.errors import ModelError
 from detdistill.structures import (

@@ -24,6 +24,15 @@ from detdistill.detectors.single_cells import accept_single_cells
 from detdistill.detectors.torchvision.dense_outputs import layout
 from detdistill.detectors.torchvision.images import coarser_padding, image_sizes, with_padding
 from detdistill.detectors.yolo.shared.assignment import task_aligned
+from detdistill.detectors.yolo.shared.common import (
+    DESCRIPTION,
+    detections_at,
+    grey_padded,
+    objects_of,
+    output_names,
+    points_of,
+    reset,
+)
 from detdistill.detectors.yolo.shared.networks import save_pt
 from detdistill.detectors.yolo.shared.selection import select
 from detdistill.errors import ModelError
@@ -39,17 +48,11 @@ from detdistill.structures import (
     Dense,
     Detections,
     Features,
-    Origin,
     Positives,
     Prediction,
     Resizing,
 )
 from detdistill.values import Count, Fraction, Positive, Weight
-
-GREY = 114 / 255
-"""Colour of the padding, as in the package's letterbox."""
-DESCRIPTION = "network.json"
-"""File of a student folder: the description that the package builds the network from, and the classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +145,7 @@ class Network(Detector):
 
     def normalized(self, batch: Batch) -> Tensor:
         """[B, 3, H, W] images in 0..1 with grey padding, as the package shows them, and padded to whole cells of each level."""
-        images, divisible = batch.images, max(self.spec.strides)
-        below, right = (-side % divisible for side in images.shape[-2:])
-        if any(view.size_hw != batch.padding_hw for view in batch.views):
-            images = images.masked_fill(batch.padding_mask()[:, None], GREY)
-        return nn.functional.pad(images, (0, right, 0, below), value=GREY) if below or right else images
+        return grey_padded(batch, max(self.spec.strides))
 
     def features(self, batch: Batch) -> Features:
         """Compute the maps that the head reads."""
@@ -235,7 +234,7 @@ class Network(Detector):
 
     def _points(self, levels: Tensor, cells: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Centre [P, 2] (x, y, in cells) and stride [P, 1] of each prediction."""
-        return cells.flip(1).to(like.dtype) + 0.5, like.new_tensor(self.spec.strides)[levels][:, None]
+        return points_of(levels, cells, self.spec.strides, like)
 
     def positives(self, prediction: Prediction, assignment: Assignment, batch: Batch) -> Positives:
         """Gather the predictions that ``assignment`` matches to a ground-truth box."""
@@ -279,7 +278,7 @@ class Network(Detector):
         positive, weights = matched >= 0, assignment.weights
         weights = torch.ones_like(dense.logits[..., 0]) if weights is None else weights.to(dense.logits.dtype)
         image, index = torch.nonzero(positive, as_tuple=True)
-        labels, wanted = _objects(batch, image, matched[positive], dense.boxes_xyxy.dtype)
+        labels, wanted = objects_of(batch, image, matched[positive], dense.boxes_xyxy.dtype)
         score = weights[positive]
         total = assignment.normalizer if assignment.normalizer is not None else mean_over_ranks(score.sum(), least=1)
 
@@ -349,7 +348,7 @@ class Network(Detector):
         """Copy the head into a detector with parameters of its own; ``fresh``: newly initialised. It cannot compute features."""
         head = self._without((*self._body, *self._neck))
         if fresh:
-            _reset(head.head)
+            reset(head.head)
             head.head.bias_init()
         return head
 
@@ -357,7 +356,7 @@ class Network(Detector):
         """Copy the layers between backbone and head into a module; ``fresh``: newly initialised."""
         neck = Neck(self._without((*self._body, len(self.model.model) - 1), head_reads=list(self.head.f)))
         if fresh:
-            _reset(neck)
+            reset(neck)
         return neck
 
     def _without(self, layers: Iterable[int], head_reads: list[int] | None = None) -> Self:
@@ -387,10 +386,7 @@ class Network(Detector):
 
     def output_names(self) -> list[str]:
         """Class of each output of the network; a number for outputs that the detector ignores."""
-        names = [str(index) for index in range(self.head.nc)]
-        for label, column in enumerate(self.columns.tolist()):
-            names[column] = self.spec.classes[label]
-        return names
+        return output_names(self.head.nc, self.columns, self.spec.classes)
 
     def save_pt(self, path: Path) -> None:
         """Write a file that ``ultralytics.YOLO(path)`` opens, in float32; the package's own ``save`` halves the weights."""
@@ -414,35 +410,9 @@ class Neck(nn.Module):
         return Features(self.network.pyramid(features.maps), strides, coarser_padding(features, strides))
 
 
-def _reset(network: nn.Module) -> None:
-    """Initialise all layers anew, by torch's rules."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.modules.batchnorm._BatchNorm):
-            module.reset_parameters()
-
-
 def _sources(layer: Any) -> list[int]:
     """Numbers of the layers whose outputs a layer reads; -1: the one before."""
     return list(layer.f) if isinstance(layer.f, list) else [layer.f]
-
-
-def _objects(batch: Batch, image: Tensor, matched: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Label [M] and box [M, 4] of the object of each positive."""
-    before = torch.tensor([0, *(len(target) for target in batch.targets)], device=matched.device).cumsum(0)
-    rows = before[image] + matched
-    labels = torch.cat([target.labels for target in batch.targets])
-    return labels[rows], torch.cat([target.boxes_xyxy for target in batch.targets])[rows].to(dtype)
-
-
-def detections_at(
-    boxes: Tensor, scores: Tensor, labels: Tensor, index: Tensor, image: int, dense: Dense, size: tuple[int, int]
-) -> Detections:
-    """Detections with their origin, clipped to the image."""
-    height, width = size
-    limit = boxes.new_tensor([width, height, width, height])
-    place = dense.levels[index], dense.cells[index], dense.anchors[index]
-    origin = Origin(torch.full_like(index, image), *place, torch.full_like(index, -1))
-    return Detections(torch.minimum(boxes.clamp(min=0), limit), scores, labels, origin)
 
 
 USAGE = """```python
