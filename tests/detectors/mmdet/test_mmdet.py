@@ -4,6 +4,8 @@ The golden files were made by ``benchmarks/mmdet_parity.py``; weights are a form
 files hold results only.
 """
 
+import functools
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -23,9 +25,15 @@ ROOT = Path(__file__).parents[3]
 PARITY = runpy.run_path(str(ROOT / "benchmarks" / "mmdet_parity.py"), run_name="imported")
 
 
+@functools.cache
+def made(names, caffe):
+    """The tensors of a list of names; a whole ResNet takes a second."""
+    return PARITY["weights"](json.loads(names), caffe)
+
+
 def weights(golden):
     """The tensors that mmdet had, by its names."""
-    return PARITY["weights"](golden.meta["names"], "caffe" in golden.meta["network"])
+    return dict(made(json.dumps(golden.meta["names"]), "caffe" in golden.meta["network"]))
 
 
 def checkpoint(golden, path, **changes):
@@ -50,7 +58,9 @@ def compare(golden, folder, kind):
     assert found is not None
     for name in golden.arrays:
         mine = found[name] if name in found else PARITY["sampled"](ours[name])
-        assert PARITY["difference"](mine.float(), golden[name].float()) < 1e-5, name
+        # a second stage pools at its own proposals, and a pixel of them is many times the size of a step of the weights
+        tolerance = 5e-5 if name in found and detector.spec.family == "regions" else 1e-5
+        assert PARITY["difference"](mine.float(), golden[name].float()) < tolerance, name
     assert len(golden["scores"]) >= 20
     return detector
 
@@ -165,7 +175,7 @@ def test_a_detr_is_saved_with_its_selection(tmp_path):
     detector = load_detector(f"mmdet:{path},score=0.4").eval()
     assert detector.spec.name.startswith("dab_detr:resnet18,dim=32,encoder=2,decoder=2,ffn=48,heads=4,queries=30")
     again = load_detector(save_student(detector, tmp_path / "student")).eval()
-    assert (again.score, again.dets) == (0.4, 300)
+    assert (again.score, again.dets) == (0.4, 60)
     batch = unequal_batch()
     with torch.no_grad():
         wanted, found = (one.detect(one(batch).prediction, batch)[0] for one in (detector, again))

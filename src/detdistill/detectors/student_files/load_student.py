@@ -252,12 +252,12 @@ def timm_features(
     if patch is not None:
         return SimplePyramid(name, patch, **timm_options)
     if caffe:
-        body = timm_features(name, plain_stem, **timm_options)
+        resnet = timm_features(name, plain_stem, **timm_options)
         for stage in ("layer2", "layer3", "layer4"):
-            if hasattr(body, stage):
-                first = getattr(body, stage)[0]
+            if hasattr(resnet, stage):
+                first = getattr(resnet, stage)[0]
                 first.conv1.stride, first.conv2.stride = first.conv2.stride, (1, 1)
-        return body
+        return resnet
     if plain_stem is None:
         return timm.create_model(name, features_only=True, pretrained=False, **timm_options)
     # A deep stem may have any width: with one, timm gives all that follows the right one. Then the plain stem takes its place.
@@ -374,8 +374,8 @@ class TimmPyramid(nn.Module):
             blocks = (
                 LastLevelMaxPool() if top == "pool" else StridedLevels(out_channels, extra, deepest, top == "conv", neck_norm)
             )
-        norm = group_norm if neck_norm == "gn" else None
-        self.fpn = FeaturePyramidNetwork(list(self.channels[below:]), out_channels, extra_blocks=blocks, norm_layer=norm)
+        groups = group_norm if neck_norm == "gn" else None
+        self.fpn = FeaturePyramidNetwork(list(self.channels[below:]), out_channels, extra_blocks=blocks, norm_layer=groups)
         self.out_channels = out_channels
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:

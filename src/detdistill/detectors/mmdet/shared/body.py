@@ -81,7 +81,7 @@ def statistics(checkpoint: Checkpoint, options: MMDetOptions) -> tuple[list[floa
     """
     three, two = checkpoint.model.at("data_preprocessor"), checkpoint.config.at("img_norm_cfg")
     said = three if "mean" in three else two
-    usual = (None, None)
+    usual: tuple[Any, Any] = (None, None)
     if "mean" not in said and (options.mean is None or options.std is None):
         usual = BGR if style_of(checkpoint, options) == "caffe" else RGB
     flag = three.get("bgr_to_rgb", False) if said is three else said.get("to_rgb", True)

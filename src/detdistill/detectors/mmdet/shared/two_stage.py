@@ -94,14 +94,17 @@ def _plan(adapter: str, body: Body, classes: int, names: Names, describe: Any, *
         found = {name: _background_first(name, tensor, not cascade) for name, tensor in state.items()}
         return bgr_folded(found, "backbone.body.conv1.weight") if body.blue_first else found
 
+    def whole(count: int) -> dict[str, Any]:
+        return {"call": "models.exact.limited", "model": describe(count)}
+
     rows = r"roi_heads\.(earlier\.\d+\.)?(box_predictor\.cls_score|mask_predictor\.mask_fcn_logits)\.(weight|bias)"
     boxes = r"roi_heads\.box_predictor\.bbox_pred\.(weight|bias)"
     return Plan(
         adapter,
         classes,
         (*body.names, *PROPOSALS, *names),
-        build=lambda wanted: build_model(describe(len(wanted))),
-        description=describe,
+        build=lambda wanted: build_model(whole(len(wanted))),
+        description=whole,
         repeats={rows: 1} if cascade else {rows: 1, boxes: 1},
         convert=converted,
         background=True,

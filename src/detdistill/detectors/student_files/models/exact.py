@@ -42,20 +42,38 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Pool [R, C, h, w] from maps by name and the boxes [R_i, 4] of each image."""
         maps = _filter_input(x, self.featmap_names)
-        if self.scales is None or self.map_levels is None:
-            self.scales, self.map_levels = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)
+        scales: Any = self.scales  # type: ignore[has-type]
+        find_levels: Any = self.map_levels  # type: ignore[has-type]
+        if scales is None or find_levels is None:
+            scales, find_levels = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)
+            self.scales, self.map_levels = scales, find_levels
         image = torch.cat([one.new_full((len(one), 1), float(index)) for index, one in enumerate(boxes)])
         regions = torch.cat([image, torch.cat(boxes)], dim=1)
         size, ratio = (int(self.output_size[0]), int(self.output_size[1])), int(self.sampling_ratio)
         if len(maps) == 1:
-            return roi_align(maps[0], regions, size, self.scales[0], ratio, aligned=True)
-        levels = self.map_levels(boxes)
+            return roi_align(maps[0], regions, size, scales[0], ratio, aligned=True)
+        levels = find_levels(boxes)
         pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], *size)
-        for number, (level, scale) in enumerate(zip(maps, self.scales, strict=True)):
+        for number, (level, scale) in enumerate(zip(maps, scales, strict=True)):
             mine = torch.nonzero(levels == number).flatten()
             found = roi_align(level, regions[mine], size, scale, ratio, aligned=True)
             pooled = pooled.index_put((mine,), found.to(pooled.dtype))
         return pooled
+
+
+def limited(model: Any) -> Any:
+    """A two-stage model of torchvision in which no step shrinks a box by more than 1000 / 16; torchvision limits growing only.
+
+    Args:
+        model: the model; the box coders of its region proposal network and its RoI heads are replaced.
+
+    Returns:
+        The model.
+    """
+    for part in (model.rpn, model.roi_heads):
+        if not isinstance(part.box_coder, StageBoxCoder):
+            part.box_coder = StageBoxCoder([1 / weight for weight in part.box_coder.weights])
+    return model
 
 
 class RetinaNet(TorchvisionRetinaNet):
