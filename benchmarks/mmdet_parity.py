@@ -32,11 +32,16 @@ FOCAL = {"type": "FocalLoss", "use_sigmoid": True, "gamma": 2.0, "alpha": 0.25, 
 REGIONS = [[4.0, 6.0, 40.0, 50.0], [10.0, 2.0, 90.0, 60.0], [20.0, 20.0, 28.0, 31.0], [0.0, 0.0, 95.0, 63.0]]
 """Boxes for which the second stage of two-stage detectors is compared, in pixels."""
 FACTORS = (
-    (r".*\.(retina_reg|rpn_reg|reppoints_pts_init_out|reppoints_pts_refine_out|retina_cls|rpn_cls)\.weight", 0.1),
-    (r".*\.(fc_cls|fc_reg)\.weight", 0.03),
+    (
+        r".*\.(retina_reg|rpn_reg|reppoints_pts_init_out|reppoints_pts_refine_out|reppoints_cls_out|retina_cls|rpn_cls)\.weight",
+        0.1,
+    ),
+    (r"roi_head\..*\.(fc_cls|fc_reg)\.weight", 0.03),
+    (r"query_embedding\.weight", 5.0),
     (r"backbone\.layer\d\.\d+\.bn[23]\.weight", 0.3),
 )
-"""Outputs that are small numbers, and norms before residual sums, which would let values grow from block to block."""
+"""Outputs that are small numbers, norms before residual sums, which would let values grow from block to block, and queries
+that differ, so that few scores are equal."""
 RESULTS = ("boxes", "scores", "labels")
 """Names of the detections among the results."""
 MOST = 100
