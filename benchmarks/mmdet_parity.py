@@ -37,11 +37,9 @@ FACTORS = (
         0.1,
     ),
     (r"roi_head\..*\.(fc_cls|fc_reg)\.weight", 0.03),
-    (r"query_embedding\.weight", 5.0),
     (r"backbone\.layer\d\.\d+\.bn[23]\.weight", 0.3),
 )
-"""Outputs that are small numbers, norms before residual sums, which would let values grow from block to block, and queries
-that differ, so that few scores are equal."""
+"""Outputs that are small numbers, and norms before residual sums, which would let values grow from block to block."""
 RESULTS = ("boxes", "scores", "labels")
 """Names of the detections among the results."""
 MOST = 100
@@ -533,24 +531,25 @@ def row(name: str, kind: str, ours: dict[str, Tensor], theirs: dict[str, Tensor]
     apart = {key: difference(ours[key], value) for key, value in theirs.items() if key not in RESULTS}
     neck = max(value for key, value in apart.items() if key.startswith(("neck", "memory")))
     heads = ", ".join(f"{key} {value:.1e}" for key, value in apart.items() if not key.startswith("neck"))
-    count, same = len(theirs["scores"]), paired(ours, theirs)
-    scores, boxes = ("-" if same is None else f"{difference(same[key], theirs[key]):.1e}" for key in ("scores", "boxes"))
-    return f"| {name} | {kind} | {neck:.1e} | {heads} | {'no' if same is None else count} of {count} | {scores} | {boxes} |"
+    mine, yours = paired(ours, theirs)
+    scores, boxes = (f"{difference(ours[key][mine], theirs[key][yours]):.1e}" for key in ("scores", "boxes"))
+    return f"| {name} | {kind} | {neck:.1e} | {heads} | {len(mine)} of {len(theirs['scores'])} | {scores} | {boxes} |"
 
 
-def paired(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Our detections in the order of theirs, which near-equal scores may change; None: there are others or not as many."""
-    free, order = list(range(len(ours["scores"]))), []
-    if len(free) != len(theirs["scores"]):
-        return None
-    for box, score, label in zip(theirs["boxes"], theirs["scores"], theirs["labels"], strict=True):
+def paired(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[list[int], list[int]]:
+    """Rows of our detections and of theirs that are the same one: equal labels, boxes within 0.1 pixels, scores within 1e-3.
+
+    Near-equal scores may come in another order, and the last of many equal ones may be others.
+    """
+    free, mine, yours = list(range(len(ours["scores"]))), [], []
+    for row, (box, score, label) in enumerate(zip(*(theirs[key] for key in RESULTS), strict=True)):
         same = [index for index in free if ours["labels"][index] == label]
-        if not same:
-            return None
-        apart = (ours["boxes"][same] - box).abs().amax(dim=1) + (ours["scores"][same] - score).abs()
-        order.append(same[int(apart.argmin())])
-        free.remove(order[-1])
-    return {key: ours[key][order] for key in RESULTS}
+        apart = (ours["boxes"][same] - box).abs().amax(dim=1) if same else torch.zeros(0)
+        if len(apart) and apart.min() < 0.1 and (ours["scores"][same[int(apart.argmin())]] - score).abs() < 1e-3:
+            mine.append(same[int(apart.argmin())])
+            yours.append(row)
+            free.remove(mine[-1])
+    return mine, yours
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
