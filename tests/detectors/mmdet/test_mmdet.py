@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.load import load_detector
 from detdistill.detectors.mmdet.shared.config import UNREADABLE, Section, parse_config
 from detdistill.detectors.save import save_student
 from detdistill.detectors.student_files import load_student
-from detdistill.errors import DetdistillWarning, ModelError
+from detdistill.errors import ClassCountError, DetdistillWarning, ModelError
 from tests.detectors.dense.shared import unequal_batch
 from tests.golden import Golden
 
@@ -234,7 +235,9 @@ def test_other_classes_of_two_stages_count_as_background(tmp_path):
 def test_new_classes_get_new_outputs_and_keep_the_rest(kind, tmp_path):
     golden = small(f"mmdet_{kind}")
     path = checkpoint(golden, tmp_path / "model.pth")
-    whole, other = load_detector(f"mmdet:{path}"), load_detector(f"mmdet:{path}", ["class 0", "kite"])
+    with pytest.raises(ClassCountError, match=r"has 3 classes \(class 0, class 1, class 2\), but not kite"):
+        load_detector(f"mmdet:{path}", ["class 0", "kite"])
+    whole, other = load_detector(f"mmdet:{path}"), build_detector(f"mmdet:{path}", ["class 0", "kite"])
     assert other.spec.classes == ("class 0", "kite")
     mine, theirs = other.state_dict(), whole.state_dict()
     kept = [name for name in mine if mine[name].shape == theirs[name].shape and torch.equal(mine[name], theirs[name])]

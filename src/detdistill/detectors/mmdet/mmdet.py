@@ -19,7 +19,7 @@ from detdistill.detectors.mmdet.shared import dense, detr, two_stage
 from detdistill.detectors.mmdet.shared.checkpoint import Checkpoint, read_checkpoint
 from detdistill.detectors.mmdet.shared.options import MMDetOptions
 from detdistill.detectors.mmdet.shared.plan import Plan, check_all_used, load_state, picked, renamed
-from detdistill.errors import ModelError
+from detdistill.errors import ClassCountError, ModelError, name_list
 
 TINY = None
 """None: this adapter only loads files, so there is no tiny model for ``probe``."""
@@ -70,48 +70,59 @@ OLD = {"bbox_head.transformer.": "2 (DETRs)", "bbox_head.fc_cls.": "1"}
 
 
 def build(backbone: str, classes: Sequence[str], options: MMDetOptions) -> Detector:
-    """Same as ``load``: the file always gives the weights."""
-    return load(backbone, classes, options)
+    """Load a checkpoint to train it: classes that its file does not have are learnt anew.
+
+    If ``classes`` are classes of the file, this is ``load``. Otherwise the outputs that depend on classes are newly initialised,
+    and all other weights are kept.
+
+    Raises:
+        ModelError: as ``load``.
+    """
+    return _loaded(backbone, classes, options, new=True)
 
 
 def load(backbone: str, classes: Sequence[str] | None, options: MMDetOptions) -> Detector:
     """Load a checkpoint as one of our detectors.
 
-    If ``classes`` are classes of the file (None: all of them), its outputs are kept and those of other classes left out: of
-    two-stage detectors they count as background. With new classes the outputs that depend on classes are newly initialised,
-    and all other weights are kept.
-
     Args:
         backbone: path of the .pth file.
-        classes: names of the classes; None: those of the file.
+        classes: names of the classes, all of them classes of the file: outputs of its other classes are left out; of two-stage
+            detectors they count as background. None: those of the file.
         options: of the model string; what they say goes before what the file says.
 
     Raises:
+        ClassCountError: the file lacks some of the classes.
         ModelError: the file cannot be read, is of a kind that cannot be loaded, does not say what is needed and no option says
             it, or does not fit what it says.
     """
-    text = options.name or f"mmdet:{backbone}"
+    return _loaded(backbone, classes, options, new=False)
+
+
+def _loaded(backbone: str, classes: Sequence[str] | None, options: MMDetOptions, *, new: bool) -> Detector:
+    """Load a checkpoint; ``new``: classes that it lacks get new outputs, and so do all others then."""
     checkpoint = read_checkpoint(Path(backbone))
     kind = kind_of(checkpoint, options)
     plan = PLANS[kind](checkpoint, options)
     own = own_classes(checkpoint, plan, classes, options)
     names = own if classes is None else tuple(classes)
-    known = set(names) <= set(own)
+    lacking = [name for name in names if name not in own]
+    if lacking and not new:
+        raise ClassCountError(f"{backbone}: has {len(own)} classes ({name_list(own)}), but not {name_list(lacking)}")
     state, unknown = renamed(checkpoint, plan.names)
     check_all_used(checkpoint, unknown, kind)
-    state = plan.convert(state)
-    fresh = () if known else tuple(plan.repeats)
-    keep_all = known and plan.background
-    if known and not keep_all:
+    state, fresh = plan.convert(state), tuple(plan.repeats) if lacking else ()
+    outputs = own if plan.background and not lacking else names
+    if not lacking and not plan.background:
         state = picked(state, plan, [own.index(name) for name in names])
-    model = plan.build(own if keep_all else names)
+    model = plan.build(outputs)
     if plan.description is None:
         load_state(model.model, detr.placed(state, model.model.state_dict()), checkpoint, kind, fresh)
         found: Detector = model
         return found
     load_state(model, state, checkpoint, kind, fresh)
-    columns = [1 + own.index(name) for name in names] if keep_all else plan.columns(len(names))
-    detector: Detector = adapter(kind).wrap_model(model, names, text, columns, plan.description(len(own if keep_all else names)))
+    columns = [1 + own.index(name) for name in names] if outputs is own and plan.background else plan.columns(len(names))
+    text = options.name or f"mmdet:{backbone}"
+    detector: Detector = adapter(kind).wrap_model(model, names, text, columns, plan.description(len(outputs)))
     return detector
 
 
