@@ -50,6 +50,8 @@ OTHER = {
     "cls": "3",
     "dfl": "3",
     "l1": "3",
+    "distances": "exp",
+    "centerness": "classes",
 }
 """A value of each option that is neither its default nor that of the tiny models."""
 NEEDED = {"nms": "ultralytics:yolo26n,width=0.0625"}

@@ -63,6 +63,8 @@ COURSES = {
     "libreyolo": Course("yolox-s,width=0.125", 0.47, steps=150, rate=1e-2, images=8, size=64),
     # 0.85 0.85, 5 s
     "fcos": Course(f"{DENSE},convs=1", 0.50),
+    # 0.86 0.84, 7 s
+    "fcos_scales": Course(f"{DENSE},convs=1", 0.50),
     # 0.57 0.53, 6 s
     "retinanet": Course(f"{DENSE},convs=1", 0.31),
     # 0.73 0.72, 5 s

@@ -1,7 +1,7 @@
 """Find the adapters: an adapter is a file in a family's folder that defines ``build(backbone, classes, options)``.
 
-The families' folders are ``dense``, ``single_shot``, ``two_stage``, ``queries``, ``yolo`` and ``torchvision``. The name of the
-file is the name of the adapter. An adapter also defines
+The families' folders are ``dense``, ``single_shot``, ``two_stage``, ``queries``, ``yolo``, ``mmdet`` and ``torchvision``. The
+name of the file is the name of the adapter. An adapter also defines
 
     OPTIONS = RetinaNetOptions                         options after the backbone in a model string, a ``ModelOptions``
 

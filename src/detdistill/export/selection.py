@@ -63,7 +63,7 @@ def rule_of(detector: Detector) -> Rule:
             int(model.topk_candidates),
             float(model.nms_thresh),
             int(model.detections_per_img),
-            isinstance(detector, OwnDenseDetector),
+            isinstance(detector, OwnDenseDetector) or bool(getattr(model, "drop_empty", False)),
         )
     if isinstance(detector, yolo.Network):
         chosen = detector.options

@@ -236,17 +236,28 @@ class Resized(nn.Module):
         return self.plain.postprocess(result, image_shapes, original_image_sizes)
 
 
-def timm_features(name: str, plain_stem: int | None = None, patch: int | None = None, **timm_options: Any) -> Any:
+def timm_features(
+    name: str, plain_stem: int | None = None, patch: int | None = None, caffe: bool = False, **timm_options: Any
+) -> Any:
     """A timm model as features, with random weights.
 
     Args:
         name: of the timm model.
         plain_stem: channels of a resnet's stem of one 7x7 convolution, which timm itself holds at 64; even.
         patch: side in pixels of a ViT's patches: its single map becomes a pyramid, see ``SimplePyramid``.
+        caffe: a resnet of bottlenecks that subsamples in the first convolution of a stage, as He et al. (CVPR 2016) and their
+            weights for Caffe do; else in its second.
         timm_options: for ``timm.create_model``.
     """
     if patch is not None:
         return SimplePyramid(name, patch, **timm_options)
+    if caffe:
+        resnet = timm_features(name, plain_stem, **timm_options)
+        for stage in ("layer2", "layer3", "layer4"):
+            if hasattr(resnet, stage):
+                first = getattr(resnet, stage)[0]
+                first.conv1.stride, first.conv2.stride = first.conv2.stride, (1, 1)
+        return resnet
     if plain_stem is None:
         return timm.create_model(name, features_only=True, pretrained=False, **timm_options)
     # A deep stem may have any width: with one, timm gives all that follows the right one. Then the plain stem takes its place.
@@ -332,6 +343,7 @@ class TimmPyramid(nn.Module):
         top: Literal["conv", "linear", "input", "pool"] = "conv",
         norm: Literal["bn", "frozen"] = "bn",
         below: int = 0,
+        neck_norm: Literal["none", "gn"] = "none",
         **timm_options: Any,
     ) -> None:
         """Build with random weights.
@@ -346,6 +358,7 @@ class TimmPyramid(nn.Module):
                 subsampling (``pool``: one level, without weights).
             norm: ``frozen`` turns the backbone's BatchNorm into constants.
             below: number of the finest of these maps that do not enter the pyramid (a detector's training reads them).
+            neck_norm: ``gn`` puts GroupNorm behind every convolution of the pyramid, in place of its bias.
             timm_options: for ``timm_features``.
         """
         super().__init__()
@@ -358,8 +371,11 @@ class TimmPyramid(nn.Module):
         blocks = None
         if extra:
             deepest = self.channels[-1] if top == "input" else None
-            blocks = LastLevelMaxPool() if top == "pool" else StridedLevels(out_channels, extra, deepest, relu=top == "conv")
-        self.fpn = FeaturePyramidNetwork(list(self.channels[below:]), out_channels, extra_blocks=blocks)
+            blocks = (
+                LastLevelMaxPool() if top == "pool" else StridedLevels(out_channels, extra, deepest, top == "conv", neck_norm)
+            )
+        groups = group_norm if neck_norm == "gn" else None
+        self.fpn = FeaturePyramidNetwork(list(self.channels[below:]), out_channels, extra_blocks=blocks, norm_layer=groups)
         self.out_channels = out_channels
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
@@ -378,10 +394,22 @@ class TimmPyramid(nn.Module):
         return self.fpn(by_level(self.levels(images)[self.below :]))
 
 
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of 32 groups, or of the greatest common divisor of 32 and the channels."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
 class StridedLevels(ExtraFPNBlock):
     """Any number of levels by stride-2 convolutions above the highest one (two: torchvision's ``LastLevelP6P7``)."""
 
-    def __init__(self, channels: int, levels: Sequence[int], below: int | None = None, relu: bool = True) -> None:
+    def __init__(
+        self,
+        channels: int,
+        levels: Sequence[int],
+        below: int | None = None,
+        relu: bool = True,
+        norm: Literal["none", "gn"] = "none",
+    ) -> None:
         """Build with random weights.
 
         Args:
@@ -389,16 +417,19 @@ class StridedLevels(ExtraFPNBlock):
             levels: numbers of the levels to add.
             below: channels of the backbone's deepest map, if the first level is made from that; None: from the pyramid's.
             relu: a ReLU between two added levels.
+            norm: ``gn`` puts GroupNorm behind each convolution, in place of its bias.
         """
         super().__init__()
         self.names = [f"p{level}" for level in levels]
         self.on_input = below is not None
         self.relu = relu
         for index, name in enumerate(self.names):
-            convolution = nn.Conv2d(below if below is not None and index == 0 else channels, channels, 3, 2, 1)
+            wide = below if below is not None and index == 0 else channels
+            convolution = nn.Conv2d(wide, channels, 3, 2, 1, bias=norm == "none")
             nn.init.kaiming_uniform_(convolution.weight, a=1)
-            nn.init.zeros_(cast(Tensor, convolution.bias))
-            self.add_module(name, convolution)
+            if convolution.bias is not None:
+                nn.init.zeros_(convolution.bias)
+            self.add_module(name, convolution if norm == "none" else nn.Sequential(convolution, group_norm(channels)))
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Add the levels, each from the one below."""

@@ -165,7 +165,7 @@ def load_pretrained(pyramid: TimmPyramid, description: dict[str, Any], source: b
     Raises:
         ModelError: the backbone has no pretrained weights, they cannot be downloaded, or a file does not fit.
     """
-    known = ("call", "name", "indices", "out_channels", "extra", "top", "norm", "below", "patch")
+    known = ("call", "name", "indices", "out_channels", "extra", "top", "norm", "below", "patch", "neck_norm")
     options = {key: value for key, value in description.items() if key not in known}
     vit = isinstance(pyramid.body, SimplePyramid)
     indices = (-1,) if vit else tuple(description["indices"])

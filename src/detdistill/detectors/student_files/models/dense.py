@@ -17,8 +17,8 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, deform_conv2d
 # ---------------------------------------------------------------------------------------------------------------- heads
 
 
-def tower(channels: int, convs: int) -> nn.Sequential:
-    """``convs`` blocks of 3x3 convolution, GroupNorm and ReLU.
+def tower(channels: int, convs: int, bias: bool = False) -> nn.Sequential:
+    """``convs`` blocks of 3x3 convolution, GroupNorm and ReLU; ``bias``: of the convolutions, before the norm.
 
     GroupNorm has 32 groups as in the papers' code; with channels that 32 does not divide, the greatest common divisor of
     both (48 channels: 16 groups).
@@ -27,7 +27,7 @@ def tower(channels: int, convs: int) -> nn.Sequential:
     return nn.Sequential(
         *(
             nn.Sequential(
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(groups, channels), nn.ReLU(inplace=True)
+                nn.Conv2d(channels, channels, 3, padding=1, bias=bias), nn.GroupNorm(groups, channels), nn.ReLU(inplace=True)
             )
             for _ in range(convs)
         )
@@ -61,19 +61,21 @@ class DeformableConv(nn.Conv2d):
 class ClassificationHead(nn.Module):
     """A tower (``conv``) and one logit for each class (``cls_logits``); no background."""
 
-    def __init__(self, channels: int, num_classes: int, convs: int) -> None:
+    def __init__(self, channels: int, num_classes: int, convs: int, bias: bool = False) -> None:
         super().__init__()
         self.num_classes, self.num_anchors = num_classes, 1
-        self.conv = tower(channels, convs)
+        self.conv = tower(channels, convs, bias)
         self.cls_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
 
 
 class RegressionHead(nn.Module):
     """A tower (``conv``), the box outputs (``bbox_reg``), a factor for each level (``scales``), and a centerness logit."""
 
-    def __init__(self, channels: int, outputs: int, convs: int, levels: int, centerness: bool = False) -> None:
+    def __init__(
+        self, channels: int, outputs: int, convs: int, levels: int, centerness: bool = False, bias: bool = False
+    ) -> None:
         super().__init__()
-        self.conv = tower(channels, convs)
+        self.conv = tower(channels, convs, bias)
         self.bbox_reg = nn.Conv2d(channels, outputs, 3, padding=1)
         self.scales = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(levels))
         self.bbox_ctrness = nn.Conv2d(channels, 1, 3, padding=1) if centerness else None
@@ -82,7 +84,16 @@ class RegressionHead(nn.Module):
 class DenseHead(nn.Module):
     """Two towers and their output layers, shared by all levels but for the scale of the regression."""
 
-    def __init__(self, channels: int, num_classes: int, outputs: int, convs: int, levels: int, centerness: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        outputs: int,
+        convs: int,
+        levels: int,
+        centerness: bool = False,
+        bias: bool = False,
+    ) -> None:
         """Build with random weights.
 
         Args:
@@ -92,10 +103,11 @@ class DenseHead(nn.Module):
             convs: blocks of each tower.
             levels: of the pyramid.
             centerness: also predict it, from the regression's tower.
+            bias: of the towers' convolutions.
         """
         super().__init__()
-        self.classification_head = ClassificationHead(channels, num_classes, convs)
-        self.regression_head = RegressionHead(channels, outputs, convs, levels, centerness)
+        self.classification_head = ClassificationHead(channels, num_classes, convs, bias)
+        self.regression_head = RegressionHead(channels, outputs, convs, levels, centerness, bias)
         self.reset()
 
     def reset(self) -> None:
