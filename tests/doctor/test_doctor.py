@@ -27,7 +27,7 @@ from detdistill.progress import Progress
 from detdistill.settings import DistillSettings
 from detdistill.structures import Batch, Dense, Detections
 from detdistill.training.plan import Plan
-from tests.tiny import TinyDense
+from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
 from tests.training import small
 
 DATA = "digits:train=60,val=50,size=64,seed=0"
@@ -275,6 +275,15 @@ def test_boxes_without_a_positive_are_counted():
     images = sum(len(batch) for batch in case.batches)
     assert warning.what.startswith(f"{images} of {case.numbers['unmatched']['boxes']} boxes looked at have no positive")
     assert "its finest stride 8" in warning.what
+
+
+@pytest.mark.parametrize("kind", [TinyDense, TinyRegions, TinyQueries])
+def test_every_family_says_which_boxes_have_a_positive(kind: type[TinyDense]):
+    batch = tiny_batch(count=3)
+    boxes = {(image, index) for image, target in enumerate(batch.targets) for index in range(len(target))}
+    found = pair.matched_boxes(kind().train(), batch)
+    assert found <= boxes
+    assert len(found) >= len(boxes) - 1, "of boxes whose centres lie in the same cells, one is left out"
 
 
 def test_small_batches_of_batch_norms_and_levels_of_one_cell_are_found():

@@ -64,6 +64,10 @@ def doctor(
     from detdistill.training.machine import is_main_process
     from detdistill.training.plan import Plan
 
+    if wanted.threads:
+        import torch
+
+        torch.set_num_threads(wanted.threads)
     parse_methods(wanted.method)  # a misspelt method is a mistake of the call, no finding
     teacher_name, source = teacher_of(teacher)
     student_name, build = student_of(student)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 from detdistill.detectors.contract import DetectorSpec
 from detdistill.doctor.case import Case
 from detdistill.doctor.findings import Finding, fine, some
-from detdistill.errors import counted, nearest
+from detdistill.errors import counted
 
 FEW_VAL_IMAGES = 50
 FEW_BOXES = 10
@@ -20,6 +21,8 @@ FEW_BOXES = 10
 SMALLEST_SIDE = 4.0
 """Sides of boxes in pixels of the resized image below which they can hardly be found."""
 SMALL_SHARE = 0.05
+CLOSE = 0.8
+"""Similarity (0..1, of difflib) from which a name is taken for a misspelling of another."""
 
 
 def defects(case: Case) -> Iterator[Finding]:
@@ -93,10 +96,8 @@ def near_misses(unknown: list[str], known: tuple[str, ...]) -> list[tuple[str, s
         same = [other for other in known if plain(other) == plain(name) or plain(other).rstrip("s") == plain(name).rstrip("s")]
         if same:
             pairs.append((name, same[0]))
-        elif hint := nearest(name, known):
-            other = hint.split("'")[1] if "'" in hint else ""
-            if other and abs(len(other) - len(name)) <= 2 and len(name) > 4:
-                pairs.append((name, other))
+        elif close := difflib.get_close_matches(name, known, n=1, cutoff=CLOSE):
+            pairs.append((name, close[0]))
     return pairs
 
 

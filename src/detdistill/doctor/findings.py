@@ -115,9 +115,13 @@ def _show(console: Console, finding: Finding) -> None:
     word, style = WORDS[finding.level]
     first = Text.assemble((f"{word:<9}", style), f"{finding.check:<11}")
     what = f"{finding.where}: {finding.what}" if finding.where else finding.what
-    paragraph(console, f"{what}.", first)
+    paragraph(console, _sentence(what), first)
     if finding.todo:
-        paragraph(console, f"{finding.todo}.", "-> ".rjust(20))
+        paragraph(console, _sentence(finding.todo), "-> ".rjust(20))
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def paragraph(console: Console, text: str, first: str | Text) -> None:
