@@ -162,6 +162,7 @@ def test_a_pair_that_the_method_cannot_serve(refused):
         (["--lr", "0"], "lr: 0.0 is not a number above 0"),
         (["dis=nan"], "distill_weight: 'nan' is not a number"),
         (["dis=-2"], "distill_weight: -2.0 is not a number, 0 or more"),
+        (["balance=1"], "balance: 1.0 is not a number above 0 and below 1 or none"),
         (["--method", "pkd,weight=nan"], "pkd: weight=nan is not a number, 0 or more"),
         (["--method", "pkd,weight=-1"], "pkd: weight=-1 is not a number, 0 or more"),
         (["--method", "cwd,temperature=0"], "cwd: temperature=0 is not a number above 0"),

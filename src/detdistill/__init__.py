@@ -16,8 +16,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "train": "api", "distill": "api", "evaluate": "api", "predict": "api", "detect": "api", "compare": "api", "report": "api",
-    "schedules": "api", "label": "api", "export": "api", "bench": "api", "push": "api", "export_student": "api",
+    "train": "api", "distill": "api", "doctor": "api", "evaluate": "api", "predict": "api", "detect": "api",
+    "compare": "api", "report": "api", "schedules": "api", "label": "api",
+    "export": "api", "bench": "api", "push": "api", "export_student": "api",
     "inspect_data": "api", "demo": "demo", "TrainSettings": "settings", "DistillSettings": "settings",
     "load_data": "data.discover", "build_detector": "detectors.build", "load_detector": "detectors.load",
     "wrap": "detectors.wrap", "Detector": "detectors.contract", "Teacher": "detectors.contract",

@@ -25,6 +25,7 @@ from detdistill.values import choices, in_words
 
 if TYPE_CHECKING:
     from detdistill.data.inspect import DataReport
+    from detdistill.doctor.findings import Diagnosis
     from detdistill.methods.shared.catalogue import Entry
 
 T = TypeVar("T")
@@ -343,6 +344,27 @@ def _distill(chosen: Namespace) -> None:
 
     _say(f"AP {points(read_run(result.runs[0])['metrics']['AP'])}; run folder {result.folder}{page}")
     _say("whether that is a gain, --baseline true --seeds 0,1,2 tells")
+
+
+def _doctor_flags(parser: Parser) -> None:
+    _distill_flags(parser)
+    parser.add_argument("--images", type=int, default=100, help="largest number of validation images for the teacher's AP")
+    parser.add_argument("--probe_steps", type=int, default=15, help="steps of each of the four short trainings")
+    _json_flag(parser, "; AP and shares in it are fractions 0..1")
+
+
+def _doctor(chosen: Namespace) -> None:
+    from detdistill import api, printing
+
+    found: list[Diagnosis] = []
+
+    def made() -> Diagnosis:
+        found.append(api.doctor(**_plain(chosen)))
+        return found[0]
+
+    _show(chosen, made, lambda diagnosis: diagnosis.render(printing.stdout()), lambda diagnosis: diagnosis.document())
+    if found[0].exit_code:
+        sys.exit(found[0].exit_code)
 
 
 def _cache_flags(parser: Parser) -> None:
@@ -706,6 +728,7 @@ VERBS: dict[str, tuple[Describe, Act, str]] = {
     "demo": (_demo_flags, _demo, "run the built-in example, data to report, in minutes on a CPU"),
     "train": (_train_flags, _train, "train a detector alone: a teacher or a baseline"),
     "distill": (_distill_flags, _distill, "distil a teacher into a student, and measure the gain"),
+    "doctor": (_doctor_flags, _doctor, "check data, teacher, pair and method before a run, in minutes"),
     "schedules": (_schedules_flags, _schedules, "distil at several lengths: a better student, or a faster one?"),
     "cache": (_cache_flags, _cache, "store a teacher's outputs, so that later runs need no teacher"),
     "cache-verify": (_verify_flags, _verify, "check a cache's checksums, and compare it with its teacher"),

@@ -294,9 +294,10 @@ def unequal(baseline: dict[str, Any], distilled: dict[str, Any]) -> list[str]:
 
 
 def _label(run: dict[str, Any]) -> str:
-    """Name of the method in a comparison, with everything that distinguishes its runs: weight and inherited head."""
-    weight = run["config"].get("distill_weight", 1.0)
+    """Name of the method in a comparison, with everything that distinguishes its runs: weight, balance, inherited head."""
+    weight, balance = run["config"].get("distill_weight", 1.0), run["config"].get("balance")
     label: str = run["method"] + ("" if weight == 1 else f", distill_weight {weight:g}")
+    label += "" if balance is None else f", balance {balance:g}"
     label += " + inherited head" if run.get("inherit") else ""
     return label if run["form"] == TORCH else f"{label} ({run['form']})"
 

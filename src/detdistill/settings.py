@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from detdistill.errors import RunError, nearest
-from detdistill.values import Count, Fraction, Index, Limits, Positive, Weight, check
+from detdistill.values import Count, Fraction, Index, Limits, Positive, Share, Weight, check
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ class DistillSettings(TrainSettings):
     Args:
         method: one method or several joined by ``+``, each with its own settings after commas: ``fgd,temperature=0.8+pkd``.
         distill_weight: factor on all distillation losses together.
+        balance: hold the distillation terms at this share of the student's gradient, e.g. 0.3; none: their weights stay fixed.
         inherit: before training, copy the teacher's neck and head weights whose names and shapes agree into the student.
         baseline: also train the student without a teacher, with the same seeds and schedule, and compare.
         seeds: run once for each of these seeds instead of for ``seed``.
@@ -184,6 +185,7 @@ class DistillSettings(TrainSettings):
 
     method: str = "pkd"
     distill_weight: Weight = 1.0
+    balance: Annotated[Share | None, RUN_ONLY] = None
     inherit: bool = False
     baseline: bool = False
     seeds: tuple[Index, ...] = ()
@@ -202,6 +204,8 @@ class DistillSettings(TrainSettings):
         super().__post_init__()
         if len(set(self.seeds)) < len(self.seeds):
             raise RunError(f"seeds: {','.join(map(str, self.seeds))} must be different whole numbers, 0 or more")
+        if self.balance is not None and self.distill_weight == 0:
+            raise RunError("balance: distill_weight is 0, so there is no distillation to balance; leave out one of them")
         if self.baseline and self.patience:
             raise RunError("patience: baseline and student would stop at different steps; leave out --patience or --baseline")
 

@@ -35,7 +35,8 @@ class Limits:
     def __str__(self) -> str:
         """The limits as text that continues "a number", e.g. ", 0 or more"."""
         if self.below:
-            return f", {self.low:g} or more and below {self.high:g}"
+            low = f" above {self.low:g}" if self.above else f", {self.low:g} or more"
+            return f"{low} and below {self.high:g}"
         if self.high < math.inf:
             return f" from {self.low:g} to {self.high:g}"
         if self.low == -math.inf:
@@ -54,6 +55,8 @@ Positive = Annotated[float, Limits(0, above=True)]
 """A number above 0, such as a temperature or a learning rate."""
 Fraction = Annotated[float, Limits(0, 1)]
 """A number from 0 to 1."""
+Share = Annotated[float, Limits(0, 1, above=True, below=True)]
+"""A number between 0 and 1, such as the part of a whole that has other parts too."""
 Count = Annotated[int, Limits(1)]
 """A whole number, 1 or more."""
 Index = Annotated[int, Limits(0)]

@@ -147,6 +147,11 @@ class DetectionLoader:
             self._batches_done = number + 1
             yield batch
 
+    @property
+    def images(self) -> int:
+        """Number of images of this rank in an epoch."""
+        return self._num_samples()
+
     def _num_samples(self) -> int:
         if self.train:
             return -(-len(self.data.records) // self._world)

@@ -59,9 +59,42 @@ def evaluate(
     if loader is None:
         loader = DetectionLoader(data, settings, batch_size, train=False, rank=rank, world=world, workers=workers)
     detector.to(where)
+    results = detections(detector, data, loader, where, precision, progress)
+    if world > 1:
+        gathered: list[list[dict[str, Any]]] = [[] for _ in range(world)]
+        dist.all_gather_object(gathered, results)
+        results = [result for part in gathered for result in part]
+    truth = data.coco_ground_truth()
+    scores = coco_scores(truth, results, data.classes)
+    lost = detection_errors(truth, results, data.classes) if errors else {}
+    return replace(scores, seconds=time.monotonic() - started, errors=lost)
+
+
+@torch.no_grad()
+def detections(
+    detector: Detector,
+    data: DetectionSet,
+    loader: DetectionLoader,
+    where: torch.device,
+    precision: torch.dtype = torch.float32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Run a detector on the images of a loader.
+
+    Args:
+        detector: the detector, already on its device; it is in eval mode during the call.
+        data: the data set of the loader; classes that it lacks are left out.
+        loader: the images, without augmentation.
+        where: the detector's device.
+        precision: float32, or bfloat16/float16 for autocast.
+        progress: called with (images done, total images) of this process.
+
+    Returns:
+        The detections in COCO's form, in pixels of the original images.
+    """
     column = [data.classes.index(name) if name in data.classes else -1 for name in detector.spec.classes]
     results: list[dict[str, Any]] = []
-    done, everything = 0, (len(data.records) + world - 1 - rank) // world
+    done, everything = 0, loader.images
     with evaluating(detector):
         for batch in loader:
             moved = batch.to(where)
@@ -73,14 +106,7 @@ def evaluate(
             done += len(batch)
             if progress is not None:
                 progress(done, everything)
-    if world > 1:
-        gathered: list[list[dict[str, Any]]] = [[] for _ in range(world)]
-        dist.all_gather_object(gathered, results)
-        results = [result for part in gathered for result in part]
-    truth = data.coco_ground_truth()
-    scores = coco_scores(truth, results, data.classes)
-    lost = detection_errors(truth, results, data.classes) if errors else {}
-    return replace(scores, seconds=time.monotonic() - started, errors=lost)
+    return results
 
 
 def check_classes(detector: Detector, data: DetectionSet) -> None:

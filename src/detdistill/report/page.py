@@ -153,7 +153,7 @@ def render(groups: Sequence[Group], splits: DataSplits | None, data_note: str, g
     distilled = [one for one in groups if one.role == "distilled"]
     palette = figures.Palette(groups)
     shares = [
-        (one, words.share_sentence(one, baselines_for(one, runs)), _shares(one, palette, runs))
+        (one, words.share_sentence(one, baselines_for(one, runs)) + words.balance_sentence(one), _shares(one, palette, runs))
         for one in distilled
         if one.runs[0].rows
     ]
@@ -344,11 +344,13 @@ def _loss_panels(groups: Sequence[Group], palette: figures.Palette) -> list[Pane
     }
     terms = [name for name in columns if name.startswith("train/")]
     base = {"step", "total", "epoch", "lr", "seconds", "loss", "steps", "epochs"}
-    monitors = [name for name in columns if name not in base and not name.startswith(("train/", "val/", "share/"))]
+    monitors = [name for name in columns if name not in base and not name.startswith(("train/", "val/", "share/", "balance/"))]
+    balance = [name for name in columns if name.startswith("balance/")]
     sections = (
         ("The detector's own loss", [name for name in terms if name not in added]),
         ("What distillation added", [name for name in terms if name in added]),
         ("Monitors of the methods (watched, not trained)", monitors),
+        ("Balance: share of the student's gradient, and the factor that holds it", balance),
     )
     panels = []
     for title, names in sections:

@@ -142,6 +142,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
         label = run.role
         if run.role == "distilled":
             label = str(run.summary.get("method")) + (" + inherited head" if run.summary.get("inherit") else "")
+            label += "" if run.config.get("balance") is None else f", balance {run.config['balance']:g}"
             label += f" (teacher {run.summary.get('teacher')})" if len(teachers) > 1 else ""
         elif run.role == "train":
             label = str(run.summary["student"])

@@ -188,6 +188,36 @@ def share_sentence(group: Group, baselines: Sequence[Run]) -> str:
     return f"{said}, more than the student's own loss." if share > 0.5 else f"{said}."
 
 
+def balance_sentence(group: Group) -> str:
+    """Sentence on the share that ``--balance`` held, beginning with a space; empty if the runs have no balance."""
+    wanted = group.runs[0].config.get("balance")
+    if wanted is None:
+        return ""
+    measured = [shares for run in group.runs if (shares := _balanced_shares(run))]
+    if not measured:
+        return f" --balance {wanted:g} changed nothing, because no distillation term had a gradient into the student."
+    first = statistics.fmean(shares[0] for shares in measured)
+    held = statistics.fmean(statistics.fmean(shares[len(shares) // 2 :]) for shares in measured)
+    columns = dict.fromkeys(name for run in group.runs for name in run.columns if _is_factor(name))
+    ends = {name: group.mean(lambda run, name=name: (run.curve(name)[1] or [None])[-1]) for name in columns}  # type: ignore[misc]
+    factors = ", ".join(f"{name.split('/')[1]} {factor:.3g}" for name, factor in ends.items() if factor is not None)
+    return (
+        f" --balance {wanted:g}: the methods' gradient was {100 * first:.2g} % before the first step, without factors, and "
+        f"{100 * held:.2g} % in the second half of training (own loss and methods each by the norm of their sum); factors at "
+        f"the end: {factors}."
+    )
+
+
+def _balanced_shares(run: Run) -> list[float]:
+    """The measured share of all methods together, in each row that has one."""
+    rows = [[value for name, value in row.items() if name.startswith("balance/") and not _is_factor(name)] for row in run.rows]
+    return [sum(shares) for shares in rows if shares]
+
+
+def _is_factor(column: str) -> bool:
+    return column.startswith("balance/") and column.endswith("/factor")
+
+
 def instability_sentence(groups: Sequence[Group]) -> str:
     """Sentence on how often the matched box of a query changed; empty if no run measured it."""
     found = [(one, one.mean(_instability)) for one in groups]

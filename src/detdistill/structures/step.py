@@ -28,9 +28,11 @@ class Losses:
 
     def with_distilled_scaled(self, factor: float) -> Losses:
         """The same losses with the distillation terms multiplied by ``factor``."""
-        if factor == 1.0:
-            return self
-        scaled = {name: factor * term if name in self.distilled else term for name, term in self.terms.items()}
+        return self if factor == 1.0 else self.with_scaled(dict.fromkeys(self.distilled, factor))
+
+    def with_scaled(self, factors: Mapping[str, float]) -> Losses:
+        """The same losses with some terms multiplied by factors of their own; terms without a factor stay as they are."""
+        scaled = {name: factors[name] * term if name in factors else term for name, term in self.terms.items()}
         return replace(self, terms=scaled)
 
     def prefixed(self, prefix: str) -> Losses:

@@ -119,7 +119,7 @@ class Records(Listener):
         step = trainer.global_step
         if not trainer.is_global_zero or module.last is None or step == self._logged:
             return
-        watched = any(name.startswith("share/") for name in module.last.monitors)
+        watched = any(name.startswith(("share/", "balance/")) for name in module.last.monitors)
         if step % self.every and not watched and step != 1:
             return
         self._logged = step

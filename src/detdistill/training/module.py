@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +17,11 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detdistill.detectors.contract import Detector, HasSchedule
-from detdistill.errors import RunError
-from detdistill.functional.synced_norm import backward_alone
+from detdistill.errors import DetdistillWarning, RunError
 from detdistill.methods.shared.contract import Method, Source, Stage, teach_by_canvas
 from detdistill.settings import DistillSettings, TrainSettings
 from detdistill.structures import Batch, Clock, Losses, map_tensors
+from detdistill.training.balance import Balance, gradient_shares
 from detdistill.training.optimizers import build_optimizer, build_schedule
 
 
@@ -58,6 +59,10 @@ class StageModule(L.LightningModule):
         self.student, self.method = student, method
         self.stage, self.settings, self.total, self.source = stage, settings, total, source
         self.distill_weight = settings.distill_weight if isinstance(settings, DistillSettings) else 1.0
+        share = settings.balance if isinstance(settings, DistillSettings) else None
+        self.balance = None if share is None or method is None else Balance(share, method.members)
+        self._trace: Mapping[str, float] = {}
+        """Measurement of ``balance`` that is not logged yet."""
         self.average: AveragedModel | None = None
         if settings.ema:
             self.average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
@@ -104,12 +109,17 @@ class StageModule(L.LightningModule):
         method = self.stage.learns_from
         taught = None if method is None else self.source(method, batch)
         losses = self.stage.step(batch, taught, self.clock).with_distilled_scaled(self.distill_weight)
+        learns = any(p.requires_grad for p in self.student.parameters())  # not in stages that train only the method
+        if self.balance is not None and learns:
+            losses = self._balanced(self.balance, losses, first=index % self.settings.accumulate == 0)
         total = losses.total()
         every = self.settings.monitor_every
         steps_now = (index + 1) % self.settings.accumulate == 0 or index + 1 == self.trainer.num_training_batches
-        learns = any(p.requires_grad for p in self.student.parameters())  # not in stages that train only the method
         if every and self.global_step % every == 0 and steps_now and len(losses.terms) > 1 and learns:
             losses = Losses(losses.terms, {**losses.monitors, **self._shares(losses)})
+        if steps_now and self._trace:
+            trace = {name: torch.tensor(value) for name, value in self._trace.items()}
+            losses, self._trace = Losses(losses.terms, {**losses.monitors, **trace}), {}
         self.last = Losses(
             {name: term.detach() for name, term in losses.terms.items()},
             {name: value.detach() for name, value in losses.monitors.items()},
@@ -211,19 +221,36 @@ class StageModule(L.LightningModule):
             raise NonFiniteLoss(f"{bad[0]} ({len(bad)} tensors) is not finite after step {self.global_step}; {self._advice()}")
 
     def _shares(self, losses: Losses) -> dict[str, Tensor]:
-        """Share of each loss term in the student's gradient: the norm of its gradient, divided by the sum of all norms."""
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
-        norms: dict[str, Tensor] = {}
-        for name, term in losses.terms.items():
-            if not term.requires_grad:
-                norms[name] = torch.zeros((), device=term.device)
-                continue
-            with backward_alone():  # a term may have no gradient in some of the processes
-                grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            squares = [grad.float().square().sum() for grad in grads if grad is not None]
-            norms[name] = torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=term.device)
-        whole = torch.stack(list(norms.values())).sum().clamp(min=1e-30)
-        return {f"share/{name}": norm / whole for name, norm in norms.items()}
+        """Share of each loss term in the student's gradient, as monitors."""
+        weights = [p for p in self.student.parameters() if p.requires_grad]
+        return {f"share/{name}": share for name, share in gradient_shares(losses, weights).items()}
+
+    def _balanced(self, balance: Balance, losses: Losses, first: bool) -> Losses:
+        """Apply the factors of ``balance``, which are measured anew before every few optimizer steps.
+
+        Args:
+            balance: the factors.
+            losses: of this batch, scaled by ``distill_weight``.
+            first: this is the first batch of an optimizer step, all batches of which have the same factors.
+        """
+        if first and balance.due(self.global_step):
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            reason = balance.measure(
+                losses,
+                [p for p in self.student.parameters() if p.requires_grad],
+                1.0 if scaler is None else float(scaler.get_scale()),
+                self._mean_over_processes if self.trainer.world_size > 1 else None,
+            )
+            self._trace = balance.trace
+            if reason and self.global_step == 0 and self.global_rank == 0:
+                text = f"balance: in stage {self.stage.name} {reason}, so --balance changes nothing there"
+                warnings.warn(text, DetdistillWarning, stacklevel=2)
+        return balance.apply(losses)
+
+    @staticmethod
+    def _mean_over_processes(values: Tensor) -> Tensor:
+        torch.distributed.all_reduce(values)
+        return values / torch.distributed.get_world_size()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step, and update the moving average before a checkpoint can be saved."""
@@ -264,12 +291,13 @@ class StageModule(L.LightningModule):
     # ----------------------------------------------------------------------------------------- random states on disk
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the stage, the training time, the number of images and all random states."""
+        """Add the stage, the training time, the number of images, all random states, and the factors of ``balance``."""
         checkpoint["detdistill"] = {
             "stage": self.stage.name,
             "seconds": self.seconds,
             "images": self.images,
             "random": random_state(),
+            **({} if self.balance is None else {"balance": self.balance.state_dict()}),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -277,6 +305,8 @@ class StageModule(L.LightningModule):
         mine = checkpoint["detdistill"]
         self._seconds_before, self.images = mine["seconds"], mine["images"]
         self._random_state = mine["random"]
+        if self.balance is not None:
+            self.balance.load_state_dict(mine["balance"])
 
     def on_train_start(self) -> None:
         """Restore the random states when everything else is ready."""

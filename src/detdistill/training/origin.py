@@ -32,6 +32,8 @@ def origin_of(summary: Mapping[str, Any], config: Mapping[str, Any]) -> Origin:
     """
     run: dict[str, Any] = {key: summary.get(key) for key in KEPT}
     run["config"] = {key: config[key] for key in (*BUDGET, "distill_weight") if key in config}
+    if config.get("balance") is not None:
+        run["config"]["balance"] = config["balance"]
     run["student"], run["teacher"] = shortened(run["student"]), shortened(run["teacher"])
     run["data"] = {**run["data"], "path": shortened(run["data"].get("path"))}
     if run["init"]:

@@ -112,6 +112,11 @@ class Method(nn.Module, Generic[T]):
         assert self._teacher is not None, f"{self.slug} has no teacher"
         return self._teacher
 
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Slugs of the methods that this one is made of: its own, unless it is a composition."""
+        return (self.slug,)
+
     def teach(self, batch: Batch) -> T:
         """Compute the teacher's part for a batch, without gradient, from the batch and frozen weights only.
 
@@ -238,6 +243,11 @@ class Composition(Method[TaughtTogether]):
     def methods(self) -> tuple[Method[Any], ...]:
         """The methods, in the order in which they were named."""
         return tuple(self.parts.values())  # type: ignore[arg-type]
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Slugs of the methods; the names of their terms begin with them."""
+        return tuple(self.parts)
 
     def look_at_teachers(self, batch: Batch) -> None:
         """Run each teacher once with everything that the methods request; their ``teach`` then reuses this pass."""
