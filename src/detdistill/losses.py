@@ -155,6 +155,12 @@ from detdistill.methods.ld.loss import (
 from detdistill.methods.lgd import (
     lgd_loss,
 )
+from detdistill.methods.matched import (
+    matched_log_odds,
+    matched_pairs,
+    matched_sides_loss,
+    matched_terms,
+)
 from detdistill.methods.mgd import (
     mgd_keep,
     mgd_loss,
@@ -329,6 +335,10 @@ __all__ = [
     "ld_rebinned",
     "ld_valuable_region",
     "lgd_loss",
+    "matched_log_odds",
+    "matched_pairs",
+    "matched_sides_loss",
+    "matched_terms",
     "mgd_keep",
     "mgd_loss",
     "mimic_loss",

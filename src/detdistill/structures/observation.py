@@ -9,6 +9,7 @@ from torch import Tensor
 from detdistill.structures.base import ADDED, SHARED, PerImage
 from detdistill.structures.features import Features
 from detdistill.structures.predictions import Prediction, Queries
+from detdistill.structures.targets import Assignment
 
 WHOLE_TOWER = -1
 """Depth of a tower that stands for all of its blocks."""
@@ -64,6 +65,8 @@ class Observation(Taught):
     prediction: Prediction | None = None
     towers: tuple[Tower, ...] = field(default=(), metadata=ADDED)
     """The requested towers, in order of depth."""
+    assignment: Assignment | None = field(default=None, metadata=SHARED | ADDED)
+    """The student's own assignment of its prediction, if a method of the run requests it (``Needs.assignment``)."""
 
     def tower(self, depth: int = WHOLE_TOWER) -> Tower:
         """The tower of the given depth.

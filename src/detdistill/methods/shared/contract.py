@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
+import torch
 from torch import nn
 
 from detdistill.detectors.contract import PREDICTION, Detector, Teacher
@@ -60,9 +61,11 @@ class Method(nn.Module, Generic[T]):
     slug: ClassVar[str]
     """Name of the method on the command line, and of its file."""
     title: ClassVar[str]
-    """Title of the paper, with venue and year."""
+    """Title of the paper, with venue and year; of a method without a paper, what it is."""
     bibtex: ClassVar[str]
     """The text that ``detdistill cite`` prints."""
+    published: ClassVar[bool] = True
+    """The method is that of a paper. False: it is this library's own; its page and ``bibtex`` name the papers it builds on."""
     teach_settings: ClassVar[tuple[str, ...] | None] = None
     """Names of the hyper-parameters that change what ``teach`` returns; only these enter a cache's identity.
     None: all, if the class overrides ``teach``; those that change ``needs``, if it inherits ``teach``."""
@@ -132,7 +135,7 @@ class Method(nn.Module, Generic[T]):
     def supervise(self, student: Detector, seen: Observation, taught: T, batch: Batch) -> Losses:
         """Compute the student's detection loss, in full precision. At most one method of a composition may override this."""
         assert seen.prediction is not None
-        return student.loss(seen.prediction, batch)
+        return student.loss(seen.prediction, batch, seen.assignment)
 
     def relabel(self, student: Detector, features: Features, batch: Batch, clock: Clock) -> tuple[Batch, Losses]:
         """Replace the targets of the batch, after the student's features and before its prediction.
@@ -158,6 +161,8 @@ class Method(nn.Module, Generic[T]):
             seen = student(batch, look)
         seen, taught = seen.float(), cast(T, None if taught is None else taught.float())
         with full_precision(batch.images.device):
+            if self.requirements.assignment:
+                seen = _with_assignment(student, seen, batch)
             supervised = self.supervise(student, seen, taught, batch)
         learned = self.learn(student, seen, taught, batch, clock)
         return Losses.merge([supervised, relabelled.as_distilled(), learned.as_distilled()])
@@ -225,7 +230,8 @@ class Composition(Method[TaughtTogether]):
             if method._teacher is not None and method.requirements.teacher is not None:
                 before = self._teacher_looks.get(method._teacher, Look())
                 self._teacher_looks[method._teacher] = before | method.requirements.teacher
-        self.requirements = replace(self.requirements, student=student_look)
+        assignment = any(method.requirements.assignment for method in methods)
+        self.requirements = replace(self.requirements, student=student_look, assignment=assignment)
         self.trains_alone = tuple(f"{method.slug}/{name}" for method in methods for name in method.trains_alone)
 
     @classmethod
@@ -288,6 +294,13 @@ class Composition(Method[TaughtTogether]):
     def teachers(self) -> tuple[Teacher, ...]:
         """The teachers of all methods, without duplicates."""
         return tuple(dict.fromkeys(teacher for method in self.methods for teacher in method.teachers()))
+
+
+@torch.no_grad()
+def _with_assignment(student: Detector, seen: Observation, batch: Batch) -> Observation:
+    """The student's pass with its own assignment."""
+    assert seen.prediction is not None
+    return replace(seen, assignment=student.assign(seen.prediction, batch))
 
 
 def _only_one(methods: Sequence[Method[Any]], does: Callable[[Method[Any]], bool], what: str) -> int | None:

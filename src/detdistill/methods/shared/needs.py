@@ -61,6 +61,9 @@ class Needs:
     because dense predictions are compared one by one."""
     box_distributions: bool = False
     """Both sides must predict box sides as distributions (``spec.box_bins`` above 0), because these are compared."""
+    assignment: bool = False
+    """``learn`` reads the student's own assignment. A step then assigns once, for ``learn`` (``seen.assignment``) and for the
+    student's own loss."""
 
     def why_live(self) -> str:
         """Reason why a cache is not enough; empty if it is enough."""
