@@ -231,6 +231,11 @@ from detdistill.methods.unikd.loss import (
     unikd_boxes,
     unikd_loss,
 )
+from detdistill.methods.vfm import (
+    vfm_cosine_loss,
+    vfm_levels,
+    vfm_smooth_loss,
+)
 
 __all__ = [
     "bckd_box_loss",
@@ -383,4 +388,7 @@ __all__ = [
     "tbd_task_weights",
     "unikd_boxes",
     "unikd_loss",
+    "vfm_cosine_loss",
+    "vfm_levels",
+    "vfm_smooth_loss",
 ]

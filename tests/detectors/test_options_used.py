@@ -49,6 +49,7 @@ OTHER = {
     "box": "3",
     "cls": "3",
     "dfl": "3",
+    "stride": "8",
 }
 """A value of each option that is neither its default nor that of the tiny models."""
 NEEDED = {"nms": "ultralytics:yolo26n,width=0.0625"}

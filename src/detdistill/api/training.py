@@ -291,10 +291,10 @@ def _check_start(model: str, build: Callable[[], Detector] | None, settings: Tra
 
 
 def _load_teacher(teacher: str | Detector, splits: DataSplits, other_classes: bool) -> Detector:
-    """Load the teacher. Classes are matched by name, so it may have further classes, in any order.
+    """Load the teacher. Classes are matched by name, so it may have further classes, in any order, or none (a backbone).
 
     Raises:
-        ClassNameError: the teacher lacks a class of the data, and ``other_classes`` is False.
+        ClassNameError: the teacher has classes, but lacks one of the data, and ``other_classes`` is False.
     """
     from detdistill.errors import ClassCountError, ClassNameError, name_list
     from detdistill.given import open_detector
@@ -306,7 +306,7 @@ def _load_teacher(teacher: str | Detector, splits: DataSplits, other_classes: bo
         detector = open_detector(teacher)
     known = detector.spec.classes
     unknown = [name for name in wanted if name not in known]
-    if not unknown or other_classes:
+    if not known or not unknown or other_classes:
         return detector
     who = teacher if isinstance(teacher, str) else detector.spec.name
     surplus = [name for name in known if name not in wanted]

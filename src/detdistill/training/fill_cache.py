@@ -212,7 +212,8 @@ def _learner(frozen: Teacher, student: str | None, splits: DataSplits, method: s
         learner = build_detector(student, splits.train.classes)
         return learner, build_method(method, frozen, learner)
     if frozen.spec.classes != splits.train.classes:
-        raise CacheError(f"teacher {frozen.spec.name} has other classes than the data; give the student of the runs (--student)")
+        has = "has other classes than the data" if frozen.spec.classes else "has no classes"
+        raise CacheError(f"teacher {frozen.spec.name} {has}; give the student of the runs (--student)")
     learner = stranger(frozen.detector)
     try:
         return learner, build_method(method, frozen, learner)

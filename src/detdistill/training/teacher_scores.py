@@ -40,8 +40,11 @@ def score_teacher(
         source: path or model string of the teacher; None: it was given in Python, where its code may change without its weights.
 
     Returns:
-        Its scores; None if it lacks classes of the data.
+        Its scores; None if it lacks classes of the data, or has none.
     """
+    if not teacher.spec.classes:
+        progress.say(f"teacher {teacher.spec.name} has no classes: it teaches by its feature maps and is not scored")
+        return None
     unknown = [name for name in splits.val.classes if name not in teacher.spec.classes]
     if unknown:
         progress.say(f"teacher {teacher.spec.name} does not know {', '.join(unknown[:5])}: it is not scored", "yellow")

@@ -107,6 +107,8 @@ def _reasons(needs: Needs, teacher: Teacher | None, student: Detector) -> Iterat
     if teacher.present:
         yield from _too_deep("teacher", teacher.detector, needs.teacher)
     mine, theirs = student.spec, teacher.spec
+    if theirs.family == "features" and (needs.teacher.prediction or needs.same_classes):
+        yield f"it learns from predictions, but the teacher {theirs.name} outputs feature maps only; take a method on maps"
     yield from _class_reasons(needs, mine, theirs)
     for side, spec in (("student", mine), ("teacher", theirs)):
         if needs.box_distributions and not spec.box_bins:
