@@ -229,6 +229,7 @@ class Matched(Method[MatchedTaught]):
   year={2025}
 }"""
     teach_settings = ()
+    teaches_parts = True
 
     def __init__(
         self,

@@ -293,4 +293,11 @@ def _views(cache: KnowledgeCache) -> ViewSettings:
     views = cache.about.views
     flips = {(False,): 0.0, (True,): 1.0, (False, True): 0.5}[tuple(views["flips"])]
     scales = () if views["scales"] == [1.0] else tuple(views["scales"])
-    return ViewSettings(size=views["size"], resize=views["resize"], max_size=views["max_size"], flip=flips, scales=scales)
+    return ViewSettings(
+        size=views["size"],
+        resize=views["resize"],
+        max_size=views["max_size"],
+        flip=flips,
+        scales=scales,
+        teacher_size=views.get("teacher_size"),
+    )

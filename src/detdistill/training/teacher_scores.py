@@ -59,7 +59,7 @@ def score_teacher(
     scores = evaluate(
         teacher.detector,
         splits.val,
-        view_settings(settings),
+        view_settings(settings).of_teacher,
         batch_size=settings.batch,
         device=device,
         progress=bar.follow,
@@ -72,7 +72,7 @@ def score_teacher(
 
 def _key(teacher: Teacher, splits: DataSplits, settings: TrainSettings, device: str) -> str:
     """Everything the scores depend on: weights, options and code of the teacher, images and boxes, image settings, device."""
-    views = asdict(view_settings(settings))
+    views = asdict(view_settings(settings).of_teacher)
     about = {
         "teacher": teacher.fingerprint,
         "model": [teacher.spec.name, getattr(teacher.detector, "description", None)],

@@ -69,6 +69,9 @@ class Method(nn.Module, Generic[T]):
     teach_settings: ClassVar[tuple[str, ...] | None] = None
     """Names of the hyper-parameters that change what ``teach`` returns; only these enter a cache's identity.
     None: all, if the class overrides ``teach``; those that change ``needs``, if it inherits ``teach``."""
+    teaches_parts: ClassVar[bool] = False
+    """The class overrides ``teach``, and its result holds no maps and no pixels, only parts of the image: so the teacher may see
+    images of another size (``--teacher_size``). Where ``teach`` is inherited, the features and the prediction tell."""
     trains_alone: tuple[str, ...] = ()
     """Names of terms that train only modules of the method; a run does not warn that they give the student no gradient."""
     settings: dict[str, Any]
@@ -328,6 +331,12 @@ def part_of(taught: Taught, root: Method[Any], member: Method[Any]) -> Taught | 
     return taught.parts[root.methods.index(member)]
 
 
+def teach_in_view(method: Method[Any], batch: Batch) -> Taught | None:
+    """Run ``method.teach`` on the images that the teacher sees, and return the result in the view of ``batch``."""
+    taught = cast(Taught | None, method.teach(batch if batch.large is None else batch.large))
+    return taught if taught is None or batch.large is None else taught.in_view_of(batch)
+
+
 def teach_by_canvas(method: Method[Any], batch: Batch) -> Taught | None:
     """Run ``method.teach`` on a batch, with each image padded as in a batch of its own.
 
@@ -336,10 +345,10 @@ def teach_by_canvas(method: Method[Any], batch: Batch) -> Taught | None:
     """
     groups = batch.by_canvas()
     if len(groups) == 1 and groups[0][1] is batch:
-        return cast(Taught | None, method.teach(batch))
+        return teach_in_view(method, batch)
     pieces: list[tuple[int, Taught]] = []
     for chosen, part in groups:
-        taught = method.teach(part)
+        taught = teach_in_view(method, part)
         if taught is None:
             return None
         pieces += zip(chosen, taught.split(len(part)), strict=True)

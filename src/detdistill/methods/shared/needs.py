@@ -72,6 +72,20 @@ class Needs:
         names = ", ".join(CAPABILITIES[capability] for capability in self.teacher_capabilities)
         return f"it runs the teacher's own {names} when it learns, which no cache holds"
 
+    def why_one_size(self) -> str:
+        """Reason why teacher and student must see images of one size; empty if only maps and queries are compared."""
+        if self.teacher is None:
+            return ""
+        if self.same_cells:
+            return "it compares predictions cell by cell"
+        if self.teacher.towers or self.teacher.attention:
+            return "it compares the inside of the teacher's head, cell by cell"
+        if self.why_live():
+            return "it runs the teacher on the student's images when it learns"
+        if self.teacher.prediction and self.teacher_families != ("queries",):
+            return "it compares boxes in pixels"
+        return ""
+
 
 def check_pair(slug: str, needs: Needs, teacher: Teacher | None, student: Detector) -> None:
     """Check that teacher and student meet the requirements of a method.
