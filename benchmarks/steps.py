@@ -3,12 +3,12 @@
     uv run python benchmarks/steps.py --out benchmarks/results/steps_cpu.json
 
 For each method, one online step (teacher forward, student forward and backward, losses, optimizer) is divided by two sums.
-``ratio``: the student's own step and the teacher's forward. ``ratio_to_parts``: all parts, each measured alone: the student's
-step, the method's ``teach``, and the method's own terms with their backward pass. For detectors with queries, the results also
-have the share of one-to-one matching in the step, and the share of scipy's solver. For the framework, the loop of
-``detdistill.train`` is compared with a bare PyTorch loop over the same batches. All cases are measured alternately in one
-process, so that noise affects them alike; ratios are of medians. With OMP_NUM_THREADS=1 the methods are measured in processor
-time.
+``ratio``: the student's own step and the teacher's forward, up to the parts that the method reads. ``ratio_to_parts``: all
+parts, each measured alone: the student's step, the method's ``teach``, and the method's own terms with their backward pass. For
+detectors with queries, the results also have the share of one-to-one matching in the step, and the share of scipy's solver. For
+the framework, the loop of ``detdistill.train`` is compared with a bare PyTorch loop over the same batches. All cases are measured
+alternately in one process, so that noise affects them alike; ratios are of medians. With OMP_NUM_THREADS=1 the methods are
+measured in processor time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from detdistill.data.discover import load_data
 from detdistill.data.loader import DetectionLoader
 from detdistill.data.transforms import ViewSettings
 from detdistill.detectors.build import build_detector
-from detdistill.detectors.contract import Detector, Teacher
+from detdistill.detectors.contract import FEATURES, PREDICTION, Detector, Teacher
 from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.contract import Method
 from detdistill.settings import TrainSettings
@@ -157,7 +157,8 @@ def method_ratios(
         stage = plain_stage(student) if method is None else method.stages(student)[-1]
 
         def step() -> None:
-            stage.step(batch, Clock(1, 10)).total().backward()
+            taught = None if stage.learns_from is None else stage.learns_from.teach(batch)
+            stage.step(batch, taught, Clock(1, 10)).total().backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -165,15 +166,12 @@ def method_ratios(
 
         return step
 
-    def look() -> None:
-        teacher.observe(batch)
-        teacher.forget()
-
     def terms(student: Detector, slug: str) -> Callable[[], None]:
         """The method's own terms on features and knowledge computed before, with their backward pass down to the features."""
         method = build_method(slug, kept, student).to(device)  # of a teacher that remembers the batch
-        taught = method.taught(batch)
-        seen = map_tensors(student(batch).float(), lambda t: t.detach().requires_grad_(t.is_floating_point()))
+        taught = method.teach(batch)
+        whole = student(batch, PREDICTION | method.requirements.student).float()
+        seen = map_tensors(whole, lambda t: t.detach().requires_grad_(t.is_floating_point()))
 
         def learn() -> None:
             method.learn(student, seen, taught, batch, Clock(1, 10)).total().backward()
@@ -188,7 +186,11 @@ def method_ratios(
         method = build_method(slug, teacher, learner).to(device)
 
         def teach(method: Method = method) -> None:
-            method.taught(batch)
+            method.teach(batch)
+            teacher.forget()
+
+        def look(method: Method = method) -> None:
+            teacher.observe(batch, method.requirements.teacher or FEATURES)
             teacher.forget()
 
         online = stepper(learner, method)

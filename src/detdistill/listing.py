@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from detdistill import printing
+from detdistill.errors import ModelError
 
 if TYPE_CHECKING:
     from detdistill.detectors.contract import Detector
@@ -65,7 +66,9 @@ def list_methods(teacher: str | None = None, student: str | None = None) -> Meth
     from detdistill.methods.shared.needs import PairError
 
     frozen = Teacher(_detector(teacher, ("one", "two")))
-    learner = _detector(student, frozen.spec.classes)
+    learner = _detector(student, frozen.spec.classes or ("one", "two"))
+    if learner.spec.family == "features":
+        raise ModelError(f"{student} is a backbone, which can only teach; give the student too: --student fcos:resnet18")
     found = []
     for slug in method_slugs():
         reason = None

@@ -155,6 +155,12 @@ from detdistill.methods.ld.loss import (
 from detdistill.methods.lgd import (
     lgd_loss,
 )
+from detdistill.methods.matched import (
+    matched_log_odds,
+    matched_pairs,
+    matched_sides_loss,
+    matched_terms,
+)
 from detdistill.methods.mgd import (
     mgd_keep,
     mgd_loss,
@@ -224,6 +230,11 @@ from detdistill.methods.tbd import (
 from detdistill.methods.unikd.loss import (
     unikd_boxes,
     unikd_loss,
+)
+from detdistill.methods.vfm import (
+    vfm_cosine_loss,
+    vfm_levels,
+    vfm_smooth_loss,
 )
 
 __all__ = [
@@ -329,6 +340,10 @@ __all__ = [
     "ld_rebinned",
     "ld_valuable_region",
     "lgd_loss",
+    "matched_log_odds",
+    "matched_pairs",
+    "matched_sides_loss",
+    "matched_terms",
     "mgd_keep",
     "mgd_loss",
     "mimic_loss",
@@ -373,4 +388,7 @@ __all__ = [
     "tbd_task_weights",
     "unikd_boxes",
     "unikd_loss",
+    "vfm_cosine_loss",
+    "vfm_levels",
+    "vfm_smooth_loss",
 ]

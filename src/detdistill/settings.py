@@ -179,6 +179,7 @@ class DistillSettings(TrainSettings):
         jobs: number of runs at the same time, each in its own process.
         score_teacher: evaluate the teacher before training.
         other_classes: allow a teacher that lacks some classes of the data; enough for methods that compare features only.
+        teacher_size: ``size`` of the images that the teacher sees, larger than ``size``; none: the same.
         cache: folder or URL written by `detdistill cache`; the teacher is not run, and --teacher is optional.
         stages: folder for the results of methods' earlier stages, which later runs reuse.
     """
@@ -192,6 +193,7 @@ class DistillSettings(TrainSettings):
     jobs: Annotated[Count, NOTHING] = 1
     score_teacher: Annotated[bool, NOTHING] = True
     other_classes: bool = False
+    teacher_size: Annotated[int, Limits(32)] | None = None
     cache: str | None = None
     stages: Annotated[str, NOTHING] = "runs/stages"
 
@@ -221,6 +223,7 @@ class CacheSettings(TrainSettings):
         dry_run: stop after the forecast.
         shard: largest number of records in a file; a killed process has to repeat at most this many.
         other_classes: allow a teacher that lacks some classes of the data; enough for methods that compare features only.
+        teacher_size: ``size`` of the images that the teacher sees, larger than ``size``; none: the same.
         stages: folder for the results of methods' earlier stages, which later runs reuse.
     """
 
@@ -230,6 +233,7 @@ class CacheSettings(TrainSettings):
     dry_run: bool = False
     shard: Count = 256
     other_classes: bool = False
+    teacher_size: Annotated[int, Limits(32)] | None = None
     stages: Annotated[str, NOTHING] = "runs/stages"
 
 

@@ -52,6 +52,7 @@ OTHER = {
     "l1": "3",
     "distances": "exp",
     "centerness": "classes",
+    "stride": "8",
 }
 """A value of each option that is neither its default nor that of the tiny models."""
 NEEDED = {"nms": "ultralytics:yolo26n,width=0.0625"}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from detdistill.functional.distributions import project_distribution
+from detdistill.functional.distributions import project_distribution, step_positions
 
 
 def random(seed, *shape):
@@ -41,3 +41,16 @@ def test_equals_a_loop_over_masses():
         expected[i] += mass * (1 - w)
         expected[i + 1] += mass * w
     assert project_distribution(p, at, steps).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_positions_of_steps_on_another_scale():
+    """Steps 0, 1 and 3 of a scale at 10, 12 and 16 lie 2 and a half units of -4 from 20."""
+    one = torch.ones(1)
+    found = step_positions(torch.tensor([0.0, 1.0, 3.0]), 10 * one, 2 * one, 20 * one, -4 * one)
+    assert found.tolist() == [[2.5, 2.0, 1.0]]
+
+
+def test_positions_on_an_empty_scale_are_finite():
+    one = torch.ones(2)
+    found = step_positions(torch.arange(3.0), one, one, one, torch.tensor([0.0, -1e-9]), least_unit=0.5)
+    assert found.tolist() == [[0.0, 2.0, 4.0], [0.0, -2.0, -4.0]]

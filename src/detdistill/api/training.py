@@ -105,10 +105,12 @@ def distill(
     """
     wanted = settings_of(DistillSettings, {"method": method, **settings})
     from detdistill.given import student_of, teacher_of
-    from detdistill.methods.shared.compose import parse_methods
+    from detdistill.methods.shared.compose import check_teacher_size, parse_methods
     from detdistill.progress import Progress
 
     methods = parse_methods(wanted.method)  # reports a misspelt method before anything else
+    if wanted.teacher_size is not None:
+        check_teacher_size(wanted.method)
     needing = [kind.slug for kind, given in methods if kind.needs(**given).teacher is not None]
     if teacher is None and wanted.cache is None and needing:
         raise RunError(f"teacher: {', '.join(needing)} needs a teacher (--teacher) or a cache of its outputs (--cache)")
@@ -220,12 +222,14 @@ def cache(
     """
     wanted = settings_of(CacheSettings, {"method": method, **settings})
     from detdistill.given import teacher_of
-    from detdistill.methods.shared.compose import parse_methods
+    from detdistill.methods.shared.compose import check_teacher_size, parse_methods
     from detdistill.processes import is_main_process
     from detdistill.progress import Progress
     from detdistill.training.machine import check_machine
 
     parse_methods(wanted.method)
+    if wanted.teacher_size is not None:
+        check_teacher_size(wanted.method)
     if not (student is None or isinstance(student, str)):
         raise RunError(f"student: a cache needs a model string here, not a {type(student).__name__}")
     check_machine(wanted)
@@ -299,10 +303,10 @@ def _check_start(model: str, build: Callable[[], Detector] | None, settings: Tra
 
 
 def _load_teacher(teacher: str | Detector, splits: DataSplits, other_classes: bool) -> Detector:
-    """Load the teacher. Classes are matched by name, so it may have further classes, in any order.
+    """Load the teacher. Classes are matched by name, so it may have further classes, in any order, or none (a backbone).
 
     Raises:
-        ClassNameError: the teacher lacks a class of the data, and ``other_classes`` is False.
+        ClassNameError: the teacher has classes, but lacks one of the data, and ``other_classes`` is False.
     """
     from detdistill.errors import ClassCountError, ClassNameError, name_list
     from detdistill.given import open_detector
@@ -314,7 +318,7 @@ def _load_teacher(teacher: str | Detector, splits: DataSplits, other_classes: bo
         detector = open_detector(teacher)
     known = detector.spec.classes
     unknown = [name for name in wanted if name not in known]
-    if not unknown or other_classes:
+    if not known or not unknown or other_classes:
         return detector
     who = teacher if isinstance(teacher, str) else detector.spec.name
     surplus = [name for name in known if name not in wanted]
@@ -331,12 +335,15 @@ def _load_teacher(teacher: str | Detector, splits: DataSplits, other_classes: bo
 
 def _compare_sizes(teacher: str | Detector | None, settings: TrainSettings, progress: Progress) -> None:
     """Say so if the teacher was trained on images of another size than it will be shown: its AP may be far lower there."""
-    given = {name: getattr(settings, name) for name in ("size", "resize", "max_size")}
+    from detdistill.training.plan import view_settings
+
+    views = view_settings(settings).of_teacher
+    given: dict[str, Any] = {name: getattr(views, name) for name in ("size", "resize", "max_size")}
     trained = {} if teacher is None else known_image_settings(teacher, progress, given)
-    differing = [name for name, value in trained.items() if value != getattr(settings, name)]
+    differing = [name for name, value in trained.items() if value != given[name]]
     if differing:
         then = ", ".join(f"{name} {trained[name]}" for name in differing)
-        now = ", ".join(f"{name} {getattr(settings, name)}" for name in differing)
+        now = ", ".join(f"{name} {given[name]}" for name in differing)
         progress.say(f"the teacher was trained with {then} and is shown images with {now}: it may detect less there", "yellow")
 
 

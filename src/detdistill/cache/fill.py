@@ -20,7 +20,7 @@ from detdistill.data.records import DetectionSet
 from detdistill.data.transforms import ViewSettings
 from detdistill.data.views import Sight, batches_of
 from detdistill.detectors.contract import Detector
-from detdistill.methods.shared.contract import Composition, Method
+from detdistill.methods.shared.contract import Composition, Method, teach_in_view
 from detdistill.progress import Bar
 from detdistill.structures import Batch, Taught, map_tensors
 
@@ -67,9 +67,9 @@ class Lecture:
         said: list[list[Taught]] = []
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
             if isinstance(self.method, Composition):
-                self.method.look_at_teachers(moved)
+                self.method.look_at_teachers(moved if moved.large is None else moved.large)
             for part in self.asked:
-                taught = part.teach(moved)
+                taught = teach_in_view(part, moved)
                 if taught is None:
                     raise CacheError(f"{part.slug} learns nothing from a teacher, so there is nothing to cache")
                 said.append(taught.split(len(batch)))

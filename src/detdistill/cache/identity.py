@@ -74,6 +74,7 @@ def views_of(settings: ViewSettings) -> dict[str, Any]:
         "multiple": PADDING_MULTIPLE,
         "flips": sorted({bool(kind.flip) for kind in kinds}),
         "scales": sorted({scale for kind in kinds for scale in kind.scales or (1.0,)}),
+        **({} if settings.teacher_size is None else {"teacher_size": settings.teacher_size}),
     }
 
 
@@ -84,6 +85,9 @@ def views_lacking(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
         for name in ("size", "resize", "max_size", "multiple")
         if wanted[name] != cached[name]
     ]
+    mine, has = (views.get("teacher_size") for views in (wanted, cached))
+    if mine != has:
+        found.append(f"teacher_size={mine or 'none'} (the cache has {has or 'none'})")
     words = {False: "images that are not flipped", True: "flipped images"}
     found += [words[flip] for flip in wanted["flips"] if flip not in cached["flips"]]
     extra = [scale for scale in wanted["scales"] if scale not in cached["scales"]]

@@ -80,7 +80,8 @@ def _list(knowledge: Sequence[Knowledge]) -> str:
 def _views(views: dict[str, Any]) -> str:
     flips = {(False,): "unflipped", (True,): "flipped", (False, True): "unflipped and flipped"}[tuple(views["flips"])]
     scales = "" if views["scales"] == [1.0] else f", scales {','.join(f'{scale:g}' for scale in views['scales'])}"
-    return f"{views['resize']} {views['size']}, {flips}{scales}"
+    larger = f", teacher_size {views['teacher_size']}" if "teacher_size" in views else ""
+    return f"{views['resize']} {views['size']}, {flips}{scales}{larger}"
 
 
 class KnowledgeCache:

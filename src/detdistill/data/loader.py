@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from detdistill.data.pixels import eight_bits
 from detdistill.data.records import DetectionSet, Record
-from detdistill.data.transforms import ViewSettings, joined_scores, make_mosaic, make_view, resize_image
+from detdistill.data.transforms import ViewSettings, joined_scores, make_mosaic, make_view, make_views, resize_image
 from detdistill.errors import DataError, RunError
 from detdistill.structures import Batch, Target, View
 
@@ -208,28 +209,34 @@ class _Batches(Dataset[Batch | DataError]):
         kept = []
         for index, record in enumerate(self.data.records):
             image = read_pixels(self.data.records[index], self.data.root)
-            # Zooms are computed from the original pixels, so these are kept.
-            zooms = self.train and (self.settings.scale_jitter is not None or bool(self.settings.scales))
+            # Zooms and the teacher's images are computed from the original pixels, so these are kept.
+            changing = self.settings.scale_jitter, self.settings.scales or None, self.settings.teacher_size
+            zooms = self.train and any(setting is not None for setting in changing)
             kept.append(image if zooms else resize_image(image, self.settings.resized_hw(*record.size_hw)))
         self.kept = kept
 
     def __getitem__(self, key: tuple[int, Sequence[int]]) -> Batch | DataError:
         epoch, indices = key
         try:
-            return collate([self._sample(epoch, index) for index in indices], self.settings)
+            return collate_views([self._samples(epoch, index) for index in indices], self.settings)
         except DataError as error:
             # Returned as a value: an exception raised in a worker would arrive wrapped in its traceback.
             return error
 
-    def _sample(self, epoch: int, index: int) -> Sample:
+    def _samples(self, epoch: int, index: int) -> list[Sample]:
+        """The image, and in training with ``teacher_size`` the teacher's."""
         records = self.data.records
         generator = _generator(self.seed, epoch, index) if self.train else _UNUSED
         if self.train and self.settings.mosaic > 0 and float(torch.rand((), generator=generator)) < self.settings.mosaic:
             chosen = [index, *torch.randint(len(records), (3,), generator=generator).tolist()]
             parts = [records[which] for which in chosen]
-            return *make_mosaic([self._image(which) for which in chosen], parts, self.settings, generator), records[index].id
-        view = make_view(self._image(index), records[index], self.settings, generator, self.train)
-        return *view, records[index].id
+            mosaic = make_mosaic([self._image(which) for which in chosen], parts, self.settings, generator)
+            return [(*mosaic, records[index].id)]
+        if self.train:
+            views = make_views(self._image(index), records[index], self.settings, generator)
+            return [(*view, records[index].id) for view in views]
+        view = make_view(self._image(index), records[index], self.settings, generator, train=False)
+        return [(*view, records[index].id)]
 
     def _image(self, index: int) -> Tensor:
         return self.kept[index] if self.kept else read_pixels(self.data.records[index], self.data.root)
@@ -283,6 +290,16 @@ def _is_plain(file: Image.Image) -> bool:
     if file.format in ("JPEG", "MPO"):
         return file.mode in ("RGB", "L")
     return file.format == "PNG" and file.mode == "RGB" and "transparency" not in file.info
+
+
+def collate_views(samples: Sequence[Sequence[Sample]], settings: ViewSettings) -> Batch:
+    """Stack views into a batch, and the teacher's views, if there are any, into its ``large``."""
+    batch = collate([views[0] for views in samples], settings)
+    if any(len(views) == 1 for views in samples):
+        return batch
+    assert settings.teacher_size is not None
+    large = collate([views[1] for views in samples], settings.of_teacher)
+    return replace(batch, large=large, enlarged=settings.teacher_size / settings.size)
 
 
 def collate(samples: Sequence[Sample], settings: ViewSettings) -> Batch:

@@ -60,6 +60,8 @@ class ViewSettings:
     """Probability of a mosaic of four images instead of a single image."""
     masks: bool = False
     """Add masks to the targets, if the data have masks."""
+    teacher_size: int | None = None
+    """In training: ``size`` of a second, larger image of each view, which the teacher sees. None: it sees the same image."""
 
     def validate(self) -> None:
         """Check all values.
@@ -91,6 +93,18 @@ class ViewSettings:
             raise RunError(f"scales={self.scales} must be different positive numbers")
         if self.scales and (self.scale_jitter is not None or self.mosaic > 0):
             raise RunError("scales cannot be combined with scale_jitter or mosaic; use one of them")
+        if self.teacher_size is not None and (not _whole(self.teacher_size) or self.teacher_size <= self.size):
+            raise RunError(f"teacher_size={self.teacher_size} must be a whole number of pixels, more than size={self.size}")
+        if self.teacher_size is not None and self.mosaic > 0:
+            raise RunError("teacher_size cannot be combined with mosaic; leave one of them out")
+
+    @property
+    def of_teacher(self) -> ViewSettings:
+        """The settings of the images that the teacher sees."""
+        if self.teacher_size is None:
+            return self
+        longest = None if self.max_size is None else round(self.max_size * self.teacher_size / self.size)
+        return replace(self, size=self.teacher_size, max_size=longest, teacher_size=None, masks=False)
 
     def resized_hw(self, height: int, width: int, zoom: float = 1.0) -> tuple[int, int]:
         """Height and width in pixels of an image after resizing (by ``zoom`` times the policy's scale) and before cropping."""
@@ -144,13 +158,39 @@ def make_view(
         [3, h, w] float32 in 0..1, the boxes in pixels of the view and clipped to it, and the view.
     """
     draw = _Draw.of(settings, generator) if train else _Draw()
+    pixels, target, view = _seen(image, record, settings, draw)
+    return pixels, _drop_small(target) if train else target, view
+
+
+def make_views(
+    image: Tensor, record: Record, settings: ViewSettings, generator: torch.Generator
+) -> list[tuple[Tensor, Target, View]]:
+    """Make a view for training, and with ``teacher_size`` the same view for the teacher, with the same boxes.
+
+    Args:
+        image: [3, H, W] uint8 RGB of the record's file.
+        record: as in ``make_view``.
+        settings: as in ``make_view``.
+        generator: as in ``make_view``.
+
+    Returns:
+        Pixels, boxes and view, as ``make_view`` returns them, of one or of two sizes.
+    """
+    draw = _Draw.of(settings, generator)
+    pixels, target, view = _seen(image, record, settings, draw)
+    kept = _large_enough(target)
+    if settings.teacher_size is None:
+        return [(pixels, _drop_small(target), view)]
+    larger, its_target, its_view = _seen(image, record, settings.of_teacher, draw)
+    return [(pixels, _drop_small(target), view), (larger, _select(its_target, kept), its_view)]
+
+
+def _seen(image: Tensor, record: Record, settings: ViewSettings, draw: _Draw) -> tuple[Tensor, Target, View]:
+    """Pixels, all boxes and view for given random choices."""
     view, (zoomed_h, zoomed_w) = _view(record, settings, draw)
     (height, width), left, top = view.size_hw, round(-view.offset_xy[0]), round(-view.offset_xy[1])
     pixels = resize_image(image, (zoomed_h, zoomed_w))[:, top : top + height, left : left + width]
-    target = _target(record, view, settings.masks)
-    if train:
-        target = _drop_small(target)
-    return _finish(pixels, view, settings), target, view
+    return _finish(pixels, view, settings), _target(record, view, settings.masks), view
 
 
 def plain_view(record: Record, settings: ViewSettings) -> View:
@@ -325,11 +365,14 @@ def _target(record: Record, view: View, masks: bool) -> Target:
 
 def _drop_small(target: Target) -> Target:
     """The target without boxes of less than one pixel in width or height."""
-    sides = target.boxes_xyxy[:, 2:] - target.boxes_xyxy[:, :2]
-    large = (sides >= MIN_SIDE_PX).all(dim=1)
-    if bool(large.all()):
-        return target
-    return _select(target, large)
+    large = _large_enough(target)
+    return target if bool(large.all()) else _select(target, large)
+
+
+def _large_enough(target: Target) -> Tensor:
+    """[G] bool, True for boxes of a pixel or more in width and height."""
+    large: Tensor = (target.boxes_xyxy[:, 2:] - target.boxes_xyxy[:, :2] >= MIN_SIDE_PX).all(dim=1)
+    return large
 
 
 def _select(target: Target, keep: Tensor) -> Target:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from detdistill.data.loader import Sample, as_it_is, collate, read_pixels
+from detdistill.data.loader import Sample, as_it_is, collate_views, read_pixels
 from detdistill.data.records import DetectionSet
-from detdistill.data.transforms import ViewSettings, make_view, plain_view
+from detdistill.data.transforms import ViewSettings, make_views, plain_view
 from detdistill.errors import DataError
 from detdistill.structures import Batch
 
@@ -50,6 +50,8 @@ class Sight:
     """``<image id>/<view key>``, the same as for this view in training."""
     canvas_hw: tuple[int, int]
     """Height and width of the view after padding, if it is alone in a batch."""
+    teacher_hw: tuple[int, int] | None = None
+    """The same of the teacher's image, if it has another size (``teacher_size``)."""
 
 
 def key_of(image_id: int, view_key: str) -> str:
@@ -65,7 +67,10 @@ def sights(data: DetectionSet, settings: ViewSettings) -> list[Sight]:
         for number, kind in enumerate(kinds):
             view = plain_view(record, kind)
             key = key_of(record.id, view.key)
-            found.setdefault(key, Sight(index, number, key, kind.padded_hw([view.size_hw])))
+            larger = None
+            if kind.teacher_size is not None:
+                larger = kind.of_teacher.padded_hw([plain_view(record, kind.of_teacher).size_hw])
+            found.setdefault(key, Sight(index, number, key, kind.padded_hw([view.size_hw]), larger))
     return list(found.values())
 
 
@@ -103,13 +108,14 @@ def batches_of(
 
 def _by_canvas(chosen: Sequence[Sight], batch_size: int) -> list[list[Sight]]:
     """Groups of views with equal canvas, in roughly the order given, so that neighbouring files are read together."""
-    open_groups: dict[tuple[int, int], list[Sight]] = {}
+    open_groups: dict[tuple[tuple[int, int], tuple[int, int] | None], list[Sight]] = {}
     plan = []
     for sight in chosen:
-        group = open_groups.setdefault(sight.canvas_hw, [])
+        canvases = sight.canvas_hw, sight.teacher_hw
+        group = open_groups.setdefault(canvases, [])
         group.append(sight)
         if len(group) == batch_size:
-            plan.append(open_groups.pop(sight.canvas_hw))
+            plan.append(open_groups.pop(canvases))
     return plan + list(open_groups.values())
 
 
@@ -121,13 +127,13 @@ class _Maker(Dataset[Batch | DataError]):
 
     def __getitem__(self, group: Sequence[Sight]) -> Batch | DataError:
         try:
-            return collate([self._sample(sight) for sight in group], self.kinds[0])
+            return collate_views([self._samples(sight) for sight in group], self.kinds[0])
         except DataError as error:
             return error  # returned as a value: an exception raised in a worker would arrive wrapped in its traceback
 
-    def _sample(self, sight: Sight) -> Sample:
+    def _samples(self, sight: Sight) -> list[Sample]:
         record = self.data.records[sight.index]
         image = read_pixels(record, self.data.root)
-        # train=True gives the boxes of training. The settings are deterministic, so the generator has no effect.
-        view = make_view(image, record, self.kinds[sight.variant], torch.Generator(), train=True)
-        return *view, record.id
+        # As in training. The settings are deterministic, so the generator has no effect.
+        views = make_views(image, record, self.kinds[sight.variant], torch.Generator())
+        return [(*view, record.id) for view in views]

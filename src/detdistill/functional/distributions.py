@@ -9,6 +9,34 @@ import torch
 from torch import Tensor
 
 
+def step_positions(
+    steps: Tensor, origins: Tensor, units: Tensor, onto_origins: Tensor, onto_units: Tensor, least_unit: float = 1e-6
+) -> Tensor:
+    """Positions of the steps of one scale on another; a step s of a scale lies at the coordinate ``origin + unit * s``.
+
+    For equal scales the positions are exactly the steps.
+
+    Args:
+        steps: [S] steps of the given scale.
+        origins: [...] coordinate of its step 0.
+        units: [...] length of its step; may be negative.
+        onto_origins: [...] coordinate of step 0 of the wanted scale.
+        onto_units: [...] length of its step; may be negative.
+        least_unit: a smaller length of the wanted scale's step is replaced by this one (boxes without an area).
+
+    Returns:
+        [..., S].
+
+    Example:
+        >>> one, two = torch.tensor([10.0]), torch.tensor([2.0])
+        >>> step_positions(torch.tensor([0.0, 3.0]), one, two, one + 1, two / 2).tolist()
+        [[-1.0, 5.0]]
+    """
+    sign = torch.where(onto_units < 0, -1.0, 1.0).to(onto_units)
+    length = torch.where(onto_units.abs() < least_unit, sign * least_unit, onto_units)
+    return ((origins - onto_origins) / length)[..., None] + (units / length)[..., None] * steps
+
+
 def project_distribution(probabilities: Tensor, positions: Tensor, steps: Tensor) -> Tensor:
     """Move the mass of a distribution to the steps of another scale.
 

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from detdistill.detectors.contract import Detector
 
 
-def detection_loss(detector: Detector, prediction: Prediction, batch: Batch) -> Losses:
+def detection_loss(detector: Detector, prediction: Prediction, batch: Batch, assignment: Assignment | None = None) -> Losses:
     """Compute a detector's loss on a batch, in which boxes with scores count less.
 
     Args:
         detector: the detector.
         prediction: its prediction of the batch.
-        batch: the images; without ``Target.scores`` the result is ``detector.loss(prediction, batch)``.
+        batch: the images; without ``Target.scores`` the result is ``detector.loss(prediction, batch, assignment)``.
+        assignment: of the prediction; None: the detector's own.
 
     Returns:
         The detector's losses. Every loss of a prediction that is matched to a box is multiplied by the box's score; negatives
@@ -31,11 +32,12 @@ def detection_loss(detector: Detector, prediction: Prediction, batch: Batch) -> 
         Losses that a detector assigns by itself (auxiliary outputs of some DETRs, one-to-one branches) count all boxes fully.
     """
     if all(target.scores is None for target in batch.targets):
-        return detector.loss(prediction, batch)
+        return detector.loss(prediction, batch, assignment)
     if isinstance(prediction, Regions) and prediction.first is not None and prediction.first_assignment is not None:
         first = weighted_by_score(prediction.first_assignment, prediction.first, batch)
         prediction = replace(prediction, first_assignment=first)
-    return detector.loss(prediction, batch, weighted_by_score(detector.assign(prediction, batch), prediction, batch))
+    assignment = detector.assign(prediction, batch) if assignment is None else assignment
+    return detector.loss(prediction, batch, weighted_by_score(assignment, prediction, batch))
 
 
 def weighted_by_score(assignment: Assignment, prediction: Prediction, batch: Batch) -> Assignment:

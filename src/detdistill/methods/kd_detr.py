@@ -140,6 +140,7 @@ class KDDETR(Method[KDDETRTaught | None]):
   year={2024}
 }"""
     teach_settings = ("specific_points",)
+    teaches_parts = True
 
     def __init__(
         self,

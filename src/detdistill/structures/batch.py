@@ -98,6 +98,10 @@ class Batch(Movable):
     views: tuple[View, ...]
     canvases_hw: tuple[tuple[int, int], ...] | None = None
     """Padded height and width that each image would have in a batch of its own. None: the padded size of ``images`` for all."""
+    large: Batch | None = None
+    """The same views at the teacher's own size (``--teacher_size``). None: the teacher sees this batch."""
+    enlarged: float = 1.0
+    """Size of the views in ``large`` divided by that of the views here."""
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -105,14 +109,23 @@ class Batch(Movable):
     def by_canvas(self) -> list[tuple[list[int], Batch]]:
         """Group the images by canvas: the indices of each group, and a batch of them padded to that canvas only.
 
-        Computed from such a group, a teacher's output for an image does not depend on the other images of this batch.
+        Computed from such a group, a teacher's output for an image does not depend on the other images of this batch. The images
+        of a group have the same canvas in ``large``, too.
         """
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, canvas in enumerate(self.canvases_hw or [self.padding_hw] * len(self)):
-            groups.setdefault(canvas, []).append(index)
-        if list(groups) == [self.padding_hw]:
-            return [(groups[self.padding_hw], self)]
-        return [(chosen, self._on_canvas(chosen, canvas)) for canvas, chosen in groups.items()]
+        mine = self.canvases_hw or (self.padding_hw,) * len(self)
+        theirs = mine if self.large is None else self.large.canvases_hw or (self.large.padding_hw,) * len(self)
+        groups: dict[tuple[tuple[int, int], tuple[int, int]], list[int]] = {}
+        for index, canvases in enumerate(zip(mine, theirs, strict=True)):
+            groups.setdefault(canvases, []).append(index)
+        if list(groups) == [(self.padding_hw, self.padding_hw if self.large is None else self.large.padding_hw)]:
+            return [(list(range(len(self))), self)]
+        found = []
+        for (canvas, large_canvas), chosen in groups.items():
+            part = self._on_canvas(chosen, canvas)
+            if self.large is not None:
+                part = replace(part, large=self.large._on_canvas(chosen, large_canvas), enlarged=self.enlarged)
+            found.append((chosen, part))
+        return found
 
     def _on_canvas(self, chosen: Sequence[int], canvas_hw: tuple[int, int]) -> Batch:
         height, width = canvas_hw

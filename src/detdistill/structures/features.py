@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.structures.base import SHARED, PerImage
@@ -33,6 +34,28 @@ class Features(PerImage):
         padding = None if self.padding is None else tuple(self.padding[level] for level in levels)
         return Features(tuple(self.maps[level] for level in levels), tuple(self.strides[level] for level in levels), padding)
 
+    def shrunk(self, factor: float, padding_hw: tuple[int, int], sizes: Tensor) -> Self:
+        """The pyramid of images that are ``factor`` times larger, on the cells of the smaller images: mean values of the cells.
+
+        A cell of stride s covers s pixels of the larger images, so ``factor`` x ``factor`` of them lie in one of the result
+        (antialiased bilinear resampling in between). Cells beyond the maps are 0.
+
+        Args:
+            factor: size of the larger images divided by that of the smaller ones, 1 or more.
+            padding_hw: padded height and width of the smaller images.
+            sizes: [B, 2] valid height and width of the smaller images, from which the padding masks are made.
+        """
+        maps, masks = [], []
+        for level, stride in zip(self.maps, self.strides, strict=True):
+            rows, columns = (-(-side // stride) for side in padding_hw)
+            small = _shrunk(level, factor)[..., :rows, :columns]
+            maps.append(F.pad(small, (0, columns - small.shape[-1], 0, rows - small.shape[-2])))
+            row, column = (torch.arange(count, device=level.device) * stride for count in (rows, columns))
+            valid = sizes.to(level.device)
+            masks.append((row[None, :, None] >= valid[:, 0, None, None]) | (column[None, None, :] >= valid[:, 1, None, None]))
+        padded = any(bool(mask.any()) for mask in masks)
+        return replace(self, maps=tuple(maps), padding=tuple(masks) if padded else None)
+
     def split(self, count: int) -> list[Self]:
         """Split into one pyramid for each image; ``padding`` is None for an image that fills its maps."""
         pieces = super().split(count)
@@ -55,6 +78,13 @@ class Features(PerImage):
                 first += count
             padding.append(mask)
         return replace(joined, padding=tuple(padding))
+
+
+def _shrunk(level: Tensor, factor: float) -> Tensor:
+    """A map [B, C, H, W] with cells ``factor`` times as large."""
+    if factor == int(factor):
+        return F.avg_pool2d(level, int(factor), ceil_mode=True, count_include_pad=False)
+    return F.interpolate(level, scale_factor=1 / factor, mode="bilinear", align_corners=False, antialias=True)
 
 
 def _masks_something(features: Features) -> bool:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from detdistill.structures.base import ADDED, SHARED, PerImage
+from detdistill.structures.batch import Batch
 from detdistill.structures.features import Features
 from detdistill.structures.predictions import Prediction, Queries
+from detdistill.structures.targets import Assignment
 
 WHOLE_TOWER = -1
 """Depth of a tower that stands for all of its blocks."""
@@ -54,6 +56,10 @@ class Tower(PerImage):
 class Taught(PerImage):
     """Base of what ``Method.teach`` returns for a batch: ``Observation``, or a dataclass of the method's own."""
 
+    def in_view_of(self, batch: Batch) -> Taught:
+        """What was taught about ``batch.large``, as if about ``batch`` itself. Lengths that are parts of the image stay."""
+        return self
+
 
 @dataclass(frozen=True)
 class Observation(Taught):
@@ -64,6 +70,17 @@ class Observation(Taught):
     prediction: Prediction | None = None
     towers: tuple[Tower, ...] = field(default=(), metadata=ADDED)
     """The requested towers, in order of depth."""
+    assignment: Assignment | None = field(default=None, metadata=SHARED | ADDED)
+    """The student's own assignment of its prediction, if a method of the run requests it (``Needs.assignment``)."""
+
+    def in_view_of(self, batch: Batch) -> Observation:
+        """The maps on the cells of ``batch``; queries, whose boxes are parts of the image, stay."""
+
+        def shrunk(features: Features) -> Features:
+            return features.shrunk(batch.enlarged, batch.padding_hw, batch.sizes)
+
+        below = None if self.backbone_features is None else shrunk(self.backbone_features)
+        return replace(self, features=shrunk(self.features), backbone_features=below)
 
     def tower(self, depth: int = WHOLE_TOWER) -> Tower:
         """The tower of the given depth.
@@ -99,3 +116,7 @@ class TaughtTogether(Taught):
     """The results of ``teach`` of a composition's methods, in the order of the methods."""
 
     parts: tuple[Taught | None, ...]
+
+    def in_view_of(self, batch: Batch) -> TaughtTogether:
+        """Each part in the view of ``batch``."""
+        return TaughtTogether(tuple(None if part is None else part.in_view_of(batch) for part in self.parts))

@@ -251,6 +251,15 @@ class Queries(PerImage):
     self_attention: Tensor | None = field(default=None, metadata=SECOND)
     """[L, B, heads, N, N] self-attention of the queries, if requested (``Look.attention``)."""
 
+    def last_layer(self) -> Self:
+        """The prediction of the last decoder layer alone, without attention; the detector then assigns no other layer.
+
+        ``own`` is reduced by its own ``last_layer``, if it has one.
+        """
+        own = self.own.last_layer() if hasattr(self.own, "last_layer") else self.own
+        last = {name: getattr(self, name)[-1:] for name in ("logits", "boxes_cxcywh01", "embedding")}
+        return replace(self, **last, attention=None, self_attention=None, own=own)
+
     def split(self, count: int) -> list[Self]:
         """Split into one prediction for each image; ``own`` is dropped."""
         return super(Queries, replace(self, own=None)).split(count)

@@ -219,7 +219,8 @@ def _learner(frozen: Teacher, student: str | None, splits: DataSplits, method: s
         learner = build_detector(student, splits.train.classes)
         return learner, build_method(method, frozen, learner)
     if frozen.spec.classes != splits.train.classes:
-        raise CacheError(f"teacher {frozen.spec.name} has other classes than the data; give the student of the runs (--student)")
+        has = "has other classes than the data" if frozen.spec.classes else "has no classes"
+        raise CacheError(f"teacher {frozen.spec.name} {has}; give the student of the runs (--student)")
     learner = stranger(frozen.detector)
     try:
         return learner, build_method(method, frozen, learner)
@@ -299,4 +300,11 @@ def _views(cache: KnowledgeCache) -> ViewSettings:
     views = cache.about.views
     flips = {(False,): 0.0, (True,): 1.0, (False, True): 0.5}[tuple(views["flips"])]
     scales = () if views["scales"] == [1.0] else tuple(views["scales"])
-    return ViewSettings(size=views["size"], resize=views["resize"], max_size=views["max_size"], flip=flips, scales=scales)
+    return ViewSettings(
+        size=views["size"],
+        resize=views["resize"],
+        max_size=views["max_size"],
+        flip=flips,
+        scales=scales,
+        teacher_size=views.get("teacher_size"),
+    )

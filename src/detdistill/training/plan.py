@@ -48,4 +48,5 @@ class Plan:
 
 def view_settings(settings: TrainSettings, **changes: Any) -> ViewSettings:
     """The image settings of a run, with ``changes``."""
-    return ViewSettings(**{**{name: getattr(settings, name) for name in names_where(TrainSettings, "views")}, **changes})
+    own = {name: getattr(settings, name) for name in names_where(TrainSettings, "views")}
+    return ViewSettings(**{**own, "teacher_size": getattr(settings, "teacher_size", None), **changes})

@@ -101,9 +101,12 @@ class StageLoop:
     def loader(self, data: DetectionSet, train: bool, rank: int, world: int) -> DetectionLoader:
         """The batches of a data set under the run's settings, for process ``rank`` of ``world`` processes."""
         settings = self.settings
+        views = view_settings(settings, masks=train and self.student.spec.needs_masks)
+        if not train or self.method is None or self.cache is not None:  # the teacher sees nothing
+            views = dataclasses.replace(views, teacher_size=None)
         return DetectionLoader(
             data,
-            view_settings(settings, masks=train and self.student.spec.needs_masks),
+            views,
             settings.batch,
             train=train,
             seed=settings.seed,

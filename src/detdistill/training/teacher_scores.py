@@ -40,8 +40,11 @@ def score_teacher(
         source: path or model string of the teacher; None: it was given in Python, where its code may change without its weights.
 
     Returns:
-        Its scores; None if it lacks classes of the data.
+        Its scores; None if it lacks classes of the data, or has none.
     """
+    if not teacher.spec.classes:
+        progress.say(f"teacher {teacher.spec.name} has no classes: it teaches by its feature maps and is not scored")
+        return None
     unknown = [name for name in splits.val.classes if name not in teacher.spec.classes]
     if unknown:
         progress.say(f"teacher {teacher.spec.name} does not know {', '.join(unknown[:5])}: it is not scored", "yellow")
@@ -56,7 +59,7 @@ def score_teacher(
     scores = evaluate(
         teacher.detector,
         splits.val,
-        view_settings(settings),
+        view_settings(settings).of_teacher,
         batch_size=settings.batch,
         device=device,
         progress=bar.follow,
@@ -69,7 +72,7 @@ def score_teacher(
 
 def _key(teacher: Teacher, splits: DataSplits, settings: TrainSettings, device: str) -> str:
     """Everything the scores depend on: weights, options and code of the teacher, images and boxes, image settings, device."""
-    views = asdict(view_settings(settings))
+    views = asdict(view_settings(settings).of_teacher)
     about = {
         "teacher": teacher.fingerprint,
         "model": [teacher.spec.name, getattr(teacher.detector, "description", None)],

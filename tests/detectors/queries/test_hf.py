@@ -195,8 +195,10 @@ def test_messages(folder, tmp_path, monkeypatch):
     assert "no config.json in this folder" in message(f"hf:{tmp_path}")
     BertConfig().save_pretrained(tmp_path / "bert")
     assert "model_type 'bert'; detectors that can be loaded: " in message(f"hf:{tmp_path / 'bert'}")
-    assert message(f"hf:{folder},width=0.5") == "hf has no option 'width'; it has: score, dets"
-    assert message(f"hf:{folder},scor=0.5,dets=3") == "hf has no option 'scor' (did you mean 'score'?); it has: score, dets"
+    assert message(f"hf:{folder},width=0.5") == "hf has no option 'width'; it has: score, dets, stride"
+    assert (
+        message(f"hf:{folder},scor=0.5,dets=3") == "hf has no option 'scor' (did you mean 'score'?); it has: score, dets, stride"
+    )
     assert message(f"hf:{folder},score=3").endswith(",score=3': score='3' is not a number from 0 to 1")
     assert message(f"hf:{folder},other").endswith(",other: no such folder")
     monkeypatch.setattr(files, "is_offline", lambda source: True)

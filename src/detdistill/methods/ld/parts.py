@@ -10,6 +10,7 @@ from torch import Tensor
 from detdistill.detectors.contract import Detector, HasBoxDistributions
 from detdistill.functional.boxes import paired_iou
 from detdistill.functional.dense_maps import only_parts
+from detdistill.functional.distributions import step_positions
 from detdistill.structures import SHARED, Batch, BoxDistributions, Dense, Features, Prediction, Queries, Taught
 
 
@@ -67,9 +68,7 @@ class LDSides:
 
     def positions(self, other: LDSides) -> Tensor:
         """[M, 4, S] position of these steps on the scale of ``other``; the units of ``other`` are at least a thousandth pixel."""
-        units = torch.where(other.units.abs() < 1e-3, other.units.sign() * 1e-3 + (other.units == 0) * 1e-3, other.units)
-        pixels = self.origins[..., None] + self.units[..., None] * self.steps
-        return (pixels - other.origins[..., None]) / units[..., None]
+        return step_positions(self.steps, self.origins, self.units, other.origins, other.units, least_unit=1e-3)
 
 
 def cells_of(prediction: Dense, distributions: BoxDistributions, features: Features | None) -> LDCells:

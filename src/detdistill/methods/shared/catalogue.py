@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from detdistill.errors import nearest
 from detdistill.methods.shared.hyper_parameters import MethodError
@@ -20,8 +21,10 @@ class Entry:
 
     slug: str
     title: str
-    """Title of the paper, with venue and year."""
+    """Title of the paper, with venue and year; of a method without a paper, what it is."""
     bibtex: str
+    published: bool = True
+    """The method is that of a paper; False: it is this library's own."""
 
 
 @cache
@@ -61,18 +64,18 @@ def entry(slug: str) -> Entry:
         if isinstance(node, ast.ClassDef):
             found = dict(_literals(node))
             if found.get("slug") == slug:
-                return Entry(slug, found["title"], found["bibtex"])
+                return Entry(slug, found["title"], found["bibtex"], found.get("published", True))
     raise MethodError(f"{file} has no class with slug = {slug!r}")
 
 
-def _literals(node: ast.ClassDef) -> list[tuple[str, str]]:
-    """Names and values of the class attributes that are texts."""
+def _literals(node: ast.ClassDef) -> list[tuple[str, Any]]:
+    """Names and values of the class attributes that are texts or truth values."""
     return [
         (target.id, statement.value.value)
         for statement in node.body
         if isinstance(statement, ast.Assign)
         and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
+        and isinstance(statement.value.value, str | bool)
         for target in statement.targets
         if isinstance(target, ast.Name)
     ]

@@ -44,6 +44,25 @@ def parse_methods(text: str) -> list[tuple[type[Method[Any]], dict[str, Any]]]:
     return parsed
 
 
+def check_teacher_size(text: str) -> None:
+    """Check that the teacher of all methods in ``text`` may see images of another size than the student.
+
+    Raises:
+        MethodError: a method compares what depends on the size of the images; or none of them has a teacher.
+    """
+    parsed = parse_methods(text)
+    for kind, values in parsed:
+        needs = kind.needs(**values)
+        reason = needs.why_one_size()
+        own = needs.teacher is not None and kind.teach is not Method.teach
+        if not reason and own and not kind.teaches_parts:
+            reason = "what it stores of the teacher is in cells or pixels"
+        if reason:
+            raise MethodError(f"teacher_size: {kind.slug}: {reason}, so teacher and student must see images of one size")
+    if all(kind.needs(**values).teacher is None for kind, values in parsed):
+        raise MethodError(f"teacher_size: {text} has no teacher")
+
+
 def build_method(text: str, teacher: Teacher | Detector | None, student: Detector) -> Method[Any]:
     """Build the method of ``text`` for a pair of detectors; several methods become a ``Composition``.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
+import torch
 from torch import nn
 
 from detdistill.detectors.contract import PREDICTION, Detector, Teacher
@@ -61,12 +62,17 @@ class Method(nn.Module, Generic[T]):
     slug: ClassVar[str]
     """Name of the method on the command line, and of its file."""
     title: ClassVar[str]
-    """Title of the paper, with venue and year."""
+    """Title of the paper, with venue and year; of a method without a paper, what it is."""
     bibtex: ClassVar[str]
     """The text that ``detdistill cite`` prints."""
+    published: ClassVar[bool] = True
+    """The method is that of a paper. False: it is this library's own; its page and ``bibtex`` name the papers it builds on."""
     teach_settings: ClassVar[tuple[str, ...] | None] = None
     """Names of the hyper-parameters that change what ``teach`` returns; only these enter a cache's identity.
     None: all, if the class overrides ``teach``; those that change ``needs``, if it inherits ``teach``."""
+    teaches_parts: ClassVar[bool] = False
+    """The class overrides ``teach``, and its result holds no maps and no pixels, only parts of the image: so the teacher may see
+    images of another size (``--teacher_size``). Where ``teach`` is inherited, the features and the prediction tell."""
     trains_alone: tuple[str, ...] = ()
     """Names of terms that train only modules of the method; a run does not warn that they give the student no gradient."""
     settings: dict[str, Any]
@@ -138,7 +144,7 @@ class Method(nn.Module, Generic[T]):
     def supervise(self, student: Detector, seen: Observation, taught: T, batch: Batch) -> Losses:
         """Compute the student's detection loss, in full precision. At most one method of a composition may override this."""
         assert seen.prediction is not None
-        return detection_loss(student, seen.prediction, batch)
+        return detection_loss(student, seen.prediction, batch, seen.assignment)
 
     def relabel(self, student: Detector, features: Features, batch: Batch, clock: Clock) -> tuple[Batch, Losses]:
         """Replace the targets of the batch, after the student's features and before its prediction.
@@ -164,6 +170,8 @@ class Method(nn.Module, Generic[T]):
             seen = student(batch, look)
         seen, taught = seen.float(), cast(T, None if taught is None else taught.float())
         with full_precision(batch.images.device):
+            if self.requirements.assignment:
+                seen = _with_assignment(student, seen, batch)
             supervised = self.supervise(student, seen, taught, batch)
         learned = self.learn(student, seen, taught, batch, clock)
         return Losses.merge([supervised, relabelled.as_distilled(), learned.as_distilled()])
@@ -231,7 +239,8 @@ class Composition(Method[TaughtTogether]):
             if method._teacher is not None and method.requirements.teacher is not None:
                 before = self._teacher_looks.get(method._teacher, Look())
                 self._teacher_looks[method._teacher] = before | method.requirements.teacher
-        self.requirements = replace(self.requirements, student=student_look)
+        assignment = any(method.requirements.assignment for method in methods)
+        self.requirements = replace(self.requirements, student=student_look, assignment=assignment)
         self.trains_alone = tuple(f"{method.slug}/{name}" for method in methods for name in method.trains_alone)
 
     @classmethod
@@ -301,6 +310,13 @@ class Composition(Method[TaughtTogether]):
         return tuple(dict.fromkeys(teacher for method in self.methods for teacher in method.teachers()))
 
 
+@torch.no_grad()
+def _with_assignment(student: Detector, seen: Observation, batch: Batch) -> Observation:
+    """The student's pass with its own assignment."""
+    assert seen.prediction is not None
+    return replace(seen, assignment=student.assign(seen.prediction, batch))
+
+
 def _only_one(methods: Sequence[Method[Any]], does: Callable[[Method[Any]], bool], what: str) -> int | None:
     """Index of the only method for which ``does`` is true; None if there is no such method.
 
@@ -326,6 +342,12 @@ def part_of(taught: Taught, root: Method[Any], member: Method[Any]) -> Taught | 
     return taught.parts[root.methods.index(member)]
 
 
+def teach_in_view(method: Method[Any], batch: Batch) -> Taught | None:
+    """Run ``method.teach`` on the images that the teacher sees, and return the result in the view of ``batch``."""
+    taught = cast(Taught | None, method.teach(batch if batch.large is None else batch.large))
+    return taught if taught is None or batch.large is None else taught.in_view_of(batch)
+
+
 def teach_by_canvas(method: Method[Any], batch: Batch) -> Taught | None:
     """Run ``method.teach`` on a batch, with each image padded as in a batch of its own.
 
@@ -334,10 +356,10 @@ def teach_by_canvas(method: Method[Any], batch: Batch) -> Taught | None:
     """
     groups = batch.by_canvas()
     if len(groups) == 1 and groups[0][1] is batch:
-        return cast(Taught | None, method.teach(batch))
+        return teach_in_view(method, batch)
     pieces: list[tuple[int, Taught]] = []
     for chosen, part in groups:
-        taught = method.teach(part)
+        taught = teach_in_view(method, part)
         if taught is None:
             return None
         pieces += zip(chosen, taught.split(len(part)), strict=True)

@@ -61,6 +61,9 @@ class Needs:
     because dense predictions are compared one by one."""
     box_distributions: bool = False
     """Both sides must predict box sides as distributions (``spec.box_bins`` above 0), because these are compared."""
+    assignment: bool = False
+    """``learn`` reads the student's own assignment. A step then assigns once, for ``learn`` (``seen.assignment``) and for the
+    student's own loss."""
 
     def why_live(self) -> str:
         """Reason why a cache is not enough; empty if it is enough."""
@@ -68,6 +71,20 @@ class Needs:
             return self.live_teacher
         names = ", ".join(CAPABILITIES[capability] for capability in self.teacher_capabilities)
         return f"it runs the teacher's own {names} when it learns, which no cache holds"
+
+    def why_one_size(self) -> str:
+        """Reason why teacher and student must see images of one size; empty if only maps and queries are compared."""
+        if self.teacher is None:
+            return ""
+        if self.same_cells:
+            return "it compares predictions cell by cell"
+        if self.teacher.towers or self.teacher.attention:
+            return "it compares the inside of the teacher's head, cell by cell"
+        if self.why_live():
+            return "it runs the teacher on the student's images when it learns"
+        if self.teacher.prediction and self.teacher_families != ("queries",):
+            return "it compares boxes in pixels"
+        return ""
 
 
 def check_pair(slug: str, needs: Needs, teacher: Teacher | None, student: Detector) -> None:
@@ -104,6 +121,8 @@ def _reasons(needs: Needs, teacher: Teacher | None, student: Detector) -> Iterat
     if teacher.present:
         yield from _too_deep("teacher", teacher.detector, needs.teacher)
     mine, theirs = student.spec, teacher.spec
+    if theirs.family == "features" and (needs.teacher.prediction or needs.same_classes):
+        yield f"it learns from predictions, but the teacher {theirs.name} outputs feature maps only; take a method on maps"
     yield from _class_reasons(needs, mine, theirs)
     for side, spec in (("student", mine), ("teacher", theirs)):
         if needs.box_distributions and not spec.box_bins:

@@ -104,6 +104,10 @@ class Own(Movable):
     noisy: Run | None = None
     """Outputs of the decoder for the denoising queries."""
 
+    def last_layer(self) -> Own:
+        """The outputs of the last decoder layer alone."""
+        return Own(replace(self.run, layers=self.run.layers[-1:], embedding=self.run.embedding[-1:]), self.encoder)
+
 
 class HybridEncoderDetector(transformers_base.TransformersDetector):
     """Base class of the family's adapters. Each adapter adds its decoder (``run``) and its losses (``set_losses``)."""

@@ -1,0 +1,148 @@
+"""``teacher_size``: the teacher sees the same views at its own, larger size."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from detdistill.cache.identity import views_lacking, views_of
+from detdistill.data.discover import load_data
+from detdistill.data.loader import DetectionLoader
+from detdistill.data.transforms import ViewSettings
+from detdistill.data.views import batches_of, sights
+from detdistill.detectors.contract import Teacher
+from detdistill.errors import DetdistillError
+from detdistill.methods.shared.compose import build_method, check_teacher_size
+from detdistill.methods.shared.contract import teach_by_canvas
+from detdistill.structures import Clock
+from tests.tiny import TinyDense, TinyQueries
+
+VIEWS = ViewSettings(size=64, teacher_size=128)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits:train=6,val=2,size=160,seed=0").train
+
+
+def batches(data, settings, **changes):
+    return list(DetectionLoader(data, settings, 3, train=True, **changes))
+
+
+@pytest.mark.parametrize("settings", [VIEWS, dataclasses.replace(VIEWS, colour=0.5, scale_jitter=(0.6, 1.6), teacher_size=96)])
+def test_both_sizes_show_the_same_view(digits, settings):
+    factor = settings.teacher_size / settings.size
+    for batch in batches(digits, settings):
+        large = batch.large
+        assert batch.enlarged == factor
+        assert large.padding_hw == (settings.teacher_size, settings.teacher_size)
+        assert batch.ids == large.ids
+        for index, (mine, theirs) in enumerate(zip(batch.views, large.views, strict=True)):
+            assert (mine.flip, mine.photometric) == (theirs.flip, theirs.photometric)
+            one, other = batch.targets[index], large.targets[index]
+            assert torch.equal(one.labels, other.labels)
+            # Boxes agree by way of the original, up to the pixel by which a crop may be shifted; those at an edge are cut there.
+            inside = ((one.boxes_xyxy > 1) & (one.boxes_xyxy < 63)).all(dim=1)
+            there, here = (view.to_original(t.boxes_xyxy[inside].double()) for view, t in ((theirs, other), (mine, one)))
+            torch.testing.assert_close(there, here, rtol=0, atol=1e-3)
+
+
+def test_the_larger_picture_is_made_of_the_original_pixels(digits):
+    """Averaged down it is the smaller one; it has more detail than the smaller one enlarged."""
+    plain = dataclasses.replace(VIEWS, flip=0.0)
+    batch = batches(digits, plain)[0]
+    down = torch.nn.functional.avg_pool2d(batch.large.images, 2)
+    assert float((down - batch.images).abs().mean()) < 0.02
+    up = torch.nn.functional.interpolate(batch.images, scale_factor=2, mode="bilinear")
+    assert float((batch.large.images - up).abs().mean()) > 2 * float((down - batch.images).abs().mean())
+
+
+def test_the_students_batches_stay_as_they_are(digits):
+    settings = dataclasses.replace(VIEWS, colour=0.5, scale_jitter=(0.6, 1.6))
+    for alone, both in zip(
+        batches(digits, dataclasses.replace(settings, teacher_size=None)), batches(digits, settings, in_memory=True), strict=True
+    ):
+        assert alone.large is None
+        assert torch.equal(alone.images, both.images)
+        assert alone.views == both.views
+        assert all(torch.equal(a.boxes_xyxy, b.boxes_xyxy) for a, b in zip(alone.targets, both.targets, strict=True))
+
+
+def test_evaluation_has_one_size(digits):
+    assert all(batch.large is None for batch in DetectionLoader(digits, VIEWS, 3, train=False))
+
+
+def test_maps_of_the_larger_view_teach_on_the_students_cells(digits):
+    """What a teacher's maps are on the larger images, averaged over the cells of the smaller ones."""
+    batch = batches(digits, VIEWS)[0]
+    teacher, student = Teacher(TinyDense(classes=digits.classes, seed=1)), TinyDense(classes=digits.classes, seed=2)
+    method = build_method("pkd", teacher, student)
+    taught = teach_by_canvas(method, batch)
+    for level, own in zip(taught.features.maps, teacher.detector.features(batch.large).maps, strict=True):
+        torch.testing.assert_close(level, torch.nn.functional.avg_pool2d(own, 2))
+    losses = method.step(student, batch, taught, Clock(0, 1))
+    assert bool(torch.isfinite(losses.total()))
+
+
+def test_queries_of_the_larger_view_teach_unchanged(digits):
+    batch = batches(digits, VIEWS)[0]
+    teacher, student = (TinyQueries(classes=digits.classes, seed=seed) for seed in (1, 2))
+    method = build_method("matched+pkd", Teacher(teacher), student)
+    taught = teach_by_canvas(method, batch).parts[0]
+    alone = build_method("matched", Teacher(teacher), student).teach(batch.large)
+    assert torch.equal(taught.boxes_cxcywh01, alone.boxes_cxcywh01)
+    assert torch.equal(taught.known, alone.known)
+
+
+def test_a_cache_fills_from_the_larger_views(digits):
+    settings = dataclasses.replace(VIEWS, resize="short_side")
+    wanted = sights(digits, settings)
+    assert all(sight.teacher_hw is not None for sight in wanted)
+    for group, batch in batches_of(digits, settings, wanted, 2):
+        assert batch.large.padding_hw == group[0].teacher_hw
+        assert [view.key for view in batch.views] == [sight.key.partition("/")[2] for sight in group]
+
+
+def test_the_size_belongs_to_a_caches_identity():
+    small = dataclasses.replace(VIEWS, teacher_size=None)
+    assert "teacher_size" not in views_of(small)
+    assert views_lacking(views_of(VIEWS), views_of(VIEWS)) == []
+    assert views_lacking(views_of(VIEWS), views_of(small)) == ["teacher_size=none (the cache has 128)"]
+    assert views_lacking(views_of(small), views_of(VIEWS)) == ["teacher_size=128 (the cache has none)"]
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("lad", "lad: it compares predictions cell by cell"),
+        ("pkd+bckd", "bckd: it compares predictions cell by cell"),
+        ("d3etr", "d3etr: it compares the inside of the teacher's head, cell by cell"),
+        ("kd_detr", "kd_detr: it runs the teacher on the student's images when it learns"),
+        ("ld,match=objects", "ld: it compares boxes in pixels"),
+        ("fgfi", "fgfi: what it stores of the teacher is in cells or pixels"),
+    ],
+)
+def test_methods_that_need_one_size_say_why(method, reason):
+    with pytest.raises(DetdistillError) as error:
+        check_teacher_size(method)
+    assert str(error.value) == f"teacher_size: {reason}, so teacher and student must see images of one size"
+
+
+def test_methods_on_maps_and_queries_allow_it():
+    for method in ("pkd", "fgd", "cwd", "vfm+matched", "kd_detr,general_points=0", "mgd+labelenc"):
+        check_teacher_size(method)
+    with pytest.raises(DetdistillError, match="teacher_size: labelenc has no teacher"):
+        check_teacher_size("labelenc")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"teacher_size": 64}, "teacher_size=64 must be a whole number of pixels, more than size=64"),
+        ({"mosaic": 0.5}, "teacher_size cannot be combined with mosaic; leave one of them out"),
+    ],
+)
+def test_sizes_out_of_range(changes, expected):
+    with pytest.raises(DetdistillError) as error:
+        dataclasses.replace(VIEWS, **changes).validate()
+    assert str(error.value) == expected
