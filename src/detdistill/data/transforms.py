@@ -178,11 +178,11 @@ def make_views(
     """
     draw = _Draw.of(settings, generator)
     pixels, target, view = _seen(image, record, settings, draw)
-    kept = _large_enough(target)
-    if settings.teacher_size is None:
-        return [(pixels, _drop_small(target), view)]
-    larger, its_target, its_view = _seen(image, record, settings.of_teacher, draw)
-    return [(pixels, _drop_small(target), view), (larger, _select(its_target, kept), its_view)]
+    views = [(pixels, _drop_small(target), view)]
+    if settings.teacher_size is not None:
+        larger, its_target, its_view = _seen(image, record, settings.of_teacher, draw)
+        views.append((larger, _select(its_target, _large_enough(target)), its_view))
+    return views
 
 
 def _seen(image: Tensor, record: Record, settings: ViewSettings, draw: _Draw) -> tuple[Tensor, Target, View]:
