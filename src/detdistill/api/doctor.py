@@ -60,8 +60,8 @@ def doctor(
     from detdistill.doctor.findings import Diagnosis, Finding
     from detdistill.given import student_of, teacher_of
     from detdistill.methods.shared.compose import parse_methods
+    from detdistill.processes import is_main_process
     from detdistill.progress import Progress
-    from detdistill.training.machine import is_main_process
     from detdistill.training.plan import Plan
 
     if wanted.threads:
