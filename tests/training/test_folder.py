@@ -70,6 +70,13 @@ def test_two_runs_that_start_together_do_not_share(tmp_path: Path):
     assert said[1].endswith("exists; give another --out, or --resume true to continue the run")
 
 
+def test_a_setting_that_did_not_exist_yet_had_its_default(tmp_path: Path):
+    start_folder(tmp_path / "run", {"epochs": 3})
+    assert resume_folder(tmp_path / "run", {"epochs": 3, "sync_bn": False}).path == tmp_path / "run"
+    with pytest.raises(RunError, match="sync_bn was False and is now True"):
+        resume_folder(tmp_path / "run", {"epochs": 3, "sync_bn": True})
+
+
 def test_what_cannot_be_resumed(tmp_path: Path):
     with pytest.raises(RunError, match="--resume true needs --out with the run folder"):
         small.train(None, resume=True)  # type: ignore[arg-type]

@@ -38,12 +38,13 @@ def synchronized(*modules: nn.Module | None) -> Iterator[None]:
     Raises:
         RunError: a network has batch norms of a kind that is not known here.
     """
-    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    changed: list[tuple[Any, Any]] = []
     try:
-        for part in (part for module in modules if module is not None for part in module.modules()):
+        parts: list[Any] = [part for module in modules if module is not None for part in module.modules()]
+        for part in parts:
             if isinstance(part, _BatchNorm) and not isinstance(part, _Synced):
-                kind = type(part)
-                part.__class__ = _synced(kind)
+                kind: Any = type(part)
+                part.__class__ = _synced(kind)  # type: ignore[assignment]
                 changed.append((part, kind))
         yield
     finally:

@@ -24,6 +24,7 @@ class ElasticDDP(DDPStrategy):
         if restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
             self.set_world_ranks()
             assert self.cluster_environment is not None
+            assert self._timeout is not None
             address, port = self.cluster_environment.main_address, self.cluster_environment.main_port
             store = dist.TCPStore(address, port, self.world_size, is_master=False, timeout=self._timeout)
             dist.init_process_group(
