@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -115,20 +114,13 @@ def _show(console: Console, finding: Finding) -> None:
     word, style = WORDS[finding.level]
     first = Text.assemble((f"{word:<9}", style), f"{finding.check:<11}")
     what = f"{finding.where}: {finding.what}" if finding.where else finding.what
-    paragraph(console, _sentence(what), first)
+    printing.paragraph(console, _sentence(what), first)
     if finding.todo:
-        paragraph(console, _sentence(finding.todo), "-> ".rjust(20))
+        printing.paragraph(console, _sentence(finding.todo), "-> ".rjust(20))
 
 
 def _sentence(text: str) -> str:
     return text if text.endswith((".", "?", "!")) else f"{text}."
-
-
-def paragraph(console: Console, text: str, first: str | Text) -> None:
-    """Print prose behind ``first``; words wider than the line are broken, because names of tensors may be that wide."""
-    room = max(20, console.width - 20)
-    words = [piece for word in text.split(" ") for piece in (textwrap.wrap(word, room) or [""])]
-    printing.paragraph(console, " ".join(words), first, indent=20)
 
 
 def percent(share: float) -> str:
