@@ -181,6 +181,7 @@ def plan_retinanet(checkpoint: Checkpoint, options: MMDetOptions) -> Plan:
                 "call": "models.exact.ExactAnchors",
                 "sizes": [[stride * scale * 2 ** (part / parts) for part in range(parts)] for stride in body.strides],
                 "aspect_ratios": [ratios] * len(body.strides),
+                "strides": list(body.strides),
             },
             "head": {
                 "call": "retinanet_head",

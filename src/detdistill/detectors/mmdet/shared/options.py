@@ -28,8 +28,6 @@ Detector = Literal[
 class MMDetOptions(ModelOptions):
     """Options of a checkpoint of MMDetection. The default ``none`` means: as its configuration says."""
 
-    commas_in_backbone = True
-
     detector: Detector | None = None
     """Detector that the checkpoint holds, if its file does not say it."""
     style: Literal["pytorch", "caffe"] | None = None

@@ -136,6 +136,7 @@ def _shared(checkpoint: Checkpoint, options: MMDetOptions, body: Body, side: int
             "call": "models.exact.ExactAnchors",
             "sizes": [[stride * scale for scale in scales] for stride in body.strides],
             "aspect_ratios": [ratios] * len(body.strides),
+            "strides": list(body.strides),
         },
         "box_roi_pool": _pool(checkpoint.model.at("roi_head", "bbox_roi_extractor"), checkpoint, body, side),
         "image_mean": body.mean,

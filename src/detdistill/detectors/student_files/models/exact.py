@@ -17,7 +17,28 @@ from .dense import best_of_levels
 
 
 class ExactAnchors(AnchorGenerator):
-    """torchvision's anchors, whose sides it rounds to whole pixels, without the rounding. The order is the same."""
+    """torchvision's anchors without its roundings, in the same order.
+
+    torchvision rounds their sides to whole pixels, and takes as a level's stride the quotient of image and map, which is too
+    small where an image is no multiple of it (224 pixels, 4 cells: 56 for 64).
+    """
+
+    def __init__(
+        self, sizes: Sequence[Sequence[float]], aspect_ratios: Sequence[Sequence[float]], strides: Sequence[int]
+    ) -> None:
+        """Build anchors.
+
+        Args:
+            sizes: of each level, sides of its square anchors in pixels.
+            aspect_ratios: of each level, ratios of height to width.
+            strides: of the levels.
+        """
+        super().__init__(sizes, aspect_ratios)  # type: ignore[arg-type]
+        self.strides = tuple(strides)
+
+    def grid_anchors(self, grid_sizes: list[list[int]], strides: Any) -> list[Tensor]:
+        """[P_l, 4] of each level; the given ``strides`` are not read."""
+        return super().grid_anchors(grid_sizes, [[stride, stride] for stride in self.strides])  # type: ignore[misc]
 
     def generate_anchors(
         self,
