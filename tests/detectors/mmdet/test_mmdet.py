@@ -19,6 +19,7 @@ from detdistill.detectors.mmdet.shared.config import UNREADABLE, Section, parse_
 from detdistill.detectors.save import save_student
 from detdistill.detectors.student_files import load_student
 from detdistill.errors import ClassCountError, DetdistillWarning, ModelError
+from detdistill.export.probe import probe_export
 from tests.detectors.dense.shared import unequal_batch
 from tests.golden import Golden
 
@@ -436,3 +437,12 @@ def test_another_selection_than_nms_is_said(tmp_path):
     config = golden.meta["config"].replace("type='nms'", "type='soft_nms'")
     with pytest.warns(DetdistillWarning, match="selects detections by soft_nms; here by NMS"):
         load_detector(f"mmdet:{checkpoint(golden, tmp_path / 'model.pth', cfg=config)}")
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "cascade_rcnn"])
+def test_a_loaded_detector_is_exported(kind, tmp_path):
+    """``probe_export`` compares the ONNX file with the detector on other images; their numbers of regions differ."""
+    pytest.importorskip("onnxruntime")
+    detector = load_detector(f"mmdet:{checkpoint(small(f'mmdet_{kind}'), tmp_path / 'model.pth')}").eval()
+    expected = {"retinanet": "any number and size of images", "cascade_rcnn": "one image, fixed size"}
+    assert probe_export(detector) == expected[kind]

@@ -125,7 +125,9 @@ class CascadeRoIHeads(RoIHeads):
             scores, deltas = stage.box_predictor(stage.box_head(pooled))
             logits.append(scores)
             if stage is not self:
-                refined = stage.box_coder.decode_single(deltas, torch.cat(proposals)).split([len(boxes) for boxes in proposals])
+                refined = stage.box_coder.decode_single(deltas, torch.cat(proposals)).split(
+                    [boxes.shape[0] for boxes in proposals]
+                )
                 proposals = [clip_boxes_to_image(boxes, size) for boxes, size in zip(refined, image_shapes, strict=True)]
         mean = mean_logits(logits)
         found = self.postprocess_detections(mean, deltas.repeat(1, mean.shape[1]), proposals, image_shapes)

@@ -68,18 +68,17 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         if scales is None or find_levels is None:
             scales, find_levels = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)
             self.scales, self.map_levels = scales, find_levels
-        image = torch.cat([one.new_full((len(one), 1), float(index)) for index, one in enumerate(boxes)])
+        image = torch.cat([torch.full_like(one[:, :1], float(index)) for index, one in enumerate(boxes)])
         regions = torch.cat([image, torch.cat(boxes)], dim=1)
         size, ratio = (int(self.output_size[0]), int(self.output_size[1])), int(self.sampling_ratio)
         if len(maps) == 1:
             return roi_align(maps[0], regions, size, scales[0], ratio, aligned=True)
         levels = find_levels(boxes)
-        pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], *size)
+        rows, pooled = [], []  # put together by sorting, which exporters can trace for any number of boxes
         for number, (level, scale) in enumerate(zip(maps, scales, strict=True)):
-            mine = torch.nonzero(levels == number).flatten()
-            found = roi_align(level, regions[mine], size, scale, ratio, aligned=True)
-            pooled = pooled.index_put((mine,), found.to(pooled.dtype))
-        return pooled
+            rows.append(torch.nonzero(levels == number).flatten())
+            pooled.append(roi_align(level, regions[rows[-1]], size, scale, ratio, aligned=True))
+        return torch.cat(pooled)[torch.cat(rows).argsort()]
 
 
 def limited(model: Any) -> Any:
