@@ -38,7 +38,7 @@ def command(verb: str, **settings: Any) -> subprocess.CompletedProcess[str]:
 
 def test_two_processes_from_the_command_line(teacher: Path, tmp_path: Path):
     common = {**small.SETTINGS, "batch": 2, "devices": 2, "student": small.MODEL, "data": small.DATA, "teacher": teacher}
-    common |= {"method": "mgd,weight=0.001", "score_teacher": False, "out": tmp_path / "run", "epochs": 1}
+    common |= {"method": "mgd,weight=0.001", "score_teacher": False, "out": tmp_path / "run", "epochs": 1, "balance": 0.3}
     done = command("distill", **common)
     assert done.returncode == 0, done.stderr
     assert "exists" not in done.stderr
@@ -49,6 +49,9 @@ def test_two_processes_from_the_command_line(teacher: Path, tmp_path: Path):
     rows = small.rows(tmp_path / "run")
     assert [int(row["step"]) for row in rows if row["loss"]] == list(range(1, 7))
     assert sum(bool(row["val/AP"]) for row in rows) == 1
+    assert [float(row["balance/mgd/factor"]) > 1 for row in rows if row["balance/mgd/factor"]] == [True, True, True], (
+        "steps 0, 1, 4"
+    )
     # One process scores the student to exactly the same numbers.
     splits = load_data(small.DATA)
     alone = evaluate(load_detector(tmp_path / "run"), splits.val, ViewSettings(size=64), batch_size=4, errors=True)
