@@ -69,6 +69,11 @@ def test_the_pages_count_the_methods():
         assert f"`{slug}`" in (ROOT / "README.md").read_text()
 
 
+def test_every_finding_is_listed():
+    listed = re.findall(r"^\| `(\w+\.sh)` \|", (ROOT / "findings/README.md").read_text(), flags=re.MULTILINE)
+    assert listed == sorted(path.name for path in (ROOT / "findings").glob("*.sh"))
+
+
 def test_the_list_of_losses_is_up_to_date():
     done = subprocess.run([sys.executable, ROOT / "tools/losses.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, f"run tools/losses.py: {done.stdout}{done.stderr}"
