@@ -734,7 +734,7 @@ VERBS: dict[str, tuple[Describe, Act, str]] = {
     "cache-verify": (_verify_flags, _verify, "check a cache's checksums, and compare it with its teacher"),
     "eval": (_eval_flags, _eval, "compute the 12 COCO numbers and the AP of each class"),
     "predict": (_predict_flags, _predict, "draw a detector's boxes on images"),
-    "label": (_label_flags, _label, "label images by a model, e.g. one that is told by text what to find"),
+    "label": (_label_flags, _label, "label images by a model, also by one that is told in words"),
     "student": (_student_flags, _student, "write a student folder from a checkpoint, e.g. best.ckpt"),
     "export": (_export_flags, _export, "write a model as ONNX, OpenVINO or int8, and prove the file"),
     "bench": (_bench_flags, _bench, "measure the latency of models and exported files in turns"),

@@ -59,6 +59,8 @@ NEEDED = {"nms": "ultralytics:yolo26n,width=0.0625"}
 """Detectors that have what an option turns off, instead of the tiny one."""
 DOWNLOADS = {"pretrained", "weights"}
 """Options that want the network; ``test_build`` and ``test_hf`` try them."""
+OF_FILES = {"detector", "style", "mean", "std", "bgr", "names"}
+"""Options that say what a checkpoint of MMDetection does not; ``mmdet/test_mmdet`` tries them."""
 OF_BACKBONE = [(name, backbone) for name in adapter_names() for backbone in getattr(adapter(name), "OPTIONS_OF_BACKBONE", {})]
 
 
@@ -108,7 +110,7 @@ def without_drawing_weights(monkeypatch):
 def test_every_option_is_tried():
     known = {option for name in adapter_names() for option in own_options(name)}
     known |= {option for name, backbone in OF_BACKBONE for option in own_options(name, backbone)}
-    assert {*OTHER, *DOWNLOADS} == known
+    assert {*OTHER, *DOWNLOADS, *OF_FILES} == known
 
 
 @pytest.mark.slow
