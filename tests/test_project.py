@@ -46,14 +46,6 @@ def test_every_direct_dependency_is_pinned():
     assert names <= {name for name, _ in pinned()}
 
 
-def test_tables_in_the_docs_are_up_to_date(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
-    with pytest.raises(SystemExit) as done:
-        runpy.run_path(str(ROOT / "tools/tables.py"), run_name="__main__")
-    assert done.value.code == 0, f"run tools/tables.py: {capsys.readouterr().out}"
-
-
 def test_the_pages_count_the_methods():
     """37 published methods, and those that are this library's own (``published = False`` in the class)."""
     published = [slug for slug in method_slugs() if entry(slug).published]
