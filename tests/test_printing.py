@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -108,3 +109,13 @@ def test_messages_beside_the_progress_keep_paths_whole(terminal):
     assert path in text
     assert ":cat:" in text
     assert ("\x1b[33m" in text) == terminal
+
+
+def test_numbers_and_times_of_a_bar_stay_whole_on_a_narrow_terminal():
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    with Progress(console) as progress:
+        progress.bar("baseline, seed 0", 750).update(301, "AP 12.3  classification 0.38 bbox_regression 0.26 bbox_ctrness 0.63")
+        progress.rich.refresh()
+    lines = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).splitlines() if line.strip()]
+    assert all(len(line.rstrip()) <= 80 for line in lines)
+    assert re.search(r"^baseline, seed 0 \S+ +301/750 +\d:\d\d:\d\d \S+ AP 12\.3  classif.*…$", lines[-1].rstrip()), lines[-1]

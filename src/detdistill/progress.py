@@ -8,11 +8,30 @@ from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TextColumn
     from rich.text import Text
 
 
 QUIET = 8.0
 """Seconds without a line, after which a task says how far it is; only where bars cannot be drawn."""
+
+
+ROOMY = 120
+"""Columns of a terminal from which on the bars have their full width."""
+
+
+def _one_line_column() -> TextColumn:
+    """The column of a task's text, which is cut at the end of the line instead of taking a second one."""
+    from rich.progress import Task, TextColumn
+    from rich.table import Column
+
+    class OneLine(TextColumn):
+        def render(self, task: Task) -> Text:
+            text = super().render(task)
+            text.no_wrap, text.overflow = True, "ellipsis"
+            return text
+
+    return OneLine("{task.fields[text]}", table_column=Column())
 
 
 class Progress:
@@ -34,16 +53,19 @@ class Progress:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
         self.console = console or Console(stderr=True, quiet=quiet)
         self.live = self.console.is_terminal and not quiet
+        # Where a line is too narrow, the text at its end gives way, then the bar; numbers and times stay whole.
+        whole = Column(no_wrap=True)
         columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("[bold]{task.description}", table_column=whole),
+            BarColumn(bar_width=12 if self.console.width < ROOMY else 24, table_column=whole),
+            MofNCompleteColumn(table_column=whole),
+            TimeElapsedColumn(table_column=whole),
+            TimeRemainingColumn(table_column=whole),
+            _one_line_column(),
         )
         self._depth = 0
         self.rich = RichProgress(*columns, console=self.console, disable=not self.live)
