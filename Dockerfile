@@ -2,7 +2,7 @@
 #
 #     docker build -t detdistill .                                    CPU only
 #     docker build -t detdistill --build-arg TORCH=cu130 .            with CUDA, for docker run --gpus all
-#     docker run --rm -v "$PWD:/work" detdistill demo --out /work/runs/demo
+#     docker run --rm -v "$PWD:/data" detdistill demo --out /data/runs/demo
 #
 # TORCH is a backend of PyTorch that uv knows: cpu, cu130, ... A container has little shared memory for loading processes: with
 # --workers above 0, run it with --ipc=host.
@@ -14,6 +14,6 @@ WORKDIR /detdistill
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
 RUN uv pip install --torch-backend="$TORCH" ".[hf,export]"
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["detdistill"]
 CMD ["--help"]

@@ -326,9 +326,9 @@ class Matched(Method[MatchedTaught]):
     def learn(self, student: Detector, seen: Observation, taught: MatchedTaught, batch: Batch, clock: Clock) -> Losses:
         """Compute ``matched_cls``, ``matched_l1``, ``matched_giou`` and ``matched_sides``, without those of weight 0.
 
-        Each is a sum over pairs and layers, divided by the number of covered objects (a mean over processes, at least 1). The
-        monitors are the numbers of objects (no crowds) in the batch, and of those that are covered: that have a query of the
-        teacher, and one of the student's last layer.
+        Each is a sum over pairs and layers, divided by the number of covered objects (mean over processes, their sum at least
+        1). The monitors are the numbers of objects (no crowds) in the batch, and of those that are covered: that have a query
+        of the teacher, and one of the student's last layer.
         """
         mine = seen.prediction
         assert isinstance(mine, Queries)
@@ -338,7 +338,7 @@ class Matched(Method[MatchedTaught]):
                 pairs = matched_pairs(assignment.matched, self._usable(taught, batch))
                 last = pairs.of_layer(len(mine.logits) - 1)
                 covered = torch.as_tensor(float(len(last.query)), device=batch.images.device)
-                divisor = mean_over_ranks(covered).clamp(min=1)
+                divisor = mean_over_ranks(covered, least=1)
             losses = self._terms(mine, taught, pairs if self.layers == "all" else last, batch)
             terms = {f"matched_{name}": self.weights[name] * rows.sum() / divisor for name, rows in losses if self.weights[name]}
             if self.compares_sides:

@@ -14,10 +14,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.detectors.contract import Detector, DetectorSpec, Pyramid, Teacher
+from detdistill.functional.counting import mean_over_ranks
 from detdistill.functional.level_maps import check_maps
 from detdistill.functional.precision import full_precision
 from detdistill.methods.shared.align import LevelAdapters, LevelPair, PairedMaps
@@ -68,10 +70,8 @@ def vfm_smooth_loss(student: Tensor, teacher: Tensor, padding: Tensor | None = N
 
 
 def _mean_of_cells(values: Tensor, padding: Tensor | None) -> Tensor:
-    if padding is None:
-        return values.mean()
-    counted = (~padding).to(values.dtype)
-    return (values * counted).sum() / counted.sum().clamp(min=1)
+    counted = torch.ones_like(values) if padding is None else (~padding).to(values.dtype)
+    return (values * counted).sum() / mean_over_ranks(counted.sum(), least=1)
 
 
 def vfm_levels(

@@ -95,7 +95,7 @@ class FCOSScalesDetector(OwnDenseDetector):
         count, total = assignment.normalizer, assignment.normalizer
         if count is None or total is None:
             count = number_of_positives(assignment, batch.images)
-            total = mean_over_ranks(central.sum()).clamp(min=1) * (1 + EPSILON)
+            total = mean_over_ranks(central.sum(), least=1) * (1 + EPSILON)
         overlap = giou_loss(prediction.boxes_xyxy[positive], boxes) * central
         entropy = F.binary_cross_entropy_with_logits(quality[positive], central, reduction="none")
         return {

@@ -307,6 +307,7 @@ def _objectness(dense: Dense) -> Tensor:
 
 def _divisor(count: Tensor, assignment: Assignment, like: Tensor) -> Tensor:
     """[] the divisor of the losses: a sum over all processes, at least 1, divided by their number."""
+    # The package's own function, because it rounds the count to float32, also in float64.
     from libreyolo.training.distributed import all_reduce_avg_scalar_tensor
 
     given = assignment.normalizer
