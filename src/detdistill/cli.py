@@ -724,12 +724,32 @@ def _schedules(chosen: Namespace) -> None:
     _show(chosen, lambda: api.schedules(**_plain(chosen)), show_schedules, schedules_json)
 
 
+def _find_flags(parser: Parser) -> None:
+    _distill_flags(parser)
+    parser.add_argument(
+        "--over",
+        type=tuple[str, ...],
+        default=("lr", "distill_weight"),
+        help="what is searched: lr, distill_weight, balance, METHOD.NAME=LOW..HIGH",
+    )
+    parser.add_argument("--trials", type=int, default=12, help="number of trials; the first has the settings as given")
+    _json_flag(parser, FRACTIONS)
+
+
+def _find(chosen: Namespace) -> None:
+    from detdistill import api
+    from detdistill.find import found_json, show_found
+
+    _show(chosen, lambda: api.find(**_plain(chosen)), show_found, found_json)
+
+
 VERBS: dict[str, tuple[Describe, Act, str]] = {
     "demo": (_demo_flags, _demo, "run the built-in example, data to report, in minutes on a CPU"),
     "train": (_train_flags, _train, "train a detector alone: a teacher or a baseline"),
     "distill": (_distill_flags, _distill, "distil a teacher into a student, and measure the gain"),
     "doctor": (_doctor_flags, _doctor, "check data, teacher, pair and method before a run, in minutes"),
     "schedules": (_schedules_flags, _schedules, "distil at several lengths: a better student, or a faster one?"),
+    "find": (_find_flags, _find, "search weights and learning rate on held-out training images"),
     "cache": (_cache_flags, _cache, "store a teacher's outputs, so that later runs need no teacher"),
     "cache-verify": (_verify_flags, _verify, "check a cache's checksums, and compare it with its teacher"),
     "eval": (_eval_flags, _eval, "compute the 12 COCO numbers and the AP of each class"),

@@ -43,7 +43,7 @@ NOTHING_FOR_CACHES = Effect(run=False, stage=False, cache=False)
 BUDGET = (
     "epochs", "steps", "batch", "accumulate", "optimizer", "lr", "backbone_lr_factor", "weight_decay", "schedule", "warmup_steps",
     "clip", "ema", "precision", "devices", "nodes", "sync_bn", "size", "resize", "max_size", "flip", "colour", "hue",
-    "scale_jitter", "scales", "mosaic",
+    "scale_jitter", "scales", "mosaic", "held_out",
 )  # fmt: skip
 """Settings that must agree for a comparison to be fair."""
 
@@ -95,6 +95,7 @@ class TrainSettings:
         track: further services to log to; their packages must be installed.
         strict: refuse data with defects instead of skipping them.
         rescan: read every file of the data, even if none has changed since they were last read.
+        held_out: validate on this part of the training images, which are not trained on, instead of on the validation images.
         out: run folder; none creates a new one under runs/.
         resume: continue the run in the folder ``out``.
         allow_changes: resume although the data or the teacher changed since the run started.
@@ -143,6 +144,7 @@ class TrainSettings:
     track: Annotated[tuple[Literal["wandb", "mlflow"], ...], RUN_ONLY] = ()
     strict: Annotated[bool, CHANCE] = False
     rescan: Annotated[bool, NOTHING] = False
+    held_out: Annotated[Share | None, RUN_ONLY] = None
     out: Annotated[Path | None, NOTHING_FOR_CACHES] = None
     resume: Annotated[bool, NOTHING_FOR_CACHES] = False
     allow_changes: Annotated[bool, NOTHING_FOR_CACHES] = False
@@ -208,6 +210,8 @@ class DistillSettings(TrainSettings):
             raise RunError(f"seeds: {','.join(map(str, self.seeds))} must be different whole numbers, 0 or more")
         if self.balance is not None and self.distill_weight == 0:
             raise RunError("balance: distill_weight is 0, so there is no distillation to balance; leave out one of them")
+        if self.held_out is not None and self.cache is not None:
+            raise RunError("held_out: a cache holds all training images; leave out --cache or --held_out")
         if self.baseline and self.patience:
             raise RunError("patience: baseline and student would stop at different steps; leave out --patience or --baseline")
 

@@ -1,6 +1,7 @@
 """Python functions behind the commands of the command line. Heavy modules are imported only when a function runs."""
 
 from detdistill.api.doctor import doctor
+from detdistill.api.find import find
 from detdistill.api.labelling import label
 from detdistill.api.models import bench, detect, evaluate, export, export_student, predict, push
 from detdistill.api.reading import compare, inspect_data, report
@@ -11,5 +12,5 @@ from detdistill.results import Distilled
 
 __all__ = [
     "Cached", "Distilled", "bench", "cache", "compare", "detect", "distill", "doctor", "evaluate", "export", "export_student",
-    "inspect_data", "label", "predict", "push", "report", "schedules", "train", "verify_cache", "write",
+    "find", "inspect_data", "label", "predict", "push", "report", "schedules", "train", "verify_cache", "write",
 ]  # fmt: skip

@@ -76,7 +76,7 @@ def doctor(
     with progress or Progress(quiet=not is_main_process()) as shown:
         check = "data"
         try:
-            splits = load_splits(data, wanted.strict, shown, wanted.rescan)
+            splits = load_splits(data, wanted.strict, shown, wanted.rescan, wanted.held_out)
             check = "teacher"
             with not_these_digits(data):
                 live = None if source is None else _loaded(source, splits)

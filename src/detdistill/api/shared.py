@@ -69,7 +69,7 @@ def write(path: Path, text: str) -> None:
         raise RunError(f"cannot write {path}: {error.strerror or error}; make space or give another --out") from error
 
 
-def load_splits(data: str, strict: bool, progress: Progress, rescan: bool = False) -> DataSplits:
+def load_splits(data: str, strict: bool, progress: Progress, rescan: bool = False, held_out: float | None = None) -> DataSplits:
     """Read a data set, and show its notes and defects, and that its validation split has no object.
 
     Raises:
@@ -77,7 +77,7 @@ def load_splits(data: str, strict: bool, progress: Progress, rescan: bool = Fals
     """
     from detdistill.data.discover import load_data
 
-    splits = load_data(data, strict=strict, rescan=rescan)
+    splits = load_data(data, strict=strict, rescan=rescan, held_out=held_out)
     tell(data, splits.notes, splits.defects, progress)
     if not any((~record.crowd).any() for record in splits.val.records):
         progress.say(

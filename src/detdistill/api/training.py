@@ -66,7 +66,7 @@ def train(
     name, build = student_of(model, "model")
     _check_start(name, build, wanted, alone=True)
     with progress or Progress(quiet=not is_main_process()) as shown:
-        splits = load_splits(data, wanted.strict, shown, wanted.rescan)
+        splits = load_splits(data, wanted.strict, shown, wanted.rescan, wanted.held_out)
         plan = Plan(name, data, wanted, role=role, title=role, build=build)
         result = run(open_session(plan, splits, progress=shown), shown)
         if wanted.report:
@@ -142,7 +142,7 @@ def distill(
     if several:
         check_one_process((teacher_name, student_name), max(wanted.jobs, wanted.devices * wanted.nodes))
     with progress or Progress(quiet=not is_main_process()) as shown:
-        splits = load_splits(data, wanted.strict, shown, wanted.rescan)
+        splits = load_splits(data, wanted.strict, shown, wanted.rescan, wanted.held_out)
         with not_these_digits(data):
             live = None if teacher is None else Teacher(_load_teacher(teacher, splits, wanted.other_classes))
         _compare_sizes(teacher, wanted, shown)

@@ -35,7 +35,7 @@ FORMS = (
 )
 
 
-def load_data(path: str | Path, *, strict: bool = False, rescan: bool = False) -> DataSplits:
+def load_data(path: str | Path, *, strict: bool = False, rescan: bool = False, held_out: float | None = None) -> DataSplits:
     """Read a data set of any known form.
 
     Args:
@@ -43,6 +43,7 @@ def load_data(path: str | Path, *, strict: bool = False, rescan: bool = False) -
             for the built-in data set.
         strict: raise an error on any defect instead of listing it.
         rescan: read every file, even if none has changed since the data were last read.
+        held_out: share of the training images that become val instead of the val split, 0..1; see ``hold_out``.
 
     Returns:
         The splits. If there is no val split, a tenth of train becomes val: always the same images, and ``notes`` say so.
@@ -51,7 +52,27 @@ def load_data(path: str | Path, *, strict: bool = False, rescan: bool = False) -
         DataError: the path does not exist, has no known form, holds broken files, or has no usable box to train on; with
             ``strict``, also any defect.
     """
-    return usable(path, *read_sets(path, rescan=rescan), strict=strict)
+    splits = usable(path, *read_sets(path, rescan=rescan), strict=strict)
+    return splits if held_out is None else hold_out(splits, held_out)
+
+
+def hold_out(splits: DataSplits, share: float) -> DataSplits:
+    """Validate on a part of the training images, which leaves train; the val split is not used, so it stays unseen.
+
+    Args:
+        splits: a data set.
+        share: share of the training images, 0..1; the same images each time, see ``split_off``.
+
+    Raises:
+        DataError: fewer than two training images, or no usable box is left to train on.
+    """
+    train, val = split_off(splits.train, "val", share)
+    if not any((~record.crowd).any() for record in train.records):
+        raise DataError(
+            f"{train.root}: no usable box in the {len(train)} training images left by held_out={share:g}; hold out fewer"
+        )
+    note = f"held out: {len(val)} of {len(splits.train)} training images are used as val instead of the val split"
+    return DataSplits(train, val, splits.test, (*splits.notes, note))
 
 
 def load_split(path: str | Path, split: SplitName, *, strict: bool = False) -> tuple[DetectionSet, list[str]]:

@@ -112,7 +112,7 @@ def _load(runs: Sequence[Run]) -> tuple[DataSplits | None, str]:
 
     path = str(runs[-1].summary["data"].get("path", ""))
     try:
-        splits = load_data(path)
+        splits = load_data(path, held_out=runs[-1].config.get("held_out"))
     except Exception as error:  # the data may be on another machine; the rest of the page is made anyway
         return None, f"the data {path} cannot be read here: {pictures.one_line(error)}"
     if splits.val.fingerprint != runs[-1].summary["data"].get("val_fingerprint"):
