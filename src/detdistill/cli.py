@@ -677,13 +677,16 @@ def _cite_flags(parser: Parser) -> None:
 
 
 def _cite(chosen: Namespace) -> None:
-    from detdistill.listing import citations_json, list_citations
+    from detdistill.methods.shared.catalogue import entry, split_methods  # not `listing`, whose tables take longer to import
 
     def show(found: Sequence[Entry]) -> None:
         for method in found:
             _say(method.bibtex)
 
-    _show(chosen, lambda: list_citations(chosen.method), show, citations_json)
+    def document(found: Sequence[Entry]) -> dict[str, Any]:
+        return {"methods": [{"name": method.slug, "title": method.title, "bibtex": method.bibtex} for method in found]}
+
+    _show(chosen, lambda: [entry(slug) for slug, *_ in split_methods(chosen.method)], show, document)
 
 
 def _inspect_flags(parser: Parser) -> None:

@@ -170,9 +170,10 @@ def with_values(methods: str, values: Mapping[str, float]) -> str:
         >>> with_values("pkd,weight=6+fgd", {"pkd.weight": 2.5, "lr": 0.001})
         'pkd,weight=2.5+fgd'
     """
+    from detdistill.methods.shared.catalogue import split_methods
+
     members = []
-    for member in methods.split("+"):
-        head, *given = member.split(",")
+    for head, *given in split_methods(methods):
         mine = {name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{head.partition('@')[0]}.")}
         kept = [one for one in given if one.partition("=")[0] not in mine]
         members.append(",".join([head, *kept, *(f"{name}={value:g}" for name, value in mine.items())]))

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from detdistill.evaluation.scores import Scores
     from detdistill.export.bench import Timing
     from detdistill.export.run import Exported
-    from detdistill.methods.shared.catalogue import Entry
 
 
 # ---------------------------------------------------------------------------------------------------------- methods
@@ -252,19 +251,3 @@ def show_bench(found: Mapping[str, Timing]) -> None:
         for name, timing in found.items()
     ]
     printing.table(console, ("model", "ms", "least", "images/s", "speed"), rows)
-
-
-def list_citations(methods: str) -> list[Entry]:
-    """Read title and BibTeX of each method in a text such as ``fgd,temperature=0.8+pkd``.
-
-    Raises:
-        MethodError: there is no such method.
-    """
-    from detdistill.methods.shared.catalogue import entry, split_methods
-
-    return [entry(slug) for slug, *_ in split_methods(methods)]
-
-
-def citations_json(methods: Sequence[Entry]) -> dict[str, Any]:
-    """Name, title and BibTeX of each method, as JSON."""
-    return {"methods": [{"name": method.slug, "title": method.title, "bibtex": method.bibtex} for method in methods]}
