@@ -202,7 +202,7 @@ def dense_attention(weights: Tensor, points: Tensor, shapes: Shapes, counts: Seq
                 shares.append((weight * share).to(weight.dtype))
         start += height * width
     dense = weights.new_zeros(*weights.shape[:-1], start)
-    return dense.scatter_add(-1, torch.cat(index, dim=-1), torch.cat(shares, dim=-1)).transpose(-3, -2)
+    return dense.scatter_add_(-1, torch.cat(index, dim=-1), torch.cat(shares, dim=-1)).transpose(-3, -2)
 
 
 def _corners(point: Tensor, size_hw: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
