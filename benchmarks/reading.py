@@ -152,7 +152,8 @@ def main() -> None:
     other, data = chosen.other.resolve(), chosen.data.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
-        make(made)
+        if chosen.cases != ["predict"]:
+            make(made)
         cases: dict[str, Callable[[Path], float]] = {
             "coco": lambda checkout: printed(checkout, LOAD, made / "coco"),
             "voc": lambda checkout: printed(checkout, LOAD, made / "voc"),
