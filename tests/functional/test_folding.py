@@ -117,8 +117,9 @@ def test_changed_weights_are_folded_anew_and_other_passes_are_the_detectors_own(
     with torch.enable_grad(), folded.running(batch) as same:
         assert same is batch
     net.train()
-    with folded.running(batch) as same:
-        assert same is batch
+    for one in (folded, FoldedNorms(net)):
+        with one.running(batch) as same:
+            assert same is batch
 
 
 @torch.no_grad()

@@ -94,23 +94,22 @@ class FoldedNorms:
             batch: the images.
 
         Yields:
-            The batch for the passes: on a CPU its images are in the channels-last layout, in which convolutions are faster.
+            The batch for the passes: on a CPU its images are in the channels-last layout, in which convolutions are faster
+            (unchanged if the detector's weights are in that layout already).
         """
         if torch.is_grad_enabled() or not self._ready():
             yield batch
             return
+        given = any(not pair.weight.is_contiguous() for pair in self.pairs)  # the user chose the layout
         with _folded(self.pairs):
-            yield _channels_last(batch)
+            yield batch if given else _channels_last(batch)
 
     def _ready(self) -> bool:
         """Whether passes can be folded now."""
-        if any(pair.norm.training for pair in self.pairs):
-            return False
-        state = self._tensors()
-        if state != self._state:
+        if self._tensors() != self._state:
             self._fold()
             self._state = self._tensors()
-        return self._usable
+        return self._usable and not any(pair.norm.training for pair in self.pairs)
 
     def _tensors(self) -> tuple[Any, ...]:
         first = next(iter(self.detector.parameters()), None)
@@ -131,10 +130,10 @@ class FoldedNorms:
                     outputs = _outputs(self.detector, _channels_last(batch))
             except Exception:  # a user's model may refuse noise, or views of maps that are not contiguous, with any error
                 return
-        self.pairs = pairs
         self._usable = all(
             bool((one - other).abs().max() <= TOLERANCE * other.abs().max()) for one, other in zip(outputs, expected, strict=True)
         )
+        self.pairs = pairs if self._usable else ()
 
 
 @contextmanager
