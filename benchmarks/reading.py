@@ -183,7 +183,10 @@ def main() -> None:
         found["checksum"] = {"share": round(statistics.median(shares), 5)}
         print("checksum", found["checksum"], flush=True)
     if chosen.out:
-        content = {"what": __doc__.splitlines()[0], "cases": found, "hardware": hardware(), "versions": versions()}
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        command = f"OMP_NUM_THREADS={threads} uv run python benchmarks/reading.py {' '.join(sys.argv[1:])}"
+        machine = {"hardware": hardware(), "versions": versions()}
+        content = {"what": __doc__.splitlines()[0], "command": command, "rounds": chosen.rounds, "cases": found, **machine}
         chosen.out.write_text(json.dumps(content, indent=2) + "\n")
 
 
