@@ -6,8 +6,11 @@
 - ``coco`` and ``voc``: ``load_data`` of 20,500 made-up images with three boxes each, in a new process of each checkout.
 - ``coco again`` and ``voc again``: the same when this checkout has kept what it read (in an own cache folder).
 - ``deep``: ``detdistill data inspect --deep true`` of a real data set.
-- ``predict``: ``detdistill.predict`` of the images of the data set at 640 pixels, with the student folder ``--model``.
+- ``predict NAME``: ``detdistill.predict`` of the images of the data set at 640 pixels, with each student folder of ``--models``.
+- ``predict NAME, wall clock``: the same runs; all other times are processor time.
 - ``checksum``: the check of a checkpoint, as a share of the time from the start of a process until the checkpoint is loaded.
+
+``--cases predict`` stands for all cases of ``predict``. Both checkouts use the packages of this environment.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import os
 import resource
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -58,9 +62,9 @@ import detdistill.evaluation.predict
 from detdistill import api
 model, images = sys.argv[1].split("|")
 with tempfile.TemporaryDirectory() as out:
-    before = time.process_time()
+    before, started = time.process_time(), time.perf_counter()
     api.predict(model, Path(images), Path(out), size=640)
-    print(time.process_time() - before)
+    print(time.process_time() - before, time.perf_counter() - started)
 """
 
 
@@ -95,27 +99,52 @@ def make(root: Path) -> None:
 
 
 def printed(checkout: Path, code: str, path: Path | str) -> float:
-    """The number that a program prints in the environment of a checkout."""
-    command = [str(checkout / ".venv/bin/python"), "-c", code, str(path)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tempfile.gettempdir()).stdout)
+    """The number that a program prints with the package of a checkout."""
+    return numbers(checkout, code, path)[0]
+
+
+def numbers(checkout: Path, code: str, path: Path | str) -> list[float]:
+    """All numbers that a program prints with the package of a checkout."""
+    command = [sys.executable, "-c", code, str(path)]
+    environment = os.environ | {"PYTHONPATH": str(checkout / "src")}
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tempfile.gettempdir(), env=environment)
+    return [float(number) for number in found.stdout.split()]
 
 
 def inspected(checkout: Path, data: Path) -> float:
     """Processor time of ``data inspect --deep true``."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [str(checkout / ".venv/bin/python"), "-m", "detdistill", "data", "inspect", str(data), "--deep", "true"]
-    subprocess.run(command, capture_output=True, check=True, cwd=tempfile.gettempdir())
+    command = [sys.executable, "-m", "detdistill", "data", "inspect", str(data), "--deep", "true"]
+    environment = os.environ | {"PYTHONPATH": str(checkout / "src")}
+    subprocess.run(command, capture_output=True, check=True, cwd=tempfile.gettempdir(), env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def predicting(other: Path, model: Path, data: Path, rounds: int) -> dict[str, dict[str, float]]:
+    """Processor time and wall clock of ``predict``."""
+    text = f"{model}|{data}"
+    runs = [(numbers(ROOT, PREDICT, text), numbers(other, PREDICT, text)) for _ in range(rounds)]
+    names = (f"predict {model.name}", f"predict {model.name}, wall clock")
+    return {name: compared(name, [(mine[k], theirs[k]) for mine, theirs in runs]) for k, name in enumerate(names)}
+
+
+def compared(name: str, pairs: list[tuple[float, float]]) -> dict[str, float]:
+    """Medians of the times of this checkout and of the other one, and of their ratios."""
+    mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(one / two for one, two in pairs)
+    found = {"ratio": round(ratio, 3), "seconds": round(mine, 2), "other_seconds": round(theirs, 2)}
+    print(name, found, flush=True)
+    return found
 
 
 def main() -> None:
     """Measure all cases, print them and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--other", type=Path, required=True, help="another checkout with its own .venv")
+    parser.add_argument("--other", type=Path, required=True, help="another checkout of the project")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, help="none: checksums are not measured")
-    parser.add_argument("--model", type=Path, help="a student folder; none: predict is not measured")
+    parser.add_argument("--models", type=Path, nargs="*", default=[], help="student folders for predict")
     parser.add_argument("--cases", nargs="*", help="names of the cases to measure; the file keeps the others")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -123,7 +152,8 @@ def main() -> None:
     other, data = chosen.other.resolve(), chosen.data.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
-        make(made)
+        if chosen.cases != ["predict"]:
+            make(made)
         cases: dict[str, Callable[[Path], float]] = {
             "coco": lambda checkout: printed(checkout, LOAD, made / "coco"),
             "voc": lambda checkout: printed(checkout, LOAD, made / "voc"),
@@ -131,8 +161,6 @@ def main() -> None:
             "voc again": lambda checkout: printed(checkout, LOAD, made / "voc"),
             "deep": lambda checkout: inspected(checkout, data),
         }
-        if chosen.model:
-            cases["predict"] = lambda checkout: printed(checkout, PREDICT, f"{chosen.model.resolve()}|{data}")
         found: dict[str, dict[str, float]] = {}
         if chosen.out and chosen.out.exists():
             found = json.loads(chosen.out.read_text())["cases"]
@@ -146,16 +174,19 @@ def main() -> None:
             else:
                 (made / "none").touch()  # a file, so that nothing can be kept below it
             pairs = [(case(ROOT), case(other)) for _ in range(chosen.rounds)]
-            mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-            ratio = statistics.median(one / two for one, two in pairs)
-            found[name] = {"ratio": round(ratio, 3), "seconds": round(mine, 2), "other_seconds": round(theirs, 2)}
-            print(name, found[name], flush=True)
+            found[name] = compared(name, pairs)
+        if "predict" in (chosen.cases or ["predict"]):
+            for model in chosen.models:
+                found |= predicting(other, model.resolve(), data, chosen.rounds)
     if chosen.checkpoint:
         shares = [printed(ROOT, RESUME, chosen.checkpoint.resolve()) for _ in range(chosen.rounds)]
         found["checksum"] = {"share": round(statistics.median(shares), 5)}
         print("checksum", found["checksum"], flush=True)
     if chosen.out:
-        content = {"what": __doc__.splitlines()[0], "cases": found, "hardware": hardware(), "versions": versions()}
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        command = f"OMP_NUM_THREADS={threads} uv run python benchmarks/reading.py {' '.join(sys.argv[1:])}"
+        machine = {"hardware": hardware(), "versions": versions()}
+        content = {"what": __doc__.splitlines()[0], "command": command, "rounds": chosen.rounds, "cases": found, **machine}
         chosen.out.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.errors import ModelError
+from detdistill.functional.folding import FoldedNorms, contiguous
 from detdistill.functional.query_seeds import QuerySpec, query_spec
 from detdistill.structures import (
     WHOLE_TOWER,
@@ -538,6 +539,7 @@ class Teacher:
             advice = "load it first: Teacher(detdistill.load_detector(...))"
             raise ModelError(f"Teacher: needs a detector, not a {type(detector).__name__}; {advice}")
         self.detector = detector.eval().requires_grad_(False)
+        self._folded = FoldedNorms(self.detector)
         self._seen: tuple[Batch, Observation] | None = None
         self._on_regions: tuple[Tensor, Features, Regions] | None = None
 
@@ -579,14 +581,17 @@ class Teacher:
         """Run the teacher and return the parts that ``look`` selects. Calls with the same batch share one forward pass.
 
         The pass is fully shared if the first call selects all parts: a composition passes the union of its methods' looks.
+        It runs with folded batch norms, so values differ in their last digits from those of the detector itself.
 
         Raises:
             ModelError: ``look`` selects a part that the detector cannot return.
         """
         seen = self._seen[1] if self._seen is not None and self._seen[0] is batch else None
-        if seen is None or (look.backbone and seen.backbone_features is None):
-            seen = self.detector.observe_features(batch, look)
-        seen = self.detector.observe_head(seen, batch, look)
+        with self._folded.running(batch) as fast:
+            if seen is None or (look.backbone and seen.backbone_features is None):
+                seen = self.detector.observe_features(fast, look)
+            seen = self.detector.observe_head(seen, fast, look)
+        seen = seen if fast is batch else contiguous(seen)
         self._seen = (batch, seen)
         # Only the selected parts: the knowledge of a method (and its size in a cache) must not depend on the other methods.
         return seen.only(look)

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,15 @@ from detdistill.errors import DataError, RunError, counted
 from detdistill.evaluation.drawing import draw_boxes
 from detdistill.evaluation.image_files import FoundFiles, as_pixels, drawing_names, find_images, relative_name
 from detdistill.files import write_atomically
+from detdistill.functional.folding import FoldedNorms
 from detdistill.progress import Bar
 from detdistill.structures import Detections
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+
+WORTH_FOLDING = 8
+"""With fewer images, folding the detector's batch norms takes longer than it saves."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,14 @@ def predict_image(detector: Detector, image: Tensor, settings: ViewSettings) -> 
 
 
 @torch.no_grad()
-def detect_batch(detector: Detector, group: Sequence[Prepared], settings: ViewSettings) -> list[Found]:
-    """Detect objects in prepared images of one padded size, in one forward pass."""
+def detect_batch(
+    detector: Detector, group: Sequence[Prepared], settings: ViewSettings, folded: FoldedNorms | None = None
+) -> list[Found]:
+    """Detect objects in prepared images of one padded size, in one forward pass; ``folded``: with folded norms."""
     batch = collate([one.sample for one in group if one.sample is not None], settings)
     moved = batch.to(next((parameter.device for parameter in detector.parameters()), torch.device("cpu")))
-    results = detector.detect(detector.predict(detector.features(moved), moved), moved)
+    with nullcontext(moved) if folded is None else folded.running(moved) as fast:
+        results = detector.detect(detector.predict(detector.features(fast), fast), fast)
     found = []
     for one, view, result in zip(group, batch.views, results, strict=True):
         boxes = view.to_original(result.boxes_xyxy.float().cpu())
@@ -148,6 +156,7 @@ def predict_images(
     Yields:
         The detections of each image, in the order in which batches are full; an image that cannot be decoded has an error.
     """
+    folded = FoldedNorms(detector) if len(images) >= WORTH_FOLDING else None
     waiting: dict[tuple[int, int], list[Prepared]] = {}
     for one in _ahead(pool, partial(_prepared, settings=settings), enumerate(images), 2 * batch):
         if one.error is not None:
@@ -157,9 +166,9 @@ def predict_images(
         fullest = max(waiting.values(), key=len)
         # Without this limit, a folder of many sizes would be held in memory.
         if len(fullest) == batch or sum(map(len, waiting.values())) >= 4 * batch:
-            yield from detect_batch(detector, waiting.pop(fullest[0].canvas_hw), settings)
+            yield from detect_batch(detector, waiting.pop(fullest[0].canvas_hw), settings, folded)
     for group in waiting.values():
-        yield from detect_batch(detector, group, settings)
+        yield from detect_batch(detector, group, settings, folded)
 
 
 def detect_all(detector: Detector, images: Sequence[Any], settings: ViewSettings, *, batch: int) -> list[NamedDetections]:

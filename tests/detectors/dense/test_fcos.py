@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from detdistill.detectors.build import build_detector
-from detdistill.detectors.contract import Tower
+from detdistill.detectors.contract import Teacher, Tower
 from detdistill.errors import ModelError
-from detdistill.structures import Assignment
+from detdistill.structures import WHOLE_TOWER, Assignment, Look
 from tests.detectors.dense.shared import (
     EMPTY,
     assert_detections_equal,
@@ -203,3 +203,25 @@ def test_no_detections_at_all(detector):
     assert [len(one) for one in found] == [0, 0, 0]
     assert found[0].boxes_xyxy.shape == (0, 4)
     assert found[0].origin.cell.shape == (0, 2)
+
+
+@torch.no_grad()
+def test_a_teachers_pass_folds_its_norms_and_nobody_else_notices(detector):
+    norms = [module for module in detector.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        for tensor, least in ((norm.weight, 0.5), (norm.bias, -0.2), (norm.running_mean, -0.2), (norm.running_var, 0.5)):
+            tensor.uniform_(least, least + 1)
+    teacher, batch = Teacher(detector), unequal_batch()
+    before, head = teacher.fingerprint, teacher.detector.copy_head()
+    look = Look(backbone=True, towers=(WHOLE_TOWER,), prediction=True)
+    seen, own = teacher.observe(batch, look), detector.observe(batch, look)
+    assert len(teacher._folded.pairs) == len(norms) == 15
+    pairs = [*zip(seen.features.maps, own.features.maps, strict=True)]
+    pairs += zip(seen.backbone_features.maps, own.backbone_features.maps, strict=True)
+    pairs += zip(seen.tower().classification, own.tower().classification, strict=True)
+    assert all(found.is_contiguous() for found, _ in pairs)
+    for found, expected in [*pairs, (seen.prediction.logits, own.prediction.logits)]:
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert Teacher(detector).fingerprint == before
+    after = teacher.detector.copy_head()
+    assert torch.equal(after.predict(own.features, batch).logits, head.predict(own.features, batch).logits)

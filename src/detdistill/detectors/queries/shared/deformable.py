@@ -79,17 +79,22 @@ def still_statistics(*modules: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Looks:
-    """Attention maps of the decoder layers, in order; filled by ``watched``."""
+    """Attention of the decoder layers, in order; filled by ``watched``."""
 
-    cross: list[Tensor]
-    """Cross-attention of each layer over all cells, [B, heads, N, S]."""
+    cross: list[tuple[Tensor, Tensor]]
+    """Weights and points of each layer's cross-attention, see ``dense_attention``."""
     among: list[Tensor]
     """Self-attention of the queries in each layer, [B, heads, N, N]."""
+    dense: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Converts weights and points to maps; the same for all layers."""
 
     @property
     def attention(self) -> Tensor | None:
-        """Stack the cross-attention of all layers, [L, B, heads, N, S]; None: nothing was recorded."""
-        return torch.stack(self.cross) if self.cross else None
+        """Cross-attention of all layers over all cells, [L, B, heads, N, S]; None: nothing was recorded."""
+        if self.dense is None:
+            return None
+        weights, points = (torch.stack(parts) for parts in zip(*self.cross, strict=True))
+        return self.dense(weights, points)
 
     @property
     def self_attention(self) -> Tensor | None:
@@ -121,7 +126,7 @@ def watched(layers: Sequence[Any], wanted: bool, queries: slice = slice(None)) -
 
 
 def _note(looks: Looks, queries: slice, module: Any, arguments: tuple[Any, ...], given: dict[str, Any], result: Any) -> None:
-    """Recompute the sampling points (transformers does not return them) and spread their weights over the cells."""
+    """Recompute the sampling points, which transformers does not return."""
     hidden, position, reference = given["hidden_states"], given.get("position_embeddings"), given["reference_points"]
     hidden = (hidden if position is None else hidden + position)[:, queries]
     shapes = tuple((int(height), int(width)) for height, width in given["spatial_shapes_list"])
@@ -141,7 +146,8 @@ def _note(looks: Looks, queries: slice, module: Any, arguments: tuple[Any, ...],
         points = reference[..., :2] + offsets * share * reference[..., 2:] * getattr(module, "offset_scale", 0.5)
     method = getattr(module, "method", None) or getattr(module, "decoder_method", "default")
     weights = result[1][:, queries].reshape(batch, count, heads, sum(counts))
-    looks.cross.append(dense_attention(weights, points, shapes, counts, nearest=method == "discrete"))
+    looks.cross.append((weights, points))
+    looks.dense = partial(dense_attention, shapes=shapes, counts=counts, nearest=method == "discrete")
 
 
 def _note_among(
@@ -171,35 +177,45 @@ def dense_attention(weights: Tensor, points: Tensor, shapes: Shapes, counts: Seq
     Parts outside the map are dropped, which equals zero padding.
 
     Args:
-        weights: [B, N, heads, points] attention weights.
-        points: [B, N, heads, points, 2] x and y as fractions (0..1) of each level's map.
+        weights: [..., N, heads, points] attention weights.
+        points: [..., N, heads, points, 2] x and y as fractions (0..1) of each level's map.
         shapes: height and width of each level.
         counts: number of points on each level.
         nearest: True: each point reads its nearest cell, clamped to the map (RT-DETRv2's ``discrete`` sampling).
 
     Returns:
-        [B, heads, N, S], levels in order, row after row.
+        [..., heads, N, S], levels in order, row after row.
     """
-    maps = []
-    for (height, width), weight, point in zip(shapes, weights.split(list(counts), 3), points.split(list(counts), 3), strict=True):
-        dense = weight.new_zeros(*weight.shape[:3], height * width)
+    start, index, shares = 0, [], []
+    # All points are added into one tensor of maps: these are so large that each copy of them counts.
+    for (height, width), weight, point in zip(
+        shapes, weights.split(list(counts), -1), points.split(list(counts), -2), strict=True
+    ):
         size = torch.tensor([width, height], device=point.device, dtype=point.dtype)
         if nearest:
             cell = (point * size + 0.5).to(torch.int64)
-            index = cell[..., 1].clamp(0, height - 1) * width + cell[..., 0].clamp(0, width - 1)
-            maps.append(dense.scatter_add(3, index, weight))
-            continue
-        corner = (point * size - 0.5).floor()
-        part = point * size - 0.5 - corner
-        for right in (0, 1):
-            for below in (0, 1):
-                x, y = corner[..., 0].long() + right, corner[..., 1].long() + below
-                share = (part[..., 0] if right else 1 - part[..., 0]) * (part[..., 1] if below else 1 - part[..., 1])
-                inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-                index = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
-                dense = dense.scatter_add(3, index, (weight * share * inside).to(dense.dtype))
-        maps.append(dense)
-    return torch.cat(maps, dim=3).transpose(1, 2)
+            index.append(start + cell[..., 1].clamp(0, height - 1) * width + cell[..., 0].clamp(0, width - 1))
+            shares.append(weight)
+        else:
+            for places, share in _corners(point * size - 0.5, (height, width)):
+                index.append(start + places)
+                shares.append((weight * share).to(weight.dtype))
+        start += height * width
+    dense = weights.new_zeros(*weights.shape[:-1], start)
+    return dense.scatter_add_(-1, torch.cat(index, dim=-1), torch.cat(shares, dim=-1)).transpose(-3, -2)
+
+
+def _corners(point: Tensor, size_hw: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Index and share of the four cells around each point [..., 2], x and y in cells; a share is 0 outside the map."""
+    height, width = size_hw
+    corner = point.floor()
+    part = point - corner
+    for right in (0, 1):
+        for below in (0, 1):
+            x, y = corner[..., 0].long() + right, corner[..., 1].long() + below
+            share = (part[..., 0] if right else 1 - part[..., 0]) * (part[..., 1] if below else 1 - part[..., 1])
+            inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+            yield y.clamp(0, height - 1) * width + x.clamp(0, width - 1), share * inside
 
 
 # ---------------------------------------------------------------------------------------------------- sets and losses
