@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def forked_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes of Python that are started in this test, and those that they start, are forks (``tests/forked.py``)."""
-    import detdistill.training.run
+    import detdistill.training.run  # noqa: F401 - imported here, forks need not import it again
     from tests.forked import Forked
 
     monkeypatch.setattr(subprocess, "Popen", Forked)

@@ -1,9 +1,10 @@
 """Processes of Python that begin with everything imported: forks of the process that starts them.
 
 A new interpreter imports torch, Lightning and timm for many seconds before it does what a test is about. With the fixture
-``forked_python``, ``subprocess`` starts ``python -m``, ``python -c`` and scripts as forks, in the tests and in all that they call.
+``forked_python``, ``subprocess`` starts ``python -m``, ``python -c`` and scripts as forks, in the test and in all that it calls.
 All else is real: an own process, a child of the one that starts it, with its own arguments, environment, streams and exit code.
-A test that is about a new interpreter (what is imported, what an import changes) does without.
+A test that is about a new interpreter (what is imported, what an import changes) does without, and so does one test of a
+distributed run from the command line.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _begin(environment: Mapping[str, str] | None) -> None:
             with contextlib.suppress(OSError):  # the listing's own
                 os.fstat(number)
                 os.dup2(nothing, number, inheritable=False)  # not closed: objects of before still hold the number
-    sys.stdin, sys.stdout, sys.stderr = (open(number, mode, closefd=False) for number, mode in enumerate("rww"))
+    sys.stdin, sys.stdout, sys.stderr = (open(number, mode, closefd=False) for number, mode in enumerate("rww"))  # noqa: SIM115
     sys.stderr.reconfigure(line_buffering=True)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     if environment is not None:

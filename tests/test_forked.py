@@ -24,7 +24,10 @@ sys.exit({end})
 """
 
 
-@pytest.mark.parametrize(("end", "code", "last"), [("", 0, None), ("3", 3, None), ("'why'", 1, "why"), ("1 / 0", 1, "ZeroDivisionError: division by zero")])
+@pytest.mark.parametrize(
+    ("end", "code", "last"),
+    [("", 0, None), ("3", 3, None), ("'why'", 1, "why"), ("1 / 0", 1, "ZeroDivisionError: division by zero")],
+)
 def test_a_fork_has_its_own_arguments_environment_streams_and_exit_code(python, tmp_path, monkeypatch, end, code, last):
     monkeypatch.setenv("TOKEN", "x")
     environment = {name: value for name, value in os.environ.items() if name != "TOKEN"} | {"MINE": "1"}
@@ -40,13 +43,17 @@ def test_a_fork_has_its_own_arguments_environment_streams_and_exit_code(python, 
 
 def test_scripts_and_modules(python, tmp_path):
     (tmp_path / "beside.py").write_text("value = 7")
-    (tmp_path / "mine.py").write_text("import sys, beside, __main__\nprint(__name__, sys.argv[1:], beside.value, __main__.beside.value)")
+    (tmp_path / "mine.py").write_text(
+        "import sys, beside, __main__\nprint(__name__, sys.argv[1:], beside.value, __main__.beside.value)"
+    )
     assert python(tmp_path / "mine.py", "x").stdout == "__main__ ['x'] 7 7\n"
     assert python("-m", "mine", "x", cwd=tmp_path).stdout == "__main__ ['x'] 7 7\n"
 
 
 def test_a_fork_can_be_killed_and_is_waited_for(forked_python):
-    process = subprocess.Popen([sys.executable, "-c", "import time; print('on', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import time; print('on', flush=True); time.sleep(60)"], stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"on\n"
     began = time.monotonic()
     process.terminate()
