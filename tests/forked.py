@@ -21,6 +21,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -67,10 +68,10 @@ def _run(words: Sequence[str], environment: Mapping[str, str] | None) -> NoRetur
 def _begin(environment: Mapping[str, str] | None) -> None:
     """Forget what belongs to the process that was forked: open files, streams, environment, signals, warnings, logs."""
     nothing = os.open(os.devnull, os.O_RDWR)
-    for number in [int(name) for name in os.listdir("/proc/self/fd")]:
+    for number in [int(name) for name in os.listdir("/dev/fd")]:
         if number > 2 and number != nothing:
-            with contextlib.suppress(OSError):  # the listing's own
-                os.fstat(number)
+            with contextlib.suppress(OSError):
+                os.fstat(number)  # the listing's own is closed again
                 os.dup2(nothing, number, inheritable=False)  # not closed: objects of before still hold the number
     sys.stdin, sys.stdout, sys.stderr = (open(number, mode, closefd=False) for number, mode in enumerate("rww"))  # noqa: SIM115
     sys.stderr.reconfigure(line_buffering=True)
@@ -78,6 +79,7 @@ def _begin(environment: Mapping[str, str] | None) -> None:
     if environment is not None:
         os.environ.clear()
         os.environ.update(environment)
+        tempfile.tempdir = None  # found anew, from TMPDIR
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
