@@ -146,7 +146,7 @@ def learn(name: str, course: Course, seed: int = 0, distort: Callable[[Target], 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         detector = without_dropout(build_detector(f"{name}:{course.options}", data.classes)).train()
-        optimizer = torch.optim.AdamW(detector.parameters(), lr=course.rate, weight_decay=1e-2, fused=True)
+        optimizer = torch.optim.AdamW(detector.parameters(), lr=course.rate, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, course.rate, total_steps=course.steps, pct_start=0.15)
         order: list[int] = []
         for _ in range(course.steps):
