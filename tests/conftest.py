@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import tempfile
 
 import pytest
@@ -19,3 +20,12 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="detdistill-tests-")
         os.environ["DETDISTILL_CACHE"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.fixture
+def forked_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of Python that are started in this test, and those that they start, are forks (``tests/forked.py``)."""
+    import detdistill.training.run  # noqa: F401 - imported here, forks need not import it again
+    from tests.forked import Forked
+
+    monkeypatch.setattr(subprocess, "Popen", Forked)

@@ -130,8 +130,11 @@ def test_detectors_are_probed_once_for_the_same_versions(see, document, probed, 
 def test_kept_probes_of_other_versions_or_other_files_are_not_trusted(document, probed, monkeypatch):
     document("detectors")
     monkeypatch.setattr(probe, "probe_all", lambda follow, export: FOUND[:1])
-    monkeypatch.setattr(kept, "version", lambda name: "99.0")
-    assert len(document("detectors")["detectors"]) == 1
+    kept.software.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(kept, "version", lambda name: "99.0")
+        assert len(document("detectors")["detectors"]) == 1
+    kept.software.cache_clear()
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2", "[]", '{"key": 1}'])

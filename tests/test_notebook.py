@@ -11,7 +11,7 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "docs/notebooks/quickstart.ipyn
 SIZES = "TRAIN, VAL, SIZE, EPOCHS, SEEDS = 8, 4, 64, 1, (0,)"
 
 
-def test_the_notebook_runs(tmp_path):
+def test_the_notebook_runs(tmp_path, forked_python):
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     small, changed = re.subn(r"^TRAIN, VAL, .*$", SIZES, code, flags=re.MULTILINE)

@@ -6,6 +6,7 @@ cannot be written, and a file that cannot be read, are the same as no result: it
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -51,11 +52,12 @@ def keep(name: str, key: str, content: Any) -> None:
         write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
+@functools.cache
 def software() -> str:
     """What a computed result depends on besides its inputs: Python, the machine, this package's files and its requirements.
 
     The files count with their content, because an editable installation changes without a new version. A requirement that is
-    not installed counts as that.
+    not installed counts as that. All is read once in a process, as modules are.
     """
     crc = 0
     for path in sorted(Path(__file__).parent.rglob("*.py")):

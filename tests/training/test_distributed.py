@@ -36,7 +36,7 @@ def command(verb: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_two_processes_from_the_command_line(teacher: Path, tmp_path: Path):
+def test_two_processes_from_the_command_line(teacher: Path, tmp_path: Path, request: pytest.FixtureRequest):
     common = {**small.SETTINGS, "batch": 2, "devices": 2, "student": small.MODEL, "data": small.DATA, "teacher": teacher}
     common |= {"method": "mgd,weight=0.001", "score_teacher": False, "out": tmp_path / "run", "epochs": 1, "balance": 0.3}
     done = command("distill", **common)
@@ -58,6 +58,7 @@ def test_two_processes_from_the_command_line(teacher: Path, tmp_path: Path):
     assert alone.metrics == summary["metrics"]
     assert alone.per_class == summary["per_class"]
     assert alone.errors == summary["errors"] != {}
+    request.getfixturevalue("forked_python")
     again = command("distill", **common)
     assert again.returncode == 2
     assert [line for line in again.stderr.splitlines() if line.startswith("detdistill: ")] == [again.stderr.splitlines()[-1]]

@@ -61,7 +61,7 @@ def test_folders_and_teacher_numbers(one_by_one: Path, teacher: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_side_by_side_gives_the_same(one_by_one: Path, teacher: Path, tmp_path: Path):
+def test_side_by_side_gives_the_same(one_by_one: Path, teacher: Path, tmp_path: Path, forked_python: None):
     result = small.distill(teacher, tmp_path / "parallel", **BOTH, jobs=2)
     assert summaries(tmp_path / "parallel") == summaries(one_by_one)
     for name in NAMES:
@@ -96,7 +96,7 @@ def test_resume_does_what_is_missing(one_by_one: Path, teacher: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_failing_child_gives_its_last_line(teacher: Path, tmp_path: Path):
+def test_a_failing_child_gives_its_last_line(teacher: Path, tmp_path: Path, forked_python: None):
     (tmp_path / "e" / "distilled-seed0").mkdir(parents=True)
     settings = DistillSettings(**{**small.SETTINGS, "method": "pkd", "seeds": (0,), "epochs": 1}, out=tmp_path / "e", jobs=2)
     plan = Plan(small.MODEL, small.DATA, settings, role="distilled", teacher=str(teacher))

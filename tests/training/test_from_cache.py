@@ -226,7 +226,7 @@ def test_several_writers_share_the_work(teacher, tmp_path, monkeypatch):
     assert writers == {"000of002", "001of002"}
 
 
-def test_devices_start_processes_of_their_own(teacher, tmp_path):
+def test_devices_start_processes_of_their_own(teacher, tmp_path, forked_python):
     made = cache(teacher, tmp_path / "cache", devices=2)
     assert (made.records, made.complete) == (VIEWS, True)
     assert {path.name[:8] for path in (tmp_path / "cache").glob("shards/*.json")} == {"000of002", "001of002"}

@@ -16,9 +16,9 @@ from detdistill.errors import StoppedError
 from detdistill.processes import stopped_by_signals
 from tests.training import small
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_python")]
 MANY = int(os.environ.get("DETDISTILL_FAULTS", "6")) > 6
-"""Whether all cases are tried; each starts processes that import torch."""
+"""Whether all cases are tried; each starts processes that train."""
 LONG = {"epochs": 4000, "evaluate_every": 4000}
 
 

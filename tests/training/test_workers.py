@@ -28,7 +28,7 @@ def test_the_command_of_workers(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_calls_in_a_script_of_which_one_has_two_processes(tmp_path):
+def test_two_calls_in_a_script_of_which_one_has_two_processes(tmp_path, forked_python):
     script = tmp_path / "mine.py"
     few = {**small.SETTINGS, "report": False}
     script.write_text(

@@ -7,6 +7,7 @@ For torchvision's detectors and the models of this package the format is ``model
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -119,8 +120,9 @@ def _write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+@functools.cache
 def installed_versions() -> dict[str, str]:
-    """Versions of the installed packages that a detector's behaviour depends on, by name."""
+    """Versions of the installed packages that a detector's behaviour depends on, by name; read once in a process."""
     found = {}
     for name in PACKAGES:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import random
@@ -90,8 +91,9 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that affect results."""
+    """Versions of Python and of the packages that affect results; read once in a process."""
     names = ("detdistill", "torch", "torchvision", "timm", "lightning", "faster-coco-eval", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 

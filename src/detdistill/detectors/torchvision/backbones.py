@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import Any, Literal
 
 import timm
@@ -141,7 +143,27 @@ def scale_channels(channels: int, width: float) -> int:
 
 
 def probe(backbone: str, timm_options: dict[str, Any]) -> Any:
-    """Build the backbone with all its feature maps, to read its strides and channels; the random state stays unchanged.
+    """The backbone with all its feature maps and without values (device ``meta``), to read strides, channels and modules.
+
+    Each is built once in a process, so it must not be changed.
+
+    Raises:
+        ModelError: as ``random_features``.
+    """
+    return _probed(backbone, json.dumps(timm_options))
+
+
+@functools.lru_cache(maxsize=128)
+def _probed(backbone: str, timm_options: str) -> Any:
+    return random_features(backbone, json.loads(timm_options)).to("meta")
+
+
+def random_features(backbone: str, timm_options: dict[str, Any]) -> Any:
+    """Build the backbone with random weights; the random state stays unchanged.
+
+    Args:
+        backbone: name of a timm model.
+        timm_options: see ``load_student.timm_features``; without ``out_indices``, it returns all its maps.
 
     Raises:
         ModelError: timm cannot build the model, or not as a feature extractor.

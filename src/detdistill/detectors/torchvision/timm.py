@@ -18,7 +18,13 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from detdistill.detectors.options import ModelOptions
-from detdistill.detectors.torchvision.backbones import image_statistics, patch_of, probe, timm_description
+from detdistill.detectors.torchvision.backbones import (
+    image_statistics,
+    patch_of,
+    probe,
+    random_features,
+    timm_description,
+)
 from detdistill.detectors.torchvision.maps_only import MapsOnly, refuse_student
 from detdistill.detectors.torchvision.options import BackboneOptions, Levels
 from detdistill.detectors.torchvision.pretrained import pretrained_features
@@ -94,7 +100,7 @@ def _features(backbone: str, indices: Sequence[int], given: dict[str, Any], sour
         ModelError: see ``pretrained_features``.
     """
     if source is False:
-        module: nn.Module = probe(backbone, {"out_indices": tuple(indices), **given})
+        module: nn.Module = random_features(backbone, {"out_indices": tuple(indices), **given})
         return module
     loaded: nn.Module = pretrained_features(backbone, indices, given, source)
     return loaded
