@@ -75,5 +75,5 @@ def test_other_forms_go_first(tmp_path, make):
 def test_a_list_of_classes_without_labels_is_no_data(tmp_path):
     (without_yaml(tmp_path) / "classes.txt").write_text("ant\nbee\ncat\n")
     shutil.rmtree(tmp_path / "labels")
-    with pytest.raises(DataError, match="no data set of a known form.*found classes.txt, images/"):
+    with pytest.raises(DataError, match=r"no data set of a known form.*found classes\.txt, images/"):
         load_data(tmp_path)

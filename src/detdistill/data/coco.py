@@ -94,7 +94,8 @@ def _match_classes(
     dropped = {name for _, groups in categories.values() for name in groups} - used_groups
     if dropped:
         notes.append(
-            f"category {listed(sorted(dropped))} groups the others or is the background and has no boxes: it is not used as a class"
+            f"category {listed(sorted(dropped))} groups the others or is the background and has no boxes: "
+            "it is not used as a class"
         )
     named = {name: _named(files[name], split, dropped) for name, (split, _) in categories.items()}
     first = next(iter(contents))
@@ -239,8 +240,8 @@ class _Reading:
         count = len(listed_ids)
         if listed_ids == set(range(1, count + 1)) and 0 in self.used and count not in self.used:
             yield (
-                f"the category ids of the annotations count from 0, those of the list from 1: id 0 is used and not listed, id {count} "
-                "listed and never used; most boxes have a wrong class until 1 is added to every category_id"
+                "the category ids of the annotations count from 0, those of the list from 1: id 0 is used and not listed, "
+                f"id {count} listed and never used; most boxes have a wrong class until 1 is added to every category_id"
             )
         if self.scored:
             yield f"{self.scored} boxes have a score below 1: each counts as much as its score in the training"

@@ -26,7 +26,7 @@ WAYS = {"labelme JSON": "convert it with labelme2yolo", "Label Studio JSON": "ex
 
 
 def other_form(path: Path) -> str:
-    """Say which form that is not read a file, or a file of a folder or its subfolders, has, and what to do; else an empty text."""
+    """Say which form that is not read a file, or one of a folder or its subfolders, has, and what to do; else an empty text."""
     files = [path] if path.is_file() else [*_some(path), *(file for place in sorted(path.iterdir()) for file in _some(place))]
     for file in files:
         try:

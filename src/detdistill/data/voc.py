@@ -3,7 +3,8 @@
 VOC counts pixels from 1, and both corner pixels belong to the box. So 1 is subtracted from xmin and ymin, while xmax and
 ymax stay: a box from 1 to 10 covers ten pixels, 0.0 to 10.0, and a box from 7 to 7 covers one. Most converters count from 0
 and write ends that do not belong to the box; a 0 in xmin or ymin shows it, or decimal points in most boxes, and then nothing is
-subtracted. The file ``voc.yaml`` with ``counts_from: 0`` (or 1) decides it for a data set. ``difficult`` objects are treated like all others.
+subtracted. The file ``voc.yaml`` with ``counts_from: 0`` (or 1) decides it for a data set. ``difficult`` objects are treated like
+all others.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ def _counts_from(root: Path, annotations: Iterable[_Annotation], notes: list[str
     decimal = sum(item.decimal for item in objects)
     if decimal > MOSTLY * len(objects):
         notes.append(
-            f"the corners count from 0: those of {decimal} of {len(objects)} boxes have a decimal point, so they are no numbers of "
-            f"pixels, and 1 is not subtracted; a file {SETTINGS} with the line counts_from: 1 (or 0) overrules this"
+            f"the corners count from 0: those of {decimal} of {len(objects)} boxes have a decimal point, so they are no numbers "
+            f"of pixels, and 1 is not subtracted; a file {SETTINGS} with the line counts_from: 1 (or 0) overrules this"
         )
         return 0
     thin = sum((corner[0] == corner[2]) != (corner[1] == corner[3]) for corner in corners)

@@ -75,8 +75,9 @@ def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     """Read the splits that a ``data.yaml`` names.
 
     Args:
-        file: the YAML file, or the list of classes that ``find_names`` found. Keys: ``train``, ``val`` and optionally ``test`` (each a folder, a text file that lists images,
-            or a list of these); ``names`` (list or mapping) or ``nc``; optionally ``path``, the base folder of the others;
+        file: the YAML file, or the list of classes that ``find_names`` found. Keys: ``train``, ``val`` and optionally ``test``
+            (each a folder, a text file that lists images, or a list of these; without any, folders named after splits);
+            ``names`` (list or mapping) or ``nc``; optionally ``path``, the base folder of the others;
             ``kpt_shape`` or ``task`` (detect, segment, pose, obb), which say what rows with more than four values hold.
 
     Returns:

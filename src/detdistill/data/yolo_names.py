@@ -1,7 +1,8 @@
 """YOLO data without a ``data.yaml`` that names the splits, as annotation tools write them.
 
-The classes are those of ``notes.json`` (Label Studio), of a YAML file with ``names`` but no splits (supervision), of ``classes.txt``
-(Label Studio, labelImg) or of ``obj.names`` (Darknet's form: CVAT, Datumaro). The splits are the folders named after them.
+The classes are those of ``notes.json`` (Label Studio), of a YAML file with ``names`` but no splits (supervision), of
+``classes.txt`` (Label Studio, labelImg) or of ``obj.names`` (Darknet's form: CVAT, Datumaro). The splits are the folders named
+after them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DEPTH = 3
 
 
 def find_names(path: Path) -> Path | None:
-    """The file that names the classes of a folder's YOLO label files; None: there is no such file, or there are no label files."""
+    """The file that names the classes of a folder's YOLO label files; None: there is no such file, or no label file."""
     if not path.is_dir():
         return None
     yaml = [file for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml") and _has_names(file)]
@@ -52,7 +53,8 @@ def read_names(file: Path, notes: list[str]) -> dict[str, Any]:
     ordered = [names[number] for number in sorted(names)]
     if beside and beside != ordered:
         notes.append(
-            f"{LISTS[0]} lists {listed(beside)}, but the rows have the ids of {NOTES}, in the order {listed(ordered)}: these are used"
+            f"{LISTS[0]} lists {listed(beside)}, but the rows have the ids of {NOTES}, in the order {listed(ordered)}: "
+            "these are used"
         )
     return {"names": names}
 
