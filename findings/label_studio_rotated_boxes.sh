@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# label-studio-sdk 2.1.2: a rotated rectangle becomes four different boxes in its four exports, three of them beside the object.
+# label-studio-sdk 2.1.2: a rotated rectangle becomes three different boxes in the four exports, and one of them is right.
 #
 # Expected: forms that have no angle get the upright box around the rotated rectangle. Seen, for a rectangle of 40 x 20 pixels turned by
 # 90 degrees on an image of 200 x 100: YOLO and VOC leave out the angle, so the box lies beside the object; COCO turns the box in per cent
