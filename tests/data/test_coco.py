@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from detdistill.data.coco import write_coco
-from detdistill.data.discover import load_data
+from detdistill.data.discover import load_data, read_sets
 from detdistill.errors import DataError
 from tests.data.forms import CLASSES, TRAIN, VAL, Picture, coco_content, make_coco, write_image, write_json
 
@@ -84,13 +84,48 @@ def test_roboflow_group_category_is_dropped(tmp_path):
     data = load_data(tmp_path)
     assert data.classes == CLASSES
     assert boxes(data.train) == EXPECTED
-    assert data.notes == ("category animal only groups the others and has no boxes: it is not used as a class",)
+    assert data.notes == ("category animal groups the others or is the background and has no boxes: it is not used as a class",)
     # As soon as it owns a box, it is a class.
     content = coco_content(VAL)
     content["categories"].insert(0, group)
     content["annotations"][0]["category_id"] = 0
     write_json(tmp_path / "valid" / "_annotations.coco.json", content)
     assert load_data(tmp_path).classes == ("animal", *CLASSES)
+
+
+def test_a_background_without_boxes_is_no_class(tmp_path):
+    make_coco(tmp_path)
+    for split in ("train2017", "val2017"):
+        file = tmp_path / "annotations" / f"instances_{split}.json"
+        content = json.loads(file.read_text())
+        content["categories"].insert(0, {"id": 0, "name": "_background_", "supercategory": None})  # labelme's example
+        write_json(file, content)
+    data = load_data(tmp_path)
+    assert data.classes == CLASSES
+    assert boxes(data.train) == EXPECTED
+    assert data.notes == (
+        "category _background_ groups the others or is the background and has no boxes: it is not used as a class",
+    )
+    content["annotations"][0]["category_id"] = 0
+    write_json(file, content)
+    assert load_data(tmp_path).classes == ("_background_", *CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("ids", "noted"), [((0, 1, 2), True), ((1, 2, 3), False), ((0, 2, 3), False), ((0, 0, 0), True), ((1, 1, 2), False)]
+)
+def test_category_ids_that_count_from_another_number_than_the_list_are_noted(tmp_path, ids, noted):
+    content = coco_content(TRAIN, ids)
+    content["categories"] = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
+    write_json(tmp_path / "train.json", content)
+    for picture in TRAIN:
+        write_image(tmp_path / f"{picture.name}.jpg", picture.width, picture.height)
+    notes = [note for note in read_sets(tmp_path)[1] if "count from 0" in note]
+    message = (
+        "train: the category ids of the annotations count from 0, those of the list from 1: id 0 is used and not listed, id 3 "
+        "listed and never used; most boxes have a wrong class until 1 is added to every category_id"
+    )
+    assert notes == ([message] if noted else [])
 
 
 def test_one_file_with_images_beside_it(tmp_path):

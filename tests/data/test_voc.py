@@ -1,6 +1,6 @@
 import pytest
 
-from detdistill.data.discover import load_data
+from detdistill.data.discover import load_data, read_sets
 from detdistill.errors import DataError
 from tests.data.forms import CLASSES, TRAIN, VAL, Picture, make_coco, make_voc, make_yolo, real, voc_xml, write_image
 
@@ -425,3 +425,28 @@ def test_two_images_of_one_name_need_the_file_name(tmp_path):
     assert load_data(tmp_path, strict=True).train.records[0].path.name == "a.jpg"
     data = replace_a(tmp_path, voc_xml(TRAIN[0]).replace("<filename>a.jpg</filename>", ""))
     assert [(defect.kind, defect.skipped) for defect in data.defects] == [("missing file", "image")]
+
+
+@pytest.mark.parametrize(("corners", "box"), [((3.0, 4.0, 23.0, 34.0), [3, 4, 23, 34]), ((3, 4, 23, 34), [2, 3, 23, 34])])
+def test_decimal_points_in_most_boxes_count_from_zero(tmp_path, corners, box):
+    write_image(tmp_path / "JPEGImages" / "a.jpg", 64, 48)
+    (tmp_path / "Annotations").mkdir()
+    (tmp_path / "Annotations" / "a.xml").write_text(annotation(corners))
+    sets, notes = read_sets(tmp_path)
+    assert sets["train"].records[0].boxes_xyxy.tolist() == [box]
+    message = (
+        "the corners count from 0: those of 1 of 1 boxes have a decimal point, so they are no numbers of pixels, and 1 is not "
+        "subtracted; a file voc.yaml with the line counts_from: 1 (or 0) overrules this"
+    )
+    assert (message in notes) == isinstance(corners[0], float)
+
+
+def test_some_boxes_with_decimal_points_count_from_one(tmp_path):
+    make_voc(tmp_path)
+    assert boxes(replace_a(tmp_path, annotation((3.5, 4, 23, 34))).train)["a"] == ([[2.5, 3, 23, 34]], [0])
+
+
+@pytest.mark.parametrize("name", ["class_names.txt", "labels.txt"])
+def test_names_that_stand_for_no_object_are_no_classes(tmp_path, name):
+    (make_voc(tmp_path) / name).write_text("__ignore__\n_background_\ncat\nbee\nant\n")
+    assert load_data(tmp_path).classes == ("cat", "bee", "ant")

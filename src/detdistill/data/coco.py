@@ -22,6 +22,7 @@ from detdistill.data.flags import is_id, truth, whole
 from detdistill.data.outlines import Box, outline_box
 from detdistill.data.paths import folders_below, match_listed, split_parts
 from detdistill.data.records import (
+    NO_OBJECT,
     SPLIT_WORDS,
     Defect,
     DetectionSet,
@@ -92,7 +93,10 @@ def _match_classes(
     used_groups = {name for _, groups in categories.values() for name, used in groups.items() if used}
     dropped = {name for _, groups in categories.values() for name in groups} - used_groups
     if dropped:
-        notes.append(f"category {listed(sorted(dropped))} only groups the others and has no boxes: it is not used as a class")
+        notes.append(
+            f"category {listed(sorted(dropped))} groups the others or is the background and has no boxes: "
+            "it is not used as a class"
+        )
     named = {name: _named(files[name], split, dropped) for name, (split, _) in categories.items()}
     first = next(iter(contents))
     classes = tuple(text for _, text in sorted(named[first].items(), key=lambda item: _order(item[0])))
@@ -146,12 +150,15 @@ def _is_text(name: str) -> bool:
 def _drop_groups(
     categories: dict[Any, dict[str, Any]], content: dict[str, Any]
 ) -> tuple[dict[Any, dict[str, Any]], dict[str, bool]]:
-    """The categories, and which of them may be Roboflow's: the parent of the others, by name, with True if it has a box."""
+    """The categories, and which of them may be no class, by name, with True if it has a box.
+
+    Those are Roboflow's parent of the others, and a background.
+    """
     groups: dict[str, bool] = {}
     marked = {}
     for key, category in categories.items():
         parents = {str(other.get("supercategory")) for other in categories.values() if other is not category}
-        group = category.get("supercategory") == "none" and category["name"] in parents
+        group = (category.get("supercategory") == "none" and category["name"] in parents) or category["name"] in NO_OBJECT
         marked[key] = {**category, "group": group}
         if group:
             groups[category["name"]] = groups.get(category["name"], False)
@@ -218,6 +225,8 @@ class _Reading:
     """Number of boxes that are the tight box of a segmentation."""
     scored: int = 0
     """Number of boxes with a score below 1."""
+    used: set[int] = field(default_factory=set)
+    """Category ids of the annotations that are integers, listed or not."""
 
     def report(self, kind: str, record: str, message: str, skipped: str = "box") -> None:
         self.defects.append(Defect(kind, self.where, record, message, skipped))
@@ -227,6 +236,13 @@ class _Reading:
             yield f"{count} boxes are marked '{key}': like crowds, they are neither trained on nor counted as mistakes"
         if self.outlined:
             yield f"{self.outlined} annotations have no bbox: the tight box of their segmentation is used"
+        listed_ids = {whole(key) for key in self.labels}
+        count = len(listed_ids)
+        if listed_ids == set(range(1, count + 1)) and 0 in self.used and count not in self.used:
+            yield (
+                "the category ids of the annotations count from 0, those of the list from 1: id 0 is used and not listed, "
+                f"id {count} listed and never used; most boxes have a wrong class until 1 is added to every category_id"
+            )
         if self.scored:
             yield f"{self.scored} boxes have a score below 1: each counts as much as its score in the training"
 
@@ -296,6 +312,8 @@ def _raw_boxes(annotations: list[Any], images: _Ids, reading: _Reading) -> dict[
         if item.get("category_id") is None:
             reading.report("missing category", record, "no category_id")
             continue
+        if (number := whole(item["category_id"])) is not None:
+            reading.used.add(number)
         category = categories(item["category_id"])
         if category is None:
             message = f"category_id {item['category_id']!r:.60} is not in the list of categories"

@@ -27,10 +27,11 @@ from detdistill.data.records import (
 )
 from detdistill.data.voc import find_voc, read_voc
 from detdistill.data.yolo import find_yolo, read_yolo
+from detdistill.data.yolo_names import find_names
 from detdistill.errors import DataError, RunError, counted, nearest
 
 FORMS = (
-    "COCO JSON (annotations/*.json, a subfolder's *.json, or the file itself), a YOLO data.yaml with names and train, "
+    "COCO JSON (annotations/*.json, a subfolder's *.json, or the file itself), YOLO labels with a data.yaml or classes.txt, "
     "VOC XML (Annotations/*.xml, or beside the images)"
 )
 
@@ -196,6 +197,8 @@ def _read(path: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
             return read_coco(path, coco)
         if voc is not None:
             return read_voc(voc)
+        if (names := find_names(path)) is not None:
+            return read_yolo(names)
         inside = (
             [item for item in path.iterdir() if item.is_dir() and not item.name.startswith((".", "__"))] if path.is_dir() else []
         )
@@ -203,7 +206,7 @@ def _read(path: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
             break
         path = inside[0]
     if other := other_form(start):
-        raise DataError(f"{start}: {other}; export it as COCO, YOLO or Pascal VOC")
+        raise DataError(f"{start}: {other}")
     if start.is_file():
         raise DataError(f"{start}: neither a COCO JSON file nor a YOLO data.yaml; looked for {FORMS}")
     found = listed(sorted(item.name + ("/" if item.is_dir() else "") for item in start.iterdir())) or "nothing"

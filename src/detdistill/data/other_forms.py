@@ -21,10 +21,12 @@ SIGNS: tuple[tuple[str, str, str], ...] = (
     ("a table of boxes (CSV)", ".csv", r"(?i)xmin\W+.*ymin\W+"),
 )
 """Name of a form, suffix of its files, and what their beginning looks like."""
+WAYS = {"labelme JSON": "convert it with labelme2yolo", "Label Studio JSON": "export the project as YOLO or COCO with images"}
+"""What to do with a form that has a way of its own."""
 
 
 def other_form(path: Path) -> str:
-    """Say which form that is not read a file, or a file of a folder or its subfolders, has; an empty text if none is known."""
+    """Say which form that is not read a file, or one of a folder or its subfolders, has, and what to do; else an empty text."""
     files = [path] if path.is_file() else [*_some(path), *(file for place in sorted(path.iterdir()) for file in _some(place))]
     for file in files:
         try:
@@ -34,7 +36,8 @@ def other_form(path: Path) -> str:
             continue
         for name, suffix, sign in SIGNS:
             if file.suffix.lower() == suffix and re.search(sign, text, re.DOTALL):
-                return f"{file.name if file == path else file.relative_to(path)} is {name}, which is not read"
+                way = WAYS.get(name, "export it as COCO, YOLO or Pascal VOC")
+                return f"{file.name if file == path else file.relative_to(path)} is {name}, which is not read; {way}"
     return ""
 
 

@@ -460,6 +460,8 @@ def listed(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(every[:most]) + (f", ... ({len(every)} in all)" if len(every) > most else "")
 
 
+NO_OBJECT = ("background", "__background__", "_background_", "__ignore__")
+"""Names in lists of classes that stand for no object; labelme's lists begin with ``__ignore__`` and ``_background_``."""
 SPLIT_WORDS: dict[str, SplitName] = {
     "train": "train",
     "training": "train",

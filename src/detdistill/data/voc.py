@@ -2,8 +2,9 @@
 
 VOC counts pixels from 1, and both corner pixels belong to the box. So 1 is subtracted from xmin and ymin, while xmax and
 ymax stay: a box from 1 to 10 covers ten pixels, 0.0 to 10.0, and a box from 7 to 7 covers one. Most converters count from 0
-and write ends that do not belong to the box; a 0 in xmin or ymin shows it, and then nothing is subtracted. The file
-``voc.yaml`` with ``counts_from: 0`` (or 1) decides it for a data set. ``difficult`` objects are treated like all others.
+and write ends that do not belong to the box; a 0 in xmin or ymin shows it, or decimal points in most boxes, and then nothing is
+subtracted. The file ``voc.yaml`` with ``counts_from: 0`` (or 1) decides it for a data set. ``difficult`` objects are treated like
+all others.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import yaml
 
 from detdistill.data.records import (
     BROKEN_FILE,
+    NO_OBJECT,
     Defect,
     DetectionSet,
     RawBox,
@@ -32,11 +34,11 @@ from detdistill.data.records import (
 from detdistill.data.voc_files import ImageFinder, annotation_folder, find_files, parse_xml, read_lines
 from detdistill.errors import DataError
 
-CLASS_FILES = ("classes.txt", "labels.txt", "ImageSets/Main/classes.txt", "labelmap.txt")
+CLASS_FILES = ("classes.txt", "labels.txt", "class_names.txt", "ImageSets/Main/classes.txt", "labelmap.txt")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 SETTINGS = "voc.yaml"
-BACKGROUND = ("background", "__background__", "_background_")
-"""Names in label maps that stand for no object."""
+MOSTLY = 0.5
+"""Share of the boxes above which decimal points show that the corners count from 0; a few boxes of VOC 2012 have them, too."""
 
 
 def find_voc(path: Path) -> Path | None:
@@ -53,6 +55,8 @@ class _Object:
     corners: tuple[float, ...] | None
     """xmin, ymin, xmax, ymax; nan for a text that is no number. None: ``problem`` says why there are none."""
     problem: str = ""
+    decimal: bool = False
+    """True if a corner is written with a decimal point, as in 12.0."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ def _object(item: ElementTree.Element, record: str) -> _Object:
         return _Object(record, name, None, "bndbox needs xmin, ymin, xmax and ymax")
     if len(texts) < len(boxes[0]):
         return _Object(record, name, None, "a corner of its bndbox is given twice")
-    return _Object(record, name, tuple(_number(texts[side]) for side in CORNERS))
+    corners = tuple(_number(texts[side]) for side in CORNERS)
+    return _Object(record, name, corners, decimal=any("." in texts[side] for side in CORNERS))
 
 
 def _class_file(root: Path, used: set[str], annotations: list[Path]) -> tuple[str, ...] | None:
@@ -141,7 +146,7 @@ def _class_file(root: Path, used: set[str], annotations: list[Path]) -> tuple[st
             lines = [line for line in read_lines(root / name, annotations, lambda line: line in used) if line]
             if name == "labelmap.txt":  # name:color:parts:actions
                 lines = [line.split(":")[0].strip() for line in lines if not line.startswith("#")]
-                lines = [line for line in lines if line not in BACKGROUND or line in used]
+            lines = [line for line in lines if line not in NO_OBJECT or line in used]
             if len(set(lines)) < len(lines) or not lines:
                 raise DataError(f"{root / name}: needs one class name on each line, each once; it has {listed(lines) or 'none'}")
             return tuple(lines)
@@ -159,12 +164,20 @@ def _counts_from(root: Path, annotations: Iterable[_Annotation], notes: list[str
         if type(origin) is not int or origin not in (0, 1) or len(settings) != 1:
             raise DataError(f"{root / SETTINGS}: is {settings!r:.80}; it needs one line, counts_from: 0 or counts_from: 1")
         return int(origin)
-    corners = [item.corners for annotation in annotations for item in annotation.objects if item.corners]
+    objects = [item for annotation in annotations for item in annotation.objects if item.corners]
+    corners = [item.corners for item in objects if item.corners]
     zeros = sum(0 <= corner[0] < 1 or 0 <= corner[1] < 1 for corner in corners)
     if zeros:
         notes.append(
             f"the corners count from 0: {zeros} of {len(corners)} boxes have a 0 in xmin or ymin, which VOC does not know, so 1 "
             f"is not subtracted; a file {SETTINGS} with the line counts_from: 1 (or 0) overrules this"
+        )
+        return 0
+    decimal = sum(item.decimal for item in objects)
+    if decimal > MOSTLY * len(objects):
+        notes.append(
+            f"the corners count from 0: those of {decimal} of {len(objects)} boxes have a decimal point, so they are no numbers "
+            f"of pixels, and 1 is not subtracted; a file {SETTINGS} with the line counts_from: 1 (or 0) overrules this"
         )
         return 0
     thin = sum((corner[0] == corner[2]) != (corner[1] == corner[3]) for corner in corners)

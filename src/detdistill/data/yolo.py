@@ -32,10 +32,12 @@ from detdistill.data.records import (
 )
 from detdistill.data.text import read_text, read_yaml
 from detdistill.data.yolo_labels import Labels, label_path, spellings
+from detdistill.data.yolo_names import read_names, split_folders
 from detdistill.data.yolo_rows import TASKS, Row, RowForm, Task, form_of, parse_rows
 from detdistill.errors import DataError, nearest
 
 KEYS: dict[SplitName, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+YAML = (".yaml", ".yml")
 MAX_CLASSES = 50_000
 NOTHING = frozenset({"", "~", "null", "Null", "NULL"})
 """Plain YAML texts that say that a key has no value."""
@@ -51,7 +53,7 @@ def find_yolo(path: Path) -> Path | None:
     """
     if path.is_file():
         return path if _looks_like_yolo(path) else None
-    found = [file for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml") and _looks_like_yolo(file)]
+    found = [file for file in sorted(path.iterdir()) if file.suffix in YAML and _looks_like_yolo(file)]
     if len(found) > 1:
         raise DataError(f"{path}: several YOLO files, {listed(file.name for file in found)}; pass the path of one of them")
     return found[0] if found else None
@@ -73,8 +75,9 @@ def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     """Read the splits that a ``data.yaml`` names.
 
     Args:
-        file: the YAML file. Keys: ``train``, ``val`` and optionally ``test`` (each a folder, a text file that lists images,
-            or a list of these); ``names`` (list or mapping) or ``nc``; optionally ``path``, the base folder of the others;
+        file: the YAML file, or the list of classes that ``find_names`` found. Keys: ``train``, ``val`` and optionally ``test``
+            (each a folder, a text file that lists images, or a list of these; without any, folders named after splits);
+            ``names`` (list or mapping) or ``nc``; optionally ``path``, the base folder of the others;
             ``kpt_shape`` or ``task`` (detect, segment, pose, obb), which say what rows with more than four values hold.
 
     Returns:
@@ -84,13 +87,17 @@ def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
         DataError: broken YAML, different numbers of classes in names and nc, rows that can be read in two ways, or a folder of
             train or val that does not exist, has no images or has no labels.
     """
-    config = _load(file)
+    notes: list[str] = []
+    config = _load(file) if file.suffix in YAML else read_names(file, notes)
+    if not any(key in config for keys in KEYS.values() for key in keys):
+        splits = split_folders(file.parent)
+        config |= splits
+        notes.append(f"no data.yaml names the splits: classes from {file.name}, {_shown(splits)}")
     classes = _classes(file, config)
     task, points = _task(file, config), _points(file, config)
     root = file.parent
     bases = [root / str(config["path"])] if config.get("path") else []
     bases = [Path(os.path.abspath(base)) for base in dict.fromkeys((*bases, root)) if os.path.isdir(base)]
-    notes: list[str] = []
     labels = Labels()
     paths, missing = _paths_by_split(file, config, bases, labels, notes)
     ids = image_ids(paths.values())
@@ -127,6 +134,10 @@ def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
                 images.append(RawImage(ids[path], path, boxes, where, fractions=True))
         sets[name] = assemble(name, "yolo", root, classes, images, found)
     return sets, notes
+
+
+def _shown(splits: dict[SplitName, list[str]]) -> str:
+    return "; ".join(f"{name}: {listed(folders)}" for name, folders in splits.items())
 
 
 # ---------------------------------------------------------------------------------------------------- the YAML file

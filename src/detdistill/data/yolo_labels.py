@@ -117,7 +117,7 @@ def _match(images: Path, labels: Path) -> _Folder:
         for writing, candidates in _by_writing(free, write).items():
             if len(candidates) == 1 and len(wanted.get(writing, ())) == 1:
                 folder.found[wanted[writing][0]] = free.pop(candidates[0])
-    folder.orphans = sorted(path for path in free.values() if path.parent != images or _has_rows(path))
+    folder.orphans = sorted(path for path in free.values() if path.parent != images or has_rows(path))
     return folder
 
 
@@ -137,8 +137,8 @@ def _by_writing(stems: Iterable[str], write: Callable[[str], str]) -> dict[str, 
     return groups
 
 
-def _has_rows(file: Path) -> bool:
-    """A text file beside images is a label file if its first row is one; there may be notes and lists too."""
+def has_rows(file: Path) -> bool:
+    """True if the first row of a text file is one of a label file; beside images there may be notes and lists too."""
     try:
         rows = parse_rows(read_text(file))
     except DataError:
