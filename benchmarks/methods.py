@@ -20,7 +20,7 @@ from detdistill.compare import compare_runs, read_run, show_gains
 from detdistill.demo import STUDENT, TEACHER
 from detdistill.demo import settings as demo_settings
 from detdistill.errors import DetdistillError, StoppedError
-from detdistill.report.runs import distillation_terms, read
+from detdistill.report.runs import Run, distillation_terms, read
 from detdistill.report.words import kd_share
 
 LARGE = "resnet10t,channels=32-64-128-256,neck=64,levels=3-5"
@@ -133,16 +133,17 @@ def main() -> None:
     show_gains(gains)
 
 
-def share(folder: Path) -> float | None:
-    """Share of the distillation terms in the gradient, mean over the second half of the training; None: no such terms."""
+def share(folder: Path, baselines: list[Run]) -> float | None:
+    """Share of the distillation terms in the gradient, mean over the second half of the training; None: a baseline."""
     one = read(folder)
-    return kd_share(one, distillation_terms(one, []))
+    return kd_share(one, distillation_terms(one, baselines))
 
 
 def write(chosen: argparse.Namespace, pair: Pair, runs: list[Path], gains: list) -> None:
     """Write the results so far."""
     summaries = [read_run(run) for run in runs]
     teacher = read_run(chosen.work / "teacher")
+    baselines = [read(one["folder"]) for one in summaries if one["role"] == "baseline"]
     content = {
         "what": f"digits, 2000 training and 400 validation images of {chosen.size} pixels; student from random weights",
         "command": "uv run python "
@@ -154,7 +155,7 @@ def write(chosen: argparse.Namespace, pair: Pair, runs: list[Path], gains: list)
         "student": {"model": pair.student, **pair.length},
         "gains": [{**asdict(gain), "teacher": "teacher"} for gain in gains],
         "runs": [
-            {key: run[key] for key in ("role", "method", "seed", "metrics", "seconds")} | {"share": share(run["folder"])}
+            {key: run[key] for key in ("role", "method", "seed", "metrics", "seconds")} | {"share": share(run["folder"], baselines)}
             for run in summaries
         ],
         "hardware": summaries[0]["hardware"],
