@@ -155,7 +155,8 @@ def write(chosen: argparse.Namespace, pair: Pair, runs: list[Path], gains: list)
         "student": {"model": pair.student, **pair.length},
         "gains": [{**asdict(gain), "teacher": "teacher"} for gain in gains],
         "runs": [
-            {key: run[key] for key in ("role", "method", "seed", "metrics", "seconds")} | {"share": share(run["folder"], baselines)}
+            {key: run[key] for key in ("role", "method", "seed", "metrics", "seconds")}
+            | {"share": share(run["folder"], baselines)}
             for run in summaries
         ],
         "hardware": summaries[0]["hardware"],
