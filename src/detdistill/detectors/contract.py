@@ -538,7 +538,7 @@ class Teacher:
             advice = "load it first: Teacher(detdistill.load_detector(...))"
             raise ModelError(f"Teacher: needs a detector, not a {type(detector).__name__}; {advice}")
         self.detector = detector.eval().requires_grad_(False)
-        self._seen: tuple[Batch, Observation] | None = None
+        self._seen: tuple[Tensor, Observation] | None = None
         self._on_regions: tuple[Tensor, Features, Regions] | None = None
 
     @property
@@ -576,18 +576,18 @@ class Teacher:
 
     @torch.no_grad()
     def observe(self, batch: Batch, look: Look = FEATURES) -> Observation:
-        """Run the teacher and return the parts that ``look`` selects. Calls with the same batch share one forward pass.
+        """Run the teacher and return the parts that ``look`` selects. Calls with the same images share one forward pass.
 
         The pass is fully shared if the first call selects all parts: a composition passes the union of its methods' looks.
 
         Raises:
             ModelError: ``look`` selects a part that the detector cannot return.
         """
-        seen = self._seen[1] if self._seen is not None and self._seen[0] is batch else None
+        seen = self._seen[1] if self._seen is not None and self._seen[0] is batch.images else None
         if seen is None or (look.backbone and seen.backbone_features is None):
             seen = self.detector.observe_features(batch, look)
         seen = self.detector.observe_head(seen, batch, look)
-        self._seen = (batch, seen)
+        self._seen = (batch.images, seen)
         # Only the selected parts: the knowledge of a method (and its size in a cache) must not depend on the other methods.
         return seen.only(look)
 
