@@ -26,7 +26,15 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#:\s]*)(#[^)]*)?\)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 SECTIONS = {
     "Start": ("index.md", "docs/installing.md", "docs/data.md", "docs/training.md", "docs/runs.md"),
-    "Use": ("docs/doctor.md", "docs/cache.md", "docs/several-teachers.md", "docs/comparing.md", "docs/predicting.md", "docs/labelling.md", "docs/export.md"),
+    "Use": (
+        "docs/doctor.md",
+        "docs/cache.md",
+        "docs/several-teachers.md",
+        "docs/comparing.md",
+        "docs/predicting.md",
+        "docs/labelling.md",
+        "docs/export.md",
+    ),
     "Reference": ("docs/methods/README.md", "docs/detectors.md", "docs/results.md"),
     "Develop": ("docs/writing-a-method.md", "docs/design.md", "CONTRIBUTING.md", "findings/README.md", "CHANGELOG.md"),
 }

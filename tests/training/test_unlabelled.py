@@ -97,7 +97,7 @@ def test_a_mosaic_is_labelled_for_what_all_its_images_are_labelled_for():
 
 BACKBONE = "resnet10t,channels=8-8-8-8,stem=8"
 FAMILIES = {
-    "dense": f"fcos:{BACKBONE},neck=16,levels=3-4,convs=1",
+    "dense": f"fcos:{BACKBONE},neck=32,levels=3-4,convs=1",
     "two_stage": f"faster_rcnn:{BACKBONE},neck=16,levels=3-4,mlp=16,proposals=20,rois=64,norm=frozen",
     "queries": f"rt_detr:{BACKBONE},dim=16,heads=2,ffn=16,queries=8,decoder=2,denoising=0",
 }

@@ -117,7 +117,7 @@ def load_teachers(sources: Sources, splits: DataSplits, settings: DistillSetting
     from detdistill.given import about_teacher
     from detdistill.training.self_teacher import read_self
 
-    some = len(sources) > 1 or any(record.labelled is not None for record in splits.train.records)
+    some = len(sources) > 1 or _partly_labelled(splits)
     loaded: dict[str, Teacher | OwnAverage] = {}
     for name, source in sources.items():
         with about_teacher(name):
@@ -149,17 +149,23 @@ def score_teachers(
     from detdistill.training.teacher_scores import score_teacher
 
     found: dict[str, Scores] = {}
+    partly = _partly_labelled(splits)
     for name, teacher in teachers.items():
         if isinstance(teacher, OwnAverage):
             continue
         shared = [one for one in splits.classes if one in teacher.spec.classes]
-        special = shared and len(shared) < len(splits.classes) and (name or splits.train.records[0].labelled is not None)
+        special = shared and len(shared) < len(splits.classes) and (name or partly)
         mine = dataclasses.replace(splits, val=only_classes(splits.val, shared)) if special else splits
         source = sources[name]
         scores = score_teacher(teacher, mine, settings, progress, source if isinstance(source, str) else None)
         if scores is not None:
             found[name] = scores
     return found
+
+
+def _partly_labelled(splits: DataSplits) -> bool:
+    """Whether training images are labelled for some of the classes only."""
+    return any(record.labelled is not None for record in splits.train.records)
 
 
 def load_teacher(teacher: str | Detector, splits: DataSplits, other_classes: bool) -> Detector:

@@ -49,6 +49,9 @@ def join(text: str, parts: Sequence[DataSplits], val_only: Sequence[bool]) -> Da
     val = join_sets([part.val for part in parts], classes)
     tests = [part.test for part in parts if part.test is not None]
     notes = dict.fromkeys(note for part in parts for note in part.notes)
+    some = sum(record.labelled is not None for record in train.records)
+    if some:
+        notes[f"{some} of {len(train)} training images are labelled for some of the {len(classes)} classes only"] = None
     return DataSplits(train, val, join_sets(tests, classes) if tests else None, tuple(notes))
 
 

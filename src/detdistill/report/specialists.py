@@ -17,7 +17,7 @@ class Specialty:
     title: str
     classes: str
     """Their names, or the first of them."""
-    cells: tuple[str, str, str, str]
+    cells: tuple[str, ...]
     """Mean AP over these classes of teacher, baseline and student, and the difference of the last two."""
 
 
