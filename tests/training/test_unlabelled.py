@@ -14,7 +14,7 @@ from detdistill.errors import RunError
 from detdistill.functional.label_scores import detection_loss
 from detdistill.methods.shared.compose import build_method
 from detdistill.settings import DistillSettings
-from detdistill.structures import Batch, Detections, Look, Regions, Target
+from detdistill.structures import Assignment, Batch, Detections, Look, Target
 from detdistill.training.unlabelled import Unlabelled
 from tests.tiny import TinyDense, tiny_batch
 
@@ -99,28 +99,46 @@ BACKBONE = "resnet10t,channels=8-8-8-8,stem=8"
 FAMILIES = {
     "dense": f"fcos:{BACKBONE},neck=32,levels=3-4,convs=1",
     "two_stage": f"faster_rcnn:{BACKBONE},neck=16,levels=3-4,mlp=16,proposals=20,rois=64,norm=frozen",
-    "queries": f"rt_detr:{BACKBONE},dim=16,heads=2,ffn=16,queries=8,decoder=2,denoising=0",
+    "queries": f"detr:{BACKBONE},dim=16,heads=2,ffn=16,queries=8,encoder=1,decoder=2",
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_ignored_box_gives_no_gradient_where_it_is_matched(family):
-    """The loss with the box at score 0 does not depend on the scores of what the detector matches to it."""
+def student_and_batch(family: str, label: int = 1, score: float = 0.0):
+    """A student, its prediction, its own assignment, and a batch of a labelled box and one that counts ``score``."""
     torch.manual_seed(0)
     student = build_detector(FAMILIES[family], ("hat", "vest", "shoe")).train()
-    batch = batch_of(replace(target((FAR, 0), (BOX, 1)), scores=torch.tensor([1.0, 0.0])))
-    seen = student(batch, PREDICTION).float()
-    prediction = seen.prediction
+    batch = batch_of(replace(target((FAR, 0), (BOX, label)), scores=torch.tensor([1.0, score])))
+    prediction = student(batch, PREDICTION).float().prediction
+    return student, prediction, student.assign(prediction, batch), batch
+
+
+def test_an_ignored_box_gives_no_gradient_where_it_is_matched_in_a_region_head():
+    student, prediction, assignment, batch = student_and_batch("two_stage")
     logits = prediction.logits.detach().requires_grad_()
-    prediction = replace(prediction, logits=logits)
-    assignment = student.assign(prediction, batch)
-    losses = detection_loss(student, prediction, batch, assignment)
+    losses = detection_loss(student, replace(prediction, logits=logits), batch, assignment)
     (gradient,) = torch.autograd.grad(losses.total(), logits)
     matched = assignment.matched == 1
     assert bool(matched.any()), "nothing is matched to the box: the test says nothing"
     assert float(gradient[matched].abs().max()) == 0
-    counted = (assignment.matched == 0) if not isinstance(prediction, Regions) else (assignment.matched == -1)
-    assert float(gradient[counted].abs().max()) > 0
+    assert float(gradient[assignment.matched == -1].abs().max()) > 0
+
+
+@pytest.mark.parametrize("family", ["dense", "queries"])
+def test_what_is_matched_to_an_ignored_box_has_no_class_and_no_background(family):
+    """As another class the box gives the same losses; counted, or as background, it gives others."""
+    student, prediction, assignment, batch = student_and_batch(family)
+    assert bool((assignment.matched == 1).any())
+
+    def losses(given: Batch, by: Assignment = assignment) -> dict[str, torch.Tensor]:
+        return dict(detection_loss(student, prediction, given, by).terms)
+
+    ignored = losses(batch)
+    other = losses(batch.with_targets([replace(batch.targets[0], labels=torch.tensor([0, 2]))]))
+    for name, value in ignored.items():
+        torch.testing.assert_close(other[name], value)
+    background = replace(assignment, matched=assignment.matched.masked_fill(assignment.matched == 1, -1))
+    for counted in (losses(batch.with_targets([replace(batch.targets[0], scores=None)])), losses(batch, background)):
+        assert any(not torch.allclose(counted[name], value) for name, value in ignored.items())
 
 
 def data_of(labelled: tuple[int, ...] | None):

@@ -235,12 +235,12 @@ class Composition(Method[TaughtTogether]):
             names: what the terms of each method begin with; none: the slugs.
 
         Raises:
-            PairError: two methods replace the student's own loss or its targets, or a method is named twice for one teacher.
+            PairError: two methods replace the student's own loss or its targets, or a method is named twice (for one teacher).
         """
         super().__init__(None, student)
         slugs = list(names) or [method.slug for method in methods]
         if len(set(slugs)) < len(slugs):
-            raise PairError(f"method {'+'.join(slugs)}: each method may be named once for a teacher")
+            raise PairError(f"method {'+'.join(slugs)}: each method may be named once")
         self._supervisor = _only_one(methods, lambda method: type(method).supervise is not Method.supervise, "own loss")
         self._relabeler = _only_one(methods, lambda method: method._relabels(), "targets")
         self.parts = nn.ModuleDict(dict(zip(slugs, methods, strict=True)))
