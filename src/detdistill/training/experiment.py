@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -78,7 +79,7 @@ def run_experiment(session: Session, teacher_scores: Mapping[str, Scores], progr
             raise RunError("--resume true needs --out with the folder of the experiment")
         parent = settings.out
     else:
-        parent = new_folder(settings.out, f"distill-{settings.method.split(',')[0]}")
+        parent = new_folder(settings.out, f"distill-{re.sub('[@>]', '-', settings.method.split(',')[0])}")
     with _made(parent):
         return _run_all(session, parent, teacher_scores, progress)
 

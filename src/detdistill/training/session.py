@@ -113,6 +113,8 @@ def open_session(
     method = build_method(distilling.method, built or None, student)
     source = teach_by_canvas if cache is None else cache.source(distilling.method, method)
     unlabelled = Unlabelled.of(method, student, splits.train, distilling, cache is not None)
+    if unlabelled is not None and progress is not None:
+        progress.say(f"teachers' boxes of classes that an image is not labelled for: {unlabelled.in_words()}", "dim")
     return Session(plan, splits, student, method, given, cache, source, inherited, started, unlabelled)
 
 

@@ -92,6 +92,11 @@ class Unlabelled:
             )
         return cls(method.looks(), data.classes, labelled, settings.unlabelled, settings.unlabelled_score)
 
+    def in_words(self) -> str:
+        """What is done, for the user."""
+        what = "are labels, which count as much as their score" if self.mode == "label" else "are ignored"
+        return f"those with a score of {self.least:g} or more {what}"
+
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[Batch, Tensor]:
         """Add the teachers' boxes.
@@ -101,15 +106,12 @@ class Unlabelled:
         """
         every = frozenset(range(len(self.classes)))
         wanted = [every - self._labels_of(batch, index) for index in range(len(batch))]
-        added = [Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64)).to(batch.images.device)] * len(
-            batch
-        )
-        if any(wanted):
-            found = [self._found(teacher, batch, wanted) for teacher in self.looks]
-            added = [_merged(parts, target) for parts, target in zip(zip(*found, strict=True), batch.targets, strict=True)]
+        if not any(wanted):
+            return batch, batch.images.new_zeros(())
+        found = [self._found(teacher, batch, wanted) for teacher in self.looks]
+        added = [_merged(parts, target) for parts, target in zip(zip(*found, strict=True), batch.targets, strict=True)]
         targets = [self._with(target, boxes) for target, boxes in zip(batch.targets, added, strict=True)]
-        mean = sum(len(boxes) for boxes in added) / len(batch)
-        return batch.with_targets(targets), torch.tensor(mean, device=batch.images.device)
+        return batch.with_targets(targets), batch.images.new_tensor(sum(map(len, added)) / len(batch))
 
     def _labels_of(self, batch: Batch, index: int) -> frozenset[int]:
         """The labels for which all images are labelled that make up an image of the batch."""
