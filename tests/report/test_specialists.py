@@ -28,16 +28,18 @@ def test_each_teacher_has_a_line_and_new_classes_one(tmp_path: Path):
     assert [(line.title, line.classes, line.cells) for line in table.lines] == [
         ("pets", "cat, dog", ("50.0", "15.0", "25.0", "+10.0")),
         ("dogs", "dog", ("80.0", "20.0", "20.0", "0.0")),
-        ("no teacher", "new, rare", ("\N{EN DASH}", "30.0", "50.0", "+20.0")),
+        ("no teacher", "new", ("\N{EN DASH}", "30.0", "50.0", "+20.0")),
     ]
 
 
-def test_the_page_shows_the_table_and_other_pages_do_not(tmp_path: Path):
-    page = build_report(folders(tmp_path / "a"), tmp_path / "page.html").read_text()
+def test_the_page_shows_the_table(tmp_path: Path):
+    page = build_report(folders(tmp_path), tmp_path / "page.html").read_text()
     assert '<h2 id="specialties">' in page
     assert "<td>cat, dog</td><td>50.0</td><td>15.0</td><td>25.0</td><td>+10.0</td>" in page
+
+
+def test_a_teacher_of_all_classes_has_no_table(tmp_path: Path):
     runs = [
-        write_run(tmp_path / "b" / role, role, 0.2, method=None if role == "baseline" else "pkd")
-        for role in ("baseline", "distilled")
+        write_run(tmp_path / role, role, 0.2, method=None if role == "baseline" else "pkd") for role in ("baseline", "distilled")
     ]
-    assert "specialties" not in build_report(runs, tmp_path / "other.html").read_text()
+    assert specialties(group([read(folder) for folder in runs])) == []
