@@ -319,7 +319,8 @@ def _distill_flags(parser: Parser) -> None:
         "--teacher",
         type=str | None,
         default=None,
-        help="run folder, checkpoint, or torchvision:NAME,weights=...; leave it out with --cache and for dicod",
+        help="run folder, checkpoint, or torchvision:NAME,weights=...; several as a=RUN1,b=RUN2 (--method pkd@a+pkd@b); "
+        "self:ema or self:trained for the student itself; leave it out with --cache and for dicod",
     )
     parser.add_argument("--student", type=str, required=True, help="detector:backbone[,key=value ...] or torchvision:NAME")
     parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")

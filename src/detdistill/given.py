@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detdistill.errors import ModelError
+from detdistill.errors import DetdistillError, ModelError
 from detdistill.results import Distilled
 
 if TYPE_CHECKING:
@@ -103,6 +105,74 @@ def teacher_of(model: Any) -> tuple[str | None, str | Detector | None]:
     from detdistill.detectors.options import OWN
 
     return f"{OWN}:{found.spec.name}", found
+
+
+def teachers_of(model: Any, method: str) -> tuple[str | None, dict[str, str | Detector]]:
+    """The teachers' names as text, and what is to be loaded (a name) or used (a detector), by name.
+
+    Args:
+        model: as for ``teacher_of``; a single teacher has the empty name. Several as the text ``a=RUN1,b=RUN2`` or as a dict.
+        method: the methods, whose ``@NAME`` tell a teacher ``a=`` from a setting of a model string (``weights=``).
+
+    Raises:
+        ModelError: see ``name_or_detector``; or a name is given twice, or is no name; the message names the teacher.
+    """
+    if isinstance(model, str):
+        from detdistill.methods.shared.catalogue import named_teachers
+
+        pairs = _split_teachers(model, named_teachers(method))
+    elif isinstance(model, Mapping):
+        pairs = list(model.items())
+        wrong = [name for name, _ in pairs if not (isinstance(name, str) and name.isidentifier())]
+        if wrong or not pairs:
+            raise ModelError(
+                f"teacher: {wrong[0]!r} is no name of a teacher; write e.g. a" if wrong else "teacher: a dict without teachers"
+            )
+    else:
+        name, source = teacher_of(model)
+        return name, {} if source is None else {"": source}
+    twice = [name for index, (name, _) in enumerate(pairs) if name in [other for other, _ in pairs[:index]]]
+    if twice:
+        raise ModelError(f"teacher: two teachers are named {twice[0]}; give each a name of its own, e.g. a=RUN1,b=RUN2")
+    found: dict[str, str | Detector] = {}
+    texts = []
+    for name, one in pairs:
+        with about_teacher(name):
+            text, source = teacher_of(one)
+            if source is None or source == "":
+                raise ModelError("there is no model behind its name; write e.g. a=RUN1,b=RUN2")
+        found[name] = source
+        texts.append(f"{name}={text}" if name else str(text))
+    return ",".join(texts), found
+
+
+@contextlib.contextmanager
+def about_teacher(name: str) -> Iterator[None]:
+    """Context in which the errors of a named teacher begin with its name."""
+    try:
+        yield
+    except DetdistillError as error:
+        if not name:
+            raise
+        raise type(error)(f"teacher {name}: {error}") from error
+
+
+def _split_teachers(text: str, used: Sequence[str]) -> list[tuple[str, str]]:
+    """Names and models of ``a=RUN1,b=RUN2``; one model without a name if the text does not begin with ``NAME=``.
+
+    Behind a model string (``b=torchvision:NAME,weights=DEFAULT``), a word before ``=`` is a teacher only if a method uses it.
+    """
+    first, equals, _ = text.partition("=")
+    if not (equals and first.strip().isidentifier()) or Path(text).exists():
+        return [("", text)]
+    pairs: list[tuple[str, str]] = []
+    for piece in text.split(","):
+        name, equals, model = (part.strip() for part in piece.partition("="))
+        if not pairs or (equals and name.isidentifier() and (name in used or ":" not in pairs[-1][1])):
+            pairs.append((name, model))
+        else:
+            pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]},{piece.strip()}")
+    return pairs
 
 
 def open_detector(

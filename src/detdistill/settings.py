@@ -182,6 +182,8 @@ class DistillSettings(TrainSettings):
         score_teacher: evaluate the teacher before training.
         other_classes: allow a teacher that lacks some classes of the data; enough for methods that compare features only.
         teacher_size: ``size`` of the images that the teacher sees, larger than ``size``; none: the same.
+        unlabelled: what a teacher's boxes are where the labels lack the class (data joined by +): label, ignore or background.
+        unlabelled_score: smallest score of such boxes.
         cache: folder or URL written by `detdistill cache`; the teacher is not run, and --teacher is optional.
         stages: folder for the results of methods' earlier stages, which later runs reuse.
     """
@@ -196,6 +198,8 @@ class DistillSettings(TrainSettings):
     score_teacher: Annotated[bool, NOTHING] = True
     other_classes: bool = False
     teacher_size: Annotated[int, Limits(32)] | None = None
+    unlabelled: Literal["label", "ignore", "background"] = "label"
+    unlabelled_score: Fraction = 0.3
     cache: str | None = None
     stages: Annotated[str, NOTHING] = "runs/stages"
 

@@ -55,10 +55,11 @@ def doctor(
     for name, value in (("images", images), ("probe_steps", probe_steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise RunError(f"{name}: {value!r} is not a whole number, 1 or more")
+    from detdistill.api.teachers import one_teacher
     from detdistill.doctor.case import Case
     from detdistill.doctor.examine import examine
     from detdistill.doctor.findings import Diagnosis, Finding
-    from detdistill.given import student_of, teacher_of
+    from detdistill.given import student_of
     from detdistill.methods.shared.compose import parse_methods
     from detdistill.processes import is_main_process
     from detdistill.progress import Progress
@@ -69,7 +70,7 @@ def doctor(
 
         torch.set_num_threads(wanted.threads)
     parse_methods(wanted.method)  # a misspelt method is a mistake of the call, no finding
-    teacher_name, source = teacher_of(teacher)
+    teacher_name, source = one_teacher(teacher, wanted.method, "doctor")
     student_name, build = student_of(student)
     plan = Plan(student_name, data, wanted, role="distilled", teacher=teacher_name, title="doctor", build=build)
     device = device_of(wanted.device)
@@ -92,10 +93,10 @@ def doctor(
 
 def _loaded(source: str | Detector, splits: DataSplits) -> Any:
     """The teacher, also if it lacks classes of the data: that is a finding."""
-    from detdistill.api.training import _load_teacher
+    from detdistill.api.teachers import load_teacher
     from detdistill.detectors.contract import Teacher
 
-    return Teacher(_load_teacher(source, splits, True))
+    return Teacher(load_teacher(source, splits, True))
 
 
 def _opened(settings: DistillSettings, splits: DataSplits, live: Any) -> Any:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from detdistill.api.reading import compare
 from detdistill.api.shared import (
     device_of,
-    known_image_settings,
     load_splits,
     not_these_digits,
     settings_of,
+)
+from detdistill.api.teachers import (
+    compare_sizes,
+    load_teacher,
+    load_teachers,
+    one_teacher,
+    read_teachers,
+    score_teachers,
+    with_trained_self,
 )
 from detdistill.errors import RunError
 from detdistill.results import Distilled
@@ -24,9 +32,13 @@ if TYPE_CHECKING:
     from detdistill.cache.forecast import Forecast
     from detdistill.compare import Gain
     from detdistill.data.records import DataSplits
-    from detdistill.detectors.contract import Detector
+    from detdistill.detectors.contract import Detector, Teacher
+    from detdistill.evaluation import Scores
     from detdistill.progress import Progress
+    from detdistill.training.plan import Plan
     from detdistill.training.run import Run
+    from detdistill.training.self_teacher import OwnAverage
+    from detdistill.training.session import Session
 
 
 def train(
@@ -75,7 +87,7 @@ def train(
 
 
 def distill(
-    teacher: Model | None,
+    teacher: Model | Mapping[str, Model] | None,
     student: str | Detector | Callable[[], Detector],
     data: str = "digits",
     method: str = "pkd",
@@ -88,11 +100,13 @@ def distill(
     Args:
         teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or another model string; the result of ``train``;
             or a detector in memory (also a wrapped one), which is frozen. May be None with ``cache`` (unless the method or
-            ``inherit`` needs the teacher itself), and for methods without a teacher.
+            ``inherit`` needs the teacher itself), and for methods without a teacher. Several as ``a=RUN1,b=RUN2`` or as a dict.
+            ``self:ema`` is the student's own moving average, ``self:trained`` the student's own model, trained alone first.
         student: a model string such as ``fcos:resnet18``. Or a model of your own: a detector (see ``wrap``; each run trains a
             copy of it), or a function that builds one (each run calls it under its seed); see ``own_student``.
         data: see ``train``.
-        method: one method or several joined by ``+``: ``pkd``, ``fgd,temperature=0.8+pkd``.
+        method: one method or several joined by ``+``: ``pkd``, ``fgd,temperature=0.8+pkd``. With several teachers
+            ``pkd@a+fkd@b``, or one after the other ``pkd@a>pkd@b``.
         progress: display of the progress; None: a new one on stderr.
         settings: fields of ``DistillSettings``, e.g. ``epochs=24, baseline=True, seeds=(0, 1, 2)``.
 
@@ -104,7 +118,7 @@ def distill(
         print(result.gains[0], result.report)
     """
     wanted = settings_of(DistillSettings, {"method": method, **settings})
-    from detdistill.given import student_of, teacher_of
+    from detdistill.given import student_of
     from detdistill.methods.shared.compose import check_teacher_size, parse_methods
     from detdistill.progress import Progress
 
@@ -116,67 +130,102 @@ def distill(
         raise RunError(f"teacher: {', '.join(needing)} needs a teacher (--teacher) or a cache of its outputs (--cache)")
     if teacher is None and wanted.inherit:
         raise RunError("inherit: it copies weights of the teacher; give --teacher")
-    teacher_name, teacher = teacher_of(teacher)
+    teacher_name, sources = read_teachers(teacher, wanted)
     student_name, build = student_of(student)
     from detdistill.training.folder import after_restart
 
     wanted = after_restart(wanted)
     several = wanted.baseline or bool(wanted.seeds)
     _check_start(student_name, build, wanted, alone=not several)
-    from detdistill.compare import over_seeds
-    from detdistill.detectors.contract import Teacher
     from detdistill.processes import is_main_process
-    from detdistill.training.experiment import run_experiment
-    from detdistill.training.from_cache import open_cache, why_live_teacher
-    from detdistill.training.origin import note_in_card
+    from detdistill.training.from_cache import why_live_teacher
     from detdistill.training.own_models import check_one_process
-    from detdistill.training.plan import Plan, view_settings
-    from detdistill.training.run import run
-    from detdistill.training.session import open_session
-    from detdistill.training.teacher_scores import note_teacher, score_teacher
+    from detdistill.training.plan import Plan
 
     reason = why_live_teacher(wanted.method)
-    live_too = wanted.inherit or bool(reason)
-    if teacher is None and reason:
+    if not sources and reason:
         raise RunError(f"{reason}; give --teacher too")
     if several:
-        check_one_process((teacher_name, student_name), max(wanted.jobs, wanted.devices * wanted.nodes))
+        own = [text for text in sources.values() if not isinstance(text, str)]
+        check_one_process((teacher_name if own else None, student_name), max(wanted.jobs, wanted.devices * wanted.nodes))
     with progress or Progress(quiet=not is_main_process()) as shown:
         splits = load_splits(data, wanted.strict, shown, wanted.rescan, wanted.held_out)
+
+        def trained(folder: Path, given: dict[str, Any]) -> Path:
+            return train(student, data, role="teacher", progress=shown, **given).folder
+
+        teacher_name, sources = with_trained_self(teacher_name, sources, wanted, trained)
         with not_these_digits(data):
-            live = None if teacher is None else Teacher(_load_teacher(teacher, splits, wanted.other_classes))
-        _compare_sizes(teacher, wanted, shown)
-        knowledge = None
-        if wanted.cache is not None:
-            knowledge = open_cache(wanted.cache, wanted.method, splits, view_settings(wanted), live)
-            how = "the teacher is loaded too, for its modules" if live_too else "no teacher is run"
-            shown.say(f"learning from {knowledge.folder.url}; {how}")
+            live = load_teachers(sources, splits, wanted)
+        for source in sources.values():
+            compare_sizes(source, wanted, shown)
         title = f"distil ({wanted.method})"
         plan = Plan(student_name, data, wanted, role="distilled", teacher=teacher_name, title=title, build=build)
-        # Raises PairError for a pair that cannot work, before a baseline is trained.
-        session = open_session(plan, splits, live if knowledge is None or live_too else None, knowledge, shown)
+        session = _session(plan, splits, live, bool(reason), shown)
         finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
         score = wanted.score_teacher and is_main_process() and not finished
-        source = teacher if isinstance(teacher, str) else None
-        scores = score_teacher(live, splits, wanted, shown, source) if score and live is not None else None
-        if not several:
-            result = run(session, shown)
-            if scores is not None and is_main_process():
-                note_teacher(result.folder, scores)
-            page = result.folder / "report.html"
-            if wanted.report:
-                _report([result.folder], page, shown)
-            return Distilled(result.folder, (result.folder,), page, teacher_scores=scores)
-        experiment = run_experiment(session, scores, shown)
-        gains: tuple[Gain, ...] = ()
-        if wanted.baseline:
-            gains = tuple(compare(experiment.runs, out=experiment.folder / "compare.json"))
-        for folder, seeds in over_seeds(experiment.runs, gains).items():
-            note_in_card(folder, seeds=seeds)
-        page = experiment.folder / "report.html"
-        if wanted.report:
-            _report(experiment.runs, page, shown)
-        return Distilled(experiment.folder, experiment.runs, page, gains, scores)
+        scores = score_teachers(live, sources, splits, wanted, shown) if score else {}
+        return _alone(session, scores, shown) if not several else _experiment(session, scores, shown)
+
+
+def _session(
+    plan: Plan, splits: DataSplits, live: Mapping[str, Teacher | OwnAverage], live_too: bool, shown: Progress
+) -> Session:
+    """The session of a distilled run: with a cache, the teacher runs only if the method or ``inherit`` needs it.
+
+    Raises:
+        PairError: the pair cannot work; this is found before a baseline is trained.
+        CacheError: see ``open_cache``.
+    """
+    from detdistill.training.from_cache import open_cache
+    from detdistill.training.plan import view_settings
+    from detdistill.training.session import open_session
+
+    settings = plan.settings
+    assert isinstance(settings, DistillSettings)
+    if settings.cache is None:
+        return open_session(plan, splits, live, None, shown)
+    live_too = live_too or settings.inherit
+    teacher = cast("Teacher | None", next(iter(live.values()), None))  # ``read_teachers`` refuses others with a cache
+    knowledge = open_cache(settings.cache, settings.method, splits, view_settings(settings), teacher)
+    how = "the teacher is loaded too, for its modules" if live_too else "no teacher is run"
+    shown.say(f"learning from {knowledge.folder.url}; {how}")
+    return open_session(plan, splits, live if live_too else None, knowledge, shown)
+
+
+def _alone(session: Session, scores: dict[str, Scores], shown: Progress) -> Distilled:
+    """A single distilled run."""
+    from detdistill.processes import is_main_process
+    from detdistill.training.run import run
+    from detdistill.training.teacher_scores import note_teachers, scores_of_all
+
+    result = run(session, shown)
+    if scores and is_main_process():
+        note_teachers(result.folder, scores)
+    page = result.folder / "report.html"
+    if session.plan.settings.report:
+        _report([result.folder], page, shown)
+    return Distilled(result.folder, (result.folder,), page, teacher_scores=scores_of_all(scores, session.splits.classes))
+
+
+def _experiment(session: Session, scores: dict[str, Scores], shown: Progress) -> Distilled:
+    """Runs with several seeds, with ``baseline`` also baselines, and their comparison."""
+    from detdistill.compare import over_seeds
+    from detdistill.training.experiment import run_experiment
+    from detdistill.training.origin import note_in_card
+
+    settings = session.plan.settings
+    assert isinstance(settings, DistillSettings)
+    experiment = run_experiment(session, scores, shown)
+    gains: tuple[Gain, ...] = ()
+    if settings.baseline:
+        gains = tuple(compare(experiment.runs, out=experiment.folder / "compare.json"))
+    for folder, seeds in over_seeds(experiment.runs, gains).items():
+        note_in_card(folder, seeds=seeds)
+    page = experiment.folder / "report.html"
+    if settings.report:
+        _report(experiment.runs, page, shown)
+    return Distilled(experiment.folder, experiment.runs, page, gains, experiment.teacher_scores)
 
 
 @dataclass(frozen=True)
@@ -221,7 +270,6 @@ def cache(
         DetdistillError: e.g. no space, or ``out`` is a cache of another teacher; one line that says what is wrong and what to do.
     """
     wanted = settings_of(CacheSettings, {"method": method, **settings})
-    from detdistill.given import teacher_of
     from detdistill.methods.shared.compose import check_teacher_size, parse_methods
     from detdistill.processes import is_main_process
     from detdistill.progress import Progress
@@ -233,16 +281,16 @@ def cache(
     if not (student is None or isinstance(student, str)):
         raise RunError(f"student: a cache needs a model string here, not a {type(student).__name__}")
     check_machine(wanted)
-    teacher_name, source = teacher_of(teacher)
-    assert teacher_name is not None
-    assert source is not None
+    teacher_name, source = one_teacher(teacher, wanted.method, "cache")
+    if teacher_name is None or source is None:
+        raise RunError("cache: it holds the outputs of a teacher; give --teacher")
     with progress or Progress(quiet=not is_main_process()) as shown:
         from detdistill.training.fill_cache import make_cache
 
         splits = load_splits(data, wanted.strict, shown, wanted.rescan)
         with not_these_digits(data):
-            loaded = _load_teacher(source, splits, wanted.other_classes)
-        _compare_sizes(source, wanted, shown)
+            loaded = load_teacher(source, splits, wanted.other_classes)
+        compare_sizes(source, wanted, shown)
         return Cached(
             *make_cache(str(out), (teacher_name, loaded), (data, splits), student, wanted, device_of(wanted.device), shown)
         )
@@ -281,7 +329,7 @@ def verify_cache(
         def live(known_data: str) -> tuple[Detector, DataSplits]:
             assert teacher is not None
             splits = load_splits(data or known_data, False, shown)
-            return _load_teacher(teacher, splits, True), splits
+            return load_teacher(teacher, splits, True), splits
 
         return check_cache(str(out), None if teacher is None else live, records, device_of(device), shown)
 
@@ -300,51 +348,6 @@ def _check_start(model: str, build: Callable[[], Detector] | None, settings: Tra
     if settings.out is not None and not settings.resume and is_main_process():
         forget_launch(settings.out)
         new_folder(settings.out, "")
-
-
-def _load_teacher(teacher: str | Detector, splits: DataSplits, other_classes: bool) -> Detector:
-    """Load the teacher. Classes are matched by name, so it may have further classes, in any order, or none (a backbone).
-
-    Raises:
-        ClassNameError: the teacher has classes, but lacks one of the data, and ``other_classes`` is False.
-    """
-    from detdistill.errors import ClassCountError, ClassNameError, name_list
-    from detdistill.given import open_detector
-
-    wanted = splits.train.classes
-    try:
-        detector = open_detector(teacher, wanted)
-    except ClassCountError:
-        detector = open_detector(teacher)
-    known = detector.spec.classes
-    unknown = [name for name in wanted if name not in known]
-    if not known or not unknown or other_classes:
-        return detector
-    who = teacher if isinstance(teacher, str) else detector.spec.name
-    surplus = [name for name in known if name not in wanted]
-    plain = {name.strip().lower(): name for name in surplus}
-    spelling = next(((name, plain[name.strip().lower()]) for name in unknown if name.strip().lower() in plain), None)
-    raise ClassNameError(
-        f"teacher {who} has {len(known)} classes ({name_list(known, surplus)}), "
-        f"but {len(wanted) if len(wanted) != len(known) else 'others'} are wanted ({name_list(wanted, unknown)}); "
-        f"it does not know {name_list(unknown)}"
-        f"{f' (it spells {spelling[0]!r} as {spelling[1]!r})' if spelling else ''}"
-        f"; --other_classes true lets such a teacher serve methods on features"
-    )
-
-
-def _compare_sizes(teacher: str | Detector | None, settings: TrainSettings, progress: Progress) -> None:
-    """Say so if the teacher was trained on images of another size than it will be shown: its AP may be far lower there."""
-    from detdistill.training.plan import view_settings
-
-    views = view_settings(settings).of_teacher
-    given: dict[str, Any] = {name: getattr(views, name) for name in ("size", "resize", "max_size")}
-    trained = {} if teacher is None else known_image_settings(teacher, progress, given)
-    differing = [name for name, value in trained.items() if value != given[name]]
-    if differing:
-        then = ", ".join(f"{name} {trained[name]}" for name in differing)
-        now = ", ".join(f"{name} {given[name]}" for name in differing)
-        progress.say(f"the teacher was trained with {then} and is shown images with {now}: it may detect less there", "yellow")
 
 
 def _report(runs: Sequence[Path], page: Path, progress: Progress) -> None:

@@ -66,6 +66,7 @@ def digits_folder(
     val: int = 400,
     size: int = 128,
     seed: int = 0,
+    classes: Sequence[int] = tuple(range(10)),
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -79,6 +80,7 @@ def digits_folder(
         val: number of validation images, made with ``seed + 1``.
         size: height and width in pixels.
         seed: seed of all random choices.
+        classes: digits that are labelled, in the order of their labels. The images show the others too, without labels.
         cache: folder that holds the generated sets. None: ``DETDISTILL_CACHE``, else the user's cache directory.
         progress: called with (images done, total images) after each image.
 
@@ -89,14 +91,17 @@ def digits_folder(
         raise DataError(
             f"digits: needs train >= 1, val >= 1, size >= 32, seed >= 0; got train={train}, val={val}, size={size}, seed={seed}"
         )
+    if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(10)):
+        raise DataError(f"digits: classes={'/'.join(map(str, classes))} must be different digits, e.g. classes=0/1/2")
     root = cache_directory() if cache is None else Path(cache)
-    folder = root / f"digits-v{FORMAT}-train{train}-val{val}-size{size}-seed{seed}"
+    some = "" if tuple(classes) == tuple(range(10)) else f"-classes{''.join(map(str, classes))}"
+    folder = root / f"digits-v{FORMAT}-train{train}-val{val}-size{size}-seed{seed}{some}"
     if (folder / "digits.json").is_file():
         return folder
     root.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".digits-", dir=root))
     try:
-        _make(scratch, train, val, size, seed, progress)
+        _make(scratch, train, val, size, seed, tuple(classes), progress)
         scratch.chmod(0o755)  # mkdtemp's 0700 would hide a shared cache from colleagues
         try:
             os.replace(scratch, folder)
@@ -109,7 +114,15 @@ def digits_folder(
     return folder
 
 
-def _make(folder: Path, train: int, val: int, size: int, seed: int, progress: Callable[[int, int], None] | None) -> None:
+def _make(
+    folder: Path,
+    train: int,
+    val: int,
+    size: int,
+    seed: int,
+    classes: tuple[int, ...],
+    progress: Callable[[int, int], None] | None,
+) -> None:
     scans, labels = _scans()
     (folder / "annotations").mkdir()
     done = 0
@@ -128,12 +141,14 @@ def _make(folder: Path, train: int, val: int, size: int, seed: int, progress: Ca
             Image.fromarray(pixels).save(folder / "images" / split / name, quality=JPEG_QUALITY)
             images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
             for (left, top, right, bottom), digit in zip(boxes, digits, strict=True):
+                if digit not in classes:
+                    continue
                 width, height = right - left, bottom - top
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
                         "image_id": index + 1,
-                        "category_id": digit + 1,
+                        "category_id": classes.index(digit) + 1,
                         "bbox": [left, top, width, height],
                         "area": width * height,
                         "iscrowd": 0,
@@ -146,10 +161,12 @@ def _make(folder: Path, train: int, val: int, size: int, seed: int, progress: Ca
             "info": {"description": "handwritten digits (UCI, via scikit-learn) on photographs of scikit-learn and scikit-image"},
             "images": images,
             "annotations": annotations,
-            "categories": [{"id": digit + 1, "name": str(digit)} for digit in range(10)],
+            "categories": [{"id": label + 1, "name": str(digit)} for label, digit in enumerate(classes)],
         }
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
-    settings = {"format": FORMAT, "train": train, "val": val, "size": size, "seed": seed}
+    settings: dict[str, Any] = {"format": FORMAT, "train": train, "val": val, "size": size, "seed": seed}
+    if len(classes) < 10:
+        settings["classes"] = list(classes)
     (folder / "digits.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 

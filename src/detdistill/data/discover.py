@@ -11,6 +11,7 @@ from typing import Any
 
 from detdistill.data.coco import read_coco
 from detdistill.data.coco_files import find_coco
+from detdistill.data.joined import VAL_ONLY, join, join_sets, parts_of
 from detdistill.data.kept_scan import keep_scan, read_scan
 from detdistill.data.other_forms import other_form
 from detdistill.data.paths import outside
@@ -41,7 +42,8 @@ def load_data(path: str | Path, *, strict: bool = False, rescan: bool = False, h
 
     Args:
         path: a folder, a COCO JSON file, or a YOLO ``data.yaml``. The text ``digits`` (``digits:train=2000,val=400``) stands
-            for the built-in data set.
+            for the built-in data set. Several joined by ``+`` are one data set, see ``data.joined``; ``val=`` before one means
+            that it is used for validation only.
         strict: raise an error on any defect instead of listing it.
         rescan: read every file, even if none has changed since the data were last read.
         held_out: share of the training images that become val instead of the val split, 0..1; see ``hold_out``.
@@ -53,7 +55,13 @@ def load_data(path: str | Path, *, strict: bool = False, rescan: bool = False, h
         DataError: the path does not exist, has no known form, holds broken files, or has no usable box to train on; with
             ``strict``, also any defect.
     """
-    splits = usable(path, *read_sets(path, rescan=rescan), strict=strict)
+    parts = parts_of(path)
+    if len(parts) == 1:
+        splits = usable(path, *read_sets(path, rescan=rescan), strict=strict)
+    else:
+        names = [part.removeprefix(VAL_ONLY) for part in parts]
+        loaded = [load_data(name, strict=strict, rescan=rescan) for name in names]
+        splits = join(str(path), loaded, [part.startswith(VAL_ONLY) for part in parts])
     return splits if held_out is None else hold_out(splits, held_out)
 
 
@@ -94,6 +102,11 @@ def load_split(path: str | Path, split: SplitName, *, strict: bool = False) -> t
         DataError: as ``read_sets``; or no image of the split is usable; with ``strict``, also any defect.
         RunError: there is no such split.
     """
+    parts = parts_of(path)
+    if len(parts) > 1:
+        loaded = [load_split(part.removeprefix(VAL_ONLY), split, strict=strict) for part in parts]
+        classes = tuple(dict.fromkeys(name for data, _ in loaded for name in data.classes))
+        return join_sets([data for data, _ in loaded], classes), [note for _, some in loaded for note in some]
     sets, notes = read_sets(path)
     if str(path).lower().endswith(".json") and len(sets) == 1:
         data = replace(next(iter(sets.values())), name=split)
@@ -236,13 +249,15 @@ def _digits(text: str) -> Path:
     """Folder of the built-in data set, generated on first use."""
     from detdistill.data.digits import digits_folder
 
-    known = ("train", "val", "size", "seed")
+    known = ("train", "val", "size", "seed", "classes")
     options: dict[str, Any] = {}
     for part in filter(None, text.partition(":")[2].split(",")):
         name, _, value = part.partition("=")
-        if name not in known or not value.isascii() or not value.isdigit():
+        numbers = value.split("/") if name == "classes" else [value]
+        if name not in known or not all(number.isascii() and number.isdigit() for number in numbers):
             raise DataError(
-                f"{text}: {part!r} is not a setting{nearest(name, known)}; write digits:train=2000,val=400,size=128,seed=0"
+                f"{text}: {part!r} is not a setting{nearest(name, known)}; write digits:train=2000,val=400,size=128,seed=0 or "
+                "digits:classes=0/1/2"
             )
-        options[name] = int(value)
+        options[name] = tuple(map(int, numbers)) if name == "classes" else int(value)
     return digits_folder(**options)

@@ -53,6 +53,9 @@ class Record:
     """For each box the polygons or run lengths of the annotation, or None if it has none. None: no box of the image has any."""
     scores: np.ndarray | None = None
     """[G] float64, 0..1: the score with which a model labelled each box, else 1. None: no box has a score below 1."""
+    labelled: tuple[int, ...] | None = None
+    """Labels of the classes whose objects are labelled in this image, if it comes from a data set that lacks some classes of the
+    data sets it was joined with. Objects of other classes may be in the image. None: it is labelled for all classes."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -195,7 +198,8 @@ class DataSplits:
 def fingerprint(classes: Sequence[str], records: Iterable[Record]) -> str:
     """Compute a sha256 over class names, ids, file names, file sizes, image sizes, boxes, labels, crowd flags, areas and scores.
 
-    Boxes are rounded to 1/1000 pixel, areas to 1/100 square pixel. Folders do not enter, so the data may be moved.
+    The classes for which an image is labelled enter, too, if they are not all. Boxes are rounded to 1/1000 pixel, areas to 1/100
+    square pixel. Folders do not enter, so the data may be moved.
     """
     digest = hashlib.sha256("\0".join(classes).encode())
     every = list(records)
@@ -216,6 +220,8 @@ def fingerprint(classes: Sequence[str], records: Iterable[Record]) -> str:
         digest.update(boxes[32 * first : 32 * end] + labels[8 * first : 8 * end] + crowd[first:end] + areas[8 * first : 8 * end])
         if scored:
             digest.update(np.round(np.ones(len(record)) if record.scores is None else record.scores, 6).astype("<f8").tobytes())
+        if record.labelled is not None:
+            digest.update(f"\0labelled {record.labelled}".encode())
     return digest.hexdigest()
 
 

@@ -19,6 +19,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
@@ -527,8 +528,12 @@ class Teacher:
     present = True
     """Whether the detector itself can be run; False: only its description from a cache is there."""
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: Detector, *, fold: bool = True) -> None:
         """Freeze a detector.
+
+        Args:
+            detector: the detector; it is changed.
+            fold: run with folded batch norms (``functional.folding``); False for weights that change from step to step.
 
         Raises:
             ModelError: ``detector`` is something else, e.g. the path of one.
@@ -539,8 +544,8 @@ class Teacher:
             advice = "load it first: Teacher(detdistill.load_detector(...))"
             raise ModelError(f"Teacher: needs a detector, not a {type(detector).__name__}; {advice}")
         self.detector = detector.eval().requires_grad_(False)
-        self._folded = FoldedNorms(self.detector)
-        self._seen: tuple[Batch, Observation] | None = None
+        self._folded = FoldedNorms(self.detector) if fold else None
+        self._seen: tuple[Tensor, Observation] | None = None
         self._on_regions: tuple[Tensor, Features, Regions] | None = None
 
     @property
@@ -578,7 +583,7 @@ class Teacher:
 
     @torch.no_grad()
     def observe(self, batch: Batch, look: Look = FEATURES) -> Observation:
-        """Run the teacher and return the parts that ``look`` selects. Calls with the same batch share one forward pass.
+        """Run the teacher and return the parts that ``look`` selects. Calls with the same images share one forward pass.
 
         The pass is fully shared if the first call selects all parts: a composition passes the union of its methods' looks.
         It runs with folded batch norms, so values differ in their last digits from those of the detector itself.
@@ -586,13 +591,13 @@ class Teacher:
         Raises:
             ModelError: ``look`` selects a part that the detector cannot return.
         """
-        seen = self._seen[1] if self._seen is not None and self._seen[0] is batch else None
-        with self._folded.running(batch) as fast:
+        seen = self._seen[1] if self._seen is not None and self._seen[0] is batch.images else None
+        with nullcontext(batch) if self._folded is None else self._folded.running(batch) as fast:
             if seen is None or (look.backbone and seen.backbone_features is None):
                 seen = self.detector.observe_features(fast, look)
             seen = self.detector.observe_head(seen, fast, look)
         seen = seen if fast is batch else contiguous(seen)
-        self._seen = (batch, seen)
+        self._seen = (batch.images, seen)
         # Only the selected parts: the knowledge of a method (and its size in a cache) must not depend on the other methods.
         return seen.only(look)
 

@@ -39,7 +39,8 @@ def evaluate(
 
     Args:
         detector: the detector; it is in eval mode during the call.
-        data: the data set; boxes are compared in pixels of the original images.
+        data: the data set; boxes are compared in pixels of the original images. Detections of classes for which an image is not
+            labelled (``Record.labelled``) do not count.
         settings: image size and resizing; augmentation is off.
         batch_size: number of images per forward pass.
         device: device to run on. None: the detector's device.
@@ -64,6 +65,7 @@ def evaluate(
         gathered: list[list[dict[str, Any]]] = [[] for _ in range(world)]
         dist.all_gather_object(gathered, results)
         results = [result for part in gathered for result in part]
+    results = _labelled(results, data)
     truth = data.coco_ground_truth()
     scores = coco_scores(truth, results, data.classes)
     lost = detection_errors(truth, results, data.classes) if errors else {}
@@ -107,6 +109,12 @@ def detections(
             if progress is not None:
                 progress(done, everything)
     return results
+
+
+def _labelled(results: list[dict[str, Any]], data: DetectionSet) -> list[dict[str, Any]]:
+    """The detections of classes for which their images are labelled; of others nobody knows whether they are right."""
+    some = {record.id: record.labelled for record in data.records if record.labelled is not None}
+    return [one for one in results if one["image_id"] not in some or one["category_id"] - 1 in some[one["image_id"]]]
 
 
 def check_classes(detector: Detector, data: DetectionSet) -> None:

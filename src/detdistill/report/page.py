@@ -17,6 +17,7 @@ from detdistill.report import figures, pictures, words
 from detdistill.report.exports import HEAD, exports_of
 from detdistill.report.pictures import Gallery
 from detdistill.report.runs import Group, Run, baselines_for, data_name, defined, distillation_terms, group, paired, read
+from detdistill.report.specialists import specialties
 
 if TYPE_CHECKING:
     from detdistill.data.records import DataSplits
@@ -181,6 +182,7 @@ def render(groups: Sequence[Group], splits: DataSplits | None, data_note: str, g
         errors=_errors(groups, palette),
         error_names=ERRORS,
         classes=_class_charts(groups, palette),
+        specialties=specialties(groups),
         gallery=gallery,
         exports=exports_of(groups),
         exports_head=HEAD,

@@ -139,7 +139,10 @@ def _models(groups: Sequence[Group], splits: DataSplits, notes: list[str]) -> tu
     else:
         subject = distilled[0].runs[0]
         runs = [run for group in groups for run in group.runs]
-        wanted.append(("teacher", _teacher_place(subject, runs)))
+        if reason := _no_single_teacher(subject):
+            notes.append(f"No teacher is shown: {reason}.")
+        else:
+            wanted.append(("teacher", _teacher_place(subject, runs)))
         wanted += [("baseline", str(run.folder)) for run in baselines_for(distilled[0], runs)[:1]]
         wanted += [(group.label, str(group.runs[0].folder)) for group in distilled[:MOST_METHODS]]
         if len(distilled) > MOST_METHODS:
@@ -153,6 +156,13 @@ def _models(groups: Sequence[Group], splits: DataSplits, notes: list[str]) -> tu
     if models:
         notes.append(f"Models of seed {subject.seed}.")
     return subject, models
+
+
+def _no_single_teacher(run: Run) -> str:
+    """Why there is no single trained teacher to show; empty if there is one."""
+    if str(run.summary.get("teacher")).startswith("self:"):
+        return "it was the student's own average"
+    return "there were several" if len(run.summary.get("teachers") or ()) > 1 else ""
 
 
 def _teacher_place(run: Run, runs: Sequence[Run]) -> str:

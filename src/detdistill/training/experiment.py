@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from detdistill.training.metrics_table import read_rows
 from detdistill.training.plan import Plan
 from detdistill.training.run import run
 from detdistill.training.session import Session, open_session
-from detdistill.training.teacher_scores import note_teacher
+from detdistill.training.teacher_scores import note_teachers, scores_of_all
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Experiment:
     folder: Path
     runs: tuple[Path, ...]
     teacher_scores: Scores | None
+    """Of the only teacher, if it knows all classes; None: there is no such teacher, or it was not scored."""
 
 
 def plans_of(plan: Plan, parent: Path) -> list[Plan]:
@@ -55,12 +57,12 @@ def plans_of(plan: Plan, parent: Path) -> list[Plan]:
     return plans
 
 
-def run_experiment(session: Session, teacher_scores: Scores | None, progress: Progress) -> Experiment:
+def run_experiment(session: Session, teacher_scores: Mapping[str, Scores], progress: Progress) -> Experiment:
     """Run a plan once for each seed, and with ``baseline`` also train a baseline for each seed.
 
     Args:
         session: session of the plan. Its student and method are used by the distilled run with the same seed, if there is one.
-        teacher_scores: scores of the teacher, added to the summary of every run.
+        teacher_scores: scores of the teachers by name, added to the summary of every run.
         progress: display of the progress.
 
     Raises:
@@ -77,7 +79,7 @@ def run_experiment(session: Session, teacher_scores: Scores | None, progress: Pr
             raise RunError("--resume true needs --out with the folder of the experiment")
         parent = settings.out
     else:
-        parent = new_folder(settings.out, f"distill-{settings.method.split(',')[0]}")
+        parent = new_folder(settings.out, f"distill-{re.sub('[@>]', '-', settings.method.split(',')[0])}")
     with _made(parent):
         return _run_all(session, parent, teacher_scores, progress)
 
@@ -97,7 +99,7 @@ def _made(folder: Path) -> Iterator[None]:
         raise
 
 
-def _run_all(session: Session, parent: Path, teacher_scores: Scores | None, progress: Progress) -> Experiment:
+def _run_all(session: Session, parent: Path, teacher_scores: Mapping[str, Scores], progress: Progress) -> Experiment:
     """Run all plans of an experiment in the folder ``parent``."""
     plan, settings = session.plan, session.plan.settings
     assert isinstance(settings, DistillSettings)
@@ -114,12 +116,12 @@ def _run_all(session: Session, parent: Path, teacher_scores: Scores | None, prog
             if single.distilling is not None and single.settings.seed == settings.seed:
                 run(replace(session, plan=single), progress)
             else:
-                run(open_session(single, session.splits, session.teacher, session.cache, progress), progress)
+                run(open_session(single, session.splits, session.teachers, session.cache, progress), progress)
     folders = tuple(p.settings.out for p in plans if p.settings.out is not None)
-    if teacher_scores is not None:
+    if teacher_scores:
         for folder in folders:
-            note_teacher(folder, teacher_scores)
-    return Experiment(parent, folders, teacher_scores)
+            note_teachers(folder, teacher_scores)
+    return Experiment(parent, folders, scores_of_all(teacher_scores, session.splits.classes))
 
 
 def _run_side_by_side(plans: Sequence[Plan], jobs: int, progress: Progress) -> None:

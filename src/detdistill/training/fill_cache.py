@@ -125,8 +125,7 @@ def _description(
     session: Session, student: str | None, settings: CacheSettings, lecture: Lecture, stages: tuple[Stage, ...]
 ) -> About:
     """The description of the cache, as yet without records and in float32."""
-    plan, teacher = session.plan, session.teacher
-    assert teacher is not None
+    plan, teacher = session.plan, session.fixed_teachers[""]
     assert plan.teacher is not None
     return About(
         teacher=plan.teacher,
@@ -244,7 +243,7 @@ def _session(
     alone = {"out": None, "resume": False, "report": False, "track": (), "devices": 1, "nodes": 1}
     run_settings = DistillSettings(**{**common, **alone})
     plan = Plan(student or name, data[0], run_settings, role="stage", teacher=name, title="earlier stage")
-    return Session(plan, data[1], learner, method, teacher, None, teach_by_canvas, None)
+    return Session(plan, data[1], learner, method, {"": teacher}, None, teach_by_canvas, None)
 
 
 def check_cache(

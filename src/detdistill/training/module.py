@@ -6,6 +6,7 @@ import random
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -23,6 +24,8 @@ from detdistill.settings import DistillSettings, TrainSettings
 from detdistill.structures import Batch, Clock, Losses, map_tensors
 from detdistill.training.balance import Balance, gradient_shares
 from detdistill.training.optimizers import build_optimizer, build_schedule
+from detdistill.training.self_teacher import AverageTeacher
+from detdistill.training.unlabelled import Unlabelled
 
 
 class NonFiniteLoss(RunError):
@@ -42,6 +45,7 @@ class StageModule(L.LightningModule):
         source: Source = teach_by_canvas,
         images: int = 0,
         seconds: float = 0.0,
+        unlabelled: Unlabelled | None = None,
     ) -> None:
         """Prepare a stage for Lightning.
 
@@ -54,6 +58,7 @@ class StageModule(L.LightningModule):
             source: gives the knowledge of the stage's method about a batch, from the teacher or from a cache.
             images: number of images that this process saw in the stages before.
             seconds: training time of the stages before.
+            unlabelled: adds what the teachers know and the labels lack to the batches on which the student is trained.
         """
         super().__init__()
         self.student, self.method = student, method
@@ -61,6 +66,9 @@ class StageModule(L.LightningModule):
         self.distill_weight = settings.distill_weight if isinstance(settings, DistillSettings) else 1.0
         share = settings.balance if isinstance(settings, DistillSettings) else None
         self.balance = None if share is None or method is None else Balance(share, method.members)
+        self.unlabelled = unlabelled if stage.evaluates is student else None
+        teachers = () if method is None else method.teachers()
+        self._averages = [teacher for teacher in teachers if isinstance(teacher, AverageTeacher)]
         self._trace: Mapping[str, float] = {}
         """Measurement of ``balance`` that is not logged yet."""
         self.average: AveragedModel | None = None
@@ -107,8 +115,13 @@ class StageModule(L.LightningModule):
         if isinstance(self.student, HasSchedule):
             self.student.schedule(self.clock)
         method = self.stage.learns_from
+        added = None
+        if self.unlabelled is not None:
+            batch, added = self.unlabelled(batch)
         taught = None if method is None else self.source(method, batch)
         losses = self.stage.step(batch, taught, self.clock).with_distilled_scaled(self.distill_weight)
+        if added is not None:
+            losses = replace(losses, monitors={**losses.monitors, "unlabelled/boxes": added})
         learns = any(p.requires_grad for p in self.student.parameters())  # not in stages that train only the method
         if self.balance is not None and learns:
             losses = self._balanced(self.balance, losses, first=index % self.settings.accumulate == 0)
@@ -257,6 +270,8 @@ class StageModule(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.average is not None:
             self.average.update_parameters(self.student)
+        for teacher in self._averages:
+            teacher.follow(self.student)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """End the stage at its last step, which may be in the middle of an epoch."""
@@ -291,13 +306,14 @@ class StageModule(L.LightningModule):
     # ----------------------------------------------------------------------------------------- random states on disk
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the stage, the training time, the number of images, all random states, and the factors of ``balance``."""
+        """Add stage, training time, number of images, all random states, factors of ``balance``, and averages that teach."""
         checkpoint["detdistill"] = {
             "stage": self.stage.name,
             "seconds": self.seconds,
             "images": self.images,
             "random": random_state(),
             **({} if self.balance is None else {"balance": self.balance.state_dict()}),
+            **({"averages": [teacher.state_dict() for teacher in self._averages]} if self._averages else {}),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -307,6 +323,8 @@ class StageModule(L.LightningModule):
         self._random_state = mine["random"]
         if self.balance is not None:
             self.balance.load_state_dict(mine["balance"])
+        for teacher, state in zip(self._averages, mine.get("averages", ()), strict=True):
+            teacher.load_state_dict(state)
 
     def on_train_start(self) -> None:
         """Restore the random states when everything else is ready."""

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def _note_inputs(session: Session, folder: RunFolder) -> Facts:
     now = {
         "training data": splits.train.fingerprint,
         "validation data": splits.val.fingerprint,
-        "teacher": None if session.teacher is None else session.teacher.fingerprint,
+        "teacher": _joined({name: one.fingerprint for name, one in session.fixed_teachers.items()}),
         "initial weights": None if session.started is None else session.started.fingerprint,
     }
     if settings.resume and not settings.allow_changes:
@@ -283,7 +284,7 @@ def _summary(loop: StageLoop, scores: Scores) -> dict[str, Any]:
         "seconds": round(loop.seconds, 2),
         "evaluation_seconds": round(scores.seconds, 2),
         "parameters": session.student.count_parameters(),
-        "teacher_parameters": cache.about.teacher_parameters if cache else _parameters(session.teacher),
+        "teacher_parameters": cache.about.teacher_parameters if cache else _parameters(session),
         "versions": versions(),
         "hardware": hardware(),
         "data": {
@@ -300,11 +301,20 @@ def _summary(loop: StageLoop, scores: Scores) -> dict[str, Any]:
 
 
 def _teacher_model(session: Session) -> str | None:
-    """Model string of the teacher, also if only its cache is there."""
-    if session.teacher is not None:
-        return session.teacher.spec.name
-    return None if session.cache is None else session.cache.about.spec.name
+    """Model string of the teacher, also if only its cache is there; of several, each with its name."""
+    if session.cache is not None:
+        return session.cache.about.spec.name
+    return _joined(
+        {name: (one if isinstance(one, Teacher) else session.student).spec.name for name, one in session.teachers.items()}
+    )
 
 
-def _parameters(teacher: Teacher | None) -> int | None:
-    return None if teacher is None else teacher.detector.count_parameters()
+def _parameters(session: Session) -> int | None:
+    """Number of parameters of all teachers together; None without a teacher."""
+    each = [one.detector if isinstance(one, Teacher) else session.student for one in session.teachers.values()]
+    return sum(detector.count_parameters() for detector in each) if each else None
+
+
+def _joined(texts: Mapping[str, str]) -> str | None:
+    """``a=first, b=second``; a text without a name as it is; None if there is none."""
+    return ", ".join(f"{name}={text}" if name else text for name, text in texts.items()) or None

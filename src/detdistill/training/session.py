@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,19 @@ from detdistill.detectors.inherit import Inherited, inherit_head, start_from
 from detdistill.detectors.load import load_detector
 from detdistill.errors import RunError
 from detdistill.evaluation.instability import check_queries
+from detdistill.methods.shared.catalogue import split_turns
 from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.contract import Method, Source, teach_by_canvas
 from detdistill.progress import Progress
+from detdistill.settings import DistillSettings
 from detdistill.training.machine import check_machine, seed_everything
 from detdistill.training.own_models import check_own_student
 from detdistill.training.plan import Plan
+from detdistill.training.self_teacher import OwnAverage
+from detdistill.training.unlabelled import Unlabelled
+
+Given = Mapping[str, Teacher | OwnAverage]
+"""Teachers by name; a single one may have an empty name."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,8 @@ class Session:
     student: Detector
     method: Method[Any] | None
     """None: the student trains alone."""
-    teacher: Teacher | None
-    """The loaded teacher, or its description from the cache; None: the run has no teacher."""
+    teachers: Given
+    """The loaded teachers, or the teacher's description from the cache; empty: the run has no teacher."""
     cache: KnowledgeCache | None
     """The cache from which the run learns; None: it learns online."""
     source: Source
@@ -42,6 +50,13 @@ class Session:
     """Tensors copied from the teacher's neck and head into the student; None: without ``inherit``."""
     started: Start | None = None
     """Weights that the student started from; None: without ``init``."""
+    unlabelled: Unlabelled | None = None
+    """Adds what the teachers know and the labels lack to the batches; None: all classes are labelled, or it is left out."""
+
+    @property
+    def fixed_teachers(self) -> dict[str, Teacher]:
+        """The teachers that do not change during the run."""
+        return {name: one for name, one in self.teachers.items() if isinstance(one, Teacher)}
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class Start:
 def open_session(
     plan: Plan,
     splits: DataSplits,
-    teacher: Teacher | None = None,
+    teachers: Teacher | Given | None = None,
     cache: KnowledgeCache | None = None,
     progress: Progress | None = None,
 ) -> Session:
@@ -68,9 +83,9 @@ def open_session(
     Args:
         plan: plan of the run.
         splits: the loaded data of ``plan.data``.
-        teacher: the loaded teacher of a distilled run; None for methods without a teacher, and with a cache, unless the method
-            or ``inherit`` needs the teacher itself.
-        cache: the opened cache of ``plan.settings.cache``; without ``teacher``, its description of the teacher is used.
+        teachers: the loaded teacher of a distilled run, or several by name; None for methods without a teacher, and with a
+            cache, unless the method or ``inherit`` needs the teacher itself.
+        cache: the opened cache of ``plan.settings.cache``; without ``teachers``, its description of the teacher is used.
         progress: display of the number of inherited tensors; None: not shown.
 
     Raises:
@@ -88,21 +103,50 @@ def open_session(
         check_queries(student)
     started = None if settings.init is None else _start(student, settings.init, progress)
     if distilling is None:
-        return Session(plan, splits, student, None, None, None, teach_by_canvas, None, started)
-    if teacher is None and cache is not None:
-        teacher = cache.teacher()
-    inherited = None
-    if distilling.inherit:
-        assert teacher is not None
-        inherited = inherit_head(student, teacher.detector)
-        if not inherited.copied:
-            raise RunError(f"inherit: nothing of {teacher.spec.name} fits {student.spec.name}; leave out --inherit")
-        if progress is not None:
-            counts = f"{len(inherited.copied)} tensors of the teacher's neck and head, skipped {len(inherited.skipped)}"
-            progress.say(f"inherited {counts}")
-    method = build_method(distilling.method, teacher, student)
+        return Session(plan, splits, student, None, {}, None, teach_by_canvas, None, started)
+    if not teachers:
+        teachers = None if cache is None else cache.teacher()
+    given: Given = {} if teachers is None else {"": teachers} if isinstance(teachers, Teacher) else teachers
+    inherited = _inherit(student, given, progress) if distilling.inherit else None
+    _check_turns(distilling)
+    built = {name: one.of(student) if isinstance(one, OwnAverage) else one for name, one in given.items()}
+    method = build_method(distilling.method, built or None, student)
     source = teach_by_canvas if cache is None else cache.source(distilling.method, method)
-    return Session(plan, splits, student, method, teacher, cache, source, inherited, started)
+    unlabelled = Unlabelled.of(method, student, splits.train, distilling, cache is not None)
+    if unlabelled is not None and progress is not None:
+        progress.say(f"teachers' boxes of classes that an image is not labelled for: {unlabelled.in_words()}", "dim")
+    return Session(plan, splits, student, method, given, cache, source, inherited, started, unlabelled)
+
+
+def _inherit(student: Detector, teachers: Given, progress: Progress | None) -> Inherited:
+    """Copy neck and head of the only teacher into the student.
+
+    Raises:
+        RunError: there is no such teacher, or nothing of it fits.
+    """
+    (teacher,) = teachers.values() if len(teachers) == 1 else (None,)
+    if not isinstance(teacher, Teacher):
+        why = "it copies from one teacher" if teachers else "it copies weights of the teacher"
+        raise RunError(f"inherit: {why}, and there is none to copy from; leave out --inherit, or start from weights by --init")
+    inherited = inherit_head(student, teacher.detector)
+    if not inherited.copied:
+        raise RunError(f"inherit: nothing of {teacher.spec.name} fits {student.spec.name}; leave out --inherit")
+    if progress is not None:
+        counts = f"{len(inherited.copied)} tensors of the teacher's neck and head, skipped {len(inherited.skipped)}"
+        progress.say(f"inherited {counts}")
+    return inherited
+
+
+def _check_turns(settings: DistillSettings) -> None:
+    """Check that the length of the run can be shared equally by the turns of ``a>b``.
+
+    Raises:
+        RunError: it cannot.
+    """
+    turns = len(split_turns(settings.method))
+    name, length = ("epochs", settings.epochs) if settings.steps is None else ("steps", settings.steps)
+    if length % turns:
+        raise RunError(f"{name}: {length} cannot be shared by the {turns} turns of {settings.method}; give a multiple of {turns}")
 
 
 LEAST_TAKEN = 0.1

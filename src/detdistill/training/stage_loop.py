@@ -218,6 +218,7 @@ class StageLoop:
             source=self.session.source,
             images=self.images_seen // (settings.devices * settings.nodes),
             seconds=self.seconds,
+            unlabelled=self.session.unlabelled,
         )
         train_set = self.splits.train
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,30 @@ def _told(scores: Scores, splits: DataSplits, bar: Any, progress: Progress, how:
     return scores
 
 
-def note_teacher(folder: Path, scores: Scores) -> None:
-    """Add the teacher's scores to ``summary.json`` of a finished run."""
+def scores_of_all(scores: Mapping[str, Scores], classes: Sequence[str]) -> Scores | None:
+    """The scores of the only teacher, if it knows all classes; None of several teachers, and of one that knows some."""
+    (only,) = scores.values() if len(scores) == 1 else (None,)
+    return only if only is not None and set(classes) <= only.per_class.keys() else None
+
+
+def note_teachers(folder: Path, scores: Mapping[str, Scores]) -> None:
+    """Add the teachers' scores to ``summary.json`` of a finished run.
+
+    ``teacher_metrics`` and ``teacher_errors`` are those of a teacher of all classes. ``teacher_per_class`` has for each class the
+    AP of the best teacher. ``teachers`` has the scores of each, if there are several or if a teacher knows some classes only.
+    """
     summary = json.loads((folder / "summary.json").read_text())
-    summary |= {"teacher_metrics": scores.metrics, "teacher_per_class": scores.per_class, "teacher_errors": scores.errors}
+    only = scores_of_all(scores, summary["data"]["classes"])
+    best: dict[str, float] = {}
+    for one in scores.values():
+        best |= {name: max(ap, best.get(name, -1.0)) for name, ap in one.per_class.items()}
+    summary |= {"teacher_per_class": best}
+    if only is None:
+        summary["teachers"] = {
+            name or "teacher": {"metrics": one.metrics, "per_class": one.per_class} for name, one in scores.items()
+        }
+    else:
+        summary |= {"teacher_metrics": only.metrics, "teacher_errors": only.errors}
     RunFolder(folder).write_json("summary.json", summary)
-    note_in_card(folder, teacher_ap=scores.metrics["AP"])
+    if only is not None:
+        note_in_card(folder, teacher_ap=only.metrics["AP"])

@@ -45,8 +45,32 @@ def check_slug(slug: str) -> None:
 
 
 def split_methods(text: str) -> list[list[str]]:
-    """Split a text such as ``fgd,temperature=0.8+pkd``: for each method its slug and its ``key=value`` settings."""
-    parts = re.split(r"\+(?!\d)", text)  # the + of 1e+2 joins nothing
+    """Split a text such as ``fgd,temperature=0.8+pkd@a``: for each method its slug and its ``key=value`` settings."""
+    return [[slug.partition("@")[0].strip(), *settings] for slug, *settings in _pieces(text)]
+
+
+def named_teachers(text: str) -> list[str]:
+    """For each method in a text such as ``pkd@a>pkd@b+fkd`` the name of its teacher; empty for methods without ``@``.
+
+    Raises:
+        MethodError: a name is missing after ``@``, or is no name.
+    """
+    names = []
+    for slug, *_ in _pieces(text):
+        _, at, name = slug.partition("@")
+        if at and not name.strip().isidentifier():
+            raise MethodError(f"method {slug!r}: {name.strip()!r} is no name of a teacher; write e.g. {slug.partition('@')[0]}@a")
+        names.append(name.strip())
+    return names
+
+
+def split_turns(text: str) -> list[str]:
+    """The parts of a text such as ``pkd@a>pkd@b``, which are trained one after the other; most texts have one."""
+    return [part.strip() for part in text.split(">")]
+
+
+def _pieces(text: str) -> list[list[str]]:
+    parts = re.split(r">|\+(?!\d)", text)  # the + of 1e+2 joins nothing
     return [[piece.strip() for piece in part.split(",")] for part in parts]
 
 

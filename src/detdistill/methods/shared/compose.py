@@ -1,15 +1,24 @@
-"""Build methods from text such as ``fgd,temperature=0.8+pkd``."""
+"""Build methods from text such as ``fgd,temperature=0.8+pkd``, ``pkd@a+fkd@b`` or ``pkd@small>pkd@large``."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from detdistill.detectors.contract import Detector, Teacher
-from detdistill.methods.shared.catalogue import METHODS, check_slug, method_slugs, split_methods
+from detdistill.methods.shared.catalogue import (
+    METHODS,
+    check_slug,
+    method_slugs,
+    named_teachers,
+    split_methods,
+    split_turns,
+)
 from detdistill.methods.shared.contract import Composition, Method
 from detdistill.methods.shared.hyper_parameters import MethodError, checked_settings, read_setting
-from detdistill.methods.shared.needs import why_not
+from detdistill.methods.shared.needs import PairError, why_not
+from detdistill.methods.shared.progression import Progression
 
 
 def method_class(slug: str) -> type[Method[Any]]:
@@ -63,29 +72,74 @@ def check_teacher_size(text: str) -> None:
         raise MethodError(f"teacher_size: {text} has no teacher")
 
 
-def build_method(text: str, teacher: Teacher | Detector | None, student: Detector) -> Method[Any]:
-    """Build the method of ``text`` for a pair of detectors; several methods become a ``Composition``.
+def match_teachers(text: str, names: Collection[str]) -> list[str]:
+    """For each method in ``text``, the name of its teacher among ``names``; empty for methods without a teacher.
 
     Args:
-        text: slugs joined by ``+``, each with ``,key=value`` settings; lists as ``levels=0/1/2``.
-        teacher: the frozen teacher; a detector is frozen here. None for teacher-free methods.
+        text: as for ``build_method``.
+        names: names of the teachers; a single one may be empty, and a single one serves the methods without ``@``.
+
+    Raises:
+        MethodError: a name is unknown, a method does not say which of several teachers it means, or no method uses a teacher.
+    """
+    chosen = []
+    for (kind, values), name in zip(parse_methods(text), named_teachers(text), strict=True):
+        known = [one for one in names if one]
+        if kind.needs(**values).teacher is None and not name:
+            chosen.append("")
+        elif name and name not in names:
+            there = f"the teachers are {', '.join(known)}" if known else f"name it: --teacher {name}=RUN"
+            raise MethodError(f"{kind.slug}@{name}: there is no teacher {name!r}; {there}")
+        elif not name and len(names) > 1:
+            raise MethodError(f"{kind.slug}: say which teacher it learns from: {' or '.join(f'{kind.slug}@{n}' for n in known)}")
+        else:
+            chosen.append(name or next(iter(names), ""))
+    idle = [name for name in names if name and name not in chosen]
+    if idle:
+        raise MethodError(f"teacher {idle[0]}: no method learns from it; write e.g. pkd@{idle[0]}, or leave it out")
+    return chosen
+
+
+def build_method(text: str, teacher: Teacher | Detector | Mapping[str, Teacher] | None, student: Detector) -> Method[Any]:
+    """Build the method of ``text``; several methods become a ``Composition``, one after the other a ``Progression``.
+
+    Args:
+        text: slugs joined by ``+``, each with ``,key=value`` settings; lists as ``levels=0/1/2``. ``pkd@a`` learns from the
+            teacher named ``a``; ``pkd@a>pkd@b`` from one after the other.
+        teacher: the frozen teacher; a detector is frozen here; several teachers by name. None for teacher-free methods.
         student: the detector that is trained.
 
     Raises:
-        MethodError: see ``parse_methods``; also if teacher or student is no detector.
-        PairError: teacher or student lacks something that the method needs.
+        MethodError: see ``parse_methods`` and ``match_teachers``; also if teacher or student is no detector.
+        PairError: teacher or student lacks something that the method needs; a named teacher is named.
     """
     if isinstance(teacher, Detector):
         teacher = Teacher(teacher)
-    for role, given, kinds in (("teacher", teacher, (Teacher, type(None))), ("student", student, (Detector,))):
-        if not isinstance(given, kinds):
-            what = f"a {type(given).__name__} is no detector"
+    given = teacher if isinstance(teacher, Mapping) else {"": teacher}
+    checks: list[tuple[str, Any, tuple[type, ...]]] = [("teacher", one, (Teacher, type(None))) for one in given.values()]
+    for role, one, kinds in (*checks, ("student", student, (Detector,))):
+        if not isinstance(one, kinds):
+            what = f"a {type(one).__name__} is no detector"
             raise MethodError(f"build_method: {role}: {what}; load one by detdistill.load_detector(...), or wrap your own model")
-    methods = []
-    for found, values in parse_methods(text):
-        build: Any = found  # constructors differ in their keyword arguments, which were checked above
-        methods.append(build(teacher, student, **values))
-    return methods[0] if len(methods) == 1 else Composition(methods, student)
+    match_teachers(text, given)
+    turns = [_together(part, given, student) for part in split_turns(text)]
+    return turns[0] if len(turns) == 1 else Progression(turns, student)
+
+
+def _together(text: str, teachers: Mapping[str, Teacher | None], student: Detector) -> Method[Any]:
+    """The methods of a text without ``>``."""
+    methods, names = [], []
+    only = next(iter(teachers.values())) if len(teachers) == 1 else None
+    for (found, values), name in zip(parse_methods(text), named_teachers(text), strict=True):
+        build: Any = found  # constructors differ in their keyword arguments, which were checked by parse_methods
+        try:
+            methods.append(build(teachers[name] if name else only, student, **values))
+        except PairError as error:
+            if not name:
+                raise
+            raise PairError(f"teacher {name}: {error}") from error
+        names.append(f"{found.slug}@{name}" if name else found.slug)
+    return methods[0] if len(methods) == 1 else Composition(methods, student, names)
 
 
 def serving_methods(teacher: Teacher | None, student: Detector) -> list[str]:

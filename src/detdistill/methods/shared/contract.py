@@ -197,6 +197,10 @@ class Method(nn.Module, Generic[T]):
         """All frozen teachers; the training loop moves them to its device."""
         return () if self._teacher is None else (self._teacher,)
 
+    def looks(self) -> dict[Teacher, Look]:
+        """The parts of each teacher's pass that ``teach`` requests."""
+        return looks_of([self])
+
 
 class TeacherFree(Method[T]):
     """A method without a teacher; it learns from labels or from networks of its own."""
@@ -213,35 +217,42 @@ class TeacherFree(Method[T]):
 
 
 class Composition(Method[TaughtTogether]):
-    """Several methods at once, such as ``fgd+pkd``. All losses are added; names of the terms begin with the method's slug."""
+    """Several methods at once, such as ``fgd+pkd``. All losses are added; names of the terms begin with the method's slug.
+
+    With named teachers (``pkd@a+pkd@b``) they begin with slug and name: ``pkd@a/...``.
+    """
 
     slug = "composition"
     title = "several methods at once"
     bibtex = ""
 
-    def __init__(self, methods: Sequence[Method[Any]], student: Detector) -> None:
+    def __init__(self, methods: Sequence[Method[Any]], student: Detector, names: Sequence[str] = ()) -> None:
         """Combine methods.
 
+        Args:
+            methods: the methods.
+            student: the detector that is trained.
+            names: what the terms of each method begin with; none: the slugs.
+
         Raises:
-            PairError: two methods replace the student's own loss or its targets, or a method is named twice.
+            PairError: two methods replace the student's own loss or its targets, or a method is named twice (for one teacher).
         """
         super().__init__(None, student)
-        slugs = [method.slug for method in methods]
+        slugs = list(names) or [method.slug for method in methods]
         if len(set(slugs)) < len(slugs):
             raise PairError(f"method {'+'.join(slugs)}: each method may be named once")
         self._supervisor = _only_one(methods, lambda method: type(method).supervise is not Method.supervise, "own loss")
         self._relabeler = _only_one(methods, lambda method: method._relabels(), "targets")
         self.parts = nn.ModuleDict(dict(zip(slugs, methods, strict=True)))
         student_look = Look()
-        self._teacher_looks: dict[Teacher, Look] = {}
         for method in methods:
             student_look |= method.requirements.student
-            if method._teacher is not None and method.requirements.teacher is not None:
-                before = self._teacher_looks.get(method._teacher, Look())
-                self._teacher_looks[method._teacher] = before | method.requirements.teacher
+        self._teacher_looks = looks_of(methods)
         assignment = any(method.requirements.assignment for method in methods)
         self.requirements = replace(self.requirements, student=student_look, assignment=assignment)
-        self.trains_alone = tuple(f"{method.slug}/{name}" for method in methods for name in method.trains_alone)
+        self.trains_alone = tuple(
+            f"{slug}/{name}" for slug, method in zip(slugs, methods, strict=True) for name in method.trains_alone
+        )
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
@@ -255,7 +266,7 @@ class Composition(Method[TaughtTogether]):
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Slugs of the methods; the names of their terms begin with them."""
+        """Slugs of the methods, with the name of a method's teacher if it has one; the names of their terms begin with them."""
         return tuple(self.parts)
 
     def look_at_teachers(self, batch: Batch) -> None:
@@ -269,9 +280,9 @@ class Composition(Method[TaughtTogether]):
         return TaughtTogether(tuple(method.teach(batch) for method in self.methods))
 
     def learn(self, student: Detector, seen: Observation, taught: TaughtTogether, batch: Batch, clock: Clock) -> Losses:
-        """The losses of all methods; names begin with ``<slug>/``."""
-        pairs = zip(self.methods, taught.parts, strict=True)
-        return Losses.merge([m.learn(student, seen, part, batch, clock).prefixed(m.slug) for m, part in pairs])
+        """The losses of all methods; names begin with ``<slug>/`` or ``<slug>@<teacher>/``."""
+        all_three = zip(self.members, self.methods, taught.parts, strict=True)
+        return Losses.merge([m.learn(student, seen, part, batch, clock).prefixed(name) for name, m, part in all_three])
 
     def supervise(self, student: Detector, seen: Observation, taught: TaughtTogether, batch: Batch) -> Losses:
         """``supervise`` of the method that overrides it, else the student's own loss."""
@@ -284,7 +295,7 @@ class Composition(Method[TaughtTogether]):
         assert self._relabeler is not None
         method = self.methods[self._relabeler]
         changed, losses = method.relabel(student, features, batch, clock)
-        return changed, losses.prefixed(method.slug)
+        return changed, losses.prefixed(self.members[self._relabeler])
 
     def _relabels(self) -> bool:
         return self._relabeler is not None
@@ -308,6 +319,19 @@ class Composition(Method[TaughtTogether]):
     def teachers(self) -> tuple[Teacher, ...]:
         """The teachers of all methods, without duplicates."""
         return tuple(dict.fromkeys(teacher for method in self.methods for teacher in method.teachers()))
+
+    def looks(self) -> dict[Teacher, Look]:
+        """The parts of each teacher's pass that the methods request together."""
+        return self._teacher_looks
+
+
+def looks_of(methods: Sequence[Method[Any]]) -> dict[Teacher, Look]:
+    """The parts of each teacher's pass that methods request together."""
+    looks: dict[Teacher, Look] = {}
+    for method in methods:
+        if method._teacher is not None and method.requirements.teacher is not None:
+            looks[method._teacher] = looks.get(method._teacher, Look()) | method.requirements.teacher
+    return looks
 
 
 @torch.no_grad()
