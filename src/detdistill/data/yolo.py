@@ -91,7 +91,7 @@ def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
     config = _load(file) if file.suffix in YAML else read_names(file, notes)
     if not any(key in config for keys in KEYS.values() for key in keys):
         splits = split_folders(file.parent)
-        config |= splits
+        config |= {str(name): folders for name, folders in splits.items()}
         notes.append(f"no data.yaml names the splits: classes from {file.name}, {_shown(splits)}")
     classes = _classes(file, config)
     task, points = _task(file, config), _points(file, config)
