@@ -30,10 +30,12 @@ for name in ("a", "b"):
     (data / f"{name}.json").write_text(json.dumps({**about, "shapes": shapes}))
 command = [folder / "venv/bin/labelme2coco", "--json_dir", data, "--output_dir", folder / "coco", "--val_size", "0.5"]
 subprocess.run(command, check=True, capture_output=True)
-content = json.loads((folder / "coco/annotations/instances_train.json").read_text())
-names = {category["id"]: category["name"] for category in content["categories"]}
+# Which image goes to which split is drawn at random, so both files are read.
+contents = [json.loads(file.read_text()) for file in sorted((folder / "coco/annotations").glob("*.json"))]
+names = {category["id"]: category["name"] for content in contents for category in content["categories"]}
 drawn = {10: "cat", 40: "dog", 70: "bird"}
-read = {drawn[round(item["bbox"][0])]: names.get(item["category_id"], "not listed") for item in content["annotations"]}
+objects = [item for content in contents for item in content["annotations"]]
+read = {drawn[round(item["bbox"][0])]: names.get(item["category_id"], "not listed") for item in objects}
 print(f"labelme2yolo 0.4.0, command labelme2coco: categories {names}; drawn as, and read as: {read}")
 listed = [names[number] for number in sorted(names)]
 shifted = dict(zip(listed, ["not listed", *listed[:-1]], strict=True))
