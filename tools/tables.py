@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -88,17 +89,31 @@ def pairs_table() -> str:
     """The table of pairs of detectors that each method accepts; lists the accepted or the refused pairs, whichever are fewer."""
     # What cannot be built stands in the table of detectors with its reason; it takes part in no pair.
     detectors = {found.name: tiny_detector(found.name) for found in probed() if found.results}
-    rows = []
-    for method in [*method_slugs(), *VARIANTS]:
-        ((kind, settings),) = parse_methods(method)
-        alone = kind.needs(**settings).teacher is None
-        teachers = {"none": None} if alone else {name: Teacher(detector) for name, detector in detectors.items()}
-        served = [(t, s) for s in detectors for t in teachers if serves(method, teachers[t], detectors[s])]
-        every = [(t, s) for s in detectors for t in teachers]
-        few = len(served) <= len(every) / 2
-        text = by_student(served if few else [pair for pair in every if pair not in served], len(teachers))
-        rows.append((f"`{method}`", f"{len(served)} of {len(every)}", ("only " if few else "all but ") + text if text else "all"))
+    # Forks, which have the detectors already; building thousands of methods takes minutes on one core.
+    row = functools.partial(pairs_row, detectors)
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), _WAITING.append, (row,)) as pool:
+        rows = pool.map(_row, [*method_slugs(), *VARIANTS], chunksize=1)
     return table(("method", "pairs served", "which students (from which teachers)"), *rows)
+
+
+_WAITING: list[Callable[[str], tuple[str, str, str]]] = []
+"""In a fork: what it does with each item. It is inherited, because detectors are not sent between processes."""
+
+
+def _row(method: str) -> tuple[str, str, str]:
+    return _WAITING[0](method)
+
+
+def pairs_row(detectors: Mapping[str, Detector], method: str) -> tuple[str, str, str]:
+    """The row of a method in the table of pairs."""
+    ((kind, settings),) = parse_methods(method)
+    alone = kind.needs(**settings).teacher is None
+    teachers = {"none": None} if alone else {name: Teacher(detector) for name, detector in detectors.items()}
+    served = [(t, s) for s in detectors for t in teachers if serves(method, teachers[t], detectors[s])]
+    every = [(t, s) for s in detectors for t in teachers]
+    few = len(served) <= len(every) / 2
+    text = by_student(served if few else [pair for pair in every if pair not in served], len(teachers))
+    return f"`{method}`", f"{len(served)} of {len(every)}", ("only " if few else "all but ") + text if text else "all"
 
 
 def by_student(pairs: Sequence[tuple[str, str]], teachers: int) -> str:
