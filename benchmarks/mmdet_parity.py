@@ -570,10 +570,13 @@ def run_ours(name: str, size: list[int], wanted: Any) -> tuple[Any, dict[str, Te
     from detdistill.structures import Batch, Target, View
 
     detector: Any = load_detector(name).eval()
+    # In float32, an encoder's rounding differs between CPUs by as much as two implementations do; in float64 only mmdet's remains.
+    exact = torch.float64 if detector.spec.family == "queries" else torch.float32
+    detector.to(exact)
     height, width = size
     nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
     view = View((height, width), (height, width))
-    batch = Batch(picture(height, width)[None] / 255, torch.tensor([[height, width]]), (nothing,), (0,), (view,))
+    batch = Batch(picture(height, width)[None].to(exact) / 255, torch.tensor([[height, width]]), (nothing,), (0,), (view,))
     with torch.no_grad():
         features = detector.features(batch)
         prediction = detector.predict(features, batch)
@@ -590,7 +593,9 @@ def run_ours(name: str, size: list[int], wanted: Any) -> tuple[Any, dict[str, Te
             results |= {"cls": prediction.logits, "box": prediction.deltas, "decoded": prediction.boxes_xyxy}
             results |= {} if prediction.quality is None else {"ctr": prediction.quality[..., None]}
     results |= {"boxes": found.boxes_xyxy, "scores": found.scores, "labels": found.labels}
-    return detector, {key: value for key, value in results.items() if key in wanted}
+    return detector, {
+        key: value.float() if value.is_floating_point() else value for key, value in results.items() if key in wanted
+    }
 
 
 def our_regions(detector: Any, features: Any, prediction: Any, batch: Any) -> dict[str, Tensor]:

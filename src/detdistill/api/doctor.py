@@ -96,7 +96,7 @@ def _loaded(source: str | Detector, splits: DataSplits) -> Any:
     from detdistill.api.teachers import load_teacher
     from detdistill.detectors.contract import Teacher
 
-    return Teacher(load_teacher(source, splits, True))
+    return Teacher(load_teacher(source, splits, True)).fold_norms()
 
 
 def _opened(settings: DistillSettings, splits: DataSplits, live: Any) -> Any:

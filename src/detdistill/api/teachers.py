@@ -132,7 +132,7 @@ def load_teachers(sources: Sources, splits: DataSplits, settings: DistillSetting
                     f"it knows none of the student's classes ({name_list(splits.classes)}), only {name_list(known)}; "
                     "--other_classes true lets such a teacher serve methods on features"
                 )
-            loaded[name] = Teacher(detector)
+            loaded[name] = Teacher(detector).fold_norms()
     return loaded
 
 

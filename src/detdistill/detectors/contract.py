@@ -528,12 +528,8 @@ class Teacher:
     present = True
     """Whether the detector itself can be run; False: only its description from a cache is there."""
 
-    def __init__(self, detector: Detector, *, fold: bool = True) -> None:
+    def __init__(self, detector: Detector) -> None:
         """Freeze a detector.
-
-        Args:
-            detector: the detector; it is changed.
-            fold: run with folded batch norms (``functional.folding``); False for weights that change from step to step.
 
         Raises:
             ModelError: ``detector`` is something else, e.g. the path of one.
@@ -544,7 +540,7 @@ class Teacher:
             advice = "load it first: Teacher(detdistill.load_detector(...))"
             raise ModelError(f"Teacher: needs a detector, not a {type(detector).__name__}; {advice}")
         self.detector = detector.eval().requires_grad_(False)
-        self._folded = FoldedNorms(self.detector) if fold else None
+        self._folded: FoldedNorms | None = None
         self._seen: tuple[Tensor, Observation] | None = None
         self._on_regions: tuple[Tensor, Features, Regions] | None = None
 
@@ -581,12 +577,16 @@ class Teacher:
         self.detector.to(device)
         return self
 
+    def fold_norms(self) -> Teacher:
+        """From now on, run with batch norms folded into convolutions (``functional.folding``): faster, equal but for the last digits."""
+        self._folded = FoldedNorms(self.detector)
+        return self
+
     @torch.no_grad()
     def observe(self, batch: Batch, look: Look = FEATURES) -> Observation:
         """Run the teacher and return the parts that ``look`` selects. Calls with the same images share one forward pass.
 
         The pass is fully shared if the first call selects all parts: a composition passes the union of its methods' looks.
-        It runs with folded batch norms, so values differ in their last digits from those of the detector itself.
 
         Raises:
             ModelError: ``look`` selects a part that the detector cannot return.

@@ -76,7 +76,7 @@ def make_cache(
     views_of(views)  # raises CacheError for an unlimited number of views, before anything else
     if settings.nodes > 1 and not _started_together():
         raise CacheError("nodes: start the same command on every machine with torchrun or srun, which number the processes")
-    frozen = Teacher(teacher[1])
+    frozen = Teacher(teacher[1]).fold_norms()
     seed_everything(settings.seed)
     learner, method = _learner(frozen, student, data[1], settings.method)
     session = _session(teacher[0], frozen, data, student, settings, learner, method)
@@ -276,7 +276,7 @@ def check_cache(
     if live is None:
         return words
     detector, splits = live(cache.about.data)
-    frozen = Teacher(detector)
+    frozen = Teacher(detector).fold_norms()
     views = _views(cache)
     cache.check(cache.about.method, splits.train.fingerprint, views_of(views), frozen)
     learner, method = _learner(frozen, cache.about.student, splits, cache.about.method)

@@ -46,7 +46,7 @@ class AverageTeacher(Teacher):
             student: the student; its later changes enter by ``follow`` only.
             decay: share of the old average that remains after a step, 0 or more and below 1.
         """
-        super().__init__(copy.deepcopy(student), fold=False)
+        super().__init__(copy.deepcopy(student))
         self.decay, self.steps = decay, 0
 
     @torch.no_grad()

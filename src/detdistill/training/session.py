@@ -110,7 +110,8 @@ def open_session(
     inherited = _inherit(student, given, progress) if distilling.inherit else None
     _check_turns(distilling)
     built = {name: one.of(student) if isinstance(one, OwnAverage) else one for name, one in given.items()}
-    method = build_method(distilling.method, built or None, student)
+    only = built.get("") if len(built) <= 1 else None  # one without a name
+    method = build_method(distilling.method, only or built or None, student)
     source = teach_by_canvas if cache is None else cache.source(distilling.method, method)
     unlabelled = Unlabelled.of(method, student, splits.train, distilling, cache is not None)
     if unlabelled is not None and progress is not None:

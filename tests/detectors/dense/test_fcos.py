@@ -211,7 +211,7 @@ def test_a_teachers_pass_folds_its_norms_and_nobody_else_notices(detector):
     for norm in norms:
         for tensor, least in ((norm.weight, 0.5), (norm.bias, -0.2), (norm.running_mean, -0.2), (norm.running_var, 0.5)):
             tensor.uniform_(least, least + 1)
-    teacher, batch = Teacher(detector), unequal_batch()
+    teacher, batch = Teacher(detector).fold_norms(), unequal_batch()
     before, head = teacher.fingerprint, teacher.detector.copy_head()
     look = Look(backbone=True, towers=(WHOLE_TOWER,), prediction=True)
     seen, own = teacher.observe(batch, look), detector.observe(batch, look)
