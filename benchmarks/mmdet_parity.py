@@ -570,7 +570,7 @@ def run_ours(name: str, size: list[int], wanted: Any) -> tuple[Any, dict[str, Te
     from detdistill.structures import Batch, Target, View
 
     detector: Any = load_detector(name).eval()
-    # In float32, an encoder's rounding differs between CPUs by as much as two implementations do; in float64 only mmdet's remains.
+    # An encoder's rounding in float32 differs between CPUs as much as between implementations; in float64 only mmdet's is left.
     exact = torch.float64 if detector.spec.family == "queries" else torch.float32
     detector.to(exact)
     height, width = size

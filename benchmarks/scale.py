@@ -1,6 +1,6 @@
 """What a distillation costs on 1, 8 and 64 GPUs: online, from a cache, and from served teachers; a simulation, not a measurement.
 
-    uv run --with simpy python benchmarks/scale.py --out benchmarks/results/scale_simulated.json
+    uv run python benchmarks/scale.py --out benchmarks/results/scale_simulated.json
 
 No GPU was measured. Operations of teacher and student are counted, bytes of a view are those of ``results/cells_coco128.json``;
 rates of GPU, store and network are inputs (``--help``). Every GPU runs a process of one data-parallel training: a step ends when
@@ -198,7 +198,7 @@ def main() -> None:
     if chosen.out:
         content = {
             "what": "simulated, no GPU was measured: hours of a training online, from a cache and from served teachers",
-            "command": "uv run --with simpy python benchmarks/scale.py --out benchmarks/results/scale_simulated.json",
+            "command": "uv run python benchmarks/scale.py --out benchmarks/results/scale_simulated.json",
             "inputs": dataclasses.asdict(rates) | {"bytes_of_a_view": kinds, "size": chosen.size},
             "counted_gflops": {chosen.teacher: round(teacher, 1), chosen.student: round(student, 1)},
             "rows": rows,

@@ -578,7 +578,7 @@ class Teacher:
         return self
 
     def fold_norms(self) -> Teacher:
-        """From now on, run with batch norms folded into convolutions (``functional.folding``): faster, equal but for the last digits."""
+        """Run with batch norms folded into convolutions from now on (``functional.folding``): faster, equal but for last digits."""
         self._folded = FoldedNorms(self.detector)
         return self
 
