@@ -578,7 +578,7 @@ class Teacher:
         return self
 
     def fold_norms(self) -> Teacher:
-        """Run with batch norms folded into convolutions from now on (``functional.folding``): faster, equal but for last digits."""
+        """Run with norms folded into convolutions from now on (``functional.folding``); values differ in their last digits."""
         self._folded = FoldedNorms(self.detector)
         return self
 
