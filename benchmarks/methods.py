@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import detdistill
-from detdistill.compare import compare_runs, read_run, show_gains
+from detdistill.compare import Gain, compare_runs, read_run, show_gains
 from detdistill.demo import STUDENT, TEACHER
 from detdistill.demo import settings as demo_settings
 from detdistill.errors import DetdistillError, StoppedError
@@ -102,6 +102,7 @@ def main() -> None:
         long = {**settings, **pair.teacher_length, "evaluate_every": 5}
         detdistill.train(pair.teacher, data, role="teacher", out=teacher, resume=resume, report=False, **long)
     runs: list[Path] = []
+    gains: list[Gain] = []
     for index, method in enumerate(chosen.methods or pair.methods):
         folder = chosen.work / method.replace(",", "_").replace("=", "-")
         try:
@@ -130,7 +131,8 @@ def main() -> None:
         runs += result.runs
         gains = compare_runs(runs)
         write(chosen, pair, runs, gains)  # after each method, so that an interrupted benchmark leaves its results
-    show_gains(gains)
+    if gains:
+        show_gains(gains)
 
 
 def share(folder: Path, baselines: list[Run]) -> float | None:
@@ -139,7 +141,7 @@ def share(folder: Path, baselines: list[Run]) -> float | None:
     return kd_share(one, distillation_terms(one, baselines))
 
 
-def write(chosen: argparse.Namespace, pair: Pair, runs: list[Path], gains: list) -> None:
+def write(chosen: argparse.Namespace, pair: Pair, runs: list[Path], gains: list[Gain]) -> None:
     """Write the results so far."""
     summaries = [read_run(run) for run in runs]
     teacher = read_run(chosen.work / "teacher")
