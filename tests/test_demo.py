@@ -6,6 +6,8 @@ import warnings
 import pytest
 import torch
 
+from detdistill import api
+from detdistill.data.digits import digits_folder
 from detdistill.errors import DetdistillError
 from detdistill.settings import TrainSettings
 from detdistill.training.machine import check_machine
@@ -27,6 +29,19 @@ def test_what_cannot_work_is_said_before_anything_is_trained(tmp_path, settings,
     with pytest.raises(DetdistillError, match=expected):
         example.demo(tmp_path / "demo", **settings)
     assert not (tmp_path / "demo").exists()
+
+
+def test_images_of_an_earlier_demo_are_a_full_bar(tmp_path, monkeypatch):
+    digits_folder(train=4, val=2, size=128, seed=0)
+
+    def train(*_, progress, **__):
+        (task,) = progress.rich.tasks
+        assert (task.description, task.completed, task.total) == ("make the images", 6, 6)
+        raise InterruptedError
+
+    monkeypatch.setattr(api, "train", train)
+    with pytest.raises(InterruptedError):
+        example.demo(tmp_path / "demo", train_images=4, val_images=2)
 
 
 def losses(folder):

@@ -88,6 +88,7 @@ def demo(
         parse_methods(method)
         bar = progress.bar("make the images", train_images + val_images)
         digits_folder(train=train_images, val=val_images, size=128, seed=0, progress=bar.follow)
+        bar.update(bar.total)  # images of an earlier demo are not made again, and nothing was followed
         progress.say("training the teacher, then the student with it and without it")
         teacher, common = folder / "teacher", settings()
         length = {"epochs": teacher_epochs, "evaluate_every": 2}
