@@ -6,6 +6,7 @@ Measured (this checkout / the other one; below 1 is faster):
 
 - ``import``: a new process that imports ``detdistill.training.run``.
 - ``teach NAME``: a teacher's forward pass that returns the maps of backbone and neck, as a composition of two methods needs.
+- ``train NAME``: forward and backward pass of a student alone.
 - ``d3etr step``: forward and backward pass of one online step of D3ETR.
 - ``second pass``: a bf16 autocast step of KD-DETR, in which the student decodes a second time.
 - ``assign NAME``: assignment of two images of 640 px with 500 boxes each.
@@ -36,6 +37,7 @@ CASES = (
     "teach fcos:resnet50",
     "teach faster_rcnn:resnet50",
     "teach fcos:resnet18",
+    *(f"train {name}:resnet18" for name in ("deformable_detr", "rt_detr", "d_fine")),
     "d3etr step of conditional_detr:resnet18",
     "d3etr step of deformable_detr:resnet18",
     f"second pass of {DETR}",
@@ -68,7 +70,7 @@ def batch_of(detector: Any, size: int = 320, images: int = 2, boxes: int = 4) ->
     return Batch(pixels, torch.full((images, 2), size), targets, ids=tuple(range(images)), views=views)
 
 
-def prepared(case: str) -> Callable[[], None]:
+def prepared(case: str) -> Callable[[], object]:
     """Prepare a case; return the call to measure."""
     import torch
 
@@ -80,6 +82,8 @@ def prepared(case: str) -> Callable[[], None]:
         return assigning(case.split()[-1])
     if "many classes" in case:
         return with_many_classes(case.split()[-1])
+    if case.startswith("train"):
+        return training(case.split()[-1])
     kind, _, name = case.partition(" ") if case.startswith("teach") else (case.split(" of ")[0], "", case.split(" of ")[-1])
     teacher = Teacher(build_detector(name, ["a", "b"]))
     batch = batch_of(teacher.detector)
@@ -91,7 +95,7 @@ def prepared(case: str) -> Callable[[], None]:
     return stepping(teacher, student, batch, half=kind == "second pass")
 
 
-def assigning(name: str) -> Callable[[], None]:
+def assigning(name: str) -> Callable[[], object]:
     """Prepare the assignment of many boxes."""
     import torch
 
@@ -101,7 +105,7 @@ def assigning(name: str) -> Callable[[], None]:
     batch = batch_of(detector, size=640, boxes=500)
     with torch.no_grad():
         prediction = detector.predict(detector.features(batch), batch)
-    return lambda: detector.assign(prediction, batch) and None
+    return lambda: detector.assign(prediction, batch)
 
 
 def with_many_classes(name: str) -> Callable[[], None]:
@@ -114,6 +118,20 @@ def with_many_classes(name: str) -> Callable[[], None]:
     def step() -> None:
         detector.zero_grad()
         detector.loss(detector.predict(detector.features(batch), batch), batch).total().backward()
+
+    return step
+
+
+def training(name: str) -> Callable[[], None]:
+    """Prepare a training step of a student alone."""
+    from detdistill.detectors.build import build_detector
+
+    detector = build_detector(name, ["a", "b"]).train()
+    batch = batch_of(detector)
+
+    def step() -> None:
+        detector.zero_grad()
+        detector.loss(detector(batch).prediction, batch).total().backward()
 
     return step
 
@@ -159,7 +177,7 @@ def stepping(teacher: Any, student: Any, batch: Any, half: bool) -> Callable[[],
 
 def serve() -> None:
     """Read the name of a case from each line of stdin, run it once, and print its seconds."""
-    calls: dict[str, Callable[[], None]] = {}
+    calls: dict[str, Callable[[], object]] = {}
     for line in sys.stdin:
         case = line.rstrip("\n")
         if case not in calls:
@@ -173,7 +191,7 @@ def serve() -> None:
         print(time.process_time() - started, flush=True)
 
 
-def megabytes(call: Callable[[], None]) -> float:
+def megabytes(call: Callable[[], object]) -> float:
     """Memory that a call adds to the process at its peak."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is the present size
 

@@ -76,7 +76,7 @@ def main() -> None:
                 flush=True,
             )
             if chosen.out:
-                described = {"hardware": hardware("cpu"), "versions": versions(), "rounds": number}
+                described = {"hardware": hardware(), "versions": versions(), "rounds": number}
                 chosen.out.write_text(json.dumps({**described, **found}, indent=2) + "\n")
 
 

@@ -45,36 +45,70 @@ def deformable_attention(value: Tensor, spatial_shapes: Sequence[tuple[int, int]
         >>> float(deformable_attention(value, [(2, 2)], middle, torch.ones(1, 1, 1, 1, 1)))
         1.5
     """
+    points = [locations.shape[4]] * locations.shape[3]
+    return sampled_sums(value, spatial_shapes, points, locations.flatten(3, 4), weights.flatten(3, 4))
+
+
+def sampled_sums(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], points: Sequence[int], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """``deformable_attention`` with another number of points on each level, as in D-FINE; T is their sum.
+
+    Args:
+        value: [B, S, M, D].
+        spatial_shapes: L pairs (rows, columns).
+        points: P of each level.
+        locations: [B, Q, M, T, 2] x and y, 0..1 from edge to edge of the level; the first level's points come first.
+        weights: [B, Q, M, T].
+
+    Returns:
+        [B, Q, M * D].
+    """
     # Queries last: all that follows then runs along them, and nothing is copied if the caller had them last in memory.
-    places = locations.permute(0, 2, 3, 4, 5, 1)
-    shares = weights.permute(0, 2, 3, 4, 1)
-    by_cells = value.device.type == "cpu" and value.shape[3] >= LEAST_ROW
-    attended = (_by_cells if by_cells else _by_grids)(value, spatial_shapes, places, shares)
+    places, shares = locations.permute(0, 2, 3, 4, 1), weights.permute(0, 2, 3, 1)
+    attended = (_by_cells if by_cells(value) else _by_grids)(value, spatial_shapes, points, places, shares)
     return attended.permute(0, 3, 1, 2).flatten(2)
 
 
-def _by_grids(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], places: Tensor, shares: Tensor) -> Tensor:
-    """[B, M, D, Q] from places [B, M, L, P, 2, Q] and shares [B, M, L, P, Q], by ``grid_sample``."""
+def by_cells(value: Tensor) -> bool:
+    """Whether weighted sums of cells are faster than ``grid_sample`` for values [B, S, M, D]."""
+    return value.device.type == "cpu" and value.shape[3] >= LEAST_ROW
+
+
+def _by_grids(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], points: Sequence[int], places: Tensor, shares: Tensor
+) -> Tensor:
+    """[B, M, D, Q] from places [B, M, T, 2, Q] and shares [B, M, T, Q], by ``grid_sample``."""
     images, _, heads, width = value.shape
-    grids = (2 * places - 1).movedim(2, 0).flatten(1, 2).permute(0, 1, 2, 4, 3)  # [L, B*M, P, Q, 2]
-    factors = shares.movedim(2, 0).flatten(1, 2)[:, :, None]  # [L, B*M, 1, P, Q]
+    grids = (2 * places - 1).flatten(0, 1).permute(0, 1, 3, 2)  # [B*M, T, Q, 2]
+    factors = shares.flatten(0, 1)[:, None]  # [B*M, 1, T, Q]
+    levels = [rows * columns for rows, columns in spatial_shapes]
     summed = value.new_zeros(())
-    for level, cells in enumerate(torch.split(value, [rows * columns for rows, columns in spatial_shapes], dim=1)):
-        maps = cells.permute(0, 2, 3, 1).reshape(images * heads, width, *spatial_shapes[level])
-        samples = F.grid_sample(maps, grids[level], mode="bilinear", padding_mode="zeros", align_corners=False)
-        summed = summed + (samples * factors[level]).sum(dim=2)  # [B*M, D, Q]; level by level needs least memory
+    for shape, cells, grid, factor in zip(
+        spatial_shapes,
+        value.split(levels, dim=1),
+        grids.split(list(points), dim=1),
+        factors.split(list(points), dim=2),
+        strict=True,
+    ):
+        maps = cells.permute(0, 2, 3, 1).reshape(images * heads, width, *shape)
+        samples = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        summed = summed + (samples * factor).sum(dim=2)  # [B*M, D, Q]; level by level needs least memory
     return summed.view(images, heads, width, -1)
 
 
-def _by_cells(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], places: Tensor, shares: Tensor) -> Tensor:
-    """The same: every sample is a weighted sum of four cells, so a query's result is one of 4 L P cells."""
+def _by_cells(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], points: Sequence[int], places: Tensor, shares: Tensor
+) -> Tensor:
+    """The same: every sample is a weighted sum of four cells, so a query's result is one of 4 T cells."""
     images, cells, heads, width = value.shape
     count, device = places.shape[-1], value.device
-    shapes = torch.tensor(spatial_shapes, device=device)[:, :, None, None]  # [L, 2, 1, 1]
-    rows, columns = shapes.unbind(1)
-    starts = F.pad((rows * columns).cumsum(0), (0, 0, 0, 0, 1, 0))[:-1]  # [L, 1, 1]
-    firsts = torch.arange(0, images * cells, cells, device=device)[:, None, None, None, None] + starts  # [B, 1, L, 1, 1]
-    firsts = firsts * heads + torch.arange(heads, device=device)[:, None, None, None]  # [B, M, L, 1, 1] in rows of the table
+    shapes = torch.tensor(spatial_shapes, device=device)  # [L, 2]
+    starts = F.pad(shapes.prod(dim=1).cumsum(0), (1, 0))[:-1]  # [L]
+    of_points = torch.repeat_interleave(torch.tensor(points, device=device))  # [T] the level of each point
+    rows, columns = shapes[of_points][:, :, None].unbind(1)  # [T, 1]
+    firsts = torch.arange(0, images * cells, cells, device=device)[:, None, None, None] + starts[of_points][:, None]
+    firsts = firsts * heads + torch.arange(heads, device=device)[:, None, None]  # [B, M, T, 1] in rows of the table
     left, right = _neighbours(places[..., 0, :] * columns - 0.5, columns)
     upper, lower = _neighbours(places[..., 1, :] * rows - 0.5, rows)
     index, weights = [], []
@@ -84,7 +118,7 @@ def _by_cells(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], places: 
             index.append(row + column * heads)
             weights.append(row_weight * column_weight)
     bags, factors = (
-        torch.stack(corners, dim=4).flatten(2, 4).transpose(2, 3).reshape(images * heads * count, -1)
+        torch.stack(corners, dim=3).flatten(2, 3).transpose(2, 3).reshape(images * heads * count, -1)
         for corners in (index, weights)
     )
     summed = weighted_rows(value.reshape(-1, width), bags, factors)

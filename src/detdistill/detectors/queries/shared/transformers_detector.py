@@ -37,6 +37,7 @@ from torchvision.ops import box_convert, box_iou, clip_boxes_to_image, generaliz
 from transformers.models.conditional_detr.modeling_conditional_detr import inverse_sigmoid as library_inverse_sigmoid
 
 from detdistill.detectors.contract import Detector, DetectorSpec, Parts, Pyramid, query_positives
+from detdistill.detectors.queries.shared.sampling import sample_by_cells
 from detdistill.detectors.queries.shared.transformers_models import quiet, saved_state
 from detdistill.detectors.single_cells import accept_single_cells
 from detdistill.detectors.torchvision.targets import trainable, whole_indices
@@ -115,6 +116,7 @@ class TransformersDetector(Detector):
         """
         super().__init__()
         accept_single_cells(model)
+        sample_by_cells(model)
         self.model = model
         self.score = 0.0 if score is None else score
         self.dets = dets
