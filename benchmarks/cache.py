@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from detdistill.cache.encoding import STORES, encode
+from detdistill.cache.encoding import STORES, Store, encode
 from detdistill.cache.identity import knowledge_of, views_of
 from detdistill.cache.knowledge import About, KnowledgeCache
 from detdistill.cache.shards import ShardWriter
@@ -38,6 +38,7 @@ from detdistill.data.views import batches_of, sights
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.methods.shared.compose import build_method
+from detdistill.methods.shared.contract import Source, teach_by_canvas
 from detdistill.settings import TrainSettings
 from detdistill.structures import Batch, Clock
 from detdistill.training.machine import hardware, versions
@@ -47,7 +48,7 @@ from steps import clock, turns
 
 
 def filled(
-    folder: Path, teacher: Teacher, splits: DataSplits, views: ViewSettings, chosen: argparse.Namespace, store: str
+    folder: Path, teacher: Teacher, splits: DataSplits, views: ViewSettings, chosen: argparse.Namespace, store: Store
 ) -> dict[str, Any]:
     """Write a cache; return MB/s of encoding and writing (to the disk, including fsync), without the teacher's time."""
     wanted = sights(splits.train, views)
@@ -104,7 +105,9 @@ def filled(
 def contender(name: str, chosen: argparse.Namespace, splits: DataSplits, batch: Batch, folder: Path | None) -> Callable[[], None]:
     """One step of the student alone, online or offline."""
     student = build_detector(chosen.student, splits.classes).to(chosen.device).train()
-    stage, modules, teacher = plain_stage(student), [student], None
+    stage, teacher = plain_stage(student), None
+    modules: list[torch.nn.Module] = [student]
+    source: Source = teach_by_canvas
     if name != "alone":
         if name == "online":
             teacher = Teacher(build_detector(chosen.teacher, splits.classes)).to(chosen.device)
@@ -112,12 +115,13 @@ def contender(name: str, chosen: argparse.Namespace, splits: DataSplits, batch: 
         else:
             cache = KnowledgeCache.open(str(folder))
             method = build_method(chosen.method, cache.teacher(), student)
-            method.source = cache.source(chosen.method)
+            source = cache.source(chosen.method, method)
         stage, modules = method.to(chosen.device).stages(student)[-1], [student, method]
     optimizer = build_optimizer(modules, TrainSettings(lr=1e-5))
 
     def step() -> None:
-        stage.step(batch, Clock(1, 10)).total().backward()
+        taught = None if stage.learns_from is None else source(stage.learns_from, batch)
+        stage.step(batch, taught, Clock(1, 10)).total().backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -9,7 +9,6 @@ images by the same code. The results are written after each run; runs that stand
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,4 +78,4 @@ def gains(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
-from detdistill.methods.shared.compose import build_method, method_class, method_slugs
+from detdistill.methods.shared.catalogue import method_slugs
+from detdistill.methods.shared.compose import build_method, method_class
 from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.needs import Needs
 from detdistill.structures import Batch, Clock, Features, Observation, Target, View

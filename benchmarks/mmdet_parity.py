@@ -179,9 +179,9 @@ def dense(detector: str, form: str, full: bool) -> dict[str, Any]:
     top = {"gfl": ("on_output", False), "atss": ("on_output", False), "fcos": ("on_output", True)}.get(
         detector, ("on_input", False)
     )
-    body = resnet(full, 50 if caffe else 18, style="caffe" if caffe else "pytorch")
+    body: dict[str, Any] = resnet(full, 50 if caffe else 18, style="caffe" if caffe else "pytorch")
     stages = [256, 512, 1024, 2048] if full else ([32, 64, 128, 256] if caffe else [8, 16, 32, 64])
-    neck = {
+    neck: dict[str, Any] = {
         "type": "FPN",
         "in_channels": stages,
         "out_channels": width,
@@ -192,8 +192,8 @@ def dense(detector: str, form: str, full: bool) -> dict[str, Any]:
         **({"norm_cfg": grouped} if form == "gn" else {}),
     }
     common = {"num_classes": classes, "in_channels": width, "feat_channels": width, "stacked_convs": 4 if full else 2}
-    deltas = {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": [0.1, 0.1, 0.2, 0.2]}
-    head: dict[str, Any] = {
+    deltas: dict[str, Any] = {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": [0.1, 0.1, 0.2, 0.2]}
+    heads: dict[str, dict[str, Any]] = {
         "gfl": {"type": "GFLHead", "reg_max": 16 if full else 4, "anchor_generator": squares(8), "norm_cfg": grouped},
         "atss": {"type": "ATSSHead", "anchor_generator": squares(8), "bbox_coder": deltas, "norm_cfg": grouped},
         "fcos": {"type": "FCOSHead", "strides": [8, 16, 32, 64, 128], "norm_cfg": grouped},
@@ -213,7 +213,8 @@ def dense(detector: str, form: str, full: bool) -> dict[str, Any]:
             "anchor_generator": {**squares(4), "scales_per_octave": 3, "ratios": [0.5, 1.0, 2.0]},
             "bbox_coder": {**deltas, "target_stds": [1.0] * 4},
         },
-    }[detector]
+    }
+    head = heads[detector]
     if form == "caffe_later":
         head |= {"norm_on_bbox": True, "centerness_on_reg": True, "conv_bias": True}
     kind = {"gfl": "GFL", "atss": "ATSS", "fcos": "FCOS", "retinanet": "RetinaNet", "reppoints": "RepPointsDetector"}[detector]
@@ -487,7 +488,8 @@ def write_checkpoint(path: Path, meta: dict[str, Any], state: dict[str, Tensor])
 
 def save(path: Path, results: dict[str, Tensor], meta: dict[str, Any]) -> None:
     arrays = {name: value.numpy() for name, value in results.items()}
-    np.savez_compressed(path, meta=np.array(json.dumps(meta)), **arrays)
+    everything: dict[str, Any] = {"meta": np.array(json.dumps(meta)), **arrays}
+    np.savez_compressed(path, **everything)
 
 
 def make_all(full: Path | None, golden: Path | None, only: list[str]) -> None:

@@ -38,7 +38,8 @@ LARGE = ("resnet18", 1, 256)
 def reppoints() -> dict[str, Any]:
     """RepPoints (moment) on ResNet-50, no GroupNorm."""
     name = "reppoints:resnet50,headnorm=none"
-    model: Any = build_detector(name, [str(number) for number in range(80)]).model.eval()
+    detector: Any = build_detector(name, [str(number) for number in range(80)])
+    model = detector.model.eval()
     body = model.backbone.body
     frozen = sum(map(parameters, (body.conv1, body.bn1, body.layer1)))
     parts = {"backbone": body, "neck": model.backbone.fpn, "head": model.head}

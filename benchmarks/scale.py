@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,16 +87,16 @@ def train(seconds: float, fetch: Callable[[simpy.Environment, int], Any], gpus: 
     waiting = [simpy.Store(env, AHEAD) for _ in range(gpus)]
     ends: list[float] = []
 
-    def loader(rank: int) -> Iterator[Any]:
+    def loader(rank: int) -> Generator[Any, Any, None]:
         while True:
             yield env.process(fetch(env, rank))
             yield waiting[rank].put(None)
 
-    def compute(rank: int, step: int) -> Iterator[Any]:
+    def compute(rank: int, step: int) -> Generator[Any, Any, None]:
         yield waiting[rank].get()
         yield env.timeout(times[step, rank])
 
-    def training() -> Iterator[Any]:
+    def training() -> Generator[Any, Any, None]:
         for step in range(rates.steps):
             yield env.all_of([env.process(compute(rank, step)) for rank in range(gpus)])
             ends.append(env.now)
@@ -115,7 +114,7 @@ def from_pipe(size: float, gbytes: float) -> Callable[[simpy.Environment, int], 
     """Knowledge of ``size`` bytes a batch through one shared pipe."""
     pipes: dict[simpy.Environment, simpy.Resource] = {}
 
-    def fetch(env: simpy.Environment, rank: int) -> Iterator[Any]:
+    def fetch(env: simpy.Environment, rank: int) -> Generator[Any, Any, None]:
         pipe = pipes.setdefault(env, simpy.Resource(env, 1))
         with pipe.request() as turn:
             yield turn
@@ -128,7 +127,7 @@ def from_teachers(seconds: float, size: float, teachers: int, rates: Rates) -> C
     """Knowledge from teachers, each computing a batch in ``seconds`` and sending ``size`` bytes over its own link meanwhile."""
     pools: dict[simpy.Environment, simpy.Resource] = {}
 
-    def fetch(env: simpy.Environment, rank: int) -> Iterator[Any]:
+    def fetch(env: simpy.Environment, rank: int) -> Generator[Any, Any, None]:
         pool = pools.setdefault(env, simpy.Resource(env, teachers))
         with pool.request() as turn:
             yield turn
@@ -137,7 +136,7 @@ def from_teachers(seconds: float, size: float, teachers: int, rates: Rates) -> C
     return fetch
 
 
-def nothing(env: simpy.Environment, rank: int) -> Iterator[Any]:
+def nothing(env: simpy.Environment, rank: int) -> Generator[Any, Any, None]:
     """Nothing to be fetched."""
     yield env.timeout(0)
 
@@ -207,4 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -239,7 +239,7 @@ def framework_ratio(rounds: int, device: str) -> dict[str, float]:
                 spent = time.perf_counter() - started
             else:
                 student = build_detector(name, splits.classes).train()
-                module = StageModule(student, None, plain_stage(student), settings, steps)
+                module: Any = StageModule(student, None, plain_stage(student), settings, steps)
                 module.train_dataloader = lambda: loader
                 trainer = L.Trainer(
                     accelerator="gpu" if device == "cuda" else "cpu",

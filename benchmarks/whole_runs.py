@@ -29,8 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = "digits:train=800,val=200,size=128,seed=0"
 TEACHER = "fcos:resnet18,neck=64,levels=3-5,convs=2"
 STUDENT = "fcos:resnet10t,channels=16-32-64-128,stem=16,neck=64,levels=3-5,convs=2"
-COMMON = ("--batch", "8", "--size", "128", "--flip", "0", "--lr", "3e-3", "--schedule", "one_cycle", "--channels_last", "true")
-COMMON += ("--in_memory", "true", "--device", "cpu", "--workers", "0")
+COMMON = (
+    *("--batch", "8", "--size", "128", "--flip", "0", "--lr", "3e-3", "--schedule", "one_cycle", "--channels_last", "true"),
+    *("--in_memory", "true", "--device", "cpu", "--workers", "0"),
+)
 
 
 def measured(root: Path, cache: Path, words: list[str]) -> float:

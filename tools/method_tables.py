@@ -17,7 +17,8 @@ import detdistill.losses
 from detdistill.cache.identity import knowledge_of
 from detdistill.detectors.contract import CAPABILITIES, Teacher
 from detdistill.listing import list_recipes
-from detdistill.methods.shared.compose import method_class, method_slugs, parse_methods
+from detdistill.methods.shared.catalogue import method_slugs
+from detdistill.methods.shared.compose import method_class, parse_methods
 from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.hyper_parameters import checked_settings, hyper_parameters
 from detdistill.methods.shared.needs import Needs, PairError
@@ -109,7 +110,7 @@ def requirements_table(slug: str) -> str:
 
 def hyperparameters_table(slug: str) -> str:
     """The table of a method's hyper-parameters: name, type, default and meaning."""
-    kind = method_class(slug)
+    kind: Any = method_class(slug)
     words = described_arguments(kind.__init__)
     rows = [(f"`{n}`", in_words(p.kind), f"`{plain(p.default)}`", words[n]) for n, p in hyper_parameters(kind).items()]
     return table(("name", "value", "default", "meaning"), *rows) if rows else "None.\n"

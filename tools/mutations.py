@@ -146,7 +146,7 @@ def _changes(module: Path, lines: list[str], node: ast.AST) -> Iterator[Mutation
         yield from _between(module, lines, node.left, node.comparators[0], node.ops[0])
     elif isinstance(node, ast.BoolOp):
         yield from _between(module, lines, node.values[0], node.values[1], node.op)
-    elif isinstance(node, ast.Constant) and type(node.value) in (bool, int, float):
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
         yield Mutation(module, node.lineno, node.col_offset, node.end_col_offset or 0, _other_value(node.value))
     elif isinstance(node, ast.Attribute) and node.attr in NAMES and node.end_col_offset is not None:
         end = node.end_col_offset

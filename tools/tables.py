@@ -30,7 +30,8 @@ from detdistill.detectors.options import ModelOptions, option_types
 from detdistill.detectors.probe import CHECKS, probe_all, tiny_detector
 from detdistill.detectors.probed import Probed
 from detdistill.export.probe import probe_export
-from detdistill.methods.shared.compose import build_method, method_slugs, parse_methods
+from detdistill.methods.shared.catalogue import method_slugs
+from detdistill.methods.shared.compose import build_method, parse_methods
 from detdistill.methods.shared.needs import PairError
 from detdistill.settings import DistillSettings, TrainSettings
 from markdown_text import described_arguments, table

@@ -86,9 +86,9 @@ def _by_grids(
     summed = value.new_zeros(())
     for shape, cells, grid, factor in zip(
         spatial_shapes,
-        value.split(levels, dim=1),
-        grids.split(list(points), dim=1),
-        factors.split(list(points), dim=2),
+        torch.split(value, levels, dim=1),
+        torch.split(grids, list(points), dim=1),
+        torch.split(factors, list(points), dim=2),
         strict=True,
     ):
         maps = cells.permute(0, 2, 3, 1).reshape(images * heads, width, *shape)

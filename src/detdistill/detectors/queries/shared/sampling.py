@@ -24,8 +24,10 @@ def sample_by_cells(model: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if type(child).__name__ == "MultiScaleDeformableAttention":
                 setattr(module, name, SampledByCells(child))
-        if callable(core := getattr(module, "ms_deformable_attn_core", None)) and not isinstance(core, SampledByLists):
-            module.ms_deformable_attn_core = SampledByLists(core)
+        attention: Any = module
+        core = getattr(attention, "ms_deformable_attn_core", None)
+        if core is not None and not isinstance(core, SampledByLists):
+            attention.ms_deformable_attn_core = SampledByLists(core)
 
 
 class SampledByCells(nn.Module):
