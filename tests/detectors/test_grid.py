@@ -4,8 +4,12 @@ What is expected is written down here by rule, from the papers' strides, never r
 detector that is missing makes its pairs fail.
 """
 
+import atexit
 import functools
 import re
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,8 @@ from detdistill.detectors.probe import probe_batch, tiny_name
 from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.needs import PairError
 from detdistill.structures import Clock
+from tests.detectors.mmdet.checkpoints import checkpoint
+from tests.golden import Golden
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +45,7 @@ STRIDES = {
     "yolo11": (8, 16, 32),
     "yolo26": (8, 16, 32),
     "yolox": (8, 16, 32),
+    "mmdet": (8, 16, 32, 64, 128),
 }
 """Of the maps that each detector shows to a method: the neck's; of DETR families the encoder's; AdaMixer's projected maps."""
 FINE = "fcos on levels 3-4"
@@ -48,7 +55,18 @@ SOFTMAX = {"ssd", "mimicdet"}
 DENSE = {"retinanet", "fcos", "atss", "paa", "gfl", "reppoints", "ssd", "mimicdet"}
 
 
+@functools.cache
+def mmdet_file():
+    """A GFL as mmdet saves it."""
+    folder = Path(tempfile.mkdtemp(prefix="detdistill-grid-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    golden = Golden("mmdet_gfl")
+    return checkpoint(golden, folder / "gfl.pth", dataset_meta={"classes": ["one", "two", "three"]})
+
+
 def model_name(name):
+    if name == "mmdet":
+        return f"mmdet:{mmdet_file()}"
     if name == "yolox":
         return "libreyolo:yolox-n,width=0.0625"
     if name.startswith("yolo"):
