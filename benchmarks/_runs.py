@@ -1,6 +1,7 @@
 """Runs many commands for one benchmark: several at a time, finished ones are skipped, and each has a log file.
 
-Each worker process runs one task after the other, so that it loads the libraries only once.
+Each worker process runs one task after the other, so that it loads the libraries only once. Beside the log of a task is the
+peak of its memory in megabytes, where the system tells (Linux).
 """
 
 from __future__ import annotations
@@ -111,6 +112,9 @@ def _worker(pipe: Connection) -> None:
     while (order := pipe.recv()) is not None:
         words, log = order
         good = True
+        peak = Path("/proc/self/clear_refs")
+        if peak.exists():
+            peak.write_text("5")  # the peak of memory is the present size
         with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             try:
                 main(words)
@@ -119,6 +123,9 @@ def _worker(pipe: Connection) -> None:
             except Exception:
                 traceback.print_exc()
                 good = False
+        if peak.exists():
+            kilobytes = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+            Path(log).with_suffix(".megabytes").write_text(f"{kilobytes // 1000}\n")
         pipe.send(good)
     sys.exit(0)
 
