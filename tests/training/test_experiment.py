@@ -105,7 +105,7 @@ def test_a_failing_child_gives_its_last_line(teacher: Path, tmp_path: Path, fork
     with pytest.raises(
         RunError, match=r"distilled, seed 0 failed: detdistill: run folder .*distilled-seed0 exists; give another"
     ):
-        experiment._run_side_by_side([single], 2, small.Progress(quiet=True))
+        experiment.run_side_by_side([single], settings, small.Progress(quiet=True))
 
 
 def test_under_a_launcher(teacher: Path, tmp_path: Path, monkeypatch):
