@@ -738,6 +738,7 @@ def _find_flags(parser: Parser) -> None:
         help="what is searched: lr, distill_weight, balance, METHOD.NAME=LOW..HIGH",
     )
     parser.add_argument("--trials", type=int, default=12, help="number of trials; the first has the settings as given")
+    parser.add_argument("--at_once", type=int, default=1, help="trials that are suggested together, before they have results")
     _json_flag(parser, FRACTIONS)
 
 

@@ -169,7 +169,8 @@ def distill_each(
     if apart(first):
         return _distilled_together(teacher, student, data, wanted, progress, failed)
     for name, given in variants.items():
-        progress.say(name)
+        if len(variants) > 1:
+            progress.say(name)
         try:
             found[name] = distill(teacher, student, data, progress=progress, **given)
         except StoppedError:
@@ -417,9 +418,9 @@ def cache(
         with not_these_digits(data):
             loaded = load_teacher(source, splits, wanted.other_classes)
         compare_sizes(source, wanted, shown)
-        return Cached(
-            *make_cache(str(out), (teacher_name, loaded), (data, splits), student, wanted, device_of(wanted.device), shown)
-        )
+        ahead = wanted.on != "local" and wanted.device == "cuda"  # this machine only looks ahead, and may have no GPU
+        device = device_of("auto" if ahead else wanted.device)
+        return Cached(*make_cache(str(out), (teacher_name, loaded), (data, splits), student, wanted, device, shown))
 
 
 def verify_cache(

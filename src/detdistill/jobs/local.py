@@ -1,4 +1,4 @@
-"""Jobs as processes of this machine, each with one torch thread."""
+"""Jobs as processes of this machine."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Child:
                 [sys.executable, "-m", "detdistill", verb, *settings, *words],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**with_parent(), "OMP_NUM_THREADS": "1", **environment},
+                env={**with_parent(), **environment},
                 **options,
             )
 

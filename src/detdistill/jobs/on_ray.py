@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,10 +78,16 @@ def _connect(ray: ModuleType, on: str) -> None:
             f"on: no Ray cluster answers at {address} ({error.strerror or error}); `ray status` there says whether it runs"
             + (", and 10001 is the usual port" if "://" in address else "")
         ) from error
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=True)
-    except Exception as error:  # Ray raises many kinds: other versions, no Ray at the port, a broken cluster
-        raise RunError(f"on: cannot use the Ray cluster at {address}: {_in_one_line(error)}") from error
+    for left in (2, 1, 0):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+            return
+        except Exception as error:  # Ray raises many kinds: other versions, no Ray at the port, a broken cluster
+            # For each client, the cluster forks a process, which dies now and then in gRPC's handlers of forks.
+            if left and "Starting Ray client server failed" in str(error):
+                time.sleep(1)
+                continue
+            raise RunError(f"on: cannot use the Ray cluster at {address}: {_in_one_line(error)}") from error
 
 
 def _address() -> str | None:
@@ -88,7 +95,8 @@ def _address() -> str | None:
     given = os.environ.get("RAY_ADDRESS", "")
     if given not in ("", "auto", "local"):
         return given
-    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    folder = os.environ.get("RAY_TMPDIR") or (os.environ.get("TMPDIR") if sys.platform == "linux" else None) or "/tmp"
+    noted = Path(folder) / "ray" / "ray_current_cluster"
     try:
         return noted.read_text(encoding="utf-8").strip() or None
     except OSError:

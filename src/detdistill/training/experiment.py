@@ -196,7 +196,7 @@ def run_side_by_side(
     inputs: Mapping[str, str] | None = None,
     failed: Callable[[Plan, RunError], None] | None = None,
 ) -> None:
-    """Run each plan in a process of its own, here or on a cluster; progress is read from the run folders.
+    """Run each plan in a process of its own with one torch thread, here or on a cluster; progress is read from the run folders.
 
     Args:
         plans: the plans; each has its run folder.
@@ -226,6 +226,7 @@ def _job(plan: Plan, runner: Runner) -> Job:
         settings.out,
         cpus=settings.devices * max(1, settings.threads),
         gpus=runner.gpus(settings.device, settings.devices),
+        environment={"OMP_NUM_THREADS": "1"},
     )
 
 
