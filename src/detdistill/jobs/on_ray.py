@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ ATTEMPTS = 4
 """How often a job is started at most: once, and again each time its worker was lost."""
 REACHED = 5.0
 """Seconds in which the cluster's port must answer. Ray itself waits for half a minute, or for minutes."""
+HEALTHY = 15.0
+"""Seconds in which Ray at that port must say that it is healthy; this includes the start of a process that asks."""
 ENDED = 5.0
 """Seconds in which a cancelled task may end its command, before Ray ends its worker."""
 
@@ -78,6 +81,10 @@ def _connect(ray: ModuleType, on: str) -> None:
             f"on: no Ray cluster answers at {address} ({error.strerror or error}); `ray status` there says whether it runs"
             + (", and 10001 is the usual port" if "://" in address else "")
         ) from error
+    if "://" not in address and not _is_ray(address):
+        raise RunError(
+            f"on: what answers at {address} is no Ray cluster, or a broken one; RAY_ADDRESS is HOST:6379 or ray://HOST:10001"
+        )
     for left in (2, 1, 0):
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
@@ -88,6 +95,15 @@ def _connect(ray: ModuleType, on: str) -> None:
                 time.sleep(1)
                 continue
             raise RunError(f"on: cannot use the Ray cluster at {address}: {_in_one_line(error)}") from error
+
+
+def _is_ray(address: str) -> bool:
+    """Whether Ray answers at an address. Another process asks: ``ray.init`` would wait for minutes and then end this one."""
+    try:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+        return subprocess.run(command, capture_output=True, timeout=HEALTHY, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def _address() -> str | None:
