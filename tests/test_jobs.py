@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from detdistill import api
+from detdistill import api, cli
 from detdistill.cache.knowledge import KnowledgeCache
 from detdistill.errors import DetdistillError, RunError
 from detdistill.jobs import on_node, on_ray
@@ -227,6 +228,24 @@ def test_nodes_with_other_versions_are_refused(cluster: Path, monkeypatch: pytes
     )
 
 
+def test_tasks_of_benchmarks_wait_for_each_other_on_ray(cluster: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    runs = importlib.import_module("_runs")
+    first, bad, after_first, after_bad = (tmp_path / name for name in ("first", "bad", "after_first", "after_bad"))
+    tasks = [
+        runs.Task(after_bad, ("recipes",), after=(bad,)),
+        runs.Task(after_first, ("recipes",), after=(first,)),
+        runs.Task(first, ("recipes",)),
+        runs.Task(bad, ("train", "--model", "fcos:resnet18", "--epochs", "0")),
+    ]
+    noted: list[int] = []
+    runs.run(tasks, 1, tmp_path, lambda: noted.append(1), "ray")
+    said = [line.split(" ", 1)[1].rpartition(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(said) == ["after_first: done", f"bad: FAILED: {BAD}", "first: done"]
+    assert said.index("first: done") < said.index("after_first: done")
+    assert len(noted) == 3
+
+
 def test_a_cluster_too_small_for_a_run_is_refused_before_anything_starts(cluster: Path, teacher: Path, tmp_path: Path):
     expected = (
         r"^on: distilled, seed 0 needs 3 CPUs on one node, but the largest node of the Ray cluster has 2 CPUs; give smaller"
@@ -291,6 +310,24 @@ def test_where_runs_cannot_take_place(given: dict[str, Any], expected: str):
     with pytest.raises(RunError) as caught:
         DistillSettings(**given)
     assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("text", ["on: ray://host:10001\n", "'on': ray://host:10001\n", "on: ray://host:10001\nepochs: 3\n"])
+def test_the_word_on_in_a_settings_file(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(api, "schedules", lambda **settings: given.update(settings) or pytest.skip("parsed"))
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(pytest.skip.Exception):
+        cli.main(["schedules", "--student", "fcos:resnet18", "--teacher", "x", "--config", str(tmp_path / "settings.yaml")])
+    assert given["on"] == "ray://host:10001"
+
+
+def test_a_writer_that_replaces_a_lost_one_has_a_name_of_its_own(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(ATTEMPT, "2")
+    with Progress(quiet=True) as progress:
+        wanted = {"size": 64, "device": "cpu", "store": "float32", "probe": 1, "flip": 0.0, "stages": str(tmp_path / "stages")}
+        assert api.cache(teacher, tmp_path / "cache", small.DATA, progress=progress, **wanted).complete
+    assert {path.name[:14] for path in (tmp_path / "cache" / "shards").iterdir()} == {"000of001again2"}
 
 
 def order(**changes: Any) -> Order:
