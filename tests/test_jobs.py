@@ -23,8 +23,9 @@ from rich.console import Console
 from torch import Tensor
 
 from detdistill import api, cli
+from detdistill.api import training as api_training
 from detdistill.cache.knowledge import KnowledgeCache
-from detdistill.errors import DetdistillError, RunError
+from detdistill.errors import DetdistillError, RunError, StoppedError
 from detdistill.jobs import on_node, on_ray
 from detdistill.jobs.contract import Job
 from detdistill.jobs.on_node import Order, work
@@ -50,6 +51,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Path]:
     """A cluster of two CPUs on this machine; yields the folder of its logs."""
+    import ray
     from ray.cluster_utils import Cluster
 
     before = dict(os.environ)
@@ -62,10 +64,28 @@ def cluster() -> Iterator[Path]:
     try:
         yield Path(folder)
     finally:
+        ray.shutdown()
         made.shutdown()
         os.environ.clear()
         os.environ.update(before)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def connected(cluster: Path) -> None:
+    """A connection that is open already, as in a notebook; it stays open for the next test."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="CRITICAL")
+
+
+@pytest.fixture
+def unconnected() -> None:
+    """No connection is open, as in a new process."""
+    import ray
+
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +115,45 @@ def ends_of(jobs: list[Job], on: str, say: Callable[[str], None] = print) -> lis
     return [ends[index] for index in range(len(jobs))]
 
 
+def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RunError, match=r"^on: ray needs the package ray: pip install 'detdistill\[ray\]'$"):
+        ends_of([Job("one", "recipes")], "ray")
+
+
+@pytest.mark.parametrize(
+    ("on", "address", "expected"),
+    [
+        (
+            "ray://127.0.0.1:1",
+            None,
+            r"^on: no Ray cluster answers at ray://127.0.0.1:1 \(Connection refused\); `ray status` there",
+        ),
+        ("ray", "127.0.0.1:1", r"^on: no Ray cluster answers at 127.0.0.1:1 \(Connection refused\); `ray status` there says"),
+        (
+            "ray",
+            None,
+            r"^on: no Ray cluster runs on this machine; start one with `ray start --head`, or give --on ray://HOST:10001",
+        ),
+        ("ray", "silent", r"^on: what answers at 127.0.0.1:\d+ is no Ray cluster, or a broken one; RAY_ADDRESS is HOST:6379 or"),
+    ],
+)
+def test_there_is_no_cluster(
+    unconnected: None, on: str, address: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(on_ray, "HEALTHY", 1.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(1)
+        known = f"127.0.0.1:{silent.getsockname()[1]}" if address == "silent" else address
+        monkeypatch.setenv("RAY_ADDRESS", known) if known else monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        with pytest.raises(RunError, match=expected):
+            ends_of([Job("one", "recipes")], on)
+
+
 @pytest.mark.parametrize("on", ["local", "ray", "ray://"])
-def test_a_job_gives_its_exit_code_and_its_last_line(on: str, cluster: Path):
+def test_a_job_gives_its_exit_code_and_its_last_line(unconnected: None, on: str, cluster: Path):
     jobs = [
         Job("one", "recipes", {"json": True}),
         Job("two", "train", {"model": "fcos:resnet18", "epochs": 0, "data": f"s3://key:{SECRET}@store/data"}),
@@ -105,6 +162,20 @@ def test_a_job_gives_its_exit_code_and_its_last_line(on: str, cluster: Path):
     ]
     found = ends_of(jobs, os.environ["RAY_CLIENT_OF_TEST"] if on == "ray://" else on)
     assert found == [(0, "}"), (2, BAD), (0, "}"), (0, f"detdistill {versions_of_all()['detdistill']}")]
+
+
+def test_nodes_with_other_versions_are_refused(unconnected: None, cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(os.environ["RAY_ADDRESS"])  # as `ray start` notes it
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(on_ray, "versions_of_all", lambda: {"torch": "0.4.1"})
+    ((code, line),) = ends_of([Job("one", "recipes")], "ray")
+    assert code == 2
+    assert line.startswith("node ")
+    assert line.endswith(
+        f" has torch {versions_of_all()['torch']}, but this machine has 0.4.1; install the same versions on all nodes"
+    )
 
 
 def test_passwords_are_in_no_log_of_ray(cluster: Path):
@@ -135,19 +206,22 @@ def _wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
 
 
 @pytest.mark.parametrize("on", ["local", "ray"])
-def test_after_an_error_no_job_is_left(on: str, cluster: Path, tmp_path: Path):
+def test_a_signal_leaves_no_job(unconnected: None, on: str, cluster: Path, tmp_path: Path):
     class Stops(Noted):
         def look(self) -> None:
             if _processes_with(str(tmp_path / "long")):
-                raise RunError("enough")
+                os.kill(os.getpid(), signal.SIGTERM)
 
     job = Job("long", "train", {"model": small.MODEL, **small.SETTINGS}, words=(f"--out={tmp_path / 'long'}", "--epochs=1000"))
-    with pytest.raises(RunError, match="enough"), runner_on(on, print) as runner:
+    with pytest.raises(StoppedError, match="stopped by SIGTERM; --resume true continues"), runner_on(on, print) as runner:
         run_together([job, job], runner, 1, lambda index: Stops(index, {}))
     _wait_for(lambda: not _processes_with(str(tmp_path / "long")), 10)
 
 
-def test_a_run_goes_on_when_its_worker_was_killed_and_gives_the_same(cluster: Path, teacher: Path, tmp_path: Path, capfd):
+@pytest.mark.slow
+def test_a_run_goes_on_when_its_worker_was_killed_and_gives_the_same(
+    connected: None, teacher: Path, tmp_path: Path, capfd, monkeypatch
+):
     settings: dict[str, Any] = {"seeds": (1,), "epochs": 3, "method": "pkd"}
     folder, killed = tmp_path / "ray" / "distilled-seed1", []
 
@@ -172,18 +246,15 @@ def test_a_run_goes_on_when_its_worker_was_killed_and_gives_the_same(cluster: Pa
     small.distill(teacher, tmp_path / "here", **settings)
     for run in done.runs:
         assert small.unequal_runs(run, tmp_path / "here" / run.name) == []
-    # Nothing is run twice: all is there, so no cluster is asked.
-    os.environ["RAY_ADDRESS"], before = "127.0.0.1:1", os.environ["RAY_ADDRESS"]
-    try:
-        small.distill(teacher, tmp_path / "ray", on="ray", resume=True, **settings)
-    finally:
-        os.environ["RAY_ADDRESS"] = before
+    # Nothing is run twice.
+    monkeypatch.setattr(on_ray.RayRunner, "start", lambda *_: pytest.fail("a finished run was started"))
+    small.distill(teacher, tmp_path / "ray", on="ray", resume=True, **settings)
 
 
-def test_a_single_run_takes_place_on_ray_too(cluster: Path, teacher: Path, tmp_path: Path):
-    done = small.distill(teacher, tmp_path / "run", on="ray", method="pkd", epochs=1, report=True)
+def test_a_single_run_takes_place_on_ray_too(connected: None, teacher: Path, tmp_path: Path):
+    done = small.distill(teacher, tmp_path / "run", on="ray", method="pkd", epochs=1)
     assert done.runs == (tmp_path / "run",)
-    assert done.report.exists()
+    assert (tmp_path / "run" / "summary.json").exists()
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (config["on"], config["resume"]) == ("local", False)
 
@@ -195,7 +266,8 @@ def tensors_of(knowledge: Any) -> list[Tensor]:
     return found
 
 
-def test_a_cache_is_filled_by_writers_on_ray(cluster: Path, teacher: Path, tmp_path: Path):
+@pytest.mark.slow
+def test_a_cache_is_filled_by_writers_on_ray(connected: None, teacher: Path, tmp_path: Path):
     common = {"size": 64, "batch": 4, "device": "cpu", "store": "float32", "probe": 1, "stages": str(tmp_path / "stages")}
     with Progress(quiet=True) as progress:
         here = api.cache(teacher, tmp_path / "here", small.DATA, progress=progress, **common)
@@ -210,7 +282,7 @@ def test_a_cache_is_filled_by_writers_on_ray(cluster: Path, teacher: Path, tmp_p
     assert writers == {"000of002", "001of002"}
 
 
-def test_a_job_that_loses_every_worker_is_given_up(cluster: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_job_that_loses_every_worker_is_given_up(connected: None, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     monkeypatch.setattr(on_ray, "work", lambda order: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RunError, match=r"^one: its worker was lost 4 times \(WorkerCrashedError\); --resume true continues"):
@@ -218,17 +290,7 @@ def test_a_job_that_loses_every_worker_is_given_up(cluster: Path, monkeypatch: p
     assert said == [f"one: its worker was lost (WorkerCrashedError); started again, {n} of 3" for n in (1, 2, 3)]
 
 
-def test_nodes_with_other_versions_are_refused(cluster: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(on_ray, "versions_of_all", lambda: {"torch": "0.4.1"})
-    ((code, line),) = ends_of([Job("one", "recipes")], "ray")
-    assert code == 2
-    assert line.startswith("node ")
-    assert line.endswith(
-        f" has torch {versions_of_all()['torch']}, but this machine has 0.4.1; install the same versions on all nodes"
-    )
-
-
-def test_tasks_of_benchmarks_wait_for_each_other_on_ray(cluster: Path, tmp_path: Path, capsys, monkeypatch):
+def test_tasks_of_benchmarks_wait_for_each_other_on_ray(connected: None, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     runs = importlib.import_module("_runs")
     first, bad, after_first, after_bad = (tmp_path / name for name in ("first", "bad", "after_first", "after_bad"))
@@ -246,7 +308,7 @@ def test_tasks_of_benchmarks_wait_for_each_other_on_ray(cluster: Path, tmp_path:
     assert len(noted) == 3
 
 
-def test_a_cluster_too_small_for_a_run_is_refused_before_anything_starts(cluster: Path, teacher: Path, tmp_path: Path):
+def test_a_cluster_too_small_for_a_run_is_refused_before_anything_starts(connected: None, teacher: Path, tmp_path: Path):
     expected = (
         r"^on: distilled, seed 0 needs 3 CPUs on one node, but the largest node of the Ray cluster has 2 CPUs; give smaller"
     )
@@ -257,41 +319,6 @@ def test_a_cluster_too_small_for_a_run_is_refused_before_anything_starts(cluster
         RunError, match="needs 2 CPUs and 2 GPUs on one node, but the largest node of the Ray cluster has 2 CPUs;"
     ):
         small.distill(teacher, tmp_path / "run", seeds=(0,), devices=2, device="cuda", on="ray", method="pkd")
-
-
-def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(RunError, match=r"^on: ray needs the package ray: pip install 'detdistill\[ray\]'$"):
-        ends_of([Job("one", "recipes")], "ray")
-
-
-@pytest.mark.parametrize(
-    ("on", "address", "expected"),
-    [
-        (
-            "ray://127.0.0.1:1",
-            None,
-            r"^on: no Ray cluster answers at ray://127.0.0.1:1 \(Connection refused\); `ray status` there",
-        ),
-        ("ray", "127.0.0.1:1", r"^on: no Ray cluster answers at 127.0.0.1:1 \(Connection refused\); `ray status` there says"),
-        (
-            "ray",
-            None,
-            r"^on: no Ray cluster runs on this machine; start one with `ray start --head`, or give --on ray://HOST:10001",
-        ),
-        ("ray", "silent", r"^on: what answers at 127.0.0.1:\d+ is no Ray cluster, or a broken one; RAY_ADDRESS is HOST:6379 or"),
-    ],
-)
-def test_there_is_no_cluster(on: str, address: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr(on_ray, "HEALTHY", 1.0)
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen(1)
-        known = f"127.0.0.1:{silent.getsockname()[1]}" if address == "silent" else address
-        monkeypatch.setenv("RAY_ADDRESS", known) if known else monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        with pytest.raises(RunError, match=expected):
-            ends_of([Job("one", "recipes")], on)
 
 
 @pytest.mark.parametrize(
@@ -384,6 +411,28 @@ def test_a_run_that_is_started_again_waits_for_the_lock_of_the_one_before(tmp_pa
         monkeypatch.setenv(ATTEMPT, "1")
         small.train(tmp_path / "run", epochs=1, resume=True)
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_one_variant_does_not_cost_the_others(teacher: Path, tmp_path: Path, forked_python: None):
+    common = {**small.SETTINGS, "steps": 3, "seeds": (0,), "jobs": 2, "score_teacher": False, "stages": str(tmp_path / "stages")}
+    variants = {
+        "misspelt": {**common, "method": "pdk", "out": tmp_path / "misspelt"},
+        "broken": {**common, "method": "pkd", "lr": 1e30, "clip": 0.0, "out": tmp_path / "broken"},
+        "good": {**common, "method": "pkd", "out": tmp_path / "good"},
+    }
+    said: dict[str, str] = {}
+    with Progress(quiet=True) as progress:
+        done = api_training.distill_each(
+            str(teacher), small.MODEL, small.DATA, variants, progress=progress,
+            failed=lambda name, error: said.update({name: str(error)}),
+        )  # fmt: skip
+        with pytest.raises(DetdistillError, match="pdk"):
+            api_training.distill_each(str(teacher), small.MODEL, small.DATA, variants, progress=progress)
+    assert list(done) == ["good"]
+    assert done["good"].runs == (tmp_path / "good" / "distilled-seed0",)
+    assert list(said) == ["misspelt", "broken"]
+    assert "(did you mean 'pkd'?)" in said["misspelt"]
+    assert said["broken"].startswith("broken: distilled, seed 0 failed: detdistill: ")
 
 
 def test_trials_and_lengths_side_by_side_give_the_same_as_one_by_one(teacher: Path, tmp_path: Path, forked_python: None):
