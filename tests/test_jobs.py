@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -283,12 +284,19 @@ def test_a_cache_is_filled_by_writers_on_ray(connected: None, teacher: Path, tmp
     assert writers == {"000of002", "001of002"}
 
 
-def test_a_job_that_loses_every_worker_is_given_up(connected: None, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("ends", "reason"),
+    [
+        (lambda order: os.kill(os.getpid(), signal.SIGKILL), "WorkerCrashedError"),
+        (lambda order: (-9, ""), "its process was killed"),  # by the kernel, when the memory of the node is full
+    ],
+)
+def test_a_job_that_loses_every_worker_is_given_up(connected: None, monkeypatch: pytest.MonkeyPatch, ends: Any, reason: str):
     said: list[str] = []
-    monkeypatch.setattr(on_ray, "work", lambda order: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RunError, match=r"^one: its worker was lost 4 times \(WorkerCrashedError\); --resume true continues"):
+    monkeypatch.setattr(on_ray, "work", types.FunctionType(ends.__code__, {"os": os, "signal": signal}))  # sent as it is
+    with pytest.raises(RunError, match=rf"^one: its worker was lost 4 times \({reason}\); --resume true continues"):
         ends_of([Job("one", "recipes")], "ray", said.append)
-    assert said == [f"one: its worker was lost (WorkerCrashedError); started again, {n} of 3" for n in (1, 2, 3)]
+    assert said == [f"one: its worker was lost ({reason}); started again, {n} of 3" for n in (1, 2, 3)]
 
 
 def test_tasks_of_benchmarks_wait_for_each_other_on_ray(connected: None, tmp_path: Path, capsys, monkeypatch):
