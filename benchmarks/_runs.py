@@ -20,6 +20,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from detdistill.jobs.contract import Job, Runner, Started
+from detdistill.jobs.where import runner_on
+from detdistill.processes import stopped_by_signals
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -56,11 +60,15 @@ class Task:
         return [*self.words, *(["--resume", "true"] if started and self.words[0] != "cache" else [])]
 
 
-def run(tasks: Sequence[Task], jobs: int, work: Path, note: Callable[[], None]) -> None:
+def run(tasks: Sequence[Task], jobs: int, work: Path, note: Callable[[], None], on: str = "local") -> None:
     """Run all tasks in their order, ``jobs`` at a time; a task waits for the tasks in its ``after``.
 
-    ``note`` is called after each task. A failed task is printed, and tasks that depend on it are skipped.
+    ``note`` is called after each task. A failed task is printed, and tasks that depend on it are skipped. ``on`` is ``local``,
+    ``ray`` or ``ray://HOST:PORT``; on a cluster, all tasks that need no other one are submitted if ``jobs`` is 1.
     """
+    if on != "local":
+        _run_on(on, tasks, jobs, note)
+        return
     todo = list({task.out: task for task in tasks}.values())
     (work / "logs").mkdir(parents=True, exist_ok=True)
     waiting = [task for task in todo if not task.done]
@@ -104,6 +112,55 @@ def run(tasks: Sequence[Task], jobs: int, work: Path, note: Callable[[], None]) 
     for pipe, process in idle:
         pipe.send(None)
         process.join()
+
+
+def _run_on(on: str, tasks: Sequence[Task], jobs: int, note: Callable[[], None]) -> None:
+    """Run all tasks on a Ray cluster."""
+    todo = list({task.out: task for task in tasks}.values())
+    waiting = [task for task in todo if not task.done]
+    done, failed = {task.out for task in todo if task.done}, set[Path]()
+    running: list[tuple[Task, Started, float]] = []
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(runner_on(on, print))
+        stack.callback(lambda: [started.kill() for _, started, _ in running])
+        stack.enter_context(stopped_by_signals())
+        while waiting or running:
+            for task in list(waiting):
+                if failed.intersection(task.after):
+                    failed.add(task.out)
+                    waiting.remove(task)
+                elif done.issuperset(task.after) and len(running) < (runner.at_once(jobs) or len(todo)):
+                    running.append((task, runner.start(_job(task, runner)), time.monotonic()))
+                    waiting.remove(task)
+            if waiting and not running:
+                raise RuntimeError(f"{waiting[0].out} waits for {waiting[0].after}, which no task makes")
+            for entry in list(running):
+                task, started, since = entry
+                if (code := started.poll()) is None:
+                    continue
+                running.remove(entry)
+                seconds = time.monotonic() - since
+                if code == 0 and task.words[0] == "cache":
+                    (task.out / "finished").write_text(f"{seconds:.1f}\n")
+                (done if code == 0 else failed).add(task.out)
+                state = "done" if code == 0 else f"FAILED: {started.last_line()}"
+                print(f"{time.strftime('%H:%M:%S')} {task.out.name}: {state}, {seconds:.0f} s", flush=True)
+                note()
+            time.sleep(0.5)
+
+
+def _job(task: Task, runner: Runner) -> Job:
+    verb, *words = task.command
+    device = words[words.index("--device") + 1] if "--device" in words else "auto"
+    folder = None if verb == "cache" else task.out
+    return Job(
+        task.out.name,
+        verb,
+        folder=folder,
+        gpus=runner.gpus(device, 1),
+        words=tuple(words),
+        environment={"OMP_NUM_THREADS": "1"},
+    )
 
 
 def _worker(pipe: Connection) -> None:

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--teacher-epochs", type=int, default=40)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--on", default="local", help="local, ray or ray://HOST:PORT")
     parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args()
     settings = {**IMAGES, **TRAINING, "device": chosen.device}
@@ -76,6 +77,7 @@ def main() -> None:
             inherit=inherit,
             baseline=index == 0,  # one baseline per seed, for all methods
             jobs=chosen.jobs,
+            on=chosen.on,
             report=False,
             **settings,
         )

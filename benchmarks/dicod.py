@@ -367,6 +367,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:-1]))
     parser.add_argument("--bccd", type=Path, help="Pascal VOC folder of the blood cells; without it, the part bccd is left out")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--on", default="local", help="local, ray or ray://HOST:PORT")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the part speed")
     parser.add_argument("--list", action="store_true", help="only print the commands")
     chosen = parser.parse_args()
@@ -392,7 +393,7 @@ def main() -> None:
         write(chosen.out, found)
         chosen.out.with_suffix(".md").write_text(tables(found))
 
-    run(todo, chosen.jobs, chosen.work, note)
+    run(todo, chosen.jobs, chosen.work, note, chosen.on)
     note(last=True)
     print(chosen.out.with_suffix(".md").read_text())
 

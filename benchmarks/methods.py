@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import detdistill
+from detdistill.api.training import distill_each
 from detdistill.compare import Gain, compare_runs, read_run, show_gains
 from detdistill.demo import STUDENT, TEACHER
 from detdistill.demo import settings as demo_settings
-from detdistill.errors import DetdistillError, StoppedError
+from detdistill.errors import DetdistillError
+from detdistill.progress import Progress
 from detdistill.report.runs import Run, distillation_terms, read
 from detdistill.report.words import kd_share
 
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="training steps of the students, instead of the pair's length")
     parser.add_argument("--size", type=int, default=128, help="pixels of the images, which are drawn in this size")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--on", default="local", help="local, ray or ray://HOST:PORT; there, the runs of all methods together")
     parser.add_argument("--channels_last", action="store_true", help="in every run; about 0.8 of the time on some CPUs")
     chosen = parser.parse_args()
     pair = PAIRS[chosen.pair]
@@ -101,38 +104,40 @@ def main() -> None:
         resume = (teacher / "config.yaml").exists()
         long = {**settings, **pair.teacher_length, "evaluate_every": 5}
         detdistill.train(pair.teacher, data, role="teacher", out=teacher, resume=resume, report=False, **long)
-    runs: list[Path] = []
-    gains: list[Gain] = []
+    common = {
+        "seeds": tuple(chosen.seeds),
+        "jobs": chosen.jobs,
+        "on": chosen.on,
+        "report": False,
+        "score_teacher": False,
+        "evaluate_every": 100,
+        "stages": str(chosen.work / "stages"),
+        **settings,
+        **pair.length,
+    }
+    variants = {}
     for index, method in enumerate(chosen.methods or pair.methods):
         folder = chosen.work / method.replace(",", "_").replace("=", "-")
-        try:
-            result = detdistill.distill(
-                str(teacher),
-                pair.student,
-                data,
-                method,
-                out=folder,
-                resume=folder.exists(),
-                seeds=tuple(chosen.seeds),
-                baseline=index == 0,  # one baseline per seed, for all methods
-                jobs=chosen.jobs,
-                report=False,
-                score_teacher=False,
-                evaluate_every=100,
-                stages=str(chosen.work / "stages"),
-                **settings,
-                **pair.length,
-            )
-        except StoppedError:
-            raise
-        except DetdistillError as error:  # one method must not cost the results of the others
-            print(f"{method}: {error}", flush=True)
-            continue
-        runs += result.runs
-        gains = compare_runs(runs)
-        write(chosen, pair, runs, gains)  # after each method, so that an interrupted benchmark leaves its results
+        own = {"method": method, "out": folder, "resume": folder.exists()}
+        variants[method] = {**common, **own, "baseline": index == 0}  # one baseline per seed, for all methods
+    runs: list[Path] = []
+    gains: list[Gain] = []
+    # On this machine one method after the other, so that an interrupted benchmark leaves its results.
+    together = [variants] if chosen.on != "local" else [{name: given} for name, given in variants.items()]
+    with Progress() as shown:
+        for some in together:
+            made = distill_each(str(teacher), pair.student, data, some, progress=shown, failed=failed)
+            runs += [run for one in made.values() for run in one.runs]
+            if made:
+                gains = compare_runs(runs)
+                write(chosen, pair, runs, gains)
     if gains:
         show_gains(gains)
+
+
+def failed(method: str, error: DetdistillError) -> None:
+    """One method must not cost the results of the others."""
+    print(f"{method}: {error}", flush=True)
 
 
 def share(folder: Path, baselines: list[Run]) -> float | None:

@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--on", default="local", help="local, ray or ray://HOST:PORT")
     parser.add_argument("--list", action="store_true", help="only print the commands")
     chosen = parser.parse_args()
     todo = tasks(chosen.work, chosen.seeds, chosen.kinds, chosen.parts)
@@ -265,7 +266,7 @@ def main() -> None:
         write(chosen.out, found)
         chosen.out.with_suffix(".md").write_text(tables(found))
 
-    run(todo, chosen.jobs, chosen.work, note)
+    run(todo, chosen.jobs, chosen.work, note, chosen.on)
     note()
     print(tables(results(chosen.work, chosen.seeds, chosen.kinds)))
 

@@ -222,7 +222,7 @@ def test_a_mistake_is_one_line_with_the_nearest_name(capsys, line, expected):
     ("content", "expected"),
     [
         ("epohs: 3\n", "no key 'epohs' (did you mean 'epochs'?)"),
-        ("on: features\n", "no key True"),
+        ("off: features\n", "no key False"),
         ("epochs: [3\n", "is not valid YAML: while parsing a flow sequence"),
         ("- 1\n", "holds no settings; write lines such as `epochs: 12`"),
         ("", "holds no settings"),

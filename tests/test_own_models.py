@@ -122,7 +122,7 @@ def test_what_cannot_be_a_student_is_refused_in_one_line(tmp_path):
             api.distill(wrapped(), student, DATA, "pkd", out=tmp_path / "run", **QUICK)
     with pytest.raises(ModelError, match=r"the classes \(none\), but the data have \(0, 1, .*give wrap\(\.\.\., classes"):
         api.train(wrapped(classes=()), DATA, out=tmp_path / "run", **QUICK)
-    with pytest.raises(RunError, match="jobs, devices: own:Net was given in Python and cannot be sent"):
+    with pytest.raises(RunError, match="jobs, devices, on: own:Net was given in Python and cannot be sent"):
         api.distill("runs/x", wrapped(), DATA, "pkd", baseline=True, jobs=2, out=tmp_path / "run", **QUICK)
     bound = functools.partial(wrapped, net, loss=lambda o, b: net.own_loss(o, b))
     with pytest.raises(ModelError, match="returns the same model twice"):

@@ -30,6 +30,7 @@ SECTIONS = {
         "docs/doctor.md",
         "docs/cache.md",
         "docs/scale.md",
+        "docs/clusters.md",
         "docs/several-teachers.md",
         "docs/comparing.md",
         "docs/predicting.md",

@@ -257,11 +257,12 @@ def _checked_config(parser: Parser, path: Path) -> str:
     if not isinstance(content, dict) or not content:
         raise DetdistillError(f"config: {path} holds no settings; write lines such as `epochs: 12`")
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config", "recipe")]
+    content = {"on" if key is True else key: value for key, value in content.items()}  # in YAML 1.1, the word on is true
     today = renamed(content)
     for key in today:
         if key not in known:
             raise DetdistillError(f"config: {path}: no key {key!r}{meant(str(key), known)}")
-    return str(path) if today == content else yaml.safe_dump(today)
+    return str(path) if today == content and "on" not in today else yaml.safe_dump(today)
 
 
 # ---------------------------------------------------------------------------------------------------- the commands
@@ -737,6 +738,7 @@ def _find_flags(parser: Parser) -> None:
         help="what is searched: lr, distill_weight, balance, METHOD.NAME=LOW..HIGH",
     )
     parser.add_argument("--trials", type=int, default=12, help="number of trials; the first has the settings as given")
+    parser.add_argument("--at_once", type=int, default=1, help="trials that are suggested together, before they have results")
     _json_flag(parser, FRACTIONS)
 
 

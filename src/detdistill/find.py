@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,6 +72,8 @@ class Found:
     seeds: tuple[int, ...]
     best: dict[str, Any] = field(default_factory=dict)
     """Settings of the best trial that differ from those given; ``best.yaml`` in the folder holds them for ``--config``."""
+    at_once: int = 1
+    """Number of trials that were suggested together."""
 
     @property
     def winner(self) -> Tried:
@@ -85,13 +88,13 @@ class Found:
     def __repr__(self) -> str:
         """The best settings and their AP in points of 100."""
         return (
-            f"Found({self.method}: {_in_words(self.winner.values)}: AP {100 * self.winner.ap:.1f}, alone {100 * self.alone:.1f}, "
+            f"Found({self.method}: {in_words(self.winner.values)}: AP {100 * self.winner.ap:.1f}, alone {100 * self.alone:.1f}, "
             f"{len(self.tried)} trials in {self.folder})"
         )
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
-        rows = [(f"trial {one.number}: {_in_words(one.values)}", f"{100 * one.ap:.1f}") for one in self.tried]
+        rows = [(f"trial {one.number}: {in_words(one.values)}", f"{100 * one.ap:.1f}") for one in self.tried]
         return html_table([*rows, ("student alone", f"{100 * self.alone:.1f}"), ("best", str(self.folder / "best.yaml"))])
 
 
@@ -187,8 +190,11 @@ def as_settings(methods: str, values: Mapping[str, float]) -> dict[str, Any]:
     return settings if changed == methods else {**settings, "method": changed}
 
 
-def new_study(searched: Sequence[Searched], settings: DistillSettings, seed: int) -> Study:
+def new_study(searched: Sequence[Searched], settings: DistillSettings, seed: int, at_once: int = 1) -> Study:
     """A study of Optuna whose suggestions depend only on the seed and on the results, so that a search can be resumed.
+
+    Of several trials that are asked for ``at_once``, the later ones count the earlier ones as bad ("constant liar"), so that
+    they look elsewhere.
 
     The first trial has the settings as they are, if they lie in the ranges, so that the best is never worse than these.
 
@@ -200,7 +206,9 @@ def new_study(searched: Sequence[Searched], settings: DistillSettings, seed: int
     except ImportError as error:
         raise RunError("find needs the package optuna: pip install 'detdistill[find]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(3, 2 * len(searched)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of constant_liar
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(3, 2 * len(searched)), constant_liar=at_once > 1)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     today = {one.name: _today(one.name, settings) for one in searched}
     if all(value is not None and one.low <= value <= one.high for one, value in zip(searched, today.values(), strict=True)):
@@ -237,7 +245,7 @@ def show_found(found: Found) -> None:
     ]
     table(console, head, rows, indent=2)
     line(console)
-    labelled(console, "best", f"trial {found.winner.number}: {_in_words(found.winner.values)}")
+    labelled(console, "best", f"trial {found.winner.number}: {in_words(found.winner.values)}")
     labelled(console, "AP", f"{100 * found.winner.ap:.1f}, alone {100 * found.alone:.1f}")
     paragraph(console, what_it_shows(found))
 
@@ -262,6 +270,7 @@ def found_json(found: Found) -> dict[str, Any]:
         "method": found.method,
         "held_out": found.held_out,
         "seeds": list(found.seeds),
+        "at_once": found.at_once,
         "tried": [asdict(one) for one in found.tried],
         "best": found.best,
         "best_trial": found.winner.number,
@@ -270,5 +279,6 @@ def found_json(found: Found) -> dict[str, Any]:
     }
 
 
-def _in_words(values: Mapping[str, float]) -> str:
+def in_words(values: Mapping[str, float]) -> str:
+    """``lr 0.001, distill_weight 2``."""
     return ", ".join(f"{name} {value:.3g}" for name, value in values.items())

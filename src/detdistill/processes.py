@@ -18,6 +18,8 @@ from detdistill.errors import StoppedError
 
 PARENT = "DETDISTILL_PARENT"
 """Environment variable with the id of the process that started this one and without which it must not go on."""
+ATTEMPT = "DETDISTILL_ATTEMPT"
+"""Environment variable with the number of times a cluster has started the command of this process before."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 """Signals by which users and schedulers end a process; Windows has no SIGHUP."""
 
@@ -55,6 +57,12 @@ def is_main_process() -> bool:
 def restarts() -> int:
     """How often torchrun has started this process again (``--max-restarts``)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def attempt() -> int:
+    """How often a cluster has started this command before; each time its worker, or the worker's machine, was lost."""
+    given = os.environ.get(ATTEMPT, "0")
+    return int(given) if given.isdigit() else 0
 
 
 def launch() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -178,7 +179,8 @@ class DistillSettings(TrainSettings):
         inherit: before training, copy the teacher's neck and head weights whose names and shapes agree into the student.
         baseline: also train the student without a teacher, with the same seeds and schedule, and compare.
         seeds: run once for each of these seeds instead of for ``seed``.
-        jobs: number of runs at the same time, each in its own process.
+        jobs: number of runs at the same time, each in its own process; on Ray, 1 is as many as the cluster has room for.
+        on: where runs take place: local (this machine), ray (the cluster of this machine) or ray://HOST:10001.
         score_teacher: evaluate the teacher before training.
         other_classes: allow a teacher that lacks some classes of the data; enough for methods that compare features only.
         teacher_size: ``size`` of the images that the teacher sees, larger than ``size``; none: the same.
@@ -195,6 +197,7 @@ class DistillSettings(TrainSettings):
     baseline: bool = False
     seeds: tuple[Index, ...] = ()
     jobs: Annotated[Count, NOTHING] = 1
+    on: Annotated[str, NOTHING] = "local"
     score_teacher: Annotated[bool, NOTHING] = True
     other_classes: bool = False
     teacher_size: Annotated[int, Limits(32)] | None = None
@@ -210,6 +213,7 @@ class DistillSettings(TrainSettings):
             RunError: one line naming the setting, its value and what it may be.
         """
         super().__post_init__()
+        check_on(self.on, self.nodes)
         if len(set(self.seeds)) < len(self.seeds):
             raise RunError(f"seeds: {','.join(map(str, self.seeds))} must be different whole numbers, 0 or more")
         if self.balance is not None and self.distill_weight == 0:
@@ -230,6 +234,7 @@ class CacheSettings(TrainSettings):
         probe: number of images for the forecast and for the choice of the number format.
         dry_run: stop after the forecast.
         shard: largest number of records in a file; a killed process has to repeat at most this many.
+        on: where the writers (as many as ``devices``) run: local (this machine), ray or ray://HOST:10001.
         other_classes: allow a teacher that lacks some classes of the data; enough for methods that compare features only.
         teacher_size: ``size`` of the images that the teacher sees, larger than ``size``; none: the same.
         stages: folder for the results of methods' earlier stages, which later runs reuse.
@@ -240,9 +245,36 @@ class CacheSettings(TrainSettings):
     probe: Count = 8
     dry_run: bool = False
     shard: Count = 256
+    on: Annotated[str, NOTHING] = "local"
     other_classes: bool = False
     teacher_size: Annotated[int, Limits(32)] | None = None
     stages: Annotated[str, NOTHING] = "runs/stages"
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            RunError: one line naming the setting, its value and what it may be.
+        """
+        super().__post_init__()
+        check_on(self.on, self.nodes)
+
+
+def check_on(on: str, nodes: int) -> None:
+    """Check where runs take place.
+
+    Args:
+        on: the setting ``on``.
+        nodes: the setting ``nodes``.
+
+    Raises:
+        RunError: it is not ``local``, ``ray`` or ``ray://HOST:PORT``, or a run would need several nodes of a Ray cluster.
+    """
+    if on not in ("local", "ray") and not re.fullmatch(r"ray://[^/\s:@]+:\d{1,5}", on):
+        hint = "" if on.startswith("ray:") else nearest(on, ("local", "ray"))
+        raise RunError(f"on: {on!r} is not local, ray or ray://HOST:PORT{hint}")
+    if on != "local" and nodes > 1:
+        raise RunError("nodes: on Ray, a run has the devices of one node; leave out --nodes, or start it with torchrun or srun")
 
 
 def effects(kind: type[TrainSettings]) -> Mapping[str, Effect]:

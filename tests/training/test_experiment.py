@@ -105,7 +105,31 @@ def test_a_failing_child_gives_its_last_line(teacher: Path, tmp_path: Path, fork
     with pytest.raises(
         RunError, match=r"distilled, seed 0 failed: detdistill: run folder .*distilled-seed0 exists; give another"
     ):
-        experiment._run_side_by_side([single], 2, small.Progress(quiet=True))
+        experiment.run_side_by_side([single], settings, small.Progress(quiet=True))
+
+
+def test_a_run_that_reads_other_data_is_stopped(tmp_path: Path):
+    (tmp_path / "metrics.csv").write_text("stage,step,total,epoch,lr,seconds,loss\n,1,6,0,0.1,1,2.5\n")
+    (tmp_path / "inputs.json").write_text('{"training data": "a", "validation data": "b", "teacher": "c"}')
+    settings = DistillSettings(out=tmp_path)
+    plan = Plan("fcos:resnet18", "/data/coco", settings, role="distilled", title="distilled, seed 0")
+    same = {"training data": "a", "validation data": "b"}
+    experiment._Followed(plan, small.Progress(quiet=True), same, None).look()
+    other = experiment._Followed(plan, small.Progress(quiet=True), {**same, "validation data": "x"}, None)
+    with pytest.raises(
+        RunError, match=r"^distilled, seed 0: the validation data differ between this machine and the run's; /data/coco"
+    ):
+        other.look()
+
+
+def test_a_result_that_is_not_seen_here(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(experiment, "SEEN", 0.1)
+    settings = DistillSettings(out=tmp_path)
+    followed = experiment._Followed(Plan("fcos:resnet18", "digits", settings), small.Progress(quiet=True), {}, None)
+    with pytest.raises(
+        RunError, match=r"ended well, but .*summary.json is not seen here; --out must be on a disk that all nodes"
+    ):
+        followed.ended(0, "")
 
 
 def test_under_a_launcher(teacher: Path, tmp_path: Path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detdistill.api.shared import settings_of, write
-from detdistill.api.training import distill
+from detdistill.api.training import distill_each
 from detdistill.errors import RunError, counted
 from detdistill.settings import DistillSettings
 
@@ -28,6 +28,7 @@ def find(
     *,
     over: Sequence[str] = ("lr", "distill_weight"),
     trials: int = 12,
+    at_once: int = 1,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Found:
@@ -44,6 +45,8 @@ def find(
         over: what is searched: ``lr``, ``distill_weight`` or ``balance``, with a range as ``lr=1e-4..1e-2`` or without, and
             hyper-parameters of the methods as ``pkd.weight=1..20``.
         trials: number of trials. The first has the settings as given.
+        at_once: number of trials that are suggested together, before any of them has a result; their runs take place together
+            with ``jobs`` or on Ray. The suggestions depend on this number, as on the seed, and not on where or when runs end.
         progress: display of the progress; None: a new one on stderr.
         settings: fields of ``DistillSettings``, the same for all trials; ``held_out`` is 0.2 unless given. Every trial runs
             each of ``seeds``. ``out`` is the folder of the search, with a folder for each trial; with ``resume``, finished runs
@@ -57,41 +60,62 @@ def find(
     """
     if trials < 2:
         raise RunError(f"trials: {trials} must be 2 or more")
+    if at_once < 1:
+        raise RunError(f"at_once: {at_once} must be 1 or more")
     wanted = settings_of(
         DistillSettings, {"method": method, **settings, "held_out": settings.get("held_out") or 0.2, "baseline": False}
     )
-    from detdistill.find import Found, as_settings, new_study, read_searched
+    from detdistill.find import Found, as_settings, in_words, new_study, read_searched
     from detdistill.progress import Progress
     from detdistill.training.folder import new_folder
 
     searched = read_searched(over, wanted)
-    study = new_study(searched, wanted, wanted.seed)
+    study = new_study(searched, wanted, wanted.seed, at_once)
     folder = wanted.out if wanted.resume and wanted.out is not None else new_folder(wanted.out, "find")
+    _check_at_once(folder, at_once)
     seeds = wanted.seeds or (wanted.seed,)
     twice = any(one.name == "lr" for one in searched)
     tried: list[Tried] = []
     common = {**settings, "held_out": wanted.held_out, "seeds": seeds, "report": False}
     with progress or Progress() as shown:
         shown.say(_budget(trials, twice, wanted, len(seeds)))
-        for number in range(trials):
-            ask = study.ask()
-            values = {one.name: one.suggest(ask) for one in searched}
-            shown.say(f"trial {number + 1} of {trials}: {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
-            mine = folder / f"trial{number:02d}"
-            own = {
-                "out": mine,
-                "resume": wanted.resume and mine.exists(),
-                "baseline": twice or number == 0,
-                "score_teacher": False,
-            }
-            chosen = {"method": method, **common, **as_settings(method, values), **own}
-            done = distill(teacher, student, data, progress=shown, **chosen)
-            tried.append(_tried(number, values, done.runs))
-            study.tell(ask, tried[-1].ap)
-            best = max(tried, key=lambda one: one.ap)
-            result = Found(folder, method, tuple(tried), wanted.held_out or 0.0, seeds, as_settings(method, best.values))
+        for start in range(0, trials, at_once):
+            asked = [study.ask() for _ in range(start, min(start + at_once, trials))]
+            values = {number: {one.name: one.suggest(ask) for one in searched} for number, ask in enumerate(asked, start)}
+            variants = {}
+            for number, chosen in values.items():
+                shown.say(f"trial {number + 1} of {trials}: {in_words(chosen)}")
+                own = {"baseline": twice or number == 0, **_place(folder / f"trial{number:02d}", wanted)}
+                variants[f"trial {number + 1}"] = {"method": method, **common, **as_settings(method, chosen), **own}
+            done = distill_each(teacher, student, data, variants, progress=shown)
+            for (number, chosen), ask, one in zip(values.items(), asked, done.values(), strict=True):
+                tried.append(_tried(number, chosen, one.runs))
+                study.tell(ask, tried[-1].ap)
+            best = as_settings(method, max(tried, key=lambda one: one.ap).values)
+            result = Found(folder, method, tuple(tried), wanted.held_out or 0.0, seeds, best, at_once)
             _write(result)
     return result
+
+
+def _place(folder: Path, settings: DistillSettings) -> dict[str, Any]:
+    return {"out": folder, "resume": settings.resume and folder.exists(), "score_teacher": False}
+
+
+def _check_at_once(folder: Path, at_once: int) -> None:
+    """Compare ``at_once`` with that of the search to be resumed: with another one, other settings would be suggested.
+
+    Raises:
+        RunError: it differs.
+    """
+    file = folder / "find.json"
+    if not file.exists():
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8")).get("at_once", 1)
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(f"{file} cannot be read: {error}; start a new search with another --out") from error
+    if before != at_once:
+        raise RunError(f"cannot resume {folder}: at_once was {before} and is now {at_once}; use the same, or a new --out")
 
 
 def _budget(trials: int, twice: bool, settings: DistillSettings, seeds: int) -> str:

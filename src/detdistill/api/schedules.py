@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detdistill.api.reading import report
 from detdistill.api.shared import settings_of, write
-from detdistill.api.training import distill
+from detdistill.api.training import distill_each
 from detdistill.settings import DistillSettings
 
 if TYPE_CHECKING:
@@ -39,7 +38,8 @@ def schedules(
         at: the lengths, as multiples of ``epochs`` (or of ``steps``), two or more.
         progress: display of the progress; None: a new one on stderr.
         settings: fields of ``DistillSettings``; ``baseline`` is always on. ``out`` is the folder for all runs, with a folder
-            for each length (``1x``, ``3x``); with ``resume``, finished runs are kept.
+            for each length (``1x``, ``3x``); with ``resume``, finished runs are kept. With ``jobs`` or on Ray, the runs of all
+            lengths take place together.
 
     Returns:
         The gain at each length with its interval, and over a baseline of equal time. They are also in ``schedules.json``.
@@ -55,16 +55,17 @@ def schedules(
     unit, length = ("epochs", wanted.epochs) if wanted.steps is None else ("steps", wanted.steps)
     lengths = check_factors(at, length, unit)
     folder = wanted.out if wanted.resume and wanted.out is not None else new_folder(wanted.out, "schedules")
-    runs: dict[float, tuple[Path, ...]] = {}
     with progress or Progress() as shown:
+        shown.say(f"lengths: {', '.join(f'{factor:g}x is {count} {unit}' for factor, count in lengths)}")
+        variants = {}
         for place, (factor, count) in enumerate(lengths):
-            shown.say(f"{factor:g}x: {count} {unit}")
             mine = folder / f"{factor:g}x"
             own = {"baseline": True, "report": False, "out": mine, "resume": wanted.resume and mine.exists(), unit: count}
             # The teacher is the same at each length.
             score = wanted.score_teacher and place == 0
-            done = distill(teacher, student, data, method, progress=shown, **{**settings, **own, "score_teacher": score})
-            runs[factor] = done.runs
+            variants[f"{factor:g}x"] = {"method": method, **settings, **own, "score_teacher": score}
+        done = distill_each(teacher, student, data, variants, progress=shown)
+        runs = {factor: done[f"{factor:g}x"].runs for factor, _ in lengths}
         page = folder / "report.html"
         if wanted.report:
             report([one for some in runs.values() for one in some], out=page)

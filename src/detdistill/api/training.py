@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +24,7 @@ from detdistill.api.teachers import (
     score_teachers,
     with_trained_self,
 )
-from detdistill.errors import RunError
+from detdistill.errors import DetdistillError, RunError, StoppedError
 from detdistill.results import Distilled
 from detdistill.settings import CacheSettings, DistillSettings, TrainSettings
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from detdistill.detectors.contract import Detector, Teacher
     from detdistill.evaluation import Scores
     from detdistill.progress import Progress
+    from detdistill.training.experiment import Experiment
     from detdistill.training.plan import Plan
     from detdistill.training.run import Run
     from detdistill.training.self_teacher import OwnAverage
@@ -118,11 +120,120 @@ def distill(
         print(result.gains[0], result.report)
     """
     wanted = settings_of(DistillSettings, {"method": method, **settings})
-    from detdistill.given import student_of
-    from detdistill.methods.shared.compose import check_teacher_size, parse_methods
+    from detdistill.processes import is_main_process
     from detdistill.progress import Progress
+    from detdistill.training.folder import after_restart
 
-    methods = parse_methods(wanted.method)  # reports a misspelt method before anything else
+    _check_methods(teacher, wanted)
+    wanted = after_restart(wanted)
+    with progress or Progress(quiet=not is_main_process()) as shown:
+        session, scores = _opened(teacher, student, data, wanted, shown)
+        if not _several(wanted):
+            return _alone(session, scores, shown)
+        from detdistill.training.experiment import run_experiment
+
+        return _compared(run_experiment(session, scores, shown), wanted, shown)
+
+
+def distill_each(
+    teacher: Model | Mapping[str, Model] | None,
+    student: str | Detector | Callable[[], Detector],
+    data: str,
+    variants: Mapping[str, Mapping[str, Any]],
+    *,
+    progress: Progress,
+    failed: Callable[[str, DetdistillError], None] | None = None,
+) -> dict[str, Distilled]:
+    """Distil several times with different settings. With ``jobs`` or on Ray, the runs of all of them take place together.
+
+    Args:
+        teacher: see ``distill``.
+        student: see ``distill``.
+        data: see ``distill``.
+        variants: by a short name, the fields of ``DistillSettings`` with ``baseline`` or ``seeds``; ``jobs`` and ``on`` of the
+            first hold for all.
+        progress: display of the progress.
+        failed: takes the name and the error of a variant that failed, and the others go on; None: the error is raised.
+
+    Returns:
+        By name, the results of the variants that did not fail.
+
+    Raises:
+        DetdistillError: see ``distill``.
+    """
+    from detdistill.training.experiment import apart
+
+    wanted = {name: settings_of(DistillSettings, dict(given)) for name, given in variants.items()}
+    first = next(iter(wanted.values()))
+    found: dict[str, Distilled] = {}
+    if apart(first):
+        return _distilled_together(teacher, student, data, wanted, progress, failed)
+    for name, given in variants.items():
+        if len(variants) > 1:
+            progress.say(name)
+        try:
+            found[name] = distill(teacher, student, data, progress=progress, **given)
+        except StoppedError:
+            raise
+        except DetdistillError as error:
+            if failed is None:
+                raise
+            failed(name, error)
+    return found
+
+
+def _distilled_together(
+    teacher: Model | Mapping[str, Model] | None,
+    student: str | Detector | Callable[[], Detector],
+    data: str,
+    wanted: Mapping[str, DistillSettings],
+    shown: Progress,
+    failed: Callable[[str, DetdistillError], None] | None,
+) -> dict[str, Distilled]:
+    """The runs of all variants at the same time, after all variants have been checked."""
+    from detdistill.training.experiment import Planned, planned, run_side_by_side
+
+    first = next(iter(wanted.values()))
+    ready: dict[str, Planned] = {}
+    broken: set[str] = set()
+
+    def note(name: str, error: DetdistillError) -> None:
+        if failed is None:
+            raise error
+        broken.add(name)
+        failed(name, error)
+
+    with contextlib.ExitStack() as folders:
+        for name, settings in wanted.items():
+            shown.say(name)
+            try:
+                _check_methods(teacher, settings)
+                session, scores = _opened(teacher, student, data, settings, shown)
+                ready[name] = folders.enter_context(planned(session, scores))
+            except DetdistillError as error:
+                note(name, error)
+        plans = {replace(plan, title=f"{name}: {plan.title}"): name for name, some in ready.items() for plan in some.waiting}
+        inputs = next((some.inputs for some in ready.values()), {})
+        run_side_by_side(
+            list(plans),
+            first,
+            shown,
+            inputs=inputs,
+            failed=None if failed is None else lambda plan, error: note(plans[plan], error),
+        )
+        return {name: _compared(some.finished(), wanted[name], shown) for name, some in ready.items() if name not in broken}
+
+
+def _check_methods(teacher: Model | Mapping[str, Model] | None, wanted: DistillSettings) -> None:
+    """Check methods and settings that need a teacher; a misspelt method is reported before anything else.
+
+    Raises:
+        RunError: there is no teacher where one is needed.
+        MethodError: no such method or hyper-parameter.
+    """
+    from detdistill.methods.shared.compose import check_teacher_size, parse_methods
+
+    methods = parse_methods(wanted.method)
     if wanted.teacher_size is not None:
         check_teacher_size(wanted.method)
     needing = [kind.slug for kind, given in methods if kind.needs(**given).teacher is not None]
@@ -130,42 +241,59 @@ def distill(
         raise RunError(f"teacher: {', '.join(needing)} needs a teacher (--teacher) or a cache of its outputs (--cache)")
     if teacher is None and wanted.inherit:
         raise RunError("inherit: it copies weights of the teacher; give --teacher")
-    teacher_name, sources = read_teachers(teacher, wanted)
-    student_name, build = student_of(student)
-    from detdistill.training.folder import after_restart
 
-    wanted = after_restart(wanted)
-    several = wanted.baseline or bool(wanted.seeds)
-    _check_start(student_name, build, wanted, alone=not several)
+
+def _several(wanted: DistillSettings) -> bool:
+    """Whether there is more than one run, or one with a seed of a list."""
+    return wanted.baseline or bool(wanted.seeds)
+
+
+def _opened(
+    teacher: Model | Mapping[str, Model] | None,
+    student: str | Detector | Callable[[], Detector],
+    data: str,
+    wanted: DistillSettings,
+    shown: Progress,
+) -> tuple[Session, dict[str, Scores]]:
+    """Read data and teachers, check that they fit the student, and evaluate the teachers.
+
+    Raises:
+        DetdistillError: see ``distill``.
+    """
+    from detdistill.given import student_of
     from detdistill.processes import is_main_process
+    from detdistill.training.experiment import apart
     from detdistill.training.from_cache import why_live_teacher
     from detdistill.training.own_models import check_one_process
     from detdistill.training.plan import Plan
 
+    teacher_name, sources = read_teachers(teacher, wanted)
+    student_name, build = student_of(student)
+    several = _several(wanted)
+    elsewhere = wanted.on != "local"
+    _check_start(student_name, build, wanted, alone=not (several or elsewhere))
     reason = why_live_teacher(wanted.method)
     if not sources and reason:
         raise RunError(f"{reason}; give --teacher too")
-    if several:
+    if several or elsewhere:
         own = [text for text in sources.values() if not isinstance(text, str)]
-        check_one_process((teacher_name if own else None, student_name), max(wanted.jobs, wanted.devices * wanted.nodes))
-    with progress or Progress(quiet=not is_main_process()) as shown:
-        splits = load_splits(data, wanted.strict, shown, wanted.rescan, wanted.held_out)
+        check_one_process((teacher_name if own else None, student_name), 2 if apart(wanted) else 1)
+    splits = load_splits(data, wanted.strict, shown, wanted.rescan, wanted.held_out)
 
-        def trained(folder: Path, given: dict[str, Any]) -> Path:
-            return train(student, data, role="teacher", progress=shown, **given).folder
+    def trained(folder: Path, given: dict[str, Any]) -> Path:
+        return train(student, data, role="teacher", progress=shown, **given).folder
 
-        teacher_name, sources = with_trained_self(teacher_name, sources, wanted, trained)
-        with not_these_digits(data):
-            live = load_teachers(sources, splits, wanted)
-        for source in sources.values():
-            compare_sizes(source, wanted, shown)
-        title = f"distil ({wanted.method})"
-        plan = Plan(student_name, data, wanted, role="distilled", teacher=teacher_name, title=title, build=build)
-        session = _session(plan, splits, live, bool(reason), shown)
-        finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
-        score = wanted.score_teacher and is_main_process() and not finished
-        scores = score_teachers(live, sources, splits, wanted, shown) if score else {}
-        return _alone(session, scores, shown) if not several else _experiment(session, scores, shown)
+    teacher_name, sources = with_trained_self(teacher_name, sources, wanted, trained)
+    with not_these_digits(data):
+        live = load_teachers(sources, splits, wanted)
+    for source in sources.values():
+        compare_sizes(source, wanted, shown)
+    title = f"distil ({wanted.method})"
+    plan = Plan(student_name, data, wanted, role="distilled", teacher=teacher_name, title=title, build=build)
+    session = _session(plan, splits, live, bool(reason), shown)
+    finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
+    score = wanted.score_teacher and is_main_process() and not finished
+    return session, score_teachers(live, sources, splits, wanted, shown) if score else {}
 
 
 def _session(
@@ -196,27 +324,26 @@ def _session(
 def _alone(session: Session, scores: dict[str, Scores], shown: Progress) -> Distilled:
     """A single distilled run."""
     from detdistill.processes import is_main_process
+    from detdistill.training.experiment import run_elsewhere
     from detdistill.training.run import run
     from detdistill.training.teacher_scores import note_teachers, scores_of_all
 
-    result = run(session, shown)
-    if scores and is_main_process():
-        note_teachers(result.folder, scores)
-    page = result.folder / "report.html"
-    if session.plan.settings.report:
-        _report([result.folder], page, shown)
-    return Distilled(result.folder, (result.folder,), page, teacher_scores=scores_of_all(scores, session.splits.classes))
-
-
-def _experiment(session: Session, scores: dict[str, Scores], shown: Progress) -> Distilled:
-    """Runs with several seeds, with ``baseline`` also baselines, and their comparison."""
-    from detdistill.compare import over_seeds
-    from detdistill.training.experiment import run_experiment
-    from detdistill.training.origin import note_in_card
-
     settings = session.plan.settings
     assert isinstance(settings, DistillSettings)
-    experiment = run_experiment(session, scores, shown)
+    folder = run(session, shown).folder if settings.on == "local" else run_elsewhere(session, shown)
+    if scores and is_main_process():
+        note_teachers(folder, scores)
+    page = folder / "report.html"
+    if settings.report:
+        _report([folder], page, shown)
+    return Distilled(folder, (folder,), page, teacher_scores=scores_of_all(scores, session.splits.classes))
+
+
+def _compared(experiment: Experiment, settings: DistillSettings, shown: Progress) -> Distilled:
+    """The comparison of an experiment's runs: with several seeds, with ``baseline`` also baselines."""
+    from detdistill.compare import over_seeds
+    from detdistill.training.origin import note_in_card
+
     gains: tuple[Gain, ...] = ()
     if settings.baseline:
         gains = tuple(compare(experiment.runs, out=experiment.folder / "compare.json"))
@@ -291,9 +418,9 @@ def cache(
         with not_these_digits(data):
             loaded = load_teacher(source, splits, wanted.other_classes)
         compare_sizes(source, wanted, shown)
-        return Cached(
-            *make_cache(str(out), (teacher_name, loaded), (data, splits), student, wanted, device_of(wanted.device), shown)
-        )
+        ahead = wanted.on != "local" and wanted.device == "cuda"  # this machine only looks ahead, and may have no GPU
+        device = device_of("auto" if ahead else wanted.device)
+        return Cached(*make_cache(str(out), (teacher_name, loaded), (data, splits), student, wanted, device, shown))
 
 
 def verify_cache(

@@ -21,6 +21,7 @@ from detdistill.data.transforms import ViewSettings
 from detdistill.data.views import Sight, batches_of
 from detdistill.detectors.contract import Detector
 from detdistill.methods.shared.contract import Composition, Method, teach_in_view
+from detdistill.processes import attempt
 from detdistill.progress import Bar
 from detdistill.structures import Batch, Taught, map_tensors
 
@@ -176,7 +177,9 @@ def fill(
         bar.resize(len(share))
         bar.update(done)
     try:
-        writer = ShardWriter(cache.folder, cache.about.fingerprint, f"{rank:03d}of{world:03d}", shard_records)
+        # A writer that replaces a lost one has a name of its own: the lost one may be alive behind a broken network.
+        name = f"{rank:03d}of{world:03d}" + (f"again{attempt()}" if attempt() else "")
+        writer = ShardWriter(cache.folder, cache.about.fingerprint, name, shard_records)
         for group, batch in batches_of(data, settings, todo, batch_size, workers):
             for sight, pieces in zip(group, lecture.teach(batch), strict=True):
                 path = data.records[sight.index].path

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from detdistill.data.records import DataSplits
     from detdistill.progress import Progress
 
-NOT_SETTINGS = ("out", "resume", "jobs", "seed", "seeds", "role", "method", "student", "teacher", "model", "baseline")
+NOT_SETTINGS = ("out", "resume", "jobs", "on", "seed", "seeds", "role", "method", "student", "teacher", "model", "baseline")
 """Settings left out of the table of differences: they differ by design or do not affect training."""
 
 

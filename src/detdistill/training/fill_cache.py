@@ -5,16 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from detdistill.cache.encoding import Store
 from detdistill.cache.fill import Lecture, compare, fill, look
@@ -27,11 +21,15 @@ from detdistill.data.transforms import ViewSettings
 from detdistill.data.views import sights
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector, DetectorSpec, HasQueries, Teacher
+from detdistill.jobs.contract import Job
+from detdistill.jobs.local import local_runner
+from detdistill.jobs.together import run_together
+from detdistill.jobs.where import LOCAL, runner_on
 from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.contract import Method, Stage, teach_by_canvas
 from detdistill.methods.shared.needs import PairError
-from detdistill.processes import by_srun, local_rank, number_of_processes, stopped_by_signals, with_parent
-from detdistill.progress import Progress
+from detdistill.processes import by_srun, local_rank, number_of_processes, stopped_by_signals
+from detdistill.progress import Bar, Progress
 from detdistill.settings import CacheSettings, DistillSettings, as_plain, names_where
 from detdistill.training.from_cache import stage_from_cache
 from detdistill.training.machine import seed_everything
@@ -74,8 +72,7 @@ def make_cache(
     """
     folder, views = storage(url), view_settings(settings)
     views_of(views)  # raises CacheError for an unlimited number of views, before anything else
-    if settings.nodes > 1 and not _started_together():
-        raise CacheError("nodes: start the same command on every machine with torchrun or srun, which number the processes")
+    _check_launcher(settings)
     frozen = Teacher(teacher[1]).fold_norms()
     seed_everything(settings.seed)
     learner, method = _learner(frozen, student, data[1], settings.method)
@@ -112,13 +109,29 @@ def make_cache(
             write(folder, cached_stage_file(stage), packed(stage))
     if missing:
         bar = progress.bar("cache", len(missing))
-        share = {"rank": rank, "world": world, "workers": settings.workers, "shard_records": settings.shard}
-        with _others(settings, about.store, {"teacher": teacher[0], "data": data[0], "student": student, "out": url}):
-            fill(cache, lecture, train, views, everything, settings.batch, bar=bar, **share)
+        names = {"teacher": teacher[0], "data": data[0], "student": student, "out": url}
+        if settings.on == LOCAL:
+            share = {"rank": rank, "world": world, "workers": settings.workers, "shard_records": settings.shard}
+            with _others(settings, about.store, names):
+                fill(cache, lecture, train, views, everything, settings.batch, bar=bar, **share)
+        else:
+            _fill_elsewhere(cache, settings, about.store, names, bar, progress)
         cache.index.refresh()
     left = len(cache.index.missing(sight.key for sight in everything))
     progress.say(f"{len(everything) - left} of {len(everything)} records in {folder.url}")
     return folder.url, len(everything) - left, not left, about.store, ahead
+
+
+def _check_launcher(settings: CacheSettings) -> None:
+    """Check that the processes are started by torchrun or srun where several machines need it, and not where Ray does it.
+
+    Raises:
+        CacheError: they are not, or they are.
+    """
+    if settings.nodes > 1 and not _started_together():
+        raise CacheError("nodes: start the same command on every machine with torchrun or srun, which number the processes")
+    if settings.on != LOCAL and _started_together():
+        raise CacheError(f"on: {settings.on} starts the writers itself; leave out torchrun or srun, or --on")
 
 
 def _description(
@@ -182,35 +195,84 @@ def _others(settings: CacheSettings, store: Store, names: dict[str, str | None])
     if _started_together() or settings.devices == 1:
         yield
         return
-    plain = {**as_plain(settings), "store": store, **names}
-    for name in ("dry_run", *(name for name in names_where(CacheSettings, "cache", False) if name not in names)):
-        del plain[name]
-    with tempfile.TemporaryDirectory() as scratch:
-        config = Path(scratch) / "config.yaml"
-        config.write_text(yaml.safe_dump(plain))
-        children = []
+    plain = _writer_settings(settings, store, names)
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(local_runner())
+        writers = []
         for rank in range(1, settings.devices):
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": settings.devices}
-            with (Path(scratch) / f"{rank}.txt").open("w") as log:
-                children.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "detdistill", "cache", "--config", str(config)],
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        env={**with_parent(), **{name: str(value) for name, value in numbers.items()}},
-                    )
-                )
-        try:
-            with stopped_by_signals():
-                yield
-            for rank, child in enumerate(children, start=1):
-                if child.wait() != 0:
-                    lines = (Path(scratch) / f"{rank}.txt").read_text().strip().splitlines()
-                    raise CacheError(f"writer {rank} of {settings.devices} failed: {lines[-1] if lines else child.returncode}")
-        finally:
-            for child in children:
-                if child.poll() is None:
-                    child.kill()
+            job = Job(f"writer {rank} of {settings.devices}", "cache", plain, environment=_as_texts(numbers))
+            writers.append((job.title, runner.start(job)))
+            stack.callback(writers[-1][1].kill)
+        with stopped_by_signals():
+            yield
+        for title, writer in writers:
+            while (code := writer.poll()) is None:
+                time.sleep(0.1)
+            _Writer(title).ended(code, writer.last_line())
+
+
+def _fill_elsewhere(
+    cache: KnowledgeCache, settings: CacheSettings, store: Store, names: dict[str, str | None], bar: Bar, progress: Progress
+) -> None:
+    """Fill a cache by ``devices`` writers on a cluster. A writer that is lost is started again; it writes what is missing.
+
+    Raises:
+        CacheError: a writer failed; with the last line of its output.
+        RunError: there is no cluster, or it has no room for a writer.
+    """
+    count = settings.devices
+    # Each writer is on a machine of its own as far as it knows: it sees one GPU at most.
+    plain = {**_writer_settings(settings, store, names), "devices": 1, "nodes": count}
+    with runner_on(settings.on, progress.say) as runner:
+        jobs = [
+            Job(
+                f"writer {rank} of {count}",
+                "cache",
+                plain,
+                cpus=max(1, settings.threads),
+                gpus=runner.gpus(settings.device, 1),
+                environment=_as_texts({"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": count}),
+            )
+            for rank in range(count)
+        ]
+        run_together(jobs, runner, None, lambda index: _Writer(jobs[index].title, cache, bar))
+
+
+class _Writer:
+    """A writer, seen by the shards of all writers."""
+
+    def __init__(self, title: str, cache: KnowledgeCache | None = None, bar: Bar | None = None) -> None:
+        self.title, self.cache, self.bar, self.seen = title, cache, bar, time.monotonic()
+
+    def look(self) -> None:
+        """Show how many records there are, every two seconds."""
+        if self.cache is None or self.bar is None or time.monotonic() - self.seen < 2:
+            return
+        self.seen = time.monotonic()
+        self.cache.index.refresh()
+        self.bar.update(self.bar.total - (self.cache.about.records - len(self.cache.index.places)))
+
+    def ended(self, code: int, line: str) -> None:
+        """Take the result.
+
+        Raises:
+            CacheError: the writer failed; with the last line of its output.
+        """
+        if code != 0:
+            raise CacheError(f"{self.title} failed: {line or f'exit code {code}'}")
+
+
+def _writer_settings(settings: CacheSettings, store: Store, names: dict[str, str | None]) -> dict[str, Any]:
+    """The settings of a process that writes a part of the cache."""
+    plain = {**as_plain(settings), "store": store, "on": LOCAL, **names}
+    for name in ("dry_run", *(name for name in names_where(CacheSettings, "cache", False) if name not in names)):
+        del plain[name]
+    return plain
+
+
+def _as_texts(numbers: dict[str, int]) -> dict[str, str]:
+    return {name: str(value) for name, value in numbers.items()}
 
 
 def _learner(frozen: Teacher, student: str | None, splits: DataSplits, method: str) -> tuple[Detector, Method[Any]]:
@@ -240,7 +302,9 @@ def _session(
     common = {
         field.name: getattr(settings, field.name) for field in fields(CacheSettings) if hasattr(DistillSettings, field.name)
     }
-    alone = {"out": None, "resume": False, "report": False, "track": (), "devices": 1, "nodes": 1}
+    alone = {"out": None, "resume": False, "report": False, "track": (), "devices": 1, "nodes": 1, "on": LOCAL}
+    if settings.on != LOCAL:
+        alone["device"] = "auto"  # it is trained on this machine, which may have no GPU
     run_settings = DistillSettings(**{**common, **alone})
     plan = Plan(student or name, data[0], run_settings, role="stage", teacher=name, title="earlier stage")
     return Session(plan, data[1], learner, method, {"": teacher}, None, teach_by_canvas, None)

@@ -1,19 +1,18 @@
-"""The machine: checks of its hardware, the main process, random seeds, versions."""
+"""The machine: checks of its hardware, random seeds, versions."""
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import random
 import sys
 import warnings
-from importlib.metadata import version
 
 import numpy as np
 import torch
 
 from detdistill.errors import DetdistillWarning, RunError
+from detdistill.jobs.versions import versions as versions
 from detdistill.processes import by_srun, number_of_processes
 from detdistill.settings import TrainSettings
 
@@ -21,9 +20,13 @@ from detdistill.settings import TrainSettings
 def check_machine(settings: TrainSettings) -> None:
     """Check that this machine can do what the settings require, before anything is trained.
 
+    Nothing is checked for runs that take place elsewhere (``on``); their machine does it.
+
     Raises:
         RunError: it cannot; the message names the setting.
     """
+    if getattr(settings, "on", "local") != "local":
+        return
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise RunError("device: cuda is not available here; use --device cpu")
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
@@ -89,13 +92,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries below may still use the global generator
     random.seed(seed)
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that affect results; read once in a process."""
-    names = ("detdistill", "torch", "torchvision", "timm", "lightning", "faster-coco-eval", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def hardware() -> str:

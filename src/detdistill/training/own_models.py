@@ -104,8 +104,8 @@ def check_one_process(names: Sequence[str | None], processes: int) -> None:
     own = [name for name in names if name is not None and name.startswith(f"{OWN}:")]
     if own and processes > 1:
         raise RunError(
-            f"jobs, devices: {own[0]} was given in Python and cannot be sent to other processes; use jobs=1 and devices=1, or "
-            "start the seeds one by one in a script of your own"
+            f"jobs, devices, on: {own[0]} was given in Python and cannot be sent to other processes; use jobs=1, devices=1 and "
+            "on=local, or start the seeds one by one in a script of your own"
         )
 
 

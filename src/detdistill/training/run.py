@@ -25,7 +25,7 @@ from detdistill.evaluation.scores import METRICS
 from detdistill.functional.synced_norm import synchronized
 from detdistill.methods.shared.contract import Stage
 from detdistill.printing import html_table
-from detdistill.processes import is_main_process, number_of_processes, restarts
+from detdistill.processes import attempt, is_main_process, number_of_processes, restarts
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings, names_where
 from detdistill.structures import Resizing
@@ -50,7 +50,8 @@ from detdistill.training.stage_loop import StageLoop, found_result, plain_stage
 from detdistill.training.stage_results import reusable
 
 LOCK_WAIT = 120.0
-"""Seconds for which a main process that torchrun has started again waits for the lock of the one before."""
+"""Seconds for which a main process that torchrun or a cluster has started again waits for the lock of the one before. NFS frees
+the locks of a machine that is gone after 90 seconds."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,8 +102,12 @@ def run(session: Session, progress: Progress | None = None) -> Run:
     there_before = path is not None and path.exists()
     folder = _open(plan, path)
     try:
-        # The main process that torchrun replaces may have died on a machine whose lock takes a while to be freed.
-        with locked(folder.path, wait=LOCK_WAIT if restarts() else 0) if is_main_process() else contextlib.nullcontext():
+        # The main process that this one replaces may have died on a machine whose lock takes a while to be freed.
+        with (
+            locked(folder.path, wait=LOCK_WAIT if restarts() or attempt() else 0)
+            if is_main_process()
+            else contextlib.nullcontext()
+        ):
             if is_main_process():
                 note_launch(folder)
             facts = _note_inputs(session, folder)
