@@ -114,6 +114,11 @@ def run(tasks: Sequence[Task], jobs: int, work: Path, note: Callable[[], None], 
         process.join()
 
 
+def _kill(running: Sequence[tuple[Task, Started, float]]) -> None:
+    for _, started, _ in running:
+        started.kill()
+
+
 def _run_on(on: str, tasks: Sequence[Task], jobs: int, note: Callable[[], None]) -> None:
     """Run all tasks on a Ray cluster."""
     todo = list({task.out: task for task in tasks}.values())
@@ -122,7 +127,7 @@ def _run_on(on: str, tasks: Sequence[Task], jobs: int, note: Callable[[], None])
     running: list[tuple[Task, Started, float]] = []
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(runner_on(on, print))
-        stack.callback(lambda: [started.kill() for _, started, _ in running])
+        stack.callback(_kill, running)
         stack.enter_context(stopped_by_signals())
         while waiting or running:
             for task in list(waiting):

@@ -256,13 +256,16 @@ def main() -> None:
     parser.add_argument("--bccd")
     parser.add_argument("--coco128")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--on", default="local", help="local, ray or ray://HOST:PORT")
     chosen = parser.parse_args()
     paths = {"bccd": chosen.bccd, "coco128": chosen.coco128}
     cells = [replace(cell, data=paths.get(cell.name) or cell.data) for cell in CELLS]
     cells = [cell for cell in cells if cell.data and cell.name in (chosen.cells or [cell.name])]
     slugs = list(chosen.methods or method_slugs())
     chosen.work.mkdir(parents=True, exist_ok=True)
-    run(tasks(cells, slugs, chosen.work), chosen.jobs, chosen.work, lambda: note(cells, slugs, chosen.work, chosen.out))
+    run(
+        tasks(cells, slugs, chosen.work), chosen.jobs, chosen.work, lambda: note(cells, slugs, chosen.work, chosen.out), chosen.on
+    )
     note(cells, slugs, chosen.work, chosen.out)
 
 
