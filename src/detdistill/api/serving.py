@@ -60,11 +60,14 @@ def teach(
     """
     wanted = settings_of(TeachSettings, {"method": method, **settings})
     from detdistill.methods.shared.compose import check_teacher_size, parse_methods
+    from detdistill.methods.shared.contract import Method
     from detdistill.progress import Progress
     from detdistill.training.from_cache import why_live_teacher
     from detdistill.training.machine import check_machine
 
-    parse_methods(wanted.method)
+    for kind, values in parse_methods(wanted.method):
+        if kind.needs(**values).teacher is None and kind.teach is Method.teach:
+            raise RunError(f"teach: {kind.slug} learns from no teacher; leave it out here, students may add it")
     if wanted.teacher_size is not None:
         check_teacher_size(wanted.method)
     if not (student is None or isinstance(student, str)):
