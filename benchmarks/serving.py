@@ -11,8 +11,10 @@ batch is on its way meanwhile. Cases:
 * ``alone 1``: one student without a teacher on core 0, the most that a served student could reach;
 * ``read 1``: as ``served 1``, but the server has written all views into a cache before, and reads them.
 
-Images per second are those of all students of a case together. Peak memory is that of a student's process. The processes of all
-cases are started first and warmed up; then the cases take turns, so that noise affects them alike, and the others wait idle.
+Images per second are those of all students of a case together. Processor time is that of a student's process, for an image; it
+is hardly disturbed by other work on the machine. Memory is what a student's process takes besides the libraries, at its peak. The
+processes of all cases are started first and warmed up; then the cases take turns, so that noise affects them alike, and the others
+wait idle.
 """
 
 from __future__ import annotations
@@ -20,15 +22,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ from detdistill.training.optimizers import build_optimizer
 from detdistill.training.run import plain_stage
 
 WARM_UP = 3
+FORK = multiprocessing.get_context("fork")
 
 
 def data_of(chosen: argparse.Namespace) -> str:
@@ -62,13 +66,13 @@ def teacher_of(chosen: argparse.Namespace) -> Any:
     return build_detector(chosen.teacher, load_data(data_of(chosen)).classes)
 
 
-def serve(chosen: argparse.Namespace) -> None:
-    """Serve until standard input ends."""
+def serve(chosen: argparse.Namespace, line: Connection, folder: str) -> None:
+    """Serve until a word comes."""
     settings: dict[str, Any] = {"size": chosen.size, "flip": 0.0, "batch": chosen.batch, "device": "cpu", "threads": 1}
-    place = chosen.folder or None
+    place = folder or None
     server = detdistill.teach(teacher_of(chosen), chosen.method, "127.0.0.1:0", data=data_of(chosen), out=place, **settings)
-    print(server.url, flush=True)
-    sys.stdin.read()
+    line.send(server.url)
+    line.recv()
     server.stop()
 
 
@@ -77,92 +81,74 @@ def endless(loader: DetectionLoader) -> Iterator[Batch]:
         yield from loader
 
 
-def learn(chosen: argparse.Namespace) -> None:
-    """Warm up; then, for every line that comes, learn for some steps and print their seconds."""
+def learn(chosen: argparse.Namespace, line: Connection, seed: int = 0, url: str = "", alone: bool = False) -> None:
+    """Warm up, with a server for an epoch; then, for every number that comes, learn for so many steps and send their seconds."""
+    before = peak_mb()
     splits = load_data(data_of(chosen))
     torch.manual_seed(0)
     student = build_detector(chosen.student, splits.classes).train()
-    served = ServedTeacher(chosen.url, 120.0) if chosen.url else None
+    served = ServedTeacher(url, 120.0) if url else None
     views = ViewSettings(size=chosen.size, flip=0.0)
     ahead = None if served is None else served.ahead
-    loader = DetectionLoader(splits.train, views, chosen.batch, train=True, seed=chosen.seed, in_memory=True, ahead=ahead)
-    if chosen.alone:
-        stage, method, source = plain_stage(student), None, teach_by_canvas
-    else:
+    loader = DetectionLoader(splits.train, views, chosen.batch, train=True, seed=seed, in_memory=True, ahead=ahead)
+    source, method = teach_by_canvas, None
+    if not alone:
         live = Teacher(teacher_of(chosen)).fold_norms() if served is None else served.teacher()
         method = build_method(chosen.method, live, student)
-        stage = method.stages(student)[-1]
         if served is not None:
             served.check(chosen.method, splits.train, views, None)
-        source = teach_by_canvas if served is None else served.source(chosen.method, method)
-    modules = [student] if method is None else [student, method]
-    optimizer = build_optimizer(modules, TrainSettings())
+            source = served.source(chosen.method, method)
+    stage = plain_stage(student) if method is None else method.stages(student)[-1]
+    optimizer = build_optimizer([student] if method is None else [student, method], TrainSettings())
     batches = endless(loader)
 
-    def steps(count: int) -> None:
+    def steps(count: int) -> dict[str, float]:
+        started, own = time.perf_counter(), time.process_time()
         for batch in itertools.islice(batches, count):
             taught = None if stage.learns_from is None else source(stage.learns_from, batch)
             losses = stage.step(batch, taught, Clock(500, 1000, 5))
             optimizer.zero_grad(set_to_none=True)
             losses.total().backward()
             optimizer.step()
-            if method is not None:
-                for teacher in method.teachers():
-                    teacher.forget()
+            for teacher in () if method is None else method.teachers():
+                teacher.forget()
+        own = time.process_time() - own
+        return {"seconds": time.perf_counter() - started, "own_seconds": own, "images": count * chosen.batch}
 
-    steps(-(-chosen.images // chosen.batch) if chosen.whole else WARM_UP)
-    print("ready", flush=True)
-    while sys.stdin.readline():
-        started = time.perf_counter()
-        steps(chosen.steps)
-        seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"images": chosen.steps * chosen.batch, "seconds": seconds, "peak_mb": peak}), flush=True)
+    steps(len(loader) if served is not None and served.description.recorded else WARM_UP)
+    line.send("ready")
+    while count := line.recv():
+        line.send({**steps(count), "memory_mb": peak_mb() - before})
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class Child:
-    """A process of this script on a core of its own."""
+    """A fork of this process, which has imported everything, on a core of its own."""
 
-    def __init__(self, chosen: argparse.Namespace, core: int, **options: Any) -> None:
-        own = ("teacher", "student", "method", "size", "batch", "images", "steps")
-        words = [f"--{name}={value}" for name, value in {**{name: getattr(chosen, name) for name in own}, **options}.items()]
-        command = [sys.executable, __file__, *words]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, env=environment, preexec_fn=lambda: os.sched_setaffinity(0, {core}), **pipes)
+    def __init__(self, core: int, act: Callable[..., None], *given: Any, **options: Any) -> None:
+        self.line, theirs = FORK.Pipe()
 
-    def line(self) -> str:
-        """The next line of its output."""
-        assert self.process.stdout is not None
-        text = self.process.stdout.readline().strip()
-        if not text:
-            raise SystemExit("a process ended early")
-        return text
+        def run() -> None:
+            os.sched_setaffinity(0, {core})
+            act(*given[:1], theirs, *given[1:], **options)
 
-    def go(self) -> None:
-        """Let it learn for some steps."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-    def end(self) -> None:
-        """End it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process = FORK.Process(target=run, daemon=True)
+        self.process.start()
 
 
 def started(chosen: argparse.Namespace, folder: str) -> tuple[dict[str, list[Child]], list[Child]]:
     """The students of each case, warmed up, and the servers."""
     first, second = chosen.cores
-    servers = [Child(chosen, second, role="server", folder=place) for place in ("", f"{folder}/cache")]
-    served, read = ({"role": "student", "url": server.line()} for server in servers)
-    own = [Child(chosen, core, role="student", seed=core) for core in (first, second)]
-    asking = [Child(chosen, first, seed=seed, **served) for seed in (0, 1)]
-    reading = Child(chosen, first, whole=1, **read)
-    alone = Child(chosen, first, role="student", alone=1)
+    servers = [Child(second, serve, chosen, place) for place in ("", f"{folder}/cache")]
+    plain, recording = (server.line.recv() for server in servers)
+    own = [Child(core, learn, chosen, core) for core in (first, second)]
+    asking = [Child(first, learn, chosen, seed, plain) for seed in (0, 1)]
+    reading, alone = Child(first, learn, chosen, 0, recording), Child(first, learn, chosen, alone=True)
     for student in (*own, *asking, reading, alone):
-        student.line()
+        student.line.recv()
     cases = {
         "local 1": own[:1],
         "served 1": asking[:1],
@@ -174,13 +160,17 @@ def started(chosen: argparse.Namespace, folder: str) -> tuple[dict[str, list[Chi
     return cases, servers
 
 
-def measure(students: list[Child]) -> dict[str, float]:
-    """Let the students of a case learn at the same time: their images per second, and the largest peak memory of one."""
+def measure(students: list[Child], steps: int) -> dict[str, float]:
+    """Let the students of a case learn at the same time: their rate, processor time for an image and largest memory."""
     for student in students:
-        student.go()
-    found = [json.loads(student.line()) for student in students]
-    rate = sum(one["images"] for one in found) / max(one["seconds"] for one in found)
-    return {"images_per_second": rate, "peak_mb": max(one["peak_mb"] for one in found)}
+        student.line.send(steps)
+    found = [student.line.recv() for student in students]
+    images = sum(one["images"] for one in found)
+    return {
+        "images_per_second": images / max(one["seconds"] for one in found),
+        "own_ms_per_image": 1000 * sum(one["own_seconds"] for one in found) / images,
+        "memory_mb": max(one["memory_mb"] for one in found),
+    }
 
 
 def main() -> None:
@@ -196,23 +186,18 @@ def main() -> None:
     parser.add_argument("--cores", type=int, nargs=2, default=[0, 1])
     parser.add_argument("--note", default="", help="what else ran on the machine")
     parser.add_argument("--out", type=Path)
-    for name in ("role", "url", "folder"):
-        parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
-    for name in ("seed", "alone", "whole"):
-        parser.add_argument(f"--{name}", type=int, default=0, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    if chosen.role:
-        {"server": serve, "student": learn}[chosen.role](chosen)
-        return
+    load_data(data_of(chosen))  # made once, before the processes start
     with tempfile.TemporaryDirectory() as folder:
         cases, servers = started(chosen, folder)
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
         for _ in range(chosen.rounds):
             for name, students in cases.items():
-                rounds[name].append(measure(students))
+                rounds[name].append(measure(students, chosen.steps))
         for child in {*itertools.chain(*cases.values()), *servers}:
-            child.end()
+            child.line.send(0)
+            child.process.join()
     result: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "hardware": hardware(),
@@ -225,7 +210,8 @@ def main() -> None:
             name: {
                 "images_per_second": round(statistics.median(one["images_per_second"] for one in found), 2),
                 "each": [round(one["images_per_second"], 2) for one in found],
-                "peak_mb": round(max(one["peak_mb"] for one in found)),
+                "own_ms_per_image": round(statistics.median(one["own_ms_per_image"] for one in found), 2),
+                "memory_mb": round(max(one["memory_mb"] for one in found)),
             }
             for name, found in rounds.items()
         },

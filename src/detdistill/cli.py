@@ -775,7 +775,7 @@ VERBS: dict[str, tuple[Describe, Act, str]] = {
     "find": (_find_flags, _find, "search weights and learning rate on held-out training images"),
     "cache": (_cache_flags, _cache, "store a teacher's outputs, so that later runs need no teacher"),
     "cache-verify": (_verify_flags, _verify, "check a cache's checksums, and compare it with its teacher"),
-    "teach": (_teach_flags, _teach, "serve a teacher to students in other processes and on other machines"),
+    "teach": (_teach_flags, _teach, "serve a teacher to students elsewhere, also several at once"),
     "eval": (_eval_flags, _eval, "compute the 12 COCO numbers and the AP of each class"),
     "predict": (_predict_flags, _predict, "draw a detector's boxes on images"),
     "label": (_label_flags, _label, "label images by a model, also by one that is told in words"),

@@ -253,7 +253,7 @@ class CacheSettings(TrainSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TeachSettings(TrainSettings):
-    """A teacher that is served to students: number format, queue, and the views of the cache that it writes on the way.
+    """A served teacher: number format, queue, and views of the cache it writes.
 
     Args:
         method: one method or several joined by ``+``, as for ``distill``; students may use some of them.

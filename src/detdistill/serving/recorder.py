@@ -48,6 +48,7 @@ class Recorder:
         """Records that are not in a finished shard yet."""
         self._sources: dict[Path, tuple[int, int]] = {}
         self._damaged = False
+        self._finished = not cache.index.missing(self.index_of)
         self._lock = threading.Lock()
 
     @property
@@ -110,7 +111,8 @@ class Recorder:
         """Find the records of the shard that was just finished."""
         self.cache.index.refresh()
         self._fresh = {key: record for key, record in self._fresh.items() if key not in self.cache.index.places}
-        if not self.cache.index.missing(self.index_of):
+        if not self._finished and not self.cache.index.missing(self.index_of):
+            self._finished = True
             self.say(f"{self.cache.folder.url} is finished: {self.records} records; students may use it with --cache now")
 
     def _give_up(self, error: OSError | CacheError) -> None:
