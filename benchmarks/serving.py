@@ -13,8 +13,8 @@ batch is on its way meanwhile. Cases:
 
 Images per second are those of all students of a case together. Processor time is that of a student's process, for an image; it
 is hardly disturbed by other work on the machine. Memory is what a student's process takes besides the libraries, at its peak. The
-processes of all cases are started first and warmed up; then the cases take turns, so that noise affects them alike, and the others
-wait idle.
+processes of all cases are started first and warmed up; then the cases take turns, so that noise affects them alike, and the
+others wait idle.
 """
 
 from __future__ import annotations
@@ -175,13 +175,13 @@ def measure(students: list[Child], steps: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", default="fcos:resnet50,width=0.5,neck=128")
+    parser.add_argument("--teacher", default="fcos:resnet50,neck=128")
     parser.add_argument("--student", default="fcos:resnet18,width=0.5,neck=128")
     parser.add_argument("--method", default="pkd")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, nargs=2, default=[0, 1])
     parser.add_argument("--note", default="", help="what else ran on the machine")

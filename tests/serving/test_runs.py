@@ -301,6 +301,12 @@ def test_a_method_that_runs_the_teacher_when_it_learns_has_both(teacher, tmp_pat
     assert_same_runs(tmp_path / "online", tmp_path / "both")
 
 
+def test_a_served_teacher_that_is_given_as_a_cache_is_recognised(teacher, tmp_path):
+    pytest.importorskip("aiohttp")
+    with teach(teacher) as server, pytest.raises(CacheError, match="if `detdistill teach` answers there, give --served"):
+        learn(None, tmp_path / "run", cache=server.url)
+
+
 def test_a_token_from_the_environment_binds_both_sides(teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("DETDISTILL_TOKEN", "a-secret-word")
     with teach(teacher) as server:

@@ -48,7 +48,7 @@ def settings_of(kind: type[Any], given: dict[str, Any]) -> Any:
     for name in given:
         if name not in names:
             raise RunError(f"no setting {name!r}{meant(name, names)}; settings: {', '.join(names)}")
-    for name, wanted in (("out", Path), ("stages", str), ("cache", str), ("served", str)):
+    for name, wanted in (("out", Path), ("stages", str), ("cache", str)):
         if isinstance(given.get(name), str | Path):
             given = {**given, name: wanted(given[name])}
     return kind(**given)

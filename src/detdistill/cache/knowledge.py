@@ -191,7 +191,10 @@ class KnowledgeCache:
         folder = storage(url)
         about = found_about(folder)
         if about is None:
-            raise CacheError(f"{folder.url} is no cache (it has no {ABOUT}); make one with `detdistill cache --out {folder.url}`")
+            served = "; if `detdistill teach` answers there, give --served" if folder.url.startswith("http") else ""
+            raise CacheError(
+                f"{folder.url} is no cache (it has no {ABOUT}); make one with `detdistill cache --out {folder.url}`{served}"
+            )
         return cls(folder, about)
 
     # ------------------------------------------------------------------------------------------------ for a run

@@ -83,7 +83,10 @@ class Description:
                 f"served teacher {url}: it is detdistill {version} (protocol {protocol}), this is {__version__} (protocol "
                 f"{PROTOCOL}); install the same version on both machines"
             )
-        return Description(About.from_plain(about), tuple(plain["classes"]), plain["recorded"])
+        try:
+            return Description(About.from_plain(about), tuple(plain["classes"]), plain["recorded"])
+        except (KeyError, TypeError) as error:
+            raise ServingError(f"served teacher {url}: it is detdistill {version}; install that version here, too") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- questions

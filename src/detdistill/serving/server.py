@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hmac
 import http.server
 import math
@@ -363,28 +364,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._say(HTTPStatus.SERVICE_UNAVAILABLE, "the teacher is busy", stay=True)
         else:
             try:
-                self._reply(answers[self.path], int(length))
-            finally:
+                reply = self._reply(answers[self.path], int(length))
+            finally:  # before the answer is sent: a student that is slow, or gone, keeps no place
                 teaching.places.release()
+            reply()
 
-    def _reply(self, answer: Callable[[bytes], list[bytes]], length: int) -> None:
-        """Read the question, and send the answer."""
+    def _reply(self, answer: Callable[[bytes], list[bytes]], length: int) -> Callable[[], None]:
+        """Read the question, and return what sends the answer."""
         content = self.rfile.read(length)
         if len(content) < length:  # the student is gone
             self.close_connection = True
-            return
+            return lambda: None
         try:
             if self.headers.get(CHECKSUM) != f"{zlib.crc32(content):08x}":
                 raise ValueError("its checksum is wrong")
-            parts = answer(content)
+            return functools.partial(self._answer, HTTPStatus.OK, answer(content))
         except Refused as refused:
-            self._say(refused.status, refused.text, stay=True)
+            return functools.partial(self._say, refused.status, refused.text, stay=True)
         except Stopping:
-            self._say(HTTPStatus.SERVICE_UNAVAILABLE, "the server ends")
+            return functools.partial(self._say, HTTPStatus.SERVICE_UNAVAILABLE, "the server ends")
         except ValueError as error:
-            self._say(HTTPStatus.BAD_REQUEST, f"the question is damaged or malformed: {error}", stay=True)
-        else:
-            self._answer(HTTPStatus.OK, parts)
+            text = f"the question is damaged or malformed: {error}"
+            return functools.partial(self._say, HTTPStatus.BAD_REQUEST, text, stay=True)
 
     def _may(self) -> bool:
         """Whether the request has the token; if not, it is answered and the connection closed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -71,7 +73,7 @@ def serve_teacher(
     about = replace(about_teacher(teacher[0], frozen, student, settings.method, lecture, stages), store=settings.store)
     recorder = None
     if out is not None and data is not None:
-        recorder = _recorder(out, about, data, stages, settings, listener.server_port, progress.say)
+        recorder = _recorder(out, about, data, stages, settings, f"{platform.node()} {listener.url}", progress.say)
         about = recorder.cache.about
     server = TeacherServer(
         listener,
@@ -118,10 +120,10 @@ def _recorder(
     data: tuple[str, DataSplits],
     stages: Sequence[Stage],
     settings: TeachSettings,
-    port: int,
+    place: str,
     say: Callable[[str], None],
 ) -> Recorder:
-    """Create or continue the cache that is written on the way."""
+    """Create or continue the cache that is written on the way; ``place`` tells this server from others that write into it."""
     views, train = view_settings(settings), data[1].train
     everything = sights(train, views)
     about = replace(about, data=data[0], data_fingerprint=train.fingerprint, views=views_of(views), records=len(everything))
@@ -129,7 +131,7 @@ def _recorder(
     for stage in stages:
         write(cache.folder, cached_stage_file(stage), packed(stage))
     try:
-        recorder = Recorder(cache, everything, train, f"served{port}", settings.shard, say)
+        recorder = Recorder(cache, everything, train, f"served{zlib.crc32(place.encode()):08x}", settings.shard, say)
     except OSError as error:
         raise unwritable(cache.folder, error) from error
     say(f"{len(everything) - len(cache.index.missing(recorder.index_of))} of {len(everything)} records in {cache.folder.url}")
