@@ -1,6 +1,7 @@
 """Questions and answers as bytes."""
 
 import json
+import random
 import struct
 from dataclasses import replace
 
@@ -138,6 +139,21 @@ WRONG = {
 def test_whatever_is_wrong_with_a_question_is_a_value_error(content):
     with pytest.raises(ValueError):
         unpacked_question(content, 2)
+
+
+def test_a_question_with_random_bytes_changed_is_read_or_refused():
+    question = packed_question([replace(tiny_batch(1, size=8), large=tiny_batch(1, size=16), enlarged=2.0)], "d")
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(400):
+        content = bytearray(question)
+        for _ in range(chance.randint(1, 4)):
+            content[chance.randrange(len(content) // 3)] = chance.randrange(256)
+        try:
+            unpacked_question(bytes(content[: chance.choice((len(content), chance.randrange(len(content))))]), 2)
+        except ValueError:
+            refused += 1
+    assert 200 < refused < 400
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"keys": [1], "data": ""}', b'{"keys": ["a"]}', b"\xff", b"[" * 100_000])

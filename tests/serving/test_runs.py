@@ -202,6 +202,13 @@ def test_an_unfinished_cache_is_kept_and_continued(teacher, tmp_path):
         assert f"{taught} of 48 records in {folder}" in told.getvalue()
         learn(server.url, tmp_path / "again", steps=2)
         assert (server.passes.images, server.read_records) == (0, taught)
+    keys = {key: small.SETTINGS[key] for key in ("size", "batch", "device", "threads")}
+    with Progress(quiet=True) as progress:
+        made = api.cache(str(teacher), folder, small.DATA, "pkd", progress=progress, **keys)
+    assert (made.records, made.complete, made.store) == (VIEWS, True, "float32")
+    with teach(teacher, out=folder) as server:
+        learn(server.url, tmp_path / "whole", epochs=1)
+        assert (server.passes.images, server.read_records) == (0, 24)
 
 
 def test_a_full_disk_is_said_once_and_the_teacher_goes_on(teacher, tmp_path, monkeypatch):
