@@ -13,8 +13,9 @@ from detdistill.cache.fill import Lecture
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.methods.shared.compose import build_method
 from detdistill.serving.client import ServedTeacher
+from detdistill.serving.listener import Listener
 from detdistill.serving.messages import Description
-from detdistill.serving.server import Listener, TeacherServer
+from detdistill.serving.server import TeacherServer
 from detdistill.structures import Batch
 from detdistill.training.teaching import about_teacher
 from tests.tiny import TinyDense, tiny_batch

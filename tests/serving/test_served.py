@@ -18,10 +18,10 @@ from detdistill.data.transforms import ViewSettings
 from detdistill.detectors.contract import Teacher
 from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.contract import teach_by_canvas
-from detdistill.serving import client, messages, server
+from detdistill.serving import client, listener, messages
 from detdistill.serving.client import ServedTeacher, read_url
+from detdistill.serving.listener import Listener, read_address
 from detdistill.serving.messages import ServingError, packed_question
-from detdistill.serving.server import Listener, read_address
 from tests.methods.contract_checks import MIDDLE, assert_same
 from tests.serving.near import CLASSES, connected, mixed_batch, passes_of, serving
 from tests.tiny import TinyDense, TinyQueries, tiny_batch
@@ -162,8 +162,8 @@ def until(true, seconds=10.0):
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(server, "PATIENCE", 0.01)
-    monkeypatch.setattr(server, "COME_BACK", 0)
+    monkeypatch.setattr(listener, "PATIENCE", 0.01)
+    monkeypatch.setattr(listener, "COME_BACK", 0)
 
 
 def test_a_full_queue_is_waited_for(impatient):
@@ -316,7 +316,7 @@ def test_the_token_is_demanded_when_there_is_one():
 def test_a_token_that_no_header_can_hold_is_refused(token, monkeypatch):
     monkeypatch.setenv(messages.TOKEN, token)
     with pytest.raises(ServingError, match="DETDISTILL_TOKEN may hold letters, digits and signs only"):
-        server.token_from_environment()
+        messages.token_from_environment()
 
 
 def test_nobody_at_the_address_is_said_after_the_time_limit(impatient):

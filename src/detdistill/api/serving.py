@@ -79,7 +79,7 @@ def teach(
     if teacher_name is None or source is None:
         raise RunError("teach: there is nobody to teach; give --teacher")
     with progress or Progress() as shown:
-        from detdistill.serving.server import Listener
+        from detdistill.serving.listener import Listener
         from detdistill.training.serve import serve_teacher
 
         if reason := why_live_teacher(wanted.method):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,20 @@ TOKEN = "DETDISTILL_TOKEN"
 
 class ServingError(RunError):
     """A teacher cannot be served, or a served teacher cannot be used; the message says which, why and what to do."""
+
+
+def token_from_environment() -> str | None:
+    """The word in ``DETDISTILL_TOKEN``; None: it is not set.
+
+    Raises:
+        ServingError: it cannot be sent in a header.
+    """
+    token = os.environ.get(TOKEN)
+    if not token:
+        return None
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise ServingError(f"{TOKEN} may hold letters, digits and signs only, no blanks and no other characters")
+    return token
 
 
 @dataclass(frozen=True)

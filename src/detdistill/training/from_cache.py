@@ -13,7 +13,7 @@ from detdistill.detectors.contract import Teacher
 from detdistill.methods.shared.compose import parse_methods
 from detdistill.methods.shared.contract import Method, Stage
 from detdistill.serving.client import ServedTeacher
-from detdistill.serving.server import token_from_environment
+from detdistill.serving.messages import token_from_environment
 from detdistill.settings import DistillSettings
 from detdistill.training.plan import view_settings
 from detdistill.training.stage_results import cached_stage_file, load_result, reusable

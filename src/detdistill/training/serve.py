@@ -16,9 +16,10 @@ from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import RunError
 from detdistill.methods.shared.contract import Method, Stage
 from detdistill.progress import Progress
-from detdistill.serving.messages import TOKEN, Description
+from detdistill.serving.listener import Listener
+from detdistill.serving.messages import TOKEN, Description, token_from_environment
 from detdistill.serving.recorder import Recorder
-from detdistill.serving.server import Listener, TeacherServer, token_from_environment
+from detdistill.serving.server import TeacherServer
 from detdistill.settings import TeachSettings
 from detdistill.training.machine import seed_everything
 from detdistill.training.plan import view_settings
