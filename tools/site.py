@@ -29,6 +29,7 @@ SECTIONS = {
     "Use": (
         "docs/doctor.md",
         "docs/cache.md",
+        "docs/serving.md",
         "docs/scale.md",
         "docs/clusters.md",
         "docs/several-teachers.md",

@@ -33,7 +33,7 @@ from detdistill.export.probe import probe_export
 from detdistill.methods.shared.catalogue import method_slugs
 from detdistill.methods.shared.compose import build_method, parse_methods
 from detdistill.methods.shared.needs import PairError
-from detdistill.settings import DistillSettings, TrainSettings
+from detdistill.settings import DistillSettings, TeachSettings, TrainSettings
 from markdown_text import described_arguments, table
 from markdown_text import plain as _plain
 from method_tables import methods_table, properties_table, tables_of
@@ -209,6 +209,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "model options": model_options_table,
     "train settings": lambda: settings_table(TrainSettings),
     "distill settings": lambda: settings_table(DistillSettings, beside=TrainSettings),
+    "teach settings": lambda: settings_table(TeachSettings, beside=TrainSettings),
     "pieces": pieces_table,
     "example": example,
 }

@@ -17,7 +17,7 @@ __version__ = "0.2.0"
 
 _WHERE = {
     "train": "api", "distill": "api", "doctor": "api", "evaluate": "api", "predict": "api", "detect": "api",
-    "compare": "api", "report": "api", "schedules": "api", "find": "api", "label": "api",
+    "compare": "api", "report": "api", "schedules": "api", "find": "api", "teach": "api", "label": "api",
     "export": "api", "bench": "api", "push": "api", "export_student": "api",
     "inspect_data": "api", "demo": "demo", "TrainSettings": "settings", "DistillSettings": "settings",
     "load_data": "data.discover", "build_detector": "detectors.build", "load_detector": "detectors.load",

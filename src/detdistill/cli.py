@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from detdistill.errors import DetdistillError, DetdistillWarning, nearest
 from detdistill.processes import end_with_parent, is_main_process
-from detdistill.settings import RENAMED, CacheSettings, DistillSettings, TrainSettings, meant, names_where, renamed
+from detdistill.settings import RENAMED, CacheSettings, DistillSettings, TeachSettings, TrainSettings, meant, names_where, renamed
 from detdistill.values import choices, in_words
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ RANGE = re.compile(r"\b(\d+)-(\d+)\b")
 VERB_SYNONYMS = {
     "benchmark": "bench", "convert": "export", "detect": "predict", "evaluate": "eval", "fit": "train",
     "infer": "predict", "inference": "predict", "inspect": "data inspect",
-    "list": "methods", "models": "detectors", "test": "eval", "val": "eval", "validate": "eval",
+    "list": "methods", "models": "detectors", "serve": "teach", "test": "eval", "val": "eval", "validate": "eval",
     "verify": "cache verify",
 }  # fmt: skip
 """Commands of other tools and words for the same thing; our command for each."""
@@ -321,7 +321,7 @@ def _distill_flags(parser: Parser) -> None:
         type=str | None,
         default=None,
         help="run folder, checkpoint, or torchvision:NAME,weights=...; several as a=RUN1,b=RUN2 (--method pkd@a+pkd@b); "
-        "self:ema or self:trained for the student itself; leave it out with --cache and for dicod",
+        "self:ema or self:trained for the student itself; leave it out with --cache or --served and for dicod",
     )
     parser.add_argument("--student", type=str, required=True, help="detector:backbone[,key=value ...] or torchvision:NAME")
     parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
@@ -404,6 +404,25 @@ def _verify(chosen: Namespace) -> None:
     from detdistill import api
 
     _say(api.verify_cache(**_plain(chosen)))
+
+
+def _teach_flags(parser: Parser) -> None:
+    parser.add_argument("--teacher", type=str, required=True, help="run folder, checkpoint, or torchvision:NAME,weights=...")
+    parser.add_argument("--listen", type=str, default="127.0.0.1:8765", help="HOST:PORT; 0.0.0.0:PORT for other machines")
+    parser.add_argument("--data", type=str | None, default=None, help="the students' data; none: they have the teacher's classes")
+    parser.add_argument("--student", type=str | None, default=None, help="student of the runs; some methods need it")
+    parser.add_argument("--out", type=str | None, default=None, help="folder or URL of a cache that is written on the way")
+    skipped = {*names_where(TeachSettings, "cache", False), "devices", "nodes"}
+    parser.add_class_arguments(TeachSettings, None, skip=skipped)
+
+
+def _teach(chosen: Namespace) -> None:
+    from detdistill import api
+
+    server = api.teach(**_plain(chosen))
+    _say(f"students learn with --served {server.url}; Ctrl-C ends it")
+    server.wait()
+    _say(server.in_words())
 
 
 def _eval_flags(parser: Parser) -> None:
@@ -758,6 +777,7 @@ VERBS: dict[str, tuple[Describe, Act, str]] = {
     "find": (_find_flags, _find, "search weights and learning rate on held-out training images"),
     "cache": (_cache_flags, _cache, "store a teacher's outputs, so that later runs need no teacher"),
     "cache-verify": (_verify_flags, _verify, "check a cache's checksums, and compare it with its teacher"),
+    "teach": (_teach_flags, _teach, "serve a teacher to students elsewhere, also several at once"),
     "eval": (_eval_flags, _eval, "compute the 12 COCO numbers and the AP of each class"),
     "predict": (_predict_flags, _predict, "draw a detector's boxes on images"),
     "label": (_label_flags, _label, "label images by a model, also by one that is told in words"),

@@ -187,6 +187,8 @@ class DistillSettings(TrainSettings):
         unlabelled: what a teacher's boxes are where the labels lack the class (data joined by +): label, ignore or background.
         unlabelled_score: smallest score of such boxes.
         cache: folder or URL written by `detdistill cache`; the teacher is not run, and --teacher is optional.
+        served: address of a teacher that `detdistill teach` serves, http://HOST:PORT; --teacher is optional.
+        timeout: seconds for which the run waits for an answer of a served teacher.
         stages: folder for the results of methods' earlier stages, which later runs reuse.
     """
 
@@ -204,6 +206,8 @@ class DistillSettings(TrainSettings):
     unlabelled: Literal["label", "ignore", "background"] = "label"
     unlabelled_score: Fraction = 0.3
     cache: str | None = None
+    served: Annotated[str | None, NOTHING] = None
+    timeout: Annotated[Positive, NOTHING] = 300.0
     stages: Annotated[str, NOTHING] = "runs/stages"
 
     def __post_init__(self) -> None:
@@ -218,6 +222,8 @@ class DistillSettings(TrainSettings):
             raise RunError(f"seeds: {','.join(map(str, self.seeds))} must be different whole numbers, 0 or more")
         if self.balance is not None and self.distill_weight == 0:
             raise RunError("balance: distill_weight is 0, so there is no distillation to balance; leave out one of them")
+        if self.cache is not None and self.served is not None:
+            raise RunError("served: the knowledge comes from one place; leave out --cache or --served")
         if self.held_out is not None and self.cache is not None:
             raise RunError("held_out: a cache holds all training images; leave out --cache or --held_out")
         if self.baseline and self.patience:
@@ -275,6 +281,30 @@ def check_on(on: str, nodes: int) -> None:
         raise RunError(f"on: {on!r} is not local, ray or ray://HOST:PORT{hint}")
     if on != "local" and nodes > 1:
         raise RunError("nodes: on Ray, a run has the devices of one node; leave out --nodes, or start it with torchrun or srun")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachSettings(TrainSettings):
+    """A served teacher: number format, queue, and views of the cache it writes.
+
+    Args:
+        method: one method or several joined by ``+``, as for ``distill``; students may use some of them.
+        store: number format of what is sent, and written.
+        batch: largest number of images in a pass of the teacher; images of several students share a pass.
+        queue: largest number of questions that are worked on or wait; further ones are asked to come back.
+        shard: largest number of records in a file of the cache; a killed process loses at most this many.
+        other_classes: allow a teacher that lacks some classes of the data; enough for methods that compare features only.
+        teacher_size: ``size`` of the images that the teacher sees, in the cache; none: the same.
+        stages: folder for the results of methods' earlier stages, which later runs reuse.
+    """
+
+    method: str = "pkd"
+    store: Literal["float32", "float16", "bfloat16", "int8", "int6"] = "float32"
+    queue: Count = 8
+    shard: Count = 256
+    other_classes: bool = False
+    teacher_size: Annotated[int, Limits(32)] | None = None
+    stages: Annotated[str, NOTHING] = "runs/stages"
 
 
 def effects(kind: type[TrainSettings]) -> Mapping[str, Effect]:

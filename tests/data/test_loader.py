@@ -148,6 +148,21 @@ def test_goes_on_with_exactly_the_remaining_batches(data, workers, done):
     assert_equal(list(resumed), epochs[2])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_batch_is_told_one_batch_before_it_is_returned(data, workers):
+    told, seen = [], []
+    ahead = loader(data, workers=workers, ahead=told.append)
+    for batch in ahead:
+        seen.append(batch)
+        assert len(told) == min(len(seen) + 1, len(ahead))
+        assert ahead.state_dict()["batches_done"] == len(seen), "those that were returned, not those that were told"
+    assert_equal(seen, list(loader(data)))
+    assert_equal(told, seen)
+    ahead.load_state_dict({"epoch": 0, "batches_done": 4})
+    assert_equal(list(ahead), seen[4:])
+    assert_equal(told[len(seen) :], seen[4:])
+
+
 def test_a_pass_left_early_starts_again(data):
     mine = loader(data, workers=1)
     first = next(iter(mine))

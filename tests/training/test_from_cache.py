@@ -252,7 +252,7 @@ def test_a_run_that_draws_other_views_is_refused(filled, tmp_path):
 
 
 def test_what_a_cache_cannot_replace_is_said(filled, tmp_path):
-    with pytest.raises(RunError, match=r"teacher: \w+ needs a teacher \(--teacher\) or a cache of its outputs \(--cache\)"):
+    with pytest.raises(RunError, match=r"teacher: \w+ needs a teacher \(--teacher\), a cache of its outputs \(--cache\)"):
         offline(filled, tmp_path / "run", cache=None)
     with pytest.raises(RunError, match="inherit: it copies weights of the teacher; give --teacher"):
         offline(filled, tmp_path / "run", inherit=True)

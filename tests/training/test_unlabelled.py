@@ -152,7 +152,7 @@ def data_of(labelled: tuple[int, ...] | None):
             {},
             ("vest",),
             True,
-            "unlabelled: a cache holds no boxes of classes that the labels lack; run the teacher itself, or leave",
+            "unlabelled: neither a cache nor a served teacher gives boxes of classes that the labels lack; run the teacher",
         ),
         (
             {},

@@ -81,8 +81,8 @@ def doctor(
             check = "teacher"
             with not_these_digits(data):
                 live = None if source is None else _loaded(source, splits)
-            check = "cache"
-            knowledge = None if wanted.cache is None else _opened(wanted, splits, live)
+            check = "cache" if wanted.served is None else "served teacher"
+            knowledge = _opened(wanted, splits, live, shown)
         except DetdistillError as error:
             finding = Finding("stop", check, str(error).rstrip("."))
             return Diagnosis(f"{wanted.method}: teacher {teacher_name}, student {student_name}, data {data}", (finding,))
@@ -99,8 +99,7 @@ def _loaded(source: str | Detector, splits: DataSplits) -> Any:
     return Teacher(load_teacher(source, splits, True)).fold_norms()
 
 
-def _opened(settings: DistillSettings, splits: DataSplits, live: Any) -> Any:
-    from detdistill.training.from_cache import open_cache
-    from detdistill.training.plan import view_settings
+def _opened(settings: DistillSettings, splits: DataSplits, live: Any, shown: Progress) -> Any:
+    from detdistill.training.from_cache import open_knowledge
 
-    return open_cache(str(settings.cache), settings.method, splits, view_settings(settings), live)
+    return open_knowledge(settings, splits, live, shown.say)

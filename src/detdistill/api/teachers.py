@@ -41,13 +41,14 @@ def read_teachers(teacher: Any, settings: DistillSettings) -> tuple[str | None, 
     own = [source for source in sources.values() if is_self(source)]
     for source in own:
         read_self(str(source))
-    if settings.cache is not None:
+    if settings.cache is not None or settings.served is not None:
+        flag = "cache" if settings.served is None else "served"
         what = (
             f"{own[0]} changes with the student" if own else "it holds the outputs of one teacher" if len(sources) > 1
             else "its outputs are those of one method at all times" if len(split_turns(settings.method)) > 1 else ""
         )  # fmt: skip
         if what:
-            raise RunError(f"cache: {what}; leave out --cache, so that the teachers run with the student")
+            raise RunError(f"{flag}: {what}; leave out --{flag}, so that the teachers run with the student")
     if own and settings.inherit:
         raise RunError(f"inherit: {own[0]} is made from the student, so there is nothing to copy; leave out --inherit")
     return text, sources

@@ -101,8 +101,9 @@ def distill(
 
     Args:
         teacher: a run folder, a checkpoint, ``torchvision:NAME,weights=...``, or another model string; the result of ``train``;
-            or a detector in memory (also a wrapped one), which is frozen. May be None with ``cache`` (unless the method or
-            ``inherit`` needs the teacher itself), and for methods without a teacher. Several as ``a=RUN1,b=RUN2`` or as a dict.
+            or a detector in memory (also a wrapped one), which is frozen. May be None with ``cache`` and ``served`` (unless the
+            method or ``inherit`` needs the teacher itself), and for methods without a teacher. Several as ``a=RUN1,b=RUN2`` or
+            as a dict.
             ``self:ema`` is the student's own moving average, ``self:trained`` the student's own model, trained alone first.
         student: a model string such as ``fcos:resnet18``. Or a model of your own: a detector (see ``wrap``; each run trains a
             copy of it), or a function that builds one (each run calls it under its seed); see ``own_student``.
@@ -237,8 +238,11 @@ def _check_methods(teacher: Model | Mapping[str, Model] | None, wanted: DistillS
     if wanted.teacher_size is not None:
         check_teacher_size(wanted.method)
     needing = [kind.slug for kind, given in methods if kind.needs(**given).teacher is not None]
-    if teacher is None and wanted.cache is None and needing:
-        raise RunError(f"teacher: {', '.join(needing)} needs a teacher (--teacher) or a cache of its outputs (--cache)")
+    if teacher is None and wanted.cache is None and wanted.served is None and needing:
+        raise RunError(
+            f"teacher: {', '.join(needing)} needs a teacher (--teacher), a cache of its outputs (--cache) or a served one "
+            "(--served)"
+        )
     if teacher is None and wanted.inherit:
         raise RunError("inherit: it copies weights of the teacher; give --teacher")
 
@@ -299,23 +303,22 @@ def _opened(
 def _session(
     plan: Plan, splits: DataSplits, live: Mapping[str, Teacher | OwnAverage], live_too: bool, shown: Progress
 ) -> Session:
-    """The session of a distilled run: with a cache, the teacher runs only if the method or ``inherit`` needs it.
+    """The session of a distilled run: with a cache or a served teacher, another runs only if the method or ``inherit`` needs it.
 
     Raises:
         PairError: the pair cannot work; this is found before a baseline is trained.
-        CacheError: see ``open_cache``.
+        RunError: see ``open_knowledge``.
     """
-    from detdistill.training.from_cache import open_cache
-    from detdistill.training.plan import view_settings
+    from detdistill.training.from_cache import open_knowledge
     from detdistill.training.session import open_session
 
     settings = plan.settings
     assert isinstance(settings, DistillSettings)
-    if settings.cache is None:
-        return open_session(plan, splits, live, None, shown)
     live_too = live_too or settings.inherit
-    teacher = cast("Teacher | None", next(iter(live.values()), None))  # ``read_teachers`` refuses others with a cache
-    knowledge = open_cache(settings.cache, settings.method, splits, view_settings(settings), teacher)
+    only = next(iter(live.values()), None)  # ``read_teachers`` refuses others with a cache or a served teacher
+    knowledge = open_knowledge(settings, splits, cast("Teacher | None", only), shown.say)
+    if knowledge is None:
+        return open_session(plan, splits, live, None, shown)
     how = "the teacher is loaded too, for its modules" if live_too else "no teacher is run"
     shown.say(f"learning from {knowledge.folder.url}; {how}")
     return open_session(plan, splits, live if live_too else None, knowledge, shown)

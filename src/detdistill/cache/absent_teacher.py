@@ -26,14 +26,15 @@ from detdistill.structures import (
 class SpecOnly(Detector):
     """A detector with a description but without weights; every method raises ``CacheError``."""
 
-    def __init__(self, spec: DetectorSpec) -> None:
+    def __init__(self, spec: DetectorSpec, served: bool) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.served = spec, served
 
     def _refuse(self) -> NoReturn:
+        there, flag = ("with this run", "--served") if self.served else ("in the cache", "--cache")
         raise CacheError(
-            f"teacher {self.spec.name}: only its description is in the cache, and this method runs the teacher itself; "
-            f"give the teacher too (--teacher), or train online (without --cache)"
+            f"teacher {self.spec.name}: only its description is {there}, and this method runs the teacher itself; "
+            f"give the teacher too (--teacher), or train online (without {flag})"
         )
 
     def features(self, batch: Batch) -> Features:
@@ -70,8 +71,15 @@ class AbsentTeacher(Teacher):
 
     present = False
 
-    def __init__(self, spec: DetectorSpec, fingerprint: str) -> None:
-        super().__init__(SpecOnly(spec))
+    def __init__(self, spec: DetectorSpec, fingerprint: str, served: bool = False) -> None:
+        """Describe a teacher.
+
+        Args:
+            spec: its properties.
+            fingerprint: of its weights.
+            served: it runs in another process, which answers this one; False: there is a cache of its knowledge.
+        """
+        super().__init__(SpecOnly(spec, served))
         self.fingerprint = fingerprint
 
     @functools.cached_property

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.cache.encoding import Store, decode
@@ -64,7 +64,7 @@ class About:
         same_stages = self.stages == other.stages
         checks = {
             "teacher (other weights or classes)": self.teacher_fingerprint == other.teacher_fingerprint,
-            "methods (it holds " + _list(self.knowledge) + ")": self.knowledge == other.knowledge and same_stages,
+            "methods (it holds " + listed(self.knowledge) + ")": self.knowledge == other.knowledge and same_stages,
             "training data": self.data_fingerprint == other.data_fingerprint,
             f"views (it has {_views(self.views)})": self.views == other.views,
             f"store ({self.store})": self.store == other.store,
@@ -72,8 +72,25 @@ class About:
         }
         return [name for name, equal in checks.items() if not equal]
 
+    def as_plain(self) -> dict[str, Any]:
+        """The description as plain values for JSON, with the version of the format."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
 
-def _list(knowledge: Sequence[Knowledge]) -> str:
+    @staticmethod
+    def from_plain(content: Mapping[str, Any]) -> About:
+        """Rebuild a description from ``as_plain`` without its ``format``.
+
+        Raises:
+            TypeError: fields are missing or unknown.
+        """
+        values = dict(content)
+        spec = DetectorSpec.from_plain(values.pop("spec"))
+        values |= {name: tuple(values[name]) for name in ("knowledge", "stages")}
+        return About(spec=spec, **values)
+
+
+def listed(knowledge: Sequence[Knowledge]) -> str:
+    """Kinds of knowledge in words, for messages."""
     return " + ".join(map(in_words, knowledge))
 
 
@@ -84,8 +101,58 @@ def _views(views: dict[str, Any]) -> str:
     return f"{views['resize']} {views['size']}, {flips}{scales}{larger}"
 
 
+class Readable(Protocol):
+    """Files by name, as ``Storage`` reads them."""
+
+    @property
+    def url(self) -> str:
+        """Where the files are, for messages."""
+        ...
+
+    def read(self, name: str) -> bytes | bytearray:
+        """Content of a file.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        ...
+
+
+class KnowledgeSource(Protocol):
+    """What a run learns from in place of a teacher in its own process: a cache, or a served teacher."""
+
+    @property
+    def about(self) -> About:
+        """Description of the teacher and of its knowledge."""
+        ...
+
+    @property
+    def folder(self) -> Readable:
+        """Where the results of methods' earlier stages are."""
+        ...
+
+    @property
+    def ahead(self) -> Callable[[Batch], None] | None:
+        """Asks for the knowledge about a batch before it is needed; None: there is nothing to ask, because it is read from disk.
+
+        A source with this function is shown the images, so it needs those of ``teacher_size``.
+        """
+        ...
+
+    def teacher(self) -> AbsentTeacher:
+        """The stand-in with which methods are built if no teacher is loaded."""
+        ...
+
+    def source(self, methods: str, root: Method[Any]) -> Source:
+        """Make the function that returns a batch's knowledge."""
+        ...
+
+
 class KnowledgeCache:
     """A cache on disk; use ``create`` to write and ``open`` to read."""
+
+    ahead = None
+    """Nothing is asked ahead: see ``KnowledgeSource``."""
 
     def __init__(self, folder: Storage, about: About) -> None:
         """Read the manifests of the shards; called by ``create`` and ``open``.
@@ -108,7 +175,7 @@ class KnowledgeCache:
         if there is None:
             if _names(folder):
                 raise CacheError(f"{folder.url} holds other files and no cache; give an empty or a new folder")
-            write(folder, ABOUT, sealed({"format": FORMAT, **dataclasses.asdict(about)}))
+            write(folder, ABOUT, sealed(about.as_plain()))
             return cls(folder, about)
         if differing := there.differences(about):
             raise CacheError(f"{folder.url} is a cache of other {'; other '.join(differing)}; give another folder")
@@ -124,7 +191,10 @@ class KnowledgeCache:
         folder = storage(url)
         about = found_about(folder)
         if about is None:
-            raise CacheError(f"{folder.url} is no cache (it has no {ABOUT}); make one with `detdistill cache --out {folder.url}`")
+            served = "; if `detdistill teach` answers there, give --served" if folder.url.startswith("http") else ""
+            raise CacheError(
+                f"{folder.url} is no cache (it has no {ABOUT}); make one with `detdistill cache --out {folder.url}`{served}"
+            )
         return cls(folder, about)
 
     # ------------------------------------------------------------------------------------------------ for a run
@@ -146,7 +216,7 @@ class KnowledgeCache:
             wrong.append(f"it was made by another teacher (weights of {about.teacher} at that time)")
         lacking = [one for one in knowledge_of(method) if one not in about.knowledge]
         if lacking:
-            wrong.append(f"{method} learns from {_list(lacking)}, it holds {_list(about.knowledge)}")
+            wrong.append(f"{method} learns from {listed(lacking)}, it holds {listed(about.knowledge)}")
         if data_fingerprint != about.data_fingerprint:
             wrong.append(f"it was made of other training images or boxes ({about.data} at that time)")
         if missing := views_lacking(about.views, views):
@@ -206,20 +276,14 @@ class KnowledgeCache:
             Function of a method (``root`` or a member of the composition) and a batch. It returns the knowledge for this
             method, stacked over the images of the batch, and raises ``CacheError`` if a record is missing or damaged.
         """
-        places = [self.about.knowledge.index(one) for one in knowledge_of(methods)]
+        chosen_of = chooser(self.about, methods, root)
         readers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="cache")
 
         def source(method: Method[Any], batch: Batch) -> Taught | None:
-            members = root.methods if isinstance(root, Composition) else (root,)
-            wanted = places if method is root else [places[members.index(method)]]
-
             def read(key: str) -> Taught:
-                parts = self.read(key)
-                chosen = tuple(parts[place] for place in wanted)
-                return TaughtTogether(chosen) if isinstance(method, Composition) else chosen[0]
+                return chosen_of(method, self.read(key))
 
-            keys = [key_of(image, view.key) for image, view in zip(batch.ids, batch.views, strict=True)]
-            pieces = list(readers.map(read, keys))
+            pieces = list(readers.map(read, keys_of(batch)))
             return type(pieces[0]).stack(pieces).to(batch.images.device, non_blocking=True)
 
         return source
@@ -244,6 +308,33 @@ class KnowledgeCache:
         except ValueError as error:
             raise CacheError(f"cache {self.folder.url}, image {key}: {error}") from error
         return parts
+
+
+def keys_of(batch: Batch) -> list[str]:
+    """The key of each image of a batch in a cache."""
+    return [key_of(image, view.key) for image, view in zip(batch.ids, batch.views, strict=True)]
+
+
+def chooser(about: About, methods: str, root: Method[Any]) -> Callable[[Method[Any], tuple[Taught, ...]], Taught]:
+    """Make the function that takes a method's knowledge out of a record.
+
+    Args:
+        about: description of the records.
+        methods: the text that ``root`` was built from.
+        root: the method of the run.
+
+    Returns:
+        Function of a method (``root`` or a member of the composition) and the parts of a record.
+    """
+    places = [about.knowledge.index(one) for one in knowledge_of(methods)]
+
+    def chosen_of(method: Method[Any], parts: tuple[Taught, ...]) -> Taught:
+        members = root.methods if isinstance(root, Composition) else (root,)
+        wanted = places if method is root else [places[members.index(method)]]
+        chosen = tuple(parts[place] for place in wanted)
+        return TaughtTogether(chosen) if isinstance(method, Composition) else chosen[0]
+
+    return chosen_of
 
 
 def _names(folder: Storage) -> list[str]:
@@ -273,9 +364,7 @@ def found_about(folder: Storage) -> About | None:
     content = unsealed(text, f"{folder.url}/{ABOUT}")
     if (version := content.pop("format")) != FORMAT:
         raise CacheError(f"{folder.url} is a cache of format {version}, this detdistill reads {FORMAT}; make it again")
-    spec = DetectorSpec.from_plain(content.pop("spec"))
-    content |= {name: tuple(content[name]) for name in ("knowledge", "stages")}
-    return About(spec=spec, **content)
+    return About.from_plain(content)
 
 
 def write(folder: Storage, name: str, content: bytes) -> None:

@@ -7,7 +7,7 @@ image's index. So the number of workers changes nothing, and a resumed run conti
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -53,6 +53,7 @@ class DetectionLoader:
         world: int = 1,
         workers: int = 0,
         in_memory: bool = False,
+        ahead: Callable[[Batch], None] | None = None,
     ) -> None:
         """Check and store the settings; no image is read yet.
 
@@ -68,6 +69,7 @@ class DetectionLoader:
                 to exactly one process.
             workers: number of processes that prepare batches. 0: batches are prepared in this process.
             in_memory: decode each image only once and keep its pixels, already resized if this does not change the result.
+            ahead: called with each batch when it is prepared, which is then one batch earlier than it is returned.
 
         Raises:
             RunError: a number or setting is out of its range.
@@ -81,6 +83,7 @@ class DetectionLoader:
             raise RunError(f"rank {rank} does not exist among {world} processes")
         self.data, self.settings, self.batch_size, self.train = data, settings, batch_size, train
         self._seed, self._rank, self._world, self._workers = seed, rank, world, workers
+        self._ahead = ahead
         self._batches = _Batches(data, settings, train, seed, in_memory)
         self._epoch = 0
         self._batches_done = 0
@@ -142,7 +145,10 @@ class DetectionLoader:
         self._resumed = False
         order = self._sample_order(self._epoch)
         chunks = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
-        for number, batch in enumerate(self._prepared([(self._epoch, chunk) for chunk in chunks[start:]]), start=start):
+        prepared = self._prepared([(self._epoch, chunk) for chunk in chunks[start:]])
+        if self._ahead is not None:
+            prepared = _one_ahead(prepared, self._ahead)
+        for number, batch in enumerate(prepared, start=start):
             if isinstance(batch, DataError):
                 raise batch
             self._batches_done = number + 1
@@ -183,6 +189,18 @@ class DetectionLoader:
                 generator=torch.Generator(),
             )
         )
+
+
+def _one_ahead(batches: Iterator[Batch | DataError], tell: Callable[[Batch], None]) -> Iterator[Batch | DataError]:
+    """Pass batches on, each after ``tell`` was called with it and with the one behind it."""
+    waiting: list[Batch | DataError] = []
+    for batch in batches:
+        if not isinstance(batch, DataError):
+            tell(batch)
+        waiting.append(batch)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def as_it_is(batch: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from detdistill.cache.knowledge import KnowledgeCache
+from detdistill.cache.knowledge import KnowledgeSource
 from detdistill.data.loader import DetectionLoader
 from detdistill.data.records import DataSplits, DetectionSet
 from detdistill.data.transforms import ViewSettings
@@ -53,8 +53,8 @@ class Case:
     plan: Plan
     splits: DataSplits
     teacher: Teacher | None
-    """The loaded teacher; None: the method has none, or the run learns from a cache."""
-    cache: KnowledgeCache | None
+    """The loaded teacher; None: the method has none, or the run learns from a cache or a served teacher."""
+    cache: KnowledgeSource | None
     known: Mapping[str, Any]
     """Image settings with which the teacher was trained (``size``, ``resize``, ``max_size``); empty: not known."""
     device: str
@@ -82,7 +82,7 @@ class Case:
         """
         if distilled:
             return open_session(self.plan, self.splits, self.teacher, self.cache)
-        settings = replace(self.settings, cache=None, inherit=False)
+        settings = replace(self.settings, cache=None, served=None, inherit=False)
         return open_session(replace(self.plan, settings=settings, role="baseline", teacher=None), self.splits)
 
     @functools.cached_property

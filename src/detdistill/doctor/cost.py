@@ -127,6 +127,8 @@ def _cache(case: Case) -> tuple[Forecast | None, str, str]:
     """The forecast of a cache and its number format, or why there can be none."""
     if case.settings.cache is not None:
         return None, "", "the run learns from one already"
+    if case.settings.served is not None:
+        return None, "", "the run learns from a served teacher, which can write one (detdistill teach --out)"
     if reason := why_live_teacher(case.settings.method):
         return None, "", reason
     session = case.session()

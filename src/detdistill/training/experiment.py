@@ -54,7 +54,7 @@ def plans_of(plan: Plan, parent: Path) -> list[Plan]:
             mine = replace(alone, out=folder, resume=settings.resume and (folder / "config.yaml").exists())
             teacher = plan.teacher if role == "distilled" else None
             if role == "baseline":
-                mine = replace(mine, cache=None)
+                mine = replace(mine, cache=None, served=None)
             plans.append(replace(plan, settings=mine, role=role, teacher=teacher, title=f"{role}, seed {seed}"))
     return plans
 

@@ -7,36 +7,32 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from detdistill.cache.encoding import Store
 from detdistill.cache.fill import Lecture, compare, fill, look
-from detdistill.cache.forecast import Forecast, forecast, stranger
+from detdistill.cache.forecast import Forecast, forecast
 from detdistill.cache.identity import views_of
 from detdistill.cache.knowledge import About, KnowledgeCache, found_about, write
 from detdistill.cache.storage import CacheError, Storage, storage
 from detdistill.data.records import DataSplits
 from detdistill.data.transforms import ViewSettings
 from detdistill.data.views import sights
-from detdistill.detectors.build import build_detector
-from detdistill.detectors.contract import Detector, DetectorSpec, HasQueries, Teacher
+from detdistill.detectors.contract import Detector, Teacher
 from detdistill.jobs.contract import Job
 from detdistill.jobs.local import local_runner
 from detdistill.jobs.together import run_together
 from detdistill.jobs.where import LOCAL, runner_on
-from detdistill.methods.shared.compose import build_method
-from detdistill.methods.shared.contract import Method, Stage, teach_by_canvas
-from detdistill.methods.shared.needs import PairError
 from detdistill.processes import by_srun, local_rank, number_of_processes, stopped_by_signals
 from detdistill.progress import Bar, Progress
-from detdistill.settings import CacheSettings, DistillSettings, as_plain, names_where
+from detdistill.settings import CacheSettings, as_plain, names_where
 from detdistill.training.from_cache import stage_from_cache
 from detdistill.training.machine import seed_everything
-from detdistill.training.plan import Plan, view_settings
+from detdistill.training.plan import view_settings
 from detdistill.training.run import prepare
-from detdistill.training.session import Session
 from detdistill.training.stage_results import cached_stage_file, packed
+from detdistill.training.teaching import about_teacher, learner_of, stages_session
 
 TOLERANCES: dict[Store, float] = {"float32": 1e-3, "float16": 2e-3, "bfloat16": 1e-2, "int8": 1e-2, "int6": 4e-2}
 """Largest differences that ``verify`` accepts, as fractions of a tensor's largest value. Other hardware sums in another order,
@@ -75,8 +71,8 @@ def make_cache(
     _check_launcher(settings)
     frozen = Teacher(teacher[1]).fold_norms()
     seed_everything(settings.seed)
-    learner, method = _learner(frozen, student, data[1], settings.method)
-    session = _session(teacher[0], frozen, data, student, settings, learner, method)
+    learner, method = learner_of(frozen, student, data[1].train.classes, settings.method)
+    session = stages_session(teacher[0], frozen, data, student, settings, learner, method)
     stages = prepare(session, progress)
     if device == "cuda" and _started_together():
         device = f"cuda:{local_rank()}"
@@ -86,7 +82,10 @@ def make_cache(
     before = found_about(folder) if rank == 0 else _wait(folder)
     wanted = before.store if before is not None and settings.store == "auto" else settings.store
     about = replace(
-        _description(session, student, settings, lecture, stages),
+        about_teacher(teacher[0], frozen, student, settings.method, lecture, stages),
+        data=data[0],
+        data_fingerprint=train.fingerprint,
+        views=views_of(views),
         store="float32" if wanted == "auto" else wanted,
         records=len(everything),
     )
@@ -132,37 +131,6 @@ def _check_launcher(settings: CacheSettings) -> None:
         raise CacheError("nodes: start the same command on every machine with torchrun or srun, which number the processes")
     if settings.on != LOCAL and _started_together():
         raise CacheError(f"on: {settings.on} starts the writers itself; leave out torchrun or srun, or --on")
-
-
-def _description(
-    session: Session, student: str | None, settings: CacheSettings, lecture: Lecture, stages: tuple[Stage, ...]
-) -> About:
-    """The description of the cache, as yet without records and in float32."""
-    plan, teacher = session.plan, session.fixed_teachers[""]
-    assert plan.teacher is not None
-    return About(
-        teacher=plan.teacher,
-        teacher_fingerprint=teacher.fingerprint,
-        teacher_parameters=teacher.detector.count_parameters(),
-        spec=described(teacher),
-        method=settings.method,
-        student=student,
-        knowledge=tuple(lecture.knowledge),
-        stages=tuple(stage.depends_on for stage in stages),
-        data=plan.data,
-        data_fingerprint=session.splits.train.fingerprint,
-        views=views_of(view_settings(settings)),
-        store="float32",
-        precision=settings.precision,
-        records=0,
-    )
-
-
-def described(teacher: Teacher) -> DetectorSpec:
-    """The teacher's spec with the format of its queries, which runs without the teacher need."""
-    if not isinstance(teacher.detector, HasQueries):
-        return teacher.spec
-    return replace(teacher.spec, queries=teacher.queries)
 
 
 def _wait(folder: Storage) -> About | None:
@@ -275,41 +243,6 @@ def _as_texts(numbers: dict[str, int]) -> dict[str, str]:
     return {name: str(value) for name, value in numbers.items()}
 
 
-def _learner(frozen: Teacher, student: str | None, splits: DataSplits, method: str) -> tuple[Detector, Method[Any]]:
-    if student is not None:
-        learner = build_detector(student, splits.train.classes)
-        return learner, build_method(method, frozen, learner)
-    if frozen.spec.classes != splits.train.classes:
-        has = "has other classes than the data" if frozen.spec.classes else "has no classes"
-        raise CacheError(f"teacher {frozen.spec.name} {has}; give the student of the runs (--student)")
-    learner = stranger(frozen.detector)
-    try:
-        return learner, build_method(method, frozen, learner)
-    except PairError as error:
-        raise PairError(f"{error} (tried with a student of the teacher's architecture; give --student)") from error
-
-
-def _session(
-    name: str,
-    teacher: Teacher,
-    data: tuple[str, DataSplits],
-    student: str | None,
-    settings: CacheSettings,
-    learner: Detector,
-    method: Method[Any],
-) -> Session:
-    """The session that trains the earlier stages of the method, on which its knowledge depends."""
-    common = {
-        field.name: getattr(settings, field.name) for field in fields(CacheSettings) if hasattr(DistillSettings, field.name)
-    }
-    alone = {"out": None, "resume": False, "report": False, "track": (), "devices": 1, "nodes": 1, "on": LOCAL}
-    if settings.on != LOCAL:
-        alone["device"] = "auto"  # it is trained on this machine, which may have no GPU
-    run_settings = DistillSettings(**{**common, **alone})
-    plan = Plan(student or name, data[0], run_settings, role="stage", teacher=name, title="earlier stage")
-    return Session(plan, data[1], learner, method, {"": teacher}, None, teach_by_canvas, None)
-
-
 def check_cache(
     url: str, live: Callable[[str], tuple[Detector, DataSplits]] | None, records: int, device: str, progress: Progress
 ) -> str:
@@ -343,7 +276,7 @@ def check_cache(
     frozen = Teacher(detector).fold_norms()
     views = _views(cache)
     cache.check(cache.about.method, splits.train.fingerprint, views_of(views), frozen)
-    learner, method = _learner(frozen, cache.about.student, splits, cache.about.method)
+    learner, method = learner_of(frozen, cache.about.student, splits.train.classes, cache.about.method)
     for stage in method.stages(learner)[:-1]:
         if stage.depends_on:
             stage_from_cache(cache, stage, method)

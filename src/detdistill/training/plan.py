@@ -29,9 +29,13 @@ class Plan:
 
     @property
     def distilling(self) -> DistillSettings | None:
-        """The settings if the run is distilled (from a teacher, a cache, or by a method without a teacher), otherwise None."""
+        """The settings if the run is distilled (from a teacher, wherever it is, or by a method without one), otherwise None."""
         known = self.teacher is not None or self.role == "distilled"
-        return self.settings if isinstance(self.settings, DistillSettings) and (known or self.settings.cache) else None
+        return (
+            self.settings
+            if isinstance(self.settings, DistillSettings) and (known or self.settings.cache or self.settings.served)
+            else None
+        )
 
     def config(self) -> dict[str, Any]:
         """Content of ``config.yaml``: all arguments of ``detdistill train`` or ``detdistill distill``, passwords hidden."""

@@ -263,6 +263,7 @@ def _summary(loop: StageLoop, scores: Scores) -> dict[str, Any]:
     session, plan, settings, splits = loop.session, loop.plan, loop.settings, loop.splits
     distilling, cache = plan.distilling, session.cache
     assert loop.evaluation is not None
+    known = {"path": cache.folder.url, "fingerprint": cache.about.fingerprint} if cache else None
     free = names_where(DistillSettings, "run", False)
     config = {key: value for key, value in plan.config().items() if key not in free}
     return {
@@ -272,7 +273,8 @@ def _summary(loop: StageLoop, scores: Scores) -> dict[str, Any]:
         "teacher": plan.teacher or (cache.about.teacher if cache else None),
         "teacher_model": _teacher_model(session),
         "teacher_metrics": None,
-        "cache": {"path": cache.folder.url, "fingerprint": cache.about.fingerprint} if cache else None,
+        "cache": known if cache is not None and cache.ahead is None else None,
+        "served": known if cache is not None and cache.ahead is not None else None,
         "method": distilling.method if distilling else None,
         "inherit": bool(session.inherited and session.inherited.copied),
         "init": None if session.started is None else {"from": settings.init, **dataclasses.asdict(session.started)},
@@ -306,7 +308,7 @@ def _summary(loop: StageLoop, scores: Scores) -> dict[str, Any]:
 
 
 def _teacher_model(session: Session) -> str | None:
-    """Model string of the teacher, also if only its cache is there; of several, each with its name."""
+    """Model string of the teacher, also if only its description is there; of several, each with its name."""
     if session.cache is not None:
         return session.cache.about.spec.name
     return _joined(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from detdistill.cache.knowledge import KnowledgeCache
+from detdistill.cache.knowledge import KnowledgeSource
 from detdistill.data.records import DataSplits
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector, Teacher
@@ -41,11 +41,11 @@ class Session:
     method: Method[Any] | None
     """None: the student trains alone."""
     teachers: Given
-    """The loaded teachers, or the teacher's description from the cache; empty: the run has no teacher."""
-    cache: KnowledgeCache | None
-    """The cache from which the run learns; None: it learns online."""
+    """The loaded teachers, or the teacher's description from the cache or the server; empty: the run has no teacher."""
+    cache: KnowledgeSource | None
+    """The cache or served teacher from which the run learns; None: it learns from a teacher in its own process."""
     source: Source
-    """Gives the method's knowledge about a batch, from the teacher or from the cache."""
+    """Gives the method's knowledge about a batch, from the teacher, the cache or the server."""
     inherited: Inherited | None
     """Tensors copied from the teacher's neck and head into the student; None: without ``inherit``."""
     started: Start | None = None
@@ -75,7 +75,7 @@ def open_session(
     plan: Plan,
     splits: DataSplits,
     teachers: Teacher | Given | None = None,
-    cache: KnowledgeCache | None = None,
+    cache: KnowledgeSource | None = None,
     progress: Progress | None = None,
 ) -> Session:
     """Build student and method of a run from the plan's seed.
@@ -85,7 +85,8 @@ def open_session(
         splits: the loaded data of ``plan.data``.
         teachers: the loaded teacher of a distilled run, or several by name; None for methods without a teacher, and with a
             cache, unless the method or ``inherit`` needs the teacher itself.
-        cache: the opened cache of ``plan.settings.cache``; without ``teachers``, its description of the teacher is used.
+        cache: the opened cache or served teacher of ``plan.settings``; without ``teachers``, its description of the teacher is
+            used.
         progress: display of the number of inherited tensors; None: not shown.
 
     Raises:

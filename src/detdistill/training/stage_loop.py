@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -16,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from detdistill.cache.knowledge import KnowledgeCache
+from detdistill.cache.knowledge import KnowledgeSource
 from detdistill.cache.storage import masked, storage
 from detdistill.data.loader import DetectionLoader
 from detdistill.data.records import DataSplits, DetectionSet
@@ -98,11 +99,17 @@ class StageLoop:
         self.progress.say(f"no checkpoint in {self.folder.path} yet: starting from step 0", "yellow")
         return None
 
-    def loader(self, data: DetectionSet, train: bool, rank: int, world: int) -> DetectionLoader:
-        """The batches of a data set under the run's settings, for process ``rank`` of ``world`` processes."""
+    def loader(
+        self, data: DetectionSet, train: bool, rank: int, world: int, ahead: Callable[[Batch], None] | None = None
+    ) -> DetectionLoader:
+        """The batches of a data set under the run's settings, for process ``rank`` of ``world`` processes.
+
+        ``ahead`` is told of each batch before it is used.
+        """
         settings = self.settings
         views = view_settings(settings, masks=train and self.student.spec.needs_masks)
-        if not train or self.method is None or self.cache is not None:  # the teacher sees nothing
+        stored = self.cache is not None and self.cache.ahead is None
+        if not train or self.method is None or stored:  # the teacher sees nothing
             views = dataclasses.replace(views, teacher_size=None)
         return DetectionLoader(
             data,
@@ -114,6 +121,7 @@ class StageLoop:
             world=world,
             workers=settings.workers,
             in_memory=settings.in_memory,
+            ahead=ahead,
         )
 
     def evaluate(self, detector: Detector) -> Scores:
@@ -194,8 +202,12 @@ class StageLoop:
             return True
         if self.cache is not None:
             raise RunError(
-                f"stage {stage.name} has no result in {self.cache.folder.url} nor in {masked(settings.stages)}, and the cached "
-                f"knowledge depends on it; run the same `detdistill cache` again, or train online (without --cache)"
+                f"stage {stage.name} has no result in {self.cache.folder.url} nor in {masked(settings.stages)}, and the "
+                + (
+                    "cached knowledge depends on it; run the same `detdistill cache` again, or train online (without --cache)"
+                    if self.cache.ahead is None
+                    else "knowledge that is taught depends on it; start `detdistill teach` with the --data of this run"
+                )
             )
         return False
 
@@ -221,9 +233,10 @@ class StageLoop:
             unlabelled=self.session.unlabelled,
         )
         train_set = self.splits.train
+        ahead = None if self.cache is None or stage.learns_from is None else self.cache.ahead
 
         def train_dataloader() -> DetectionLoader:
-            return self.loader(train_set, True, module.trainer.global_rank, module.trainer.world_size)
+            return self.loader(train_set, True, module.trainer.global_rank, module.trainer.world_size, ahead)
 
         module.train_dataloader = train_dataloader  # type: ignore[method-assign]
         return module
@@ -343,11 +356,11 @@ def found_result(
     splits: DataSplits,
     method: Method,
     progress: Progress,
-    cache: KnowledgeCache | None = None,
+    cache: KnowledgeSource | None = None,
 ) -> bool:
-    """Load the result of a stage from the cache or from the folder ``stages`` into the method; return whether there was one."""
+    """Load the result of a stage into the method, from cache, server or folder ``stages``; return whether there was one."""
     if cache is not None and stage_from_cache(cache, stage, method):
-        progress.say(f"stage {stage.name}: taken from the cache")
+        progress.say(f"stage {stage.name}: taken from {'the cache' if cache.ahead is None else cache.folder.url}")
         return True
     folder, name = storage(settings.stages), stage_file(stage, settings, splits.train.fingerprint)
     if not load_result(folder, name, stage):

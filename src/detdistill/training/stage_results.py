@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from detdistill.cache.identity import digest
+from detdistill.cache.knowledge import Readable
 from detdistill.cache.storage import Storage
 from detdistill.errors import RunError
 from detdistill.methods.shared.contract import Method, Stage
@@ -78,7 +79,7 @@ def state_of(stage: Stage) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in _state(stage)}
 
 
-def load_result(folder: Storage, name: str, stage: Stage) -> bool:
+def load_result(folder: Readable, name: str, stage: Stage) -> bool:
     """Copy a stored result into the modules of a stage; return False if there is no file.
 
     Raises:

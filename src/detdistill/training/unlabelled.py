@@ -73,7 +73,8 @@ class Unlabelled:
         way_out = "or leave such objects background with --unlabelled background"
         if cached:
             raise RunError(
-                f"unlabelled: a cache holds no boxes of classes that the labels lack; run the teacher itself, {way_out}"
+                "unlabelled: neither a cache nor a served teacher gives boxes of classes that the labels lack; run the teacher "
+                f"itself, {way_out}"
             )
         if student.spec.needs_masks:
             raise RunError(
