@@ -29,6 +29,7 @@ SECTIONS = {
     "Use": (
         "docs/doctor.md",
         "docs/cache.md",
+        "docs/stores.md",
         "docs/scale.md",
         "docs/several-teachers.md",
         "docs/comparing.md",
