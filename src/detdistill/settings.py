@@ -72,6 +72,7 @@ class TrainSettings:
         device: auto, cpu or cuda.
         devices: processes (GPUs, or CPU processes) per node.
         nodes: number of machines; start the same command on each with torchrun or srun.
+        strategy: ddp keeps all weights in each process; fsdp shares out weights, gradients and optimizer states (large models).
         sync_bn: batch norms use the statistics of the images of all processes, not only of their own.
         threads: torch threads of each process; 0: torch's default.
         workers: processes that load images; 0 loads in the training process.
@@ -121,6 +122,7 @@ class TrainSettings:
     device: Annotated[Literal["auto", "cpu", "cuda"], CHANCE] = "auto"
     devices: Annotated[Count, CHANCE] = 1
     nodes: Annotated[Count, CHANCE] = 1
+    strategy: Annotated[Literal["ddp", "fsdp"], RUN_ONLY] = "ddp"
     sync_bn: Annotated[bool, RUN_ONLY] = False
     threads: Annotated[Index, CHANCE] = 0
     workers: Annotated[Index, CHANCE] = 0

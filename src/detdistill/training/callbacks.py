@@ -64,6 +64,7 @@ class Evaluation(L.Callback):
         if module.detector is None or self.step == trainer.global_step:
             return
         module.check_weights()
+        module.refresh()
         self.step = trainer.global_step
         if trainer.world_size > 1:  # running statistics differ between processes until the next step
             for buffer in module.detector.buffers():

@@ -46,6 +46,7 @@ from detdistill.training.origin import origin_of
 from detdistill.training.own_models import load_own
 from detdistill.training.plan import Plan, view_settings
 from detdistill.training.session import Session
+from detdistill.training.sharded import check_sharding
 from detdistill.training.stage_loop import StageLoop, found_result, plain_stage
 from detdistill.training.stage_results import reusable
 
@@ -119,6 +120,8 @@ def _train(loop: StageLoop) -> Run:
     """Train all stages and write the result."""
     session = loop.session
     stages = (plain_stage(session.student),) if session.method is None else session.method.stages(session.student)
+    if loop.settings.strategy == "fsdp":
+        check_sharding(loop.settings, session.method, len(stages))
     for index, stage in enumerate(stages):
         loop.fit(stage, done_before=[earlier.name for earlier in stages[:index]])
     return _finish(loop)

@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -41,8 +42,9 @@ from detdistill.training.matching_instability import MatchingInstability
 from detdistill.training.metrics_table import MetricsTable, idle_terms, read_rows
 from detdistill.training.module import NonFiniteLoss, StageModule
 from detdistill.training.plan import view_settings
-from detdistill.training.rendezvous import ElasticDDP, launcher, unreachable
+from detdistill.training.rendezvous import ElasticDDP, ElasticSharding, launcher, unreachable
 from detdistill.training.session import Session
+from detdistill.training.sharded import ShardedModule, by_parts
 from detdistill.training.signals import EndTogether, wait_for_the_end
 from detdistill.training.stage_results import load_result, reusable, save_result, stage_file, stage_length
 from detdistill.training.trackers import tracker
@@ -167,6 +169,7 @@ class StageLoop:
             warnings.filterwarnings("ignore", module="lightning")
             with workers_run(self.folder.path, self.plan):
                 _fit(trainer, self.module, self.folder.checkpoints, self.resume_from if resuming else None)
+        self.module.refresh()
         self.module.restore_random_state()  # needed if the checkpoint is from the last step: Lightning then trains nothing
         if self.evaluation.stopped:
             why = f"no better AP in {settings.patience} evaluations"
@@ -209,7 +212,11 @@ class StageLoop:
 
     def _module(self, stage: Stage, settings: TrainSettings, total: int) -> StageModule:
         """The Lightning module of the stage, with its training loader."""
-        module = StageModule(
+        sharded = settings.strategy == "fsdp"
+        if sharded and settings.monitor_every:
+            self.progress.say("strategy fsdp: shares of the gradient are not measured, which would need whole weights", "dim")
+            settings = dataclasses.replace(settings, monitor_every=0)
+        module = (ShardedModule if sharded else StageModule)(
             self.student,
             self.method,
             stage,
@@ -282,7 +289,9 @@ class StageLoop:
         accelerator = {"auto": "gpu" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "cuda": "gpu"}[settings.device]
         several = settings.devices * settings.nodes > 1
         # Some methods and stages leave parameters without a gradient; DDP must search for them.
-        strategy = ElasticDDP(find_unused_parameters=True) if several else "auto"
+        strategy: Strategy | str = ElasticDDP(find_unused_parameters=True) if several else "auto"
+        if settings.strategy == "fsdp":
+            strategy = ElasticSharding(settings.devices * settings.nodes)
         return L.Trainer(
             accelerator=accelerator,
             devices=settings.devices,
@@ -384,7 +393,9 @@ def _fit(trainer: L.Trainer, module: StageModule, checkpoints: Path, resume_from
         raise StoppedError(f"stopped by SIGTERM; --resume true continues {start}") from error
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         raise unreachable(error) from error
-    except RuntimeError:
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" in str(error):
+            raise RunError(by_parts(module)) from error
         if trainer.world_size > 1:  # the connection to a process that has ended
             wait_for_the_end()
         raise
