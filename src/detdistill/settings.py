@@ -97,7 +97,7 @@ class TrainSettings:
         strict: refuse data with defects instead of skipping them.
         rescan: read every file of the data, even if none has changed since they were last read.
         held_out: validate on this part of the training images, which are not trained on, instead of on the validation images.
-        out: run folder; none creates a new one under runs/.
+        out: run folder, also at a URL (s3://...); none creates a new one under runs/.
         resume: continue the run in the folder ``out``.
         allow_changes: resume although the data or the teacher changed since the run started.
         report: write ``report.html`` at the end.

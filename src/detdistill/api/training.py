@@ -11,6 +11,7 @@ from detdistill.api.reading import compare
 from detdistill.api.shared import (
     device_of,
     load_splits,
+    local_only,
     not_these_digits,
     settings_of,
 )
@@ -70,17 +71,18 @@ def train(
     from detdistill.processes import is_main_process
     from detdistill.progress import Progress
     from detdistill.training.folder import after_restart
+    from detdistill.training.mirror import at_url, sender
     from detdistill.training.plan import Plan
     from detdistill.training.run import run
     from detdistill.training.session import open_session
 
     wanted = after_restart(wanted)
     name, build = student_of(model, "model")
-    _check_start(name, build, wanted, alone=True)
-    with progress or Progress(quiet=not is_main_process()) as shown:
+    with progress or Progress(quiet=not is_main_process()) as shown, at_url(wanted, shown.say) as (wanted, mirror):
+        _check_start(name, build, wanted, alone=True)
         splits = load_splits(data, wanted.strict, shown, wanted.rescan, wanted.held_out)
         plan = Plan(name, data, wanted, role=role, title=role, build=build)
-        result = run(open_session(plan, splits, progress=shown), shown)
+        result = run(open_session(plan, splits, progress=shown), shown, sender(mirror, shown.say))
         if wanted.report:
             _report([result.folder], result.folder / "report.html", shown)
     return result
@@ -136,9 +138,11 @@ def distill(
 
     wanted = after_restart(wanted)
     several = wanted.baseline or bool(wanted.seeds)
-    _check_start(student_name, build, wanted, alone=not several)
+    if several:
+        local_only(wanted.out, "several runs (--baseline, --seeds) work in one local folder; give each run a URL of its own, or")
     from detdistill.processes import is_main_process
     from detdistill.training.from_cache import why_live_teacher
+    from detdistill.training.mirror import at_url, sender
     from detdistill.training.own_models import check_one_process
     from detdistill.training.plan import Plan
 
@@ -148,7 +152,8 @@ def distill(
     if several:
         own = [text for text in sources.values() if not isinstance(text, str)]
         check_one_process((teacher_name if own else None, student_name), max(wanted.jobs, wanted.devices * wanted.nodes))
-    with progress or Progress(quiet=not is_main_process()) as shown:
+    with progress or Progress(quiet=not is_main_process()) as shown, at_url(wanted, shown.say) as (wanted, mirror):
+        _check_start(student_name, build, wanted, alone=not several)
         splits = load_splits(data, wanted.strict, shown, wanted.rescan, wanted.held_out)
 
         def trained(folder: Path, given: dict[str, Any]) -> Path:
@@ -165,7 +170,8 @@ def distill(
         finished = wanted.resume and wanted.out is not None and (wanted.out / "summary.json").exists()
         score = wanted.score_teacher and is_main_process() and not finished
         scores = score_teachers(live, sources, splits, wanted, shown) if score else {}
-        return _alone(session, scores, shown) if not several else _experiment(session, scores, shown)
+        saved = sender(mirror, shown.say)
+        return _alone(session, scores, shown, saved) if not several else _experiment(session, scores, shown)
 
 
 def _session(
@@ -193,13 +199,13 @@ def _session(
     return open_session(plan, splits, live if live_too else None, knowledge, shown)
 
 
-def _alone(session: Session, scores: dict[str, Scores], shown: Progress) -> Distilled:
+def _alone(session: Session, scores: dict[str, Scores], shown: Progress, saved: Callable[[], None] | None) -> Distilled:
     """A single distilled run."""
     from detdistill.processes import is_main_process
     from detdistill.training.run import run
     from detdistill.training.teacher_scores import note_teachers, scores_of_all
 
-    result = run(session, shown)
+    result = run(session, shown, saved)
     if scores and is_main_process():
         note_teachers(result.folder, scores)
     page = result.folder / "report.html"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from detdistill.cache.retries import CacheError, ShortReadError, masked, patiently, reason_of
@@ -97,6 +99,49 @@ class RemoteFolder:
                 raise RuntimeError(f"not found: {error}") from error
 
         self._patiently(verb, name, told)
+
+    def send(self, name: str, path: Path) -> None:
+        """See ``RunStorage``."""
+        remote = f"{self._root}/{name}"
+
+        def send() -> None:
+            if self._has_folders:
+                self._files.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
+            self._files.put_file(str(path), remote)
+
+        self._found_out("write", name, send)
+
+    def tree(self) -> dict[str, tuple[int, str]]:
+        """See ``RunStorage``."""
+
+        def list_all() -> dict[str, dict[str, object]]:
+            self._files.invalidate_cache()
+            found: dict[str, dict[str, object]] = self._files.find(self._root, detail=True)
+            return found
+
+        found = self._patiently("list", "", list_all)
+        start = len(self._root.rstrip("/")) + 1
+        tags = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
+        return {
+            name[start:]: (int(str(one["size"])), str(next((one[tag] for tag in tags if one.get(tag)), "")))
+            for name, one in found.items()
+        }
+
+    def read_tagged(self, name: str) -> tuple[bytearray, str]:
+        """See ``RunStorage``; the tag is the content's checksum."""
+        content = self.read(name)
+        return content, f"{len(content)} {zlib.crc32(content):08x}"
+
+    def exchange(self, name: str, content: bytes, tag: str | None) -> str | None:
+        """See ``RunStorage``. Most protocols have no such operation: between the comparison and the write is a short while."""
+        try:
+            _, found = self.read_tagged(name)
+        except FileNotFoundError:
+            found = ""
+        if found != (tag or ""):
+            return None
+        self.write(name, content)
+        return f"{len(content)} {zlib.crc32(content):08x}"
 
     def remove(self, name: str) -> None:
         """See ``Storage``."""

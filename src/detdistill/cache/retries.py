@@ -45,6 +45,7 @@ REGION_CODES = frozenset(
     {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "TemporaryRedirect"}
 )
 KEY_CODES = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"})
+_chance = random.Random()  # of its own: a network that fails must not change the random numbers of a run
 T = TypeVar("T")
 
 
@@ -125,7 +126,7 @@ def patiently(what: str, operation: Callable[[], T]) -> T:
 def wait_before(attempt: int) -> float:
     """Seconds to wait before an attempt, the second being 2: exponential, half of it drawn at random."""
     longest = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 2))
-    return longest * (1 + random.random()) / 2
+    return longest * (1 + _chance.random()) / 2
 
 
 def can_pass(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -106,6 +107,58 @@ class S3Folder:
                 raise ShortReadError(f"{arrived} of {size} bytes arrived")
 
         self._patiently("write", name, write)
+
+    def send(self, name: str, path: Path) -> None:
+        """See ``RunStorage``; in parts as ``write``, read from the disk."""
+        import obstore
+
+        size = path.stat().st_size
+
+        def send() -> None:
+            try:
+                obstore.put(self._store, name, path, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+            except FileNotFoundError as error:
+                raise RuntimeError(str(error)) from error
+            if (arrived := obstore.head(self._store, name)["size"]) != size:
+                raise ShortReadError(f"{arrived} of {size} bytes arrived")
+
+        self._patiently("write", name, send)
+
+    def tree(self) -> dict[str, tuple[int, str]]:
+        """See ``RunStorage``."""
+        import obstore
+
+        found = self._patiently("list", "", lambda: obstore.list(self._store).collect())
+        return {one["path"]: (one["size"], str(one["e_tag"])) for one in found}
+
+    def read_tagged(self, name: str) -> tuple[bytearray, str]:
+        """See ``RunStorage``."""
+        import obstore
+
+        def read() -> tuple[bytearray, str]:
+            answer = obstore.get(self._store, name)
+            return bytearray(answer.bytes()), str(answer.meta["e_tag"])
+
+        return self._patiently("read", name, read)
+
+    def exchange(self, name: str, content: bytes, tag: str | None) -> str | None:
+        """See ``RunStorage``; by the store itself (``If-Match``, ``If-None-Match``), so that of two writers one succeeds."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        def exchange() -> str | None:
+            try:
+                return str(obstore.put(self._store, name, content, mode="create" if tag is None else {"e_tag": tag})["e_tag"])
+            except (AlreadyExistsError, PreconditionError):
+                return None
+            except FileNotFoundError as error:
+                raise RuntimeError(str(error)) from error
+
+        made = self._patiently("write", name, exchange)
+        if made is None:  # perhaps by this very call, whose first answer was lost
+            there, found = self.read_tagged(name)
+            return found if there == content else None
+        return made
 
     def remove(self, name: str) -> None:
         """See ``Storage``."""

@@ -64,13 +64,37 @@ class Storage(Protocol):
         ...
 
 
+class RunStorage(Storage, Protocol):
+    """Operations that a run folder at a URL needs besides."""
+
+    def send(self, name: str, path: Path) -> None:
+        """Write a file with the content of a local one, atomically."""
+        ...
+
+    def tree(self) -> dict[str, tuple[int, str]]:
+        """Size in bytes, and a tag that changes with the content, of all files in the folder and its sub-folders, by name."""
+        ...
+
+    def read_tagged(self, name: str) -> tuple[bytearray, str]:
+        """Read a small file, and its tag for ``exchange``.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        ...
+
+    def exchange(self, name: str, content: bytes, tag: str | None) -> str | None:
+        """Replace the file that has a tag (None: write it if there is none); its new tag, or None: it has another tag."""
+        ...
+
+
 def is_url(text: str) -> bool:
     """Whether a text names a folder behind a network (or in memory), not a local path.
 
     >>> is_url("s3://bucket/x"), is_url("s3:/bucket/x"), is_url("runs/x"), is_url("file:///runs/x")
     (True, True, False, False)
     """
-    return re.match(r"^[a-z][a-z0-9+.-]+:/", text) is not None and not text.startswith("file:/")
+    return re.match(r"^(?!hf:|file:)[a-z][a-z0-9+.-]+:/", text) is not None
 
 
 def url_of(text: str) -> str:
@@ -78,7 +102,19 @@ def url_of(text: str) -> str:
     return re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", text)
 
 
-def storage(url: str) -> Storage:
+def run_storage(url: str) -> RunStorage:
+    """The run folder at a URL.
+
+    Raises:
+        CacheError: see ``storage``.
+    """
+    found = storage(url)
+    if isinstance(found, LocalFolder):
+        raise CacheError(f"{url} is a local folder, not a URL")
+    return found
+
+
+def storage(url: str) -> LocalFolder | S3Folder | RemoteFolder:
     """The folder at a path or URL; nothing is created yet, and no network is used.
 
     Raises:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -56,7 +57,14 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 class StageLoop:
     """Trains the stages of one run, one after the other, in one run folder."""
 
-    def __init__(self, session: Session, folder: RunFolder, progress: Progress, facts: Facts | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        folder: RunFolder,
+        progress: Progress,
+        facts: Facts | None = None,
+        saved: Callable[[], None] | None = None,
+    ) -> None:
         """Read stage and step of the checkpoint if the run is resumed.
 
         Args:
@@ -64,11 +72,12 @@ class StageLoop:
             folder: the run folder.
             progress: display of the progress.
             facts: what all processes of the run must have in common.
+            saved: called after each checkpoint, in the main process.
 
         Raises:
             RunError: the checkpoint cannot be read.
         """
-        self.session, self.folder, self.progress, self.facts = session, folder, progress, facts or {}
+        self.session, self.folder, self.progress, self.facts, self.saved = session, folder, progress, facts or {}, saved
         self.plan, self.splits, self.settings = session.plan, session.splits, session.plan.settings
         self.student, self.method, self.cache = session.student, session.method, session.cache
         self.validation: DetectionLoader | None = None
@@ -246,7 +255,8 @@ class StageLoop:
             callbacks.append(records)
             if settings.instability:
                 callbacks.append(MatchingInstability(self.index_vectors, records))
-        return [*callbacks, evaluation, Checkpoints(self.folder.checkpoints, settings.checkpoint_every), EndTogether()]
+        checkpoints = Checkpoints(self.folder.checkpoints, settings.checkpoint_every, self.saved)
+        return [*callbacks, evaluation, checkpoints, EndTogether()]
 
     def _warn_about_idle_terms(self, stage: Stage) -> None:
         """Name the loss terms of the stage that had no gradient in any measurement, except those that train the method alone."""
