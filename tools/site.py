@@ -30,6 +30,7 @@ SECTIONS = {
         "docs/doctor.md",
         "docs/cache.md",
         "docs/serving.md",
+        "docs/stores.md",
         "docs/scale.md",
         "docs/clusters.md",
         "docs/several-teachers.md",

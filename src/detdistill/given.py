@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from detdistill.cache.storage import is_url, masked, url_of
 from detdistill.errors import DetdistillError, ModelError
 from detdistill.results import Distilled
 
@@ -20,15 +21,15 @@ def name_or_detector(model: Any, what: str = "model") -> str | Detector:
     """A model string or path as text, or the detector itself.
 
     Args:
-        model: a model string, a path, the result of ``train`` or ``distill`` (then the path of its run folder), a ``Detector``
-            (also a wrapped model), or a ``Teacher``.
+        model: a model string, a path, a URL (then the path of a local copy), the result of ``train`` or ``distill`` (then the
+            path of its run folder), a ``Detector`` (also a wrapped model), or a ``Teacher``.
         what: role of the model, for messages.
 
     Raises:
         ModelError: anything else, or a result with several runs.
     """
     if isinstance(model, str | Path):
-        return str(model)
+        return local_copy(model)
     if isinstance(model, Distilled):
         distilled = [run for run in model.runs if len(model.runs) == 1 or run.name.startswith("distilled")]
         if len(distilled) != 1:
@@ -51,6 +52,15 @@ def name_or_detector(model: Any, what: str = "model") -> str | Detector:
     raise ModelError(
         f"{what}: a {type(model).__name__} is no model; give a model string, a path, a result of train or distill, or a detector"
     )
+
+
+def local_copy(name: str | Path) -> str:
+    """A path or model string as it is; of a URL the path of a local copy, see ``kept_copy``."""
+    if not is_url(str(name)):
+        return str(name)
+    from detdistill.training.kept_runs import kept_copy  # imported here: it imports torch, and names are mostly local
+
+    return kept_copy(name)
 
 
 def name_of(model: Any, what: str = "model") -> str:
@@ -101,7 +111,7 @@ def teacher_of(model: Any) -> tuple[str | None, str | Detector | None]:
         return None, None
     found = name_or_detector(model, "teacher")
     if isinstance(found, str):
-        return found, found
+        return masked(url_of(str(model))) if isinstance(model, str | Path) and is_url(str(model)) else found, found
     from detdistill.detectors.options import OWN
 
     return f"{OWN}:{found.spec.name}", found

@@ -83,7 +83,9 @@ def _detector(name: str, classes: Sequence[str]) -> Detector:
     """Load a detector with its own classes if it has any, otherwise build it with the given ones."""
     from detdistill.detectors.load import load_detector
     from detdistill.errors import ClassCountError
+    from detdistill.given import local_copy
 
+    name = local_copy(name)
     if Path(name).exists():
         return load_detector(name)
     try:

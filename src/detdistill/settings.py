@@ -73,6 +73,7 @@ class TrainSettings:
         device: auto, cpu or cuda.
         devices: processes (GPUs, or CPU processes) per node.
         nodes: number of machines; start the same command on each with torchrun or srun.
+        strategy: ddp keeps all weights in each process; fsdp shares out weights, gradients and optimizer states (large models).
         sync_bn: batch norms use the statistics of the images of all processes, not only of their own.
         threads: torch threads of each process; 0: torch's default.
         workers: processes that load images; 0 loads in the training process.
@@ -97,7 +98,7 @@ class TrainSettings:
         strict: refuse data with defects instead of skipping them.
         rescan: read every file of the data, even if none has changed since they were last read.
         held_out: validate on this part of the training images, which are not trained on, instead of on the validation images.
-        out: run folder; none creates a new one under runs/.
+        out: run folder, also at a URL (s3://...); none creates a new one under runs/.
         resume: continue the run in the folder ``out``.
         allow_changes: resume although the data or the teacher changed since the run started.
         report: write ``report.html`` at the end.
@@ -122,6 +123,7 @@ class TrainSettings:
     device: Annotated[Literal["auto", "cpu", "cuda"], CHANCE] = "auto"
     devices: Annotated[Count, CHANCE] = 1
     nodes: Annotated[Count, CHANCE] = 1
+    strategy: Annotated[Literal["ddp", "fsdp"], RUN_ONLY] = "ddp"
     sync_bn: Annotated[bool, RUN_ONLY] = False
     threads: Annotated[Index, CHANCE] = 0
     workers: Annotated[Index, CHANCE] = 0

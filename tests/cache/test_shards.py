@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from detdistill.cache import retries
 from detdistill.cache.encoding import decode, encode
 from detdistill.cache.shards import FOLDER, ShardIndex, ShardWriter
-from detdistill.cache.storage import SECRET_URL, CacheError, LocalFolder, masked, storage
+from detdistill.cache.storage import SECRET_URL, CacheError, LocalFolder, StoreError, masked, storage
 from detdistill.errors import DetdistillWarning
 from detdistill.structures import Features
 
@@ -237,9 +238,54 @@ def test_errors_of_file_systems_become_one_line(monkeypatch):
         lambda: folder.write("a", b""),
         lambda: folder.remove("a"),
     ):
-        with pytest.raises(OSError, match=r"^530 Login of memory://me:\*\*\*@host failed$"):
+        with pytest.raises(OSError, match=r"^cannot \w+ memory://host/x.*: 530 Login of memory://me:\*\*\*@host failed; check"):
             action()
     with pytest.raises(CacheError, match=r"x/shards cannot be read: 530 Login"):
         ShardIndex(folder, CACHE)
     with pytest.raises(CacheError, match=r"^cache ftp://127.0.0.1:9/x: "):
         storage("ftp://127.0.0.1:9/x")
+
+
+def test_a_file_system_of_fsspec_is_tried_again(monkeypatch):
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
+    folder = storage(f"memory://host/{id(monkeypatch)}")
+    folder.write("a", b"12345")
+    errors = iter([TimeoutError(), ConnectionResetError(), OSError(errno.EBUSY, "busy")])
+    before = folder._files.cat_file
+
+    def fails(path, *_, **options):
+        if (error := next(errors, None)) is not None:
+            raise error
+        return before(path, **options)
+
+    monkeypatch.setattr(folder._files, "cat_file", fails)
+    with pytest.warns(DetdistillWarning, match=r"cannot read memory://host/\d+/a: busy; trying again for up to 120 seconds"):
+        assert folder.read("a") == b"12345"
+    cut = iter([b"12", b""])
+    monkeypatch.setattr(folder._files, "cat_file", lambda *_, **__: next(cut, b"12345"))
+    assert folder.read("a") == b"12345", "a file that arrives cut short is read again"
+    errors = iter([OSError(errno.ENOSPC, "No space left on device"), None])
+    monkeypatch.setattr(folder._files, "pipe_file", fails)
+    with pytest.raises(StoreError, match=r"the store is full \(no space left\); make space there and run the same command again"):
+        folder.write("b", b"1")
+    assert next(errors) is None, "which was not tried again"
+
+
+def test_a_record_that_arrives_damaged_is_read_again(folder, monkeypatch):
+    write(folder, ["0/-", "1/-"])
+    index, before, left = ShardIndex(folder, CACHE), folder.read, [1]
+
+    def damaged(name, start=0, end=None):
+        content = before(name, start, end)
+        if left[0]:
+            left[0] -= 1
+            content[0] ^= 1
+        return content
+
+    monkeypatch.setattr(folder, "read", damaged)
+    assert read(index, "1/-").maps[0][0, 0, 0, 0] == 1
+    left[0] = 1
+    assert ShardIndex(folder, CACHE).missing(["0/-", "1/-"]) == [], "and so is a manifest"
+    left[0] = 2
+    with pytest.raises(CacheError, match="the record of image 1/- is damaged"):
+        read(index, "1/-")

@@ -222,9 +222,18 @@ def _torchrun(out: Path, settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_after_a_process_was_killed(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_goes_on_after_a_process_was_killed(strategy: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     whole, out = tmp_path / "whole", tmp_path / "run"
-    settings = {"steps": 24, "batch": 2, "devices": 2, "checkpoint_every": 2, "evaluate_every": 100, "sync_bn": False}
+    settings = {
+        "steps": 24,
+        "batch": 2,
+        "devices": 2,
+        "checkpoint_every": 2,
+        "evaluate_every": 100,
+        "sync_bn": False,
+        "strategy": strategy,
+    }
     assert together(2, lambda rank: train(small.MODEL, whole, **settings)) == [0, 0]
     assert together(1, lambda rank: _torchrun(out, settings), lambda rank, world, port: {}) == [0]
     assert "failed (exitcode: -9) local_rank: 1" in capfd.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detdistill.api.models import check_looking, ready
-from detdistill.api.shared import device_of
+from detdistill.api.shared import device_of, local_only
 from detdistill.errors import RunError, nearest
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def label(
         raise RunError(f"nms: {nms:g} must be a number from 0 to 1")
     if review < 0:
         raise RunError(f"review: {review} must be 0 or more")
+    local_only(out)
     if len(set(classes)) < len(classes):
         raise RunError(f"classes: {', '.join(classes)}: a class is named twice")
     with progress or Progress() as shown:

@@ -10,6 +10,7 @@ from detdistill.api.shared import (
     device_for,
     device_of,
     image_settings,
+    local_only,
     not_these_digits,
     settings_of,
     tell,
@@ -119,6 +120,7 @@ def predict(
     from detdistill.progress import Progress
 
     check_looking(score, batch)
+    local_only(out)
     with progress or Progress() as shown:
         detector, settings = ready(model, size, device, shown)
         parameter = next(detector.parameters(), None)
@@ -231,6 +233,7 @@ def export_student(
     from detdistill.training.origin import known_origin
     from detdistill.training.plan import view_settings
 
+    local_only(out)
     model, folder = name_of(model), Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists; give another --out")
@@ -311,6 +314,7 @@ def export(
     from detdistill.training.origin import known_origin
     from detdistill.training.plan import view_settings
 
+    local_only(out)
     model = name_or_detector(model)
     free = None if dynamic is None else tuple(dynamic)
     wanted = Wanted(Path(out), format, int8, nms, free, opset, calibration, batch, overwrite=overwrite)

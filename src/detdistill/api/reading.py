@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from detdistill.api.shared import write
+from detdistill.api.shared import local_only, write
 from detdistill.errors import RunError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def compare(
     """Pair baselines and distilled runs by seed, and compute mean gain, 95 % interval and verdict.
 
     Args:
-        runs: run folders, folders that contain them, or exported files of runs (``model.onnx``).
+        runs: run folders, folders that contain them (also at URLs), or exported files of runs (``model.onnx``).
         metric: one of the 12 COCO numbers.
         allow_unequal: compare runs whose budgets differ.
         data: evaluate exported files on the val split of these data; None: their scores are those in ``export.json`` beside them.
@@ -38,7 +38,10 @@ def compare(
     import json
 
     from detdistill.compare import compare_runs, gains_json
+    from detdistill.given import local_copy
 
+    local_only(out)
+    runs = [local_copy(run) for run in runs]
     measured = None if data is None else _measured(runs, data)
     gains = compare_runs(runs, metric=metric, allow_unequal=allow_unequal, measured=measured)
     if out is not None:
@@ -68,7 +71,7 @@ def report(runs: Sequence[Path | str], *, out: Path | None = None) -> Path:
     """Write one self-contained HTML page about runs.
 
     Args:
-        runs: run folders, or folders that contain them.
+        runs: run folders, or folders that contain them; also at URLs.
         out: path of the page; None: ``report.html`` in the first folder.
 
     Returns:
@@ -78,9 +81,12 @@ def report(runs: Sequence[Path | str], *, out: Path | None = None) -> Path:
         RunError: the folders contain no finished run.
     """
     from detdistill.compare import expand
+    from detdistill.given import local_copy
     from detdistill.report.page import build_report
 
     page = out if out is not None else Path(runs[0]) / "report.html"
+    local_only(page, "the page is written to the local disk;")
+    runs = [local_copy(run) for run in runs]
     return build_report(expand(runs), page)
 
 

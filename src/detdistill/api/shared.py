@@ -54,6 +54,18 @@ def settings_of(kind: type[Any], given: dict[str, Any]) -> Any:
     return kind(**given)
 
 
+def local_only(out: str | Path | None, why: str = "this is written to the local disk;") -> None:
+    """Check that something is not to be written to a URL.
+
+    Raises:
+        RunError: it is.
+    """
+    from detdistill.cache.storage import is_url, masked, url_of
+
+    if out is not None and is_url(str(out)):
+        raise RunError(f"out: {masked(url_of(str(out)))} is a URL: {why} give a folder or file of this machine")
+
+
 def write(path: Path, text: str) -> None:
     """Write a text file; its folder is created if missing.
 
@@ -62,6 +74,7 @@ def write(path: Path, text: str) -> None:
     """
     from detdistill.training.folder import write_text
 
+    local_only(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)

@@ -12,6 +12,7 @@ from detdistill.api.reading import compare
 from detdistill.api.shared import (
     device_of,
     load_splits,
+    local_only,
     not_these_digits,
     settings_of,
 )
@@ -72,17 +73,18 @@ def train(
     from detdistill.processes import is_main_process
     from detdistill.progress import Progress
     from detdistill.training.folder import after_restart
+    from detdistill.training.mirror import at_url, sender
     from detdistill.training.plan import Plan
     from detdistill.training.run import run
     from detdistill.training.session import open_session
 
     wanted = after_restart(wanted)
     name, build = student_of(model, "model")
-    _check_start(name, build, wanted, alone=True)
-    with progress or Progress(quiet=not is_main_process()) as shown:
+    with progress or Progress(quiet=not is_main_process()) as shown, at_url(wanted, shown.say) as (wanted, mirror):
+        _check_start(name, build, wanted, alone=True)
         splits = load_splits(data, wanted.strict, shown, wanted.rescan, wanted.held_out)
         plan = Plan(name, data, wanted, role=role, title=role, build=build)
-        result = run(open_session(plan, splits, progress=shown), shown)
+        result = run(open_session(plan, splits, progress=shown), shown, sender(mirror, shown.say))
         if wanted.report:
             _report([result.folder], result.folder / "report.html", shown)
     return result
@@ -124,13 +126,14 @@ def distill(
     from detdistill.processes import is_main_process
     from detdistill.progress import Progress
     from detdistill.training.folder import after_restart
+    from detdistill.training.mirror import at_url, sender
 
     _check_methods(teacher, wanted)
     wanted = after_restart(wanted)
-    with progress or Progress(quiet=not is_main_process()) as shown:
+    with progress or Progress(quiet=not is_main_process()) as shown, at_url(wanted, shown.say) as (wanted, mirror):
         session, scores = _opened(teacher, student, data, wanted, shown)
         if not _several(wanted):
-            return _alone(session, scores, shown)
+            return _alone(session, scores, shown, sender(mirror, shown.say))
         from detdistill.training.experiment import run_experiment
 
         return _compared(run_experiment(session, scores, shown), wanted, shown)
@@ -245,6 +248,10 @@ def _check_methods(teacher: Model | Mapping[str, Model] | None, wanted: DistillS
         )
     if teacher is None and wanted.inherit:
         raise RunError("inherit: it copies weights of the teacher; give --teacher")
+    if _several(wanted):
+        local_only(wanted.out, "several runs (--baseline, --seeds) work in one local folder; give each run a URL of its own, or")
+    if wanted.on != "local":
+        local_only(wanted.out, "runs on a cluster work in a folder that all nodes share;")
 
 
 def _several(wanted: DistillSettings) -> bool:
@@ -324,7 +331,7 @@ def _session(
     return open_session(plan, splits, live if live_too else None, knowledge, shown)
 
 
-def _alone(session: Session, scores: dict[str, Scores], shown: Progress) -> Distilled:
+def _alone(session: Session, scores: dict[str, Scores], shown: Progress, saved: Callable[[], None] | None) -> Distilled:
     """A single distilled run."""
     from detdistill.processes import is_main_process
     from detdistill.training.experiment import run_elsewhere
@@ -333,7 +340,7 @@ def _alone(session: Session, scores: dict[str, Scores], shown: Progress) -> Dist
 
     settings = session.plan.settings
     assert isinstance(settings, DistillSettings)
-    folder = run(session, shown).folder if settings.on == "local" else run_elsewhere(session, shown)
+    folder = run(session, shown, saved).folder if settings.on == "local" else run_elsewhere(session, shown)
     if scores and is_main_process():
         note_teachers(folder, scores)
     page = folder / "report.html"

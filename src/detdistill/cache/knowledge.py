@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.cache.encoding import Store, decode
 from detdistill.cache.identity import Knowledge, digest, in_words, knowledge_of, views_lacking
-from detdistill.cache.shards import ShardIndex, sealed, source_of, unsealed
-from detdistill.cache.storage import CacheError, Storage, storage
+from detdistill.cache.shards import ShardIndex, read_sealed, sealed, source_of
+from detdistill.cache.storage import CacheError, Storage, StoreError, storage
 from detdistill.data.views import key_of
 from detdistill.detectors.contract import DetectorSpec, Teacher
 from detdistill.methods.shared.contract import Composition, Method, Source
@@ -356,12 +356,11 @@ def found_about(folder: Storage) -> About | None:
         CacheError: the file is damaged, cannot be read, or has another format version.
     """
     try:
-        text = folder.read(ABOUT)
+        content = read_sealed(folder, ABOUT)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise CacheError(f"{folder.url}/{ABOUT} cannot be read: {error.strerror or error}") from error
-    content = unsealed(text, f"{folder.url}/{ABOUT}")
     if (version := content.pop("format")) != FORMAT:
         raise CacheError(f"{folder.url} is a cache of format {version}, this detdistill reads {FORMAT}; make it again")
     return About.from_plain(content)
@@ -381,7 +380,7 @@ def write(folder: Storage, name: str, content: bytes) -> None:
 
 def unwritable(folder: Storage, error: OSError) -> CacheError:
     """The error for a cache that cannot be written, e.g. because the disk is full."""
-    return CacheError(
-        f"cannot write to {folder.url}: {error.strerror or error}; finished records are kept: make space and run the same "
-        f"`detdistill cache` again"
-    )
+    advice = error.advice if isinstance(error, StoreError) else "make space and run the same command again"
+    reason = error.reason if isinstance(error, StoreError) else error.strerror or error
+    again = advice.replace("the same command", "the same `detdistill cache`")
+    return CacheError(f"cannot write to {folder.url}: {reason}; finished records are kept: {again}")

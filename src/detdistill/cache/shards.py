@@ -59,6 +59,20 @@ def unsealed(text: bytes | bytearray, name: str) -> dict[str, Any]:
     return content
 
 
+def read_sealed(folder: Storage, name: str) -> dict[str, Any]:
+    """Read a file that ``sealed`` has encoded; a second time if its checksum is wrong, because a network may have cut it short.
+
+    Raises:
+        CacheError: the checksum is wrong both times.
+        OSError: the file cannot be read.
+    """
+    path = f"{folder.url}/{name}"
+    try:
+        return unsealed(folder.read(name), path)
+    except CacheError:
+        return unsealed(folder.read(name), path)
+
+
 class ShardWriter:
     """Collects records and writes a shard whenever a limit of records or megabytes is reached."""
 
@@ -196,6 +210,10 @@ class Place:
     """Time of change and crc32 of the image file that the record was made from; None: unknown (caches of earlier versions)."""
 
 
+def _whole(key: str, place: Place, data: bytearray) -> bool:
+    return len(data) == place.end - place.start and checksum(key, place.layout, data) == place.crc
+
+
 class ShardIndex:
     """Index of all records in finished shards, by key."""
 
@@ -234,7 +252,7 @@ class ShardIndex:
     def _take(self, name: str, there: Mapping[str, int]) -> None:
         path = f"{self.folder.url}/{FOLDER}/{name}"
         try:
-            manifest = unsealed(self.folder.read(f"{FOLDER}/{name}"), path)
+            manifest = read_sealed(self.folder, f"{FOLDER}/{name}")
         except OSError as error:
             raise CacheError(f"{path} cannot be read: {error.strerror or error}") from error
         shard = name.removesuffix(".json") + ".safetensors"
@@ -263,12 +281,14 @@ class ShardIndex:
         place = self.places[key]
         path = f"{self.folder.url}/{FOLDER}/{place.shard}"
         try:
-            data = self.folder.read(f"{FOLDER}/{place.shard}", place.start, place.end)
+            data = self._bytes_of(place)
+            if not _whole(key, place, data):
+                data = self._bytes_of(place)  # a network may have cut it short or mixed it up
         except FileNotFoundError as error:
             raise CacheError(f"{path} is missing; delete its .json and run the same `detdistill cache` again") from error
         except OSError as error:
             raise CacheError(f"{path} cannot be read: {error.strerror or error}") from error
-        if len(data) != place.end - place.start or checksum(key, place.layout, data) != place.crc:
+        if not _whole(key, place, data):
             if not self._holds(place.shard, key):
                 raise CacheError(f"{path} holds other records than its .json lists, so it was renamed or swapped; undo that")
             raise CacheError(
@@ -276,6 +296,9 @@ class ShardIndex:
                 f"delete this shard and its .json and run the same `detdistill cache` again"
             )
         return place.layout, data
+
+    def _bytes_of(self, place: Place) -> bytearray:
+        return self.folder.read(f"{FOLDER}/{place.shard}", place.start, place.end)
 
     def _holds(self, shard: str, key: str) -> bool:
         """Whether a shard's own header lists a record; True if the header cannot be read."""

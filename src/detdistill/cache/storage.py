@@ -1,23 +1,29 @@
-"""Folders with atomic writes of whole files, on the local disk or at an fsspec URL (s3://, gs://, memory://)."""
+"""Folders with atomic writes of whole files: on the local disk, in an S3 bucket, or at any other URL that fsspec knows."""
 
 from __future__ import annotations
 
-import contextlib
-import os
+import importlib.util
 import re
-import shutil
-import time
-import uuid
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from detdistill.errors import DetdistillWarning, RunError
+from detdistill.cache.local import LocalFolder
+from detdistill.cache.remote import SECRET_URL, RemoteFolder
+from detdistill.cache.retries import CacheError, StoreError, masked
+from detdistill.cache.s3 import S3Folder
 
-
-class CacheError(RunError):
-    """A cache cannot be used or made; the message names the file, the reason and what to do."""
+__all__ = [
+    "SECRET_URL",
+    "CacheError",
+    "LocalFolder",
+    "RemoteFolder",
+    "S3Folder",
+    "Storage",
+    "StoreError",
+    "is_url",
+    "masked",
+    "storage",
+]
 
 
 class Storage(Protocol):
@@ -58,172 +64,65 @@ class Storage(Protocol):
         ...
 
 
-SECRET_URL = "DETDISTILL_CACHE_URL"
-"""Environment variable with the whole URL of a cache whose password is hidden in ``config.yaml`` (``user:***@host``)."""
-OLD = 24 * 3600
-"""Age in seconds from which a temporary file belongs to no running writer."""
+class RunStorage(Storage, Protocol):
+    """Operations that a run folder at a URL needs besides."""
+
+    def send(self, name: str, path: Path) -> None:
+        """Write a file with the content of a local one, atomically."""
+        ...
+
+    def tree(self) -> dict[str, tuple[int, str]]:
+        """Size in bytes, and a tag that changes with the content, of all files in the folder and its sub-folders, by name."""
+        ...
+
+    def read_tagged(self, name: str) -> tuple[bytearray, str]:
+        """Read a small file, and its tag for ``exchange``.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        ...
+
+    def exchange(self, name: str, content: bytes, tag: str | None) -> str | None:
+        """Replace the file that has a tag (None: write it if there is none); its new tag, or None: it has another tag."""
+        ...
 
 
-def masked(text: str) -> str:
-    """Hide the passwords and keys of all URLs in a text.
+def is_url(text: str) -> bool:
+    """Whether a text names a folder behind a network (or in memory), not a local path.
 
-    >>> masked("s3://me:pass/word@host/folder?token=abc&part=1")
-    's3://me:***@host/folder?token=***&part=1'
+    >>> is_url("s3://bucket/x"), is_url("s3:/bucket/x"), is_url("runs/x"), is_url("file:///runs/x")
+    (True, True, False, False)
     """
-    text = re.sub(r"(?<=://)([^/@:\s]*):[^@\s]*@", r"\1:***@", text)
-    return re.sub(r"(?i)([?&][\w-]*(?:token|key|secret|password|signature|sig)[\w-]*=)[^&\s]+", r"\1***", text)
+    return re.match(r"^(?!hf:|file:)[a-z][a-z0-9+.-]+:/", text) is not None
 
 
-def storage(url: str) -> Storage:
-    """The folder at a path or URL; nothing is created yet.
+def url_of(text: str) -> str:
+    """A URL with the second slash that it loses as a ``Path``."""
+    return re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", text)
+
+
+def run_storage(url: str) -> RunStorage:
+    """The run folder at a URL.
 
     Raises:
-        CacheError: the URL's protocol is unknown or its package is not installed.
+        CacheError: see ``storage``.
     """
-    # A URL that went through Path has lost one of its two slashes.
-    url = re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", str(url))
-    if "://" not in url or url.startswith("file://"):
+    found = storage(url)
+    if isinstance(found, LocalFolder):
+        raise CacheError(f"{url} is a local folder, not a URL")
+    return found
+
+
+def storage(url: str) -> LocalFolder | S3Folder | RemoteFolder:
+    """The folder at a path or URL; nothing is created yet, and no network is used.
+
+    Raises:
+        CacheError: the URL's protocol is unknown, its package is not installed, or there are no credentials for it.
+    """
+    url = url_of(str(url))
+    if not is_url(url):
         return LocalFolder(Path(url.removeprefix("file://")))
+    if url.startswith(("s3://", "s3a://")) and (importlib.util.find_spec("obstore") or not importlib.util.find_spec("s3fs")):
+        return S3Folder(url)
     return RemoteFolder(url)
-
-
-class LocalFolder:
-    """A local folder (or one on a mounted network disk)."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.url = path, str(path)
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """See ``Storage``."""
-        try:
-            with os.scandir(self.path / folder) as entries:
-                return {e.name: e.stat().st_size for e in entries if e.is_file() and not e.name.endswith(".tmp")}
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-
-    def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
-        """See ``Storage``."""
-        with open(self.path / name, "rb", buffering=0) as file:
-            if end is None:
-                end = os.fstat(file.fileno()).st_size
-            file.seek(start)
-            content = bytearray(max(0, end - start))
-            view, done = memoryview(content), 0
-            while done < len(content) and (count := file.readinto(view[done:])):
-                done += count
-        view.release()
-        del content[done:]
-        return content
-
-    def write(self, name: str, *content: bytes) -> None:
-        """Write a temporary file beside the final one, flush it to the disk, then rename it."""
-        final = self.path / name
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.writelines(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, final)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-    def remove(self, name: str) -> None:
-        """See ``Storage``."""
-        (self.path / name).unlink(missing_ok=True)
-
-    def clean(self, folder: str, start: str) -> None:
-        """See ``Storage``."""
-        with contextlib.suppress(OSError):
-            for path in (self.path / folder).glob("*.tmp"):
-                if path.name.startswith(start) or time.time() - path.stat().st_mtime > OLD:
-                    path.unlink(missing_ok=True)
-
-    def free_bytes(self) -> int | None:
-        """Free space in bytes on the disk that holds (or will hold) the folder."""
-        existing = self.path.absolute()
-        while not existing.exists():
-            existing = existing.parent
-        return shutil.disk_usage(existing).free
-
-
-class RemoteFolder:
-    """A folder at an fsspec URL. Each ``write`` is a single upload; object stores show it only when it is complete."""
-
-    def __init__(self, url: str) -> None:
-        import fsspec  # imported here: most caches are local
-
-        self.url = masked(url)
-        if "***" in url:
-            url = os.environ.get(SECRET_URL, "")
-            if masked(url) != self.url:
-                raise CacheError(f"cache {self.url}: its password is not stored; give the whole URL, or set {SECRET_URL} to it")
-        elif self.url != url:
-            warnings.warn(
-                f"the password in {self.url} is hidden in all files of the run; better give it to the storage by its own "
-                "environment variables or configuration files",
-                DetdistillWarning,
-                stacklevel=2,
-            )
-        try:
-            self._files, self._root = fsspec.core.url_to_fs(url)
-        except Exception as error:  # each file system has its own errors, e.g. ftplib's and botocore's
-            raise CacheError(f"cache {self.url}: {_reason(error)}") from error
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """See ``Storage``."""
-        self._files.invalidate_cache()
-        try:
-            with _reached():
-                found = self._files.ls(f"{self._root}/{folder}", detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
-
-    def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
-        """See ``Storage``."""
-        with _reached():
-            return bytearray(self._files.cat_file(f"{self._root}/{name}", start=start, end=end))
-
-    def write(self, name: str, *content: bytes) -> None:
-        """See ``Storage``."""
-        path = f"{self._root}/{name}"
-        with _reached():
-            self._files.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            self._files.pipe_file(path, content[0] if len(content) == 1 else b"".join(content))
-
-    def remove(self, name: str) -> None:
-        """See ``Storage``."""
-        with _reached():
-            if self._files.exists(f"{self._root}/{name}"):
-                self._files.rm_file(f"{self._root}/{name}")
-
-    def clean(self, folder: str, start: str) -> None:
-        """Nothing to do: an upload is visible only when it is complete."""
-
-    def free_bytes(self) -> int | None:
-        """None: unknown."""
-        return None
-
-
-@contextlib.contextmanager
-def _reached() -> Iterator[None]:
-    """Context in which the errors of a remote file system that are not OSErrors become one.
-
-    Raises:
-        OSError: with the reason, without passwords.
-    """
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in one line and without passwords."""
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return masked(" ".join(said.split())) or type(error).__name__

@@ -64,6 +64,7 @@ class Evaluation(L.Callback):
         if module.detector is None or self.step == trainer.global_step:
             return
         module.check_weights()
+        module.refresh()
         self.step = trainer.global_step
         if trainer.world_size > 1:  # running statistics differ between processes until the next step
             for buffer in module.detector.buffers():
@@ -151,9 +152,15 @@ class Records(Listener):
 class Checkpoints(Listener):
     """Saves ``last.ckpt`` after each epoch (and every few steps) and ``best.ckpt`` at each new best AP, never half-written."""
 
-    def __init__(self, folder: Path, every: int) -> None:
-        """Save to ``folder`` after each epoch and every ``every`` optimizer steps; 0: after each epoch only."""
-        self.folder, self.every = folder, every
+    def __init__(self, folder: Path, every: int, saved: Callable[[], None] | None = None) -> None:
+        """Save to ``folder`` after each epoch and every ``every`` optimizer steps; 0: after each epoch only.
+
+        Args:
+            folder: the folder of checkpoints.
+            every: see above.
+            saved: called in the main process after ``last.ckpt`` was saved.
+        """
+        self.folder, self.every, self.saved = folder, every, saved
         self._saved = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -203,6 +210,8 @@ class Checkpoints(Listener):
             temporary.unlink(missing_ok=True)
             kept = "the previous one is kept" if path.exists() else "there is no earlier one"
             raise RunError(f"cannot save {path}: {_reason(error)}; {kept}. Make space and continue with --resume true") from error
+        if name == "last.ckpt" and self.saved is not None and trainer.is_global_zero:
+            self.saved()
 
 
 def _reason(error: Exception) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from detdistill.cache.storage import is_url, masked, url_of
 from detdistill.errors import RunError
 from detdistill.processes import launch, restarts
 from detdistill.settings import DistillSettings, TrainSettings, as_plain, names_where, renamed
@@ -76,6 +77,10 @@ def new_folder(out: Path | None, name: str) -> Path:
     Raises:
         RunError: the folder exists and is not empty, or cannot be read.
     """
+    if out is not None and is_url(str(out)):
+        raise RunError(
+            f"out: {masked(url_of(str(out)))} is a URL, which only single runs of train and distill write to; give a folder"
+        )
     path = out if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         taken = path.exists() and (not path.is_dir() or any(not _left_over(entry) for entry in path.iterdir()))

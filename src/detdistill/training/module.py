@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -107,6 +108,9 @@ class StageModule(L.LightningModule):
             return averaged
         return self.stage.evaluates
 
+    def refresh(self) -> None:
+        """Bring ``detector`` up to date with the training, in all processes; nothing to do where it is the student itself."""
+
     # ------------------------------------------------------------------------------------------------- the step
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
@@ -146,11 +150,15 @@ class StageModule(L.LightningModule):
 
     def _freeze(self) -> None:
         """Turn on gradients for the modules that the stage trains at this step, and off for all others."""
-        trained = tuple(dict.fromkeys(id(module) for module in self.stage.trains(self.clock)))
-        if trained == self._trained:
-            return
-        self._trained = trained
-        wanted = {id(p) for module in self.stage.trains(self.clock) for p in module.parameters()}
+        modules = self.stage.trains(self.clock)
+        trained = tuple(dict.fromkeys(id(module) for module in modules))
+        if trained != self._trained:
+            self._trained = trained
+            self._train_only(modules)
+
+    def _train_only(self, modules: Iterable[nn.Module]) -> None:
+        """Turn on gradients for the given modules, and off for all others."""
+        wanted = {id(p) for module in modules for p in module.parameters()}
         for parameter in self._trainable:
             parameter.requires_grad_(id(parameter) in wanted)
 
@@ -166,6 +174,8 @@ class StageModule(L.LightningModule):
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(norm, DTensor):  # of gradients that are shared out among the processes
+            norm = norm.full_tensor()
         finite = torch.isfinite(torch.stack([losses.total() for losses, _ in self._unchecked])).all()
         if self.settings.precision != "16":  # with precision 16, the loss scaler skips such steps and lowers its scale
             finite &= torch.isfinite(norm)
@@ -187,7 +197,9 @@ class StageModule(L.LightningModule):
                 break
         else:
             broken = [
-                name for name, p in self.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+                name
+                for name, p in self.named_parameters()
+                if p.grad is not None and not bool(torch.isfinite(own_part(p.grad)).all())
             ]
             what = f"the gradient ({broken[0] if broken else 'its norm'}, {len(broken)} tensors)"
             values = (f"{name} {float(term):.3g}" for name, term in self._unchecked[-1][0].terms.items())
@@ -228,7 +240,10 @@ class StageModule(L.LightningModule):
         """
         tensors: dict[str, Tensor] = dict(self.named_parameters())
         tensors |= {name: buffer for name, buffer in self.named_buffers() if name.endswith(("running_mean", "running_var"))}
-        finite = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors.values()])
+        finite = torch.stack([torch.isfinite(own_part(tensor.detach())).all() for tensor in tensors.values()])
+        if any(isinstance(tensor, DTensor) for tensor in tensors.values()):  # each process has seen its own part of them
+            finite = finite.int()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         if not bool(finite.all()):
             bad = [name for name, good in zip(tensors, finite.tolist(), strict=True) if not good]
             raise NonFiniteLoss(f"{bad[0]} ({len(bad)} tensors) is not finite after step {self.global_step}; {self._advice()}")
@@ -338,6 +353,11 @@ class StageModule(L.LightningModule):
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is shared out among the processes; another tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def random_state() -> dict[str, Any]:

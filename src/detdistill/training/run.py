@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from detdistill.training.origin import origin_of
 from detdistill.training.own_models import load_own
 from detdistill.training.plan import Plan, view_settings
 from detdistill.training.session import Session
+from detdistill.training.sharded import check_sharding
 from detdistill.training.stage_loop import StageLoop, found_result, plain_stage
 from detdistill.training.stage_results import reusable
 
@@ -78,12 +79,13 @@ class Run:
         return html_table([*said, *scores, ("folder", str(self.folder))])
 
 
-def run(session: Session, progress: Progress | None = None) -> Run:
+def run(session: Session, progress: Progress | None = None, saved: Callable[[], None] | None = None) -> Run:
     """Train and evaluate a student, and write its run folder.
 
     Args:
         session: plan, data, student and method.
         progress: display of the progress; None: a new one on stderr.
+        saved: called in the main process after each checkpoint.
 
     Raises:
         RunError: the folder exists, there is nothing to resume, the disk is full, or a loss is not finite.
@@ -113,7 +115,7 @@ def run(session: Session, progress: Progress | None = None) -> Run:
             facts = _note_inputs(session, folder)
             synced = (session.student, session.method) if settings.sync_bn else ()
             with synchronized(*synced):
-                return _train(StageLoop(session, folder, progress, facts))
+                return _train(StageLoop(session, folder, progress, facts, saved))
     except DetdistillError as error:
         if not (settings.resume or isinstance(error, StoppedError)) and is_main_process():
             folder.discard(folder_too=not there_before)
@@ -124,6 +126,8 @@ def _train(loop: StageLoop) -> Run:
     """Train all stages and write the result."""
     session = loop.session
     stages = (plain_stage(session.student),) if session.method is None else session.method.stages(session.student)
+    if loop.settings.strategy == "fsdp":
+        check_sharding(loop.settings, session.method, len(stages))
     for index, stage in enumerate(stages):
         loop.fit(stage, done_before=[earlier.name for earlier in stages[:index]])
     return _finish(loop)

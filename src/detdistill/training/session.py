@@ -21,6 +21,7 @@ from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.contract import Method, Source, teach_by_canvas
 from detdistill.progress import Progress
 from detdistill.settings import DistillSettings
+from detdistill.training.kept_runs import kept_copy
 from detdistill.training.machine import check_machine, seed_everything
 from detdistill.training.own_models import check_own_student
 from detdistill.training.plan import Plan
@@ -163,7 +164,7 @@ def _start(student: Detector, init: str, progress: Progress | None) -> Start:
         ModelError: ``init`` cannot be loaded.
     """
     with torch.random.fork_rng(devices=[]):  # building the detector must not change the random numbers of the run
-        source = load_detector(init)
+        source = load_detector(kept_copy(init))
     found = start_from(student, source)
     total = len(found.copied) + len(found.skipped)
     state = student.state_dict()

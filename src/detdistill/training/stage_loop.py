@@ -13,6 +13,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -42,8 +43,9 @@ from detdistill.training.matching_instability import MatchingInstability
 from detdistill.training.metrics_table import MetricsTable, idle_terms, read_rows
 from detdistill.training.module import NonFiniteLoss, StageModule
 from detdistill.training.plan import view_settings
-from detdistill.training.rendezvous import ElasticDDP, launcher, unreachable
+from detdistill.training.rendezvous import ElasticDDP, ElasticSharding, launcher, unreachable
 from detdistill.training.session import Session
+from detdistill.training.sharded import ShardedModule, by_parts
 from detdistill.training.signals import EndTogether, wait_for_the_end
 from detdistill.training.stage_results import load_result, reusable, save_result, stage_file, stage_length
 from detdistill.training.trackers import tracker
@@ -55,7 +57,14 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 class StageLoop:
     """Trains the stages of one run, one after the other, in one run folder."""
 
-    def __init__(self, session: Session, folder: RunFolder, progress: Progress, facts: Facts | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        folder: RunFolder,
+        progress: Progress,
+        facts: Facts | None = None,
+        saved: Callable[[], None] | None = None,
+    ) -> None:
         """Read stage and step of the checkpoint if the run is resumed.
 
         Args:
@@ -63,11 +72,12 @@ class StageLoop:
             folder: the run folder.
             progress: display of the progress.
             facts: what all processes of the run must have in common.
+            saved: called after each checkpoint, in the main process.
 
         Raises:
             RunError: the checkpoint cannot be read.
         """
-        self.session, self.folder, self.progress, self.facts = session, folder, progress, facts or {}
+        self.session, self.folder, self.progress, self.facts, self.saved = session, folder, progress, facts or {}, saved
         self.plan, self.splits, self.settings = session.plan, session.splits, session.plan.settings
         self.student, self.method, self.cache = session.student, session.method, session.cache
         self.validation: DetectionLoader | None = None
@@ -175,6 +185,7 @@ class StageLoop:
             warnings.filterwarnings("ignore", module="lightning")
             with workers_run(self.folder.path, self.plan):
                 _fit(trainer, self.module, self.folder.checkpoints, self.resume_from if resuming else None)
+        self.module.refresh()
         self.module.restore_random_state()  # needed if the checkpoint is from the last step: Lightning then trains nothing
         if self.evaluation.stopped:
             why = f"no better AP in {settings.patience} evaluations"
@@ -221,7 +232,11 @@ class StageLoop:
 
     def _module(self, stage: Stage, settings: TrainSettings, total: int) -> StageModule:
         """The Lightning module of the stage, with its training loader."""
-        module = StageModule(
+        sharded = settings.strategy == "fsdp"
+        if sharded and settings.monitor_every:
+            self.progress.say("strategy fsdp: shares of the gradient are not measured, which would need whole weights", "dim")
+            settings = dataclasses.replace(settings, monitor_every=0)
+        module = (ShardedModule if sharded else StageModule)(
             self.student,
             self.method,
             stage,
@@ -252,7 +267,8 @@ class StageLoop:
             callbacks.append(records)
             if settings.instability:
                 callbacks.append(MatchingInstability(self.index_vectors, records))
-        return [*callbacks, evaluation, Checkpoints(self.folder.checkpoints, settings.checkpoint_every), EndTogether()]
+        checkpoints = Checkpoints(self.folder.checkpoints, settings.checkpoint_every, self.saved)
+        return [*callbacks, evaluation, checkpoints, EndTogether()]
 
     def _warn_about_idle_terms(self, stage: Stage) -> None:
         """Name the loss terms of the stage that had no gradient in any measurement, except those that train the method alone."""
@@ -295,7 +311,9 @@ class StageLoop:
         accelerator = {"auto": "gpu" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "cuda": "gpu"}[settings.device]
         several = settings.devices * settings.nodes > 1
         # Some methods and stages leave parameters without a gradient; DDP must search for them.
-        strategy = ElasticDDP(find_unused_parameters=True) if several else "auto"
+        strategy: Strategy | str = ElasticDDP(find_unused_parameters=True) if several else "auto"
+        if settings.strategy == "fsdp":
+            strategy = ElasticSharding(settings.devices * settings.nodes)
         return L.Trainer(
             accelerator=accelerator,
             devices=settings.devices,
@@ -397,7 +415,9 @@ def _fit(trainer: L.Trainer, module: StageModule, checkpoints: Path, resume_from
         raise StoppedError(f"stopped by SIGTERM; --resume true continues {start}") from error
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         raise unreachable(error) from error
-    except RuntimeError:
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" in str(error):
+            raise RunError(by_parts(module)) from error
         if trainer.world_size > 1:  # the connection to a process that has ended
             wait_for_the_end()
         raise
