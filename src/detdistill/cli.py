@@ -333,6 +333,8 @@ def _distill(chosen: Namespace) -> None:
     from detdistill import api
 
     result = api.distill(**_plain(chosen))
+    if not is_main_process():  # the first process writes the run's summary
+        return
     if result.gains:
         from detdistill.compare import show_gains
 

@@ -42,6 +42,8 @@ def test_two_processes_from_the_command_line(teacher: Path, tmp_path: Path, requ
     done = command("distill", **common)
     assert done.returncode == 0, done.stderr
     assert "exists" not in done.stderr
+    assert "summary.json" not in done.stderr, "the second process looks for what the first has not written yet"
+    assert (done.stdout + done.stderr).count("run folder") == 1
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 6
     assert summary["images_seen"] == 24
