@@ -129,7 +129,7 @@ def main() -> None:
             made = distill_each(str(teacher), pair.student, data, some, progress=shown, failed=failed)
             runs += [run for one in made.values() for run in one.runs]
             if made:
-                gains = compare_runs(runs)
+                gains = compare_runs(runs, allow_unequal=True)
                 write(chosen, pair, runs, gains)
     if gains:
         show_gains(gains)
