@@ -10,6 +10,7 @@ import yaml
 
 import detdistill
 from detdistill import cli
+from detdistill.cli.arguments import plain
 from detdistill.detectors import probe
 from detdistill.errors import DetdistillWarning
 
@@ -27,7 +28,7 @@ def parse(monkeypatch):
         verb = "data-inspect" if words[0] == "data" else words[0]
         calls = []
         describe, _, summary = cli.VERBS[verb]
-        monkeypatch.setitem(cli.VERBS, verb, (describe, lambda chosen: calls.append(cli._plain(chosen)), summary))
+        monkeypatch.setitem(cli.VERBS, verb, (describe, lambda chosen: calls.append(plain(chosen)), summary))
         cli.main(words)
         return calls[0]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from detdistill import cli
+from detdistill.cli import commands as table
 from detdistill.methods.shared.catalogue import entry
 from detdistill.methods.shared.compose import method_slugs
 
@@ -144,7 +145,7 @@ def commands(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_the_docs_are_understood(page, monkeypatch, capsys):
     verbs = {name: (describe, lambda chosen: None, text) for name, (describe, _, text) in cli.VERBS.items()}
-    monkeypatch.setattr(cli, "VERBS", verbs)
+    monkeypatch.setattr(table, "VERBS", verbs)
     for command in commands(page):
         arguments = shlex.split(command)[1:]
         if arguments not in (["distill"], ["train"], ["cache"], ["teach"], ["doctor"]):  # a bare name in running text
