@@ -38,6 +38,8 @@ class Pair:
     methods: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings that differ from the demo's."""
+    students: dict[str, Any] = field(default_factory=dict)
+    """Settings of the students that differ from the teacher's."""
     teacher_length: dict[str, int] = field(default_factory=lambda: {"epochs": 5})
     length: dict[str, int] = field(default_factory=lambda: {"epochs": 3})
 
@@ -45,7 +47,7 @@ class Pair:
 MAPS = (
     "pkd", "fitnet", "cwd", "mgd", "fkd,profile=one_stage", "fgd,profile=anchor_free", "skd", "glamd", "frs,profile=fcos",
     "fgfi,form=fpn,weight=3", "defeat", "drkd,profile=one_stage", "icd", "pgd", "tbd", "rm_pfi", "bckd", "mimic,two_stage=false",
-    "dsig,profile=one_stage", "odkd,rcn_weight=0", "lgd", "ssd_det", "labelenc", "gid", "scalekd,teacher_scale=1", "lad",
+    "dsig,profile=one_stage", "odkd,rcn_weight=0", "lgd", "ssd_det,width=128,negatives=50", "labelenc", "gid", "scalekd,teacher_scale=1", "lad",
     "crosskd,depth=2", "mimicdet", "head,pair=dense_to_dense,warmup_iters=50,assistant_warmup_iters=50",
 )  # fmt: skip
 SHORT = {"teacher_length": {"steps": 1250}, "length": {"steps": 400}}
@@ -76,6 +78,7 @@ PAIRS = {
         f"fcos:{SMALL},convs=2",
         ("pkd", "unikd", "head,warmup_iters=50,assistant_warmup_iters=50"),
         {"lr": 1e-3},
+        {"lr": 3e-3},
         **SHORT,
     ),
 }
@@ -113,6 +116,7 @@ def main() -> None:
         "evaluate_every": 100,
         "stages": str(chosen.work / "stages"),
         **settings,
+        **pair.students,
         **pair.length,
     }
     variants = {}
