@@ -58,6 +58,8 @@ def cluster() -> Iterator[Path]:
     before = dict(os.environ)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     folder, port = tempfile.mkdtemp(prefix="ray-", dir="/tmp"), free_port()  # Ray's sockets need a short path
+    os.environ["RAY_TMPDIR"] = folder  # Ray notes the cluster's address below it, in a folder that it does not make
+    (Path(folder) / "ray").mkdir()
     head = {"num_cpus": 2, "include_dashboard": False, "temp_dir": folder, "ray_client_server_port": port}
     made = Cluster(initialize_head=True, head_node_args=head)
     os.environ["RAY_ADDRESS"] = made.address

@@ -356,7 +356,10 @@ def test_doctor_asks_a_served_teacher_too(teacher):
 def test_the_command_line_serves_until_ctrl_c(teacher, tmp_path, forked_python):
     words = ["--teacher", str(teacher), "--listen", "127.0.0.1:0", "--out", str(tmp_path / "cache"), "--device", "cpu"]
     command = [sys.executable, "-m", "detdistill", "teach", *words, "--data", small.DATA, "--size", "64", "--flip", "0"]
+    # A shell's background process ignores Ctrl-C, and so would all that it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        signal.signal(signal.SIGINT, before)
         try:
             for line in process.stdout:
                 if found := re.search(r"students learn with --served (http://\S+); Ctrl-C ends it", line):

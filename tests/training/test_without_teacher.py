@@ -38,5 +38,5 @@ def test_the_label_encoder_is_trained_once_for_all_seeds(tmp_path):
 
 
 def test_other_methods_ask_for_a_teacher(tmp_path):
-    with pytest.raises(RunError, match=r"teacher: pkd needs a teacher \(--teacher\) or a cache"):
+    with pytest.raises(RunError, match=r"teacher: pkd needs a teacher \(--teacher\), a cache"):
         api.distill(None, MODEL, DATA, f"pkd+{DICOD}", out=tmp_path / "run", **SETTINGS)
