@@ -96,7 +96,14 @@ ROWS = (
     Row("second scan, 20,500 images, VOC / before", "1.00", "<= 0.20", 0.2, "reading.py", case(READING, "cases", "voc again")),
     Row("writing a cache, rate / plain files", "0.2 to 0.6", ">= 0.80", -0.8, "writing.py", value("writing_cpu.json", "ratio")),
     Row("evaluation, time and memory / pycocotools", "6.3x, 1.67x", ">= 7.5x, >= 3x", None, "none", nothing),
-    Row("a demo-like run, whole process / before", "1.00", "<= 0.70", 0.7, "none", nothing),
+    Row(
+        "a demo-like run, whole process / before",
+        "1.00",
+        "<= 0.70",
+        0.7,
+        "whole_runs.py",
+        value("whole_runs_cpu.json", "ratio"),
+    ),
     Row("loader, images/s / Ultralytics", "0.42 to 1.5", ">= 1.0", -1.0, "none", nothing),
     Row("on a GPU: step, images/s, memory, bf16", "-", "-", None, "steps.py --device cuda", nothing),
 )
