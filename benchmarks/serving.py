@@ -44,7 +44,7 @@ from detdistill.data.transforms import ViewSettings
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.methods.shared.compose import build_method
-from detdistill.methods.shared.contract import teach_by_canvas
+from detdistill.methods.shared.contract import Method, Source, teach_by_canvas
 from detdistill.serving.client import ServedTeacher
 from detdistill.settings import TrainSettings
 from detdistill.structures import Batch, Clock
@@ -91,7 +91,8 @@ def learn(chosen: argparse.Namespace, line: Connection, seed: int = 0, url: str 
     views = ViewSettings(size=chosen.size, flip=0.0)
     ahead = None if served is None else served.ahead
     loader = DetectionLoader(splits.train, views, chosen.batch, train=True, seed=seed, in_memory=True, ahead=ahead)
-    source, method = teach_by_canvas, None
+    source: Source = teach_by_canvas
+    method: Method[Any] | None = None
     if not alone:
         live = Teacher(teacher_of(chosen)).fold_norms() if served is None else served.teacher()
         method = build_method(chosen.method, live, student)
