@@ -183,8 +183,7 @@ def test_nodes_with_other_versions_are_refused(unconnected: None, cluster: Path,
 
 def test_passwords_are_in_no_log_of_ray(connected: None, cluster: Path):
     assert ends_of([Job("one", "train", {"model": "fcos:resnet18", "epochs": 0, "data": f"s3://key:{SECRET}@store/data"})], "ray")
-    logs = [path for path in cluster.rglob("*") if "logs" in path.parts and path.is_file()]
-    texts = {path: path.read_bytes() for path in logs}
+    texts = {path: path.read_bytes() for path in cluster.rglob("*") if path.is_file() and path.stat().st_size < 10_000_000}
     assert any(b"detdistill" in text or b"raylet" in text for text in texts.values())
     assert [path for path, text in texts.items() if SECRET.encode() in text] == []
 
