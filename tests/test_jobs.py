@@ -52,10 +52,10 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Path]:
     """A cluster of two CPUs on this machine; yields the folder of its logs."""
-    import ray
+    before = dict(os.environ)
+    ray = on_ray.import_ray("ray")
     from ray.cluster_utils import Cluster
 
-    before = dict(os.environ)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     folder, port = tempfile.mkdtemp(prefix="ray-", dir="/tmp"), free_port()  # Ray's sockets need a short path
     os.environ["RAY_TMPDIR"] = folder  # Ray notes the cluster's address below it, in a folder that it does not make
@@ -179,6 +179,22 @@ def test_nodes_with_other_versions_are_refused(unconnected: None, cluster: Path,
     assert line.endswith(
         f" has torch {versions_of_all()['torch']}, but this machine has 0.4.1; install the same versions on all nodes"
     )
+
+
+def test_below_uv_run_the_working_folder_is_not_sent(cluster: Path, tmp_path: Path):
+    """Ray looks for a process ``uv run`` above its own, whose working folder it would pack, send and install on the nodes."""
+    asks = (
+        "from detdistill.jobs.contract import Job; from detdistill.jobs.where import runner_on\n"
+        "with runner_on('ray', print) as runner:\n"
+        "    job = runner.start(Job('one', 'recipes'))\n"
+        "    while job.poll() is None: pass\n"
+        "    print('ended with', job.poll())\n"
+    )
+    (tmp_path / "asks.py").write_text(asks)
+    (tmp_path / "run").write_text(f"{sys.executable} asks.py\n")  # bash, under the name of uv, runs the script "run"
+    found = subprocess.run(["uv", "run"], executable=shutil.which("bash"), cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (found.returncode, found.stdout) == (0, "ended with 0\n"), found.stderr
+    assert [path for path in cluster.rglob("working_dir_files/*") if path.is_dir()] == []
 
 
 def test_passwords_are_in_no_log_of_ray(connected: None, cluster: Path):

@@ -70,6 +70,20 @@ def test_two_runs_that_start_together_do_not_share(tmp_path: Path):
     assert said[1].endswith("exists; give another --out, or --resume true to continue the run")
 
 
+def test_the_run_of_the_first_process_stays(tmp_path: Path, monkeypatch):
+    """The first process takes the temporary file of the second for one that a killed process left."""
+
+    def taken_meanwhile(source: Path, target: Path) -> None:
+        source.unlink()
+        target.write_text("who: first\n")
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("detdistill.training.folder.os.link", taken_meanwhile)
+    with pytest.raises(RunError, match="exists; give another --out"):
+        start_folder(tmp_path / "run", {"who": "second"})
+    assert (tmp_path / "run" / "config.yaml").read_text() == "who: first\n"
+
+
 def test_a_setting_that_did_not_exist_yet_had_its_default(tmp_path: Path):
     start_folder(tmp_path / "run", {"epochs": 3})
     assert resume_folder(tmp_path / "run", {"epochs": 3, "sync_bn": False}).path == tmp_path / "run"

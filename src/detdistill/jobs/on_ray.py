@@ -7,6 +7,7 @@ machine are the same thing, and this process needs no state in Ray: runs are fol
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import socket
@@ -47,10 +48,7 @@ def ray_runner(on: str, say: Callable[[str], None]) -> Iterator[RayRunner]:
     Raises:
         RunError: Ray is not installed, there is no cluster, or it has another version of Ray or Python.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise RunError(f"on: {on} needs the package ray: pip install 'detdistill[ray]'") from error
+    ray = import_ray(on)
     mine = not ray.is_initialized()
     if mine:
         _connect(ray, on)
@@ -59,6 +57,22 @@ def ray_runner(on: str, say: Callable[[str], None]) -> Iterator[RayRunner]:
     finally:
         if mine:
             ray.shutdown()
+
+
+def import_ray(on: str) -> ModuleType:
+    """The package ``ray``, which does not send the working folder to the nodes.
+
+    Below ``uv run``, Ray would pack the working folder, with the data in it, send it to all nodes and make an environment there;
+    above 512 MiB it refuses. Here nodes share the folder and have their environment already. Who sets the variable decides.
+
+    Raises:
+        RunError: Ray is not installed.
+    """
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # Ray reads it when it is imported
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise RunError(f"on: {on} needs the package ray: pip install 'detdistill[ray]'") from error
 
 
 def _connect(ray: ModuleType, on: str) -> None:

@@ -97,16 +97,20 @@ def start_folder(path: Path, config: dict[str, Any]) -> RunFolder:
     Raises:
         RunError: the folder cannot be written, or another run has just created it.
     """
-    folder, there_before = RunFolder(path), path.exists()
+    folder, there_before, mine = RunFolder(path), path.exists(), False
     try:
         path.mkdir(parents=True, exist_ok=True)
         _write_first(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        mine = True
         folder.checkpoints.mkdir(exist_ok=True)
     except FileExistsError as error:
         raise _exists(path) from error
     except OSError as error:
+        if mine:
+            (path / "config.yaml").unlink(missing_ok=True)
         if not there_before:
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process may have started its run in it meanwhile
+                path.rmdir()
         raise _unwritable(path, error) from error
     return folder
 
@@ -148,9 +152,6 @@ def _write_first(path: Path, text: str) -> None:
     Raises:
         FileExistsError: it exists; of two processes that write it at the same time, one gets this error.
     """
-    for entry in path.parent.iterdir():
-        if _left_over(entry):
-            entry.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -159,9 +160,14 @@ def _write_first(path: Path, text: str) -> None:
         except FileExistsError:
             raise
         except OSError:  # some disks have no links
+            if path.exists():  # the process that was first has also removed the temporary file of this one
+                raise FileExistsError(path) from None
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    for entry in path.parent.iterdir():
+        if _left_over(entry):
+            entry.unlink(missing_ok=True)
 
 
 def _left_over(path: Path) -> bool:
