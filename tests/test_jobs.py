@@ -192,7 +192,9 @@ def test_below_uv_run_the_working_folder_is_not_sent(cluster: Path, tmp_path: Pa
     )
     (tmp_path / "asks.py").write_text(asks)
     (tmp_path / "run").write_text(f"{sys.executable} asks.py\n")  # bash, under the name of uv, runs the script "run"
-    found = subprocess.run(["uv", "run"], executable=shutil.which("bash"), cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    found = subprocess.run(
+        ["uv", "run"], executable=shutil.which("bash"), cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
     assert (found.returncode, found.stdout) == (0, "ended with 0\n"), found.stderr
     assert [path for path in cluster.rglob("working_dir_files/*") if path.is_dir()] == []
 
