@@ -3,8 +3,11 @@
     uv run python benchmarks/adapters.py --out benchmarks/results/adapters_cpu.json
 
 For each detector that wraps a library's model: ``features``, ``predict`` and ``loss`` (no backward) against the library's
-``model(images, targets)`` or ``model(pixel_values, pixel_mask, labels=...)`` on the same model and batch. Each round measures
-both, in alternating order; ratios are of medians. Detectors that no library has are skipped, and their names are printed.
+``model(images, targets)``, ``model(pixel_values, pixel_mask, labels=...)`` or ``model.loss(batch)`` on the same model and batch.
+Each round measures both, in alternating order; ratios are of medians. Detectors that no library has are skipped, and their names
+are printed. YOLO, whose model strings name no backbone:
+
+    uv run python benchmarks/adapters.py --models ultralytics:yolo11n ultralytics:yolo26n libreyolo:yolox-n libreyolo:yolo9-t
 """
 
 import argparse
@@ -74,7 +77,42 @@ def library_forward(detector: Any, batch: Batch) -> Callable[[], Tensor] | None:
             return loss
 
         return transformers_forward
+    if package in ("ultralytics", "libreyolo"):
+        return _yolo_forward(package, detector, batch)
     return None
+
+
+def _yolo_forward(package: str, detector: Any, batch: Batch) -> Callable[[], Tensor]:
+    """The training forward of a YOLO's package; as its loader does it, targets are rows before the measurement begins."""
+    height, width = batch.padding_hw
+    size = batch.images.new_tensor([width, height, width, height])
+    corners = [target.boxes_xyxy / size for target in batch.targets]
+    centred = [torch.cat([(one[:, :2] + one[:, 2:]) / 2, one[:, 2:] - one[:, :2]], dim=1) for one in corners]
+    labels = [target.labels for target in batch.targets]
+    model = detector.model
+    if package == "ultralytics":
+        from ultralytics.cfg import get_cfg
+
+        model.args = get_cfg(overrides={"epochs": 1})
+        model.criterion = model.init_criterion()
+        images = torch.cat([torch.full_like(one, index) for index, one in enumerate(labels)])
+        rows = {"img": batch.images, "batch_idx": images, "cls": torch.cat(labels), "bboxes": torch.cat(centred)}
+
+        def ultralytics_forward() -> Tensor:
+            total: Tensor = model.loss(rows)[0].sum()
+            return total
+
+        return ultralytics_forward
+    boxes = [one * size for one in centred] if "yolox" in detector.spec.name else corners
+    found = batch.images.new_zeros(len(batch), max(map(len, labels)), 5)
+    for image, (kinds, places) in enumerate(zip(labels, boxes, strict=True)):
+        found[image, : len(kinds)] = torch.cat([kinds[:, None].to(places.dtype), places], dim=1)
+
+    def libreyolo_forward() -> Tensor:
+        total: Tensor = model(detector.normalized(batch), found)["total_loss"]
+        return total
+
+    return libreyolo_forward
 
 
 def adapter_forward(detector: Detector, batch: Batch) -> Callable[[], Tensor]:

@@ -91,10 +91,17 @@ class RunStorage(Storage, Protocol):
 def is_url(text: str) -> bool:
     """Whether a text names a folder behind a network (or in memory), not a local path.
 
-    >>> is_url("s3://bucket/x"), is_url("s3:/bucket/x"), is_url("runs/x"), is_url("file:///runs/x")
-    (True, True, False, False)
+    A ``Path`` of a URL has one slash only; a model string may have one too (``ultralytics:/home/me/best.pt``).
+
+    >>> is_url("s3://bucket/x"), is_url("s3:/bucket/x"), is_url("runs/x"), is_url("file:///runs/x"), is_url("mmdet:/models/x.pth")
+    (True, True, False, False, False)
     """
-    return re.match(r"^(?!hf:|file:)[a-z][a-z0-9+.-]+:/", text) is not None
+    found = re.match(r"^(?!hf:|file:)([a-z][a-z0-9+.-]+):(/+)", text)
+    if found is None or len(found[2]) > 1:
+        return found is not None
+    from fsspec.registry import known_implementations
+
+    return found[1] in known_implementations
 
 
 def url_of(text: str) -> str:
