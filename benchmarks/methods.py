@@ -49,7 +49,8 @@ MAPS = (
     "fgfi,form=fpn,weight=3", "defeat", "drkd,profile=one_stage", "icd", "pgd", "tbd", "rm_pfi", "bckd", "mimic,two_stage=false",
     "dsig,profile=one_stage", "odkd,rcn_weight=0", "lgd",
     "ssd_det,width=128,negatives=50", "labelenc", "gid", "scalekd,teacher_scale=1", "lad",
-    "crosskd,depth=2", "mimicdet,width=256,regions_per_image=48,max_mimic=48,max_proposals=100", "head,pair=dense_to_dense,warmup_iters=50,assistant_warmup_iters=50",
+    "crosskd,depth=2", "mimicdet,width=256,regions_per_image=48,max_mimic=48,max_proposals=100",
+    "head,pair=dense_to_dense,warmup_iters=50,assistant_warmup_iters=50",
 )  # fmt: skip
 SHORT = {"teacher_length": {"steps": 1250}, "length": {"steps": 400}}
 PAIRS = {
