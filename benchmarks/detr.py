@@ -1,6 +1,7 @@
 """DETRDistill's tables at small scale, on the built-in digits: a DETR under a DETR, by methods for DETRs and for feature maps.
 
     uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr.json
+    uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr_matched.json --parts matched
 
 Three detectors with queries, each under a larger detector of the same family (the paper's table 3). Two of them also with several
 seeds, under the other methods for DETRs, and with fewer layers than their teachers (table 4), with DETRDistill's parts alone and
@@ -45,7 +46,10 @@ KINDS = {
         f"deformable_detr:{LARGE},{DEFORMABLE}", f"deformable_detr:{SMALL},{DEFORMABLE}", 2e-3, 1500, 500, 1.0
     ),
     "adamixer": Kind(f"adamixer:{LARGE},{ADAMIXER}", f"adamixer:{SMALL},{ADAMIXER}", 1e-3, 1500, 500),
+    "d_fine": Kind(f"d_fine:{LARGE},decoder=3,{RT_DETR}", f"d_fine:{SMALL},decoder=3,{RT_DETR}", 1e-3, 1500, 500),
 }
+FAMILIES = ("rt_detr", "deformable_detr", "adamixer")
+"""The detectors of DETRDistill's tables."""
 WATCHED = ("adamixer", "rt_detr")
 """Detectors with several seeds, all smaller tables, and a measured instability of the matching. AdaMixer's queries are learned.
 RT-DETR's are the encoder's best positions in order of score, so a change of the order counts too."""
@@ -121,7 +125,10 @@ CHOICES = {
     "logits, every layer from the last (7)": Way(f"{only('logits').method},progressive=false"),
     "all as in the paper": Way("detrdistill,split=true,mask=paper"),
 }
-PARTS = ("families", "queries", "seeds", "depths", "components", "choices")
+MATCHED = {"matched": Way("matched"), "pkd": Way("pkd")}
+"""This library's method for queries, beside one for maps, each with all seeds."""
+UNDER_MATCHED = ("rt_detr", "d_fine")
+PARTS = ("families", "queries", "seeds", "depths", "components", "choices", "matched")
 
 
 def digits_as_one_class(work: Path) -> Path:
@@ -183,9 +190,13 @@ def tasks(work: Path, seeds: Sequence[int], parts: Sequence[str]) -> list[Task]:
     """All tasks, the most important first."""
     first, *others = seeds
     found: list[Task] = []
-    for kind in KINDS if "families" in parts else WATCHED:
+    for kind in FAMILIES if "families" in parts else WATCHED if set(parts) - {"matched"} else ():
         found.append(teach(work, kind))
         found += learn(work, kind, WAYS, first) if "families" in parts else []
+    for kind in UNDER_MATCHED if "matched" in parts else ():
+        found.append(teach(work, kind))
+        for seed in seeds:
+            found += learn(work, kind, MATCHED, seed)
     for seed in others if "seeds" in parts else ():
         for kind in WATCHED:
             found += learn(work, kind, {name: WAYS[name] for name in SEEDED}, seed)
@@ -246,7 +257,7 @@ def result(folder: Path) -> dict[str, Any] | None:
     return {**found, **({} if share is None else {"share_of_gradient": share})}
 
 
-def results(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
+def results(work: Path, seeds: Sequence[int], parts: Sequence[str]) -> dict[str, Any]:
     """Results of all runs that are finished so far."""
     seed = seeds[0]
 
@@ -254,9 +265,9 @@ def results(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
         return {name: found for name in names if (found := result(student_run(work, kind, name, seed, depth))) is not None}
 
     paired = []
-    for kind in WATCHED:
-        places = [("", name) for name in (*WAYS, *QUERIES, *COMPONENTS, *CHOICES)]
-        for depth, name in [*places, *((depth, "detrdistill") for depth in DEPTHS[kind])]:
+    for kind in dict.fromkeys((*WATCHED, *UNDER_MATCHED)):
+        places = [("", name) for name in (*WAYS, *QUERIES, *COMPONENTS, *CHOICES, *MATCHED)]
+        for depth, name in [*places, *((depth, "detrdistill") for depth in DEPTHS.get(kind, ()))]:
             pairs = [
                 (student_run(work, kind, "baseline", one, depth), student_run(work, kind, name, one, depth)) for one in seeds
             ]
@@ -276,12 +287,13 @@ def results(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
     }
     return {
         "what": "AP of students on the embedded digits as one class (2000 training, 300 validation images of 64 pixels), batch 8",
-        "command": "uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr.json",
+        "command": "uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr.json --parts "
+        + shlex.join(parts),
         "kinds": {name: asdict(kind) for name, kind in KINDS.items()},
-        "ways": {name: asdict(way) for name, way in (WAYS | QUERIES | COMPONENTS | CHOICES).items()},
+        "ways": {name: asdict(way) for name, way in (WAYS | QUERIES | COMPONENTS | CHOICES | MATCHED).items()},
         "seed": seed,
         "teachers": {kind: found for kind, folder in teachers.items() if (found := result(folder)) is not None},
-        "families": {kind: some(kind, ["baseline", *WAYS, *QUERIES]) for kind in KINDS},
+        "families": {kind: some(kind, ["baseline", *WAYS, *QUERIES]) for kind in FAMILIES},
         "paired": paired,
         "depths": depths,
         "components": {kind: some(kind, ["baseline", *COMPONENTS, "detrdistill"]) for kind in WATCHED},
@@ -345,13 +357,13 @@ def main() -> None:
     digits_as_one_class(chosen.work)
 
     def note() -> None:
-        found = results(chosen.work, chosen.seeds)
+        found = results(chosen.work, chosen.seeds, chosen.parts)
         write(chosen.out, found)
         chosen.out.with_suffix(".md").write_text(tables(found))
 
     run(todo, chosen.jobs, chosen.work, note, chosen.on)
     note()
-    print(tables(results(chosen.work, chosen.seeds)))
+    print(tables(results(chosen.work, chosen.seeds, chosen.parts)))
 
 
 if __name__ == "__main__":

@@ -95,6 +95,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="instead of those of the pair")
     parser.add_argument("--steps", type=int, help="training steps of the students, instead of the pair's length")
     parser.add_argument("--size", type=int, default=128, help="pixels of the images, which are drawn in this size")
+    parser.add_argument("--drawn", type=int, help="pixels in which the images are drawn, if not --size")
+    parser.add_argument("--teacher-size", type=int, help="the teacher is trained and teaches at this size, instead of --size")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--on", default="local", help="local, ray or ray://HOST:PORT; there, the runs of all methods together")
     parser.add_argument("--channels_last", action="store_true", help="in every run; about 0.8 of the time on some CPUs")
@@ -103,11 +105,12 @@ def main() -> None:
     if chosen.steps:
         pair = replace(pair, length={"steps": chosen.steps})
     settings = {**demo_settings(), **pair.settings, "size": chosen.size, "channels_last": chosen.channels_last}
-    data = "digits" if chosen.size == 128 else f"digits:train=2000,val=400,size={chosen.size},seed=0"
+    drawn = chosen.drawn or chosen.size
+    data = "digits" if drawn == 128 else f"digits:train=2000,val=400,size={drawn},seed=0"
     teacher = chosen.work / "teacher"
     if not (teacher / "summary.json").exists():
         resume = (teacher / "config.yaml").exists()
-        long = {**settings, **pair.teacher_length, "evaluate_every": 5}
+        long = {**settings, **pair.teacher_length, "evaluate_every": 5, "size": chosen.teacher_size or chosen.size}
         detdistill.train(pair.teacher, data, role="teacher", out=teacher, resume=resume, report=False, **long)
     common = {
         "seeds": tuple(chosen.seeds),
@@ -121,6 +124,8 @@ def main() -> None:
         **pair.students,
         **pair.length,
     }
+    if chosen.teacher_size:
+        common["teacher_size"] = chosen.teacher_size
     variants = {}
     for index, method in enumerate(chosen.methods or pair.methods):
         folder = chosen.work / method.replace(",", "_").replace("=", "-")
@@ -158,7 +163,8 @@ def write(chosen: argparse.Namespace, pair: Pair, runs: list[Path], gains: list[
     teacher = read_run(chosen.work / "teacher")
     baselines = [read(one["folder"]) for one in summaries if one["role"] == "baseline"]
     content = {
-        "what": f"digits, 2000 training and 400 validation images of {chosen.size} pixels; student from random weights",
+        "what": f"digits, 2000 training and 400 validation images of {chosen.drawn or chosen.size} pixels, seen at {chosen.size}; "
+        "student from random weights",
         "command": "uv run python "
         + shlex.join(sys.argv)
         .replace(str(chosen.work), "runs/methods")
