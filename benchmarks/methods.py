@@ -163,8 +163,8 @@ def write(chosen: argparse.Namespace, pair: Pair, runs: list[Path], gains: list[
     teacher = read_run(chosen.work / "teacher")
     baselines = [read(one["folder"]) for one in summaries if one["role"] == "baseline"]
     content = {
-        "what": f"digits, 2000 training and 400 validation images of {chosen.drawn or chosen.size} pixels, seen at {chosen.size}; "
-        "student from random weights",
+        "what": f"digits, 2000 training and 400 validation images drawn in {chosen.drawn or chosen.size} pixels; "
+        f"student at {chosen.size}, from random weights",
         "command": "uv run python "
         + shlex.join(sys.argv)
         .replace(str(chosen.work), "runs/methods")
