@@ -24,7 +24,6 @@ from detdistill.errors import RunError
 from detdistill.methods.shared.contract import Method
 from detdistill.progress import Progress
 from detdistill.serving.messages import ServingError
-from detdistill.training.module import StageModule
 from tests.serving.near import passes_of
 from tests.training import small
 
@@ -126,7 +125,7 @@ def test_networks_that_are_trained_first_come_from_the_server(teacher, tmp_path)
 def test_a_run_goes_on_with_a_server_that_was_started_again_elsewhere(teacher, tmp_path):
     with teach(teacher) as server:
         learn(server.url, tmp_path / "whole", checkpoint_every=5)
-        assert small.killed(lambda: _dies_at(server.url, tmp_path / "parts")) == -9
+        assert small.killed(lambda: _dies_at_step_8(server.url, tmp_path / "parts")) == -9
     with teach(teacher) as server:
         learn(server.url, tmp_path / "parts", checkpoint_every=5, resume=True)
         assert small.unequal_runs(tmp_path / "whole", tmp_path / "parts") == []
@@ -136,15 +135,8 @@ def test_a_run_goes_on_with_a_server_that_was_started_again_elsewhere(teacher, t
         learn(server.url, tmp_path / "parts", checkpoint_every=5, resume=True)
 
 
-def _dies_at(url, out):
-    before = StageModule.training_step
-
-    def step(self, batch, index):
-        if self.global_step == 8:
-            small.die()
-        return before(self, batch, index)
-
-    StageModule.training_step = step
+def _dies_at_step_8(url, out):
+    small.die_at_step(8)
     learn(url, out, checkpoint_every=5)
 
 

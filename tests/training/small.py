@@ -96,6 +96,20 @@ def killed(action: Callable[[], Any]) -> int:
     return child.exitcode
 
 
+def die_at_step(step: int) -> None:
+    """From now on, trainings in this process, a fork, are killed before this step."""
+    from detdistill.training.module import StageModule
+
+    before = StageModule.training_step
+
+    def training_step(self: Any, batch: Any, index: int) -> Any:
+        if self.global_step == step:
+            die()
+        return before(self, batch, index)
+
+    StageModule.training_step = training_step  # type: ignore[method-assign]
+
+
 def die() -> None:
     """As the kernel's out-of-memory killer ends a process."""
     os.kill(os.getpid(), signal.SIGKILL)
