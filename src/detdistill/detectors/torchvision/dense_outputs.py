@@ -151,11 +151,11 @@ def find_origin(
     candidates = torch.nonzero(scores.amax(dim=1) >= threshold * (1 - 1e-4)).flatten()
     boxes, scores = boxes_xyxy[candidates], scores[candidates]
     found = [candidates[:0]]
-    rows = max(1, 4_000_000 // max(1, len(candidates)))  # at most 64 MB of differences at a time
+    rows = max(1, 4_000_000 // max(1, len(candidates)))  # at most 16 MB of distances at a time
     numbers = torch.arange(len(result["boxes"]), device=boxes.device)
     for part in numbers.split(rows) if len(numbers) else ():
         box, score, label = result["boxes"][part], result["scores"][part], result["labels"][part]
-        distance = (boxes[None] - box[:, None]).abs().sum(dim=2) + 1000 * (scores[:, label].T - score[:, None]).abs()
+        distance = torch.cdist(box, boxes, p=1).add_((scores[:, label].T - score[:, None]).abs_(), alpha=1000)
         found.append(candidates[distance.argmin(dim=1)])
     index = torch.cat(found)
     levels, cells, anchors = where
