@@ -156,7 +156,7 @@ def ours(chosen: argparse.Namespace, name: str, start: Path, data: Path, seed: i
 
 def step_of_ours(folder: Path) -> float:
     """Median seconds of a step, evaluations left out."""
-    rows = [row for row in csv.DictReader((folder / "metrics.csv").open()) if row["stage"] == "train" and row["seconds"]]
+    rows = [row for row in csv.DictReader((folder / "metrics.csv").open()) if row["seconds"] and row["loss"]]
     found = list({int(row["step"]): float(row["seconds"]) for row in rows}.items())  # the last step has two rows
     return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(found[1:]))
 
