@@ -287,11 +287,12 @@ class Detector(DetectionHead):
         """[B, 3, H, W] images normalised by ``spec.mean`` and ``spec.std``; padding is zero AFTER that, as in the libraries."""
         mean = torch.tensor(self.spec.mean, device=batch.images.device, dtype=batch.images.dtype)[:, None, None]
         std = torch.tensor(self.spec.std, device=batch.images.device, dtype=batch.images.dtype)[:, None, None]
-        images = (batch.images - mean) / std
-        height, width = batch.padding_hw
-        if all(view.size_hw == (height, width) for view in batch.views):
-            return images
-        return images.masked_fill(batch.padding_mask()[:, None], 0.0)
+        images = (batch.images - mean).div_(std)
+        for image, view in zip(images, batch.views, strict=True):
+            height, width = view.size_hw
+            image[:, height:] = 0.0
+            image[:, :, width:] = 0.0
+        return images
 
 
 # ------------------------------------------------------------------------------------------------------- capabilities

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import os
 import shutil
 from collections import Counter
@@ -20,7 +19,7 @@ from detdistill.errors import DataError, RunError, counted
 from detdistill.evaluation.drawing import class_colour
 from detdistill.evaluation.image_files import as_pixels, find_images, relative_name
 from detdistill.evaluation.predict import Found, NamedDetections
-from detdistill.files import write_atomically
+from detdistill.files import json_by_entry, write_atomically
 from detdistill.progress import Bar
 from detdistill.structures import Detections
 
@@ -106,7 +105,7 @@ def label_folder(
     try:
         for index, name in names.items():
             _link(paths[index], out / "images" / name)
-        text = json.dumps(_document(teacher, classes, names, sizes, kept, score), indent=1) + "\n"
+        text = json_by_entry(_document(teacher, classes, names, sizes, kept, score))
         (out / "annotations").mkdir()
         write_atomically(out / "annotations/instances_train.json", lambda path: path.write_text(text, encoding="utf-8"))
         page = pictures.page(teacher, classes, score, len(kept))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from detdistill.detectors.contract import Detector
 from detdistill.errors import DataError, RunError, counted
 from detdistill.evaluation.drawing import draw_boxes
 from detdistill.evaluation.image_files import FoundFiles, as_pixels, drawing_names, find_images, relative_name
-from detdistill.files import write_atomically
+from detdistill.files import json_by_entry, write_atomically
 from detdistill.functional.folding import FoldedNorms
 from detdistill.progress import Bar
 from detdistill.structures import Detections
@@ -256,7 +255,7 @@ def predict_folder(
                 drawers.shutdown(wait=False, cancel_futures=True)
                 raise
         document = _document(detector, files, images, kept, errors, score)
-        write_atomically(out / "detections.json", lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
+        write_atomically(out / "detections.json", lambda path: path.write_text(json_by_entry(document)))
     except OSError as error:
         raise RunError(f"cannot write to {out}: {error.strerror or error}; make space or give another --out") from error
     broken = tuple(str(errors[index]) for index in sorted(errors))
