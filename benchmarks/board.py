@@ -232,7 +232,7 @@ def page(content: dict[str, Any]) -> str:
 
 
 def note(cells: list[Cell], slugs: list[str], work: Path, out: Path) -> None:
-    """Write the results so far, beside those of other pairs that the file has already."""
+    """Write the results so far, beside those of other pairs that the file has already. A line that has not begun is left out."""
     kept = json.loads(out.read_text())["cells"] if out.exists() else {}
     command = "uv run python " + shlex.join(sys.argv).replace(str(work), "runs/board")
     for cell in cells:
@@ -243,7 +243,7 @@ def note(cells: list[Cell], slugs: list[str], work: Path, out: Path) -> None:
             "teacher": cell.teacher,
             "teacher_ap": None if teacher is None else round(100 * teacher["metrics"]["AP"], 1),
             "student": cell.student,
-            "lines": [result(line, work) for line in lines(cell, slugs)],
+            "lines": [one for one in (result(line, work) for line in lines(cell, slugs)) if one.get("not_run", "") is not None],
             **machine([folder]),
         }
     order = [cell.name for cell in CELLS]
