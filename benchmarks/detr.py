@@ -2,6 +2,7 @@
 
     uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr.json
     uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr_matched.json --parts matched
+    uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr_yolo.json --parts yolo
 
 Three detectors with queries, each under a larger detector of the same family (the paper's table 3). Two of them also with several
 seeds, under the other methods for DETRs, and with fewer layers than their teachers (table 4), with DETRDistill's parts alone and
@@ -47,6 +48,10 @@ KINDS = {
     ),
     "adamixer": Kind(f"adamixer:{LARGE},{ADAMIXER}", f"adamixer:{SMALL},{ADAMIXER}", 1e-3, 1500, 500),
     "d_fine": Kind(f"d_fine:{LARGE},decoder=3,{RT_DETR}", f"d_fine:{SMALL},decoder=3,{RT_DETR}", 1e-3, 1500, 500),
+    "yolo_under_rt_detr": Kind(
+        f"rt_detr:{LARGE},encoder=2,decoder=3,{RT_DETR}", "ultralytics:yolo11n,width=0.125", 1e-3, 1500, 500, 10.0
+    ),
+    "rt_detr_under_yolo": Kind("ultralytics:yolo11n", f"rt_detr:{SMALL},encoder=2,decoder=3,{RT_DETR}", 1e-3, 1500, 500),
 }
 FAMILIES = ("rt_detr", "deformable_detr", "adamixer")
 """The detectors of DETRDistill's tables."""
@@ -125,10 +130,14 @@ CHOICES = {
     "logits, every layer from the last (7)": Way(f"{only('logits').method},progressive=false"),
     "all as in the paper": Way("detrdistill,split=true,mask=paper"),
 }
-MATCHED = {"matched": Way("matched"), "pkd": Way("pkd")}
-"""This library's method for queries, beside one for maps, each with all seeds."""
-UNDER_MATCHED = ("rt_detr", "d_fine")
-PARTS = ("families", "queries", "seeds", "depths", "components", "choices", "matched")
+OTHERS = {"matched": Way("matched"), "pkd": Way("pkd"), "unikd": Way("unikd,queries=30,extractor_lr=2e-3")}
+MORE = {
+    "matched": {"rt_detr": ("matched", "pkd"), "d_fine": ("matched", "pkd")},
+    "yolo": {"yolo_under_rt_detr": ("pkd", "unikd"), "rt_detr_under_yolo": ("pkd", "unikd")},
+}
+"""Further parts, each with its detectors and their methods of ``OTHERS``, with all seeds: this library's method for queries, and
+DETRs and YOLO as each other's teachers."""
+PARTS = ("families", "queries", "seeds", "depths", "components", "choices", *MORE)
 
 
 def digits_as_one_class(work: Path) -> Path:
@@ -190,13 +199,13 @@ def tasks(work: Path, seeds: Sequence[int], parts: Sequence[str]) -> list[Task]:
     """All tasks, the most important first."""
     first, *others = seeds
     found: list[Task] = []
-    for kind in FAMILIES if "families" in parts else WATCHED if set(parts) - {"matched"} else ():
+    for kind in FAMILIES if "families" in parts else WATCHED if set(parts) - MORE.keys() else ():
         found.append(teach(work, kind))
         found += learn(work, kind, WAYS, first) if "families" in parts else []
-    for kind in UNDER_MATCHED if "matched" in parts else ():
+    for kind, names in ((kind, names) for part in MORE if part in parts for kind, names in MORE[part].items()):
         found.append(teach(work, kind))
         for seed in seeds:
-            found += learn(work, kind, MATCHED, seed)
+            found += learn(work, kind, {name: OTHERS[name] for name in names}, seed)
     for seed in others if "seeds" in parts else ():
         for kind in WATCHED:
             found += learn(work, kind, {name: WAYS[name] for name in SEEDED}, seed)
@@ -265,8 +274,8 @@ def results(work: Path, seeds: Sequence[int], parts: Sequence[str]) -> dict[str,
         return {name: found for name in names if (found := result(student_run(work, kind, name, seed, depth))) is not None}
 
     paired = []
-    for kind in dict.fromkeys((*WATCHED, *UNDER_MATCHED)):
-        places = [("", name) for name in (*WAYS, *QUERIES, *COMPONENTS, *CHOICES, *MATCHED)]
+    for kind in KINDS:
+        places = [("", name) for name in (*WAYS, *QUERIES, *COMPONENTS, *CHOICES, *OTHERS)]
         for depth, name in [*places, *((depth, "detrdistill") for depth in DEPTHS.get(kind, ()))]:
             pairs = [
                 (student_run(work, kind, "baseline", one, depth), student_run(work, kind, name, one, depth)) for one in seeds
@@ -290,7 +299,7 @@ def results(work: Path, seeds: Sequence[int], parts: Sequence[str]) -> dict[str,
         "command": "uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr.json --parts "
         + shlex.join(parts),
         "kinds": {name: asdict(kind) for name, kind in KINDS.items()},
-        "ways": {name: asdict(way) for name, way in (WAYS | QUERIES | COMPONENTS | CHOICES | MATCHED).items()},
+        "ways": {name: asdict(way) for name, way in (WAYS | QUERIES | COMPONENTS | CHOICES | OTHERS).items()},
         "seed": seed,
         "teachers": {kind: found for kind, folder in teachers.items() if (found := result(folder)) is not None},
         "families": {kind: some(kind, ["baseline", *WAYS, *QUERIES]) for kind in FAMILIES},
