@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from detdistill.errors import DetdistillError
 from detdistill.functional.assign import max_iou_assign
+from detdistill.functional.region_pooling import pool_rois
 from detdistill.structures import Dense, Features, Origin, Target
 
 LARGEST_GROWTH = math.log(1000 / 16)
@@ -143,8 +144,7 @@ def _rois(boxes_xyxy: Sequence[Tensor], like: Tensor) -> Tensor:
 
 def _pool(maps: Tensor, rois: Tensor, size: int, scale: float, sampling_ratio: int, aligned: bool) -> Tensor:
     maps = _wide(maps)
-    pooled: Tensor = roi_align(maps, rois.to(maps.dtype), size, scale, sampling_ratio, aligned)
-    return pooled
+    return pool_rois(maps, rois.to(maps.dtype), size, scale, sampling_ratio, aligned)
 
 
 def _wide(tensor: Tensor) -> Tensor:

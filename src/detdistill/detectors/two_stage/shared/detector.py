@@ -25,6 +25,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from detdistill.detectors.contract import Parts, dense_positives, region_positives
 from detdistill.detectors.student_files.models.cascade import ClassAgnosticPredictor
+from detdistill.detectors.student_files.models.exact import AlignedRoIAlign
 from detdistill.detectors.torchvision.backbones import image_statistics, pyramid_description
 from detdistill.detectors.torchvision.dense_outputs import layout
 from detdistill.detectors.torchvision.detector import TorchvisionDetector
@@ -34,6 +35,7 @@ from detdistill.detectors.torchvision.options import BackboneOptions, Levels, Py
 from detdistill.detectors.torchvision.targets import trainable
 from detdistill.errors import DataError, ModelError
 from detdistill.functional.counting import mean_over_ranks, share_over_ranks
+from detdistill.functional.regions import pool_boxes
 from detdistill.structures import (
     IGNORED,
     NEGATIVE,
@@ -273,7 +275,10 @@ class TwoStageDetector(TorchvisionDetector):
         return torch.cat([logits[:, self.columns], background], dim=1)
 
     def _pool(self, pool: MultiScaleRoIAlign, features: Features, boxes: Sequence[Tensor], batch: Batch) -> Tensor:
-        """Pool [R, C, h, w]. The scales are set from the pyramid's strides; torchvision estimates them from the first batch."""
+        """Pool [R, C, S, S]. The scales are set from the pyramid's strides; torchvision estimates them from the first batch.
+
+        Training on a CPU pools by ``pool_boxes``: the values are the same, and its backward pass is several times as fast.
+        """
         levels = [level for level in self._pooled_levels if level < len(features.maps)]
         strides = [features.strides[level] for level in levels]
         pool.scales = [1 / stride for stride in strides]
@@ -283,8 +288,16 @@ class TwoStageDetector(TorchvisionDetector):
             canonical_scale=pool.canonical_scale,
             canonical_level=pool.canonical_level,
         )
-        maps = {str(level): features.maps[level] for level in levels}
-        return cast(Tensor, pool(maps, list(boxes), image_sizes(batch)))
+        maps = tuple(features.maps[level] for level in levels)
+        if type(pool) in (MultiScaleRoIAlign, AlignedRoIAlign) and maps[0].device.type == "cpu" and maps[0].requires_grad:
+            aligned, ratio = type(pool) is AlignedRoIAlign, int(pool.sampling_ratio)
+            chosen = pool.map_levels(list(boxes)) if len(maps) > 1 else torch.zeros(sum(map(len, boxes)), dtype=torch.int64)
+            of_level = Features(maps, tuple(strides))
+            pooled = pool_boxes(of_level, boxes, int(pool.output_size[0]), chosen, sampling_ratio=ratio, aligned=aligned)
+            return pooled.to(maps[0].dtype)
+        return cast(
+            Tensor, pool({str(level): one for level, one in zip(levels, maps, strict=True)}, list(boxes), image_sizes(batch))
+        )
 
     # ----------------------------------------------------------------------------------------------- training
 
