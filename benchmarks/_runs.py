@@ -22,7 +22,7 @@ from typing import Any
 
 from detdistill.jobs.contract import Job, Runner, Started
 from detdistill.jobs.where import runner_on
-from detdistill.processes import stopped_by_signals
+from detdistill.processes import stopped_by_signals, with_parent
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def run(tasks: Sequence[Task], jobs: int, work: Path, note: Callable[[], None], 
     waiting = [task for task in todo if not task.done]
     done = {task.out for task in todo if task.done}
     failed: set[Path] = set()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(with_parent(), OMP_NUM_THREADS="1")
     spawning = multiprocessing.get_context("spawn")
     idle: list[tuple[Connection, Any]] = []
     for _ in range(min(jobs, len(waiting))):
