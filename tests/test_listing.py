@@ -25,7 +25,6 @@ from detdistill.detectors.probed import STAGES, Probed
 from detdistill.evaluation.scores import METRICS, Scores
 from detdistill.listing import list_methods, list_recipes
 from detdistill.methods.shared.compose import method_class, method_slugs
-from detdistill.methods.shared.needs import PairError
 from tests.data.forms import Picture, make_coco, make_yolo
 
 LONG = "runs/a folder with spaces/" + "deeper/" * 10 + "teacher"
@@ -187,13 +186,11 @@ def test_methods(see, document):
 
 
 def test_reasons_of_a_refusal_wrap_under_their_method(see, document, monkeypatch):
-    def build(slug, teacher, student):
-        if slug == "fkd":
-            raise PairError(
-                f"fkd: the student {student.spec.name} lacks something; run `detdistill methods --student x` for more"
-            )
+    def reasons(teacher, student):
+        why = f"the student {student.spec.name} lacks something; run `detdistill methods --student x` for more"
+        return {slug: why if slug == "fkd" else "" for slug in method_slugs()}
 
-    monkeypatch.setattr("detdistill.methods.shared.compose.build_method", build)
+    monkeypatch.setattr("detdistill.methods.shared.compose.reasons_against", reasons)
     lines = see(f"methods --student {STUDENT}", names=[STUDENT])
     assert lines[:5] == ["teacher", STUDENT, "student", STUDENT, ""]
     column = " " * (2 + max(map(len, method_slugs())))

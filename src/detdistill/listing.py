@@ -61,21 +61,14 @@ def list_methods(teacher: str | None = None, student: str | None = None) -> Meth
     if teacher is None or student is None:
         return MethodList(None, None, tuple(Listed(slug, entry(slug).title) for slug in method_slugs()))
     from detdistill.detectors.contract import Teacher
-    from detdistill.methods.shared.compose import build_method
-    from detdistill.methods.shared.needs import PairError
+    from detdistill.methods.shared.compose import reasons_against
 
     frozen = Teacher(_detector(teacher, ("one", "two")))
     learner = _detector(student, frozen.spec.classes or ("one", "two"))
     if learner.spec.family == "features":
         raise ModelError(f"{student} is a backbone, which can only teach; give the student too: --student fcos:resnet18")
-    found = []
-    for slug in method_slugs():
-        reason = None
-        try:
-            build_method(slug, frozen, learner)
-        except PairError as error:
-            reason = error.reason.removeprefix(f"{slug}: ")
-        found.append(Listed(slug, entry(slug).title, reason is None, reason))
+    reasons = reasons_against(frozen, learner)
+    found = [Listed(slug, entry(slug).title, not reason, reason or None) for slug, reason in reasons.items()]
     return MethodList(teacher, student, tuple(found))
 
 

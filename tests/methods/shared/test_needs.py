@@ -3,7 +3,9 @@ import dataclasses
 import pytest
 
 from detdistill.cache.absent_teacher import AbsentTeacher
+from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import HasBackboneFeatures, HasCopies, HasQueries, HasRegions, HasTowers, Teacher
+from detdistill.detectors.probe import tiny_name
 from detdistill.methods.pkd import PKD
 from detdistill.methods.shared.compose import build_method, method_slugs, serving_methods
 from detdistill.methods.shared.needs import Needs, PairError, check_pair, why_not
@@ -210,10 +212,23 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_methods_that_are_recommended_can_be_built_and_no_other(pair):
+def test_methods_that_are_recommended_can_be_built_and_no_other(pair, monkeypatch):
     teacher, student = PAIRS[pair]
-    sides = None if teacher is None else Teacher(teacher(seed=1)), student(seed=2)
+    check_recommended(None if teacher is None else Teacher(teacher(seed=1)), student(seed=2), monkeypatch)
+
+
+@pytest.mark.parametrize(("teacher", "student"), [("gfl", "atss"), ("ssd", "ssdlite"), ("deformable_detr", "rt_detr")])
+def test_so_are_those_for_detectors_that_differ_in_depth_anchors_or_maps(teacher, student, monkeypatch):
+    classes = ("a", "b")
+    built = [build_detector(tiny_name(name), classes) for name in (teacher, student)]
+    check_recommended(Teacher(built[0]), built[1], monkeypatch)
+
+
+def check_recommended(teacher, student, monkeypatch):
+    sides = teacher, student
     serving = serving_methods(*sides)
+    assert len(serving) > 2
+    monkeypatch.setattr("detdistill.methods.shared.compose.serving_methods", lambda *_: serving)  # it takes a second
     built, refused = [], {}
     for slug in method_slugs():
         try:

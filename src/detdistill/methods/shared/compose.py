@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
+
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.methods.shared.catalogue import (
     METHODS,
@@ -132,21 +134,35 @@ def _together(text: str, teachers: Mapping[str, Teacher | None], student: Detect
     only = next(iter(teachers.values())) if len(teachers) == 1 else None
     for (found, values), name in zip(parse_methods(text), named_teachers(text), strict=True):
         build: Any = found  # constructors differ in their keyword arguments, which were checked by parse_methods
+        teacher = teachers[name] if name else only
         try:
-            methods.append(build(teachers[name] if name else only, student, **values))
+            methods.append(build(teacher, student, **values))
         except PairError as error:
-            if not name:
-                raise
-            raise PairError(f"teacher {name}: {error}") from error
+            others = error.others or [slug for slug in serving_methods(teacher, student) if slug != found.slug]
+            raise PairError(f"teacher {name}: {error.reason}" if name else error.reason, others) from error
         names.append(f"{found.slug}@{name}" if name else found.slug)
     return methods[0] if len(methods) == 1 else Composition(methods, student, names)
 
 
-def serving_methods(teacher: Teacher | None, student: Detector) -> list[str]:
-    """Slugs of the methods that, with default hyper-parameters, can be used with a pair."""
-    found = []
-    for slug in method_slugs():
-        kind = method_class(slug)
-        if not why_not(kind.needs(**checked_settings(slug, kind, {})), teacher, student):
-            found.append(slug)
+def reasons_against(teacher: Teacher | None, student: Detector) -> dict[str, str]:
+    """For each method, by slug, why it cannot be used with a pair with default hyper-parameters; empty if it can.
+
+    Each method whose ``needs`` are met is built, because some compare more of both sides, such as the depths of decoders.
+    """
+    found = {}
+    with torch.random.fork_rng(devices=[]):  # random weights of adapters must not change those of the caller's next modules
+        for slug in method_slugs():
+            kind: Any = method_class(slug)
+            values = checked_settings(slug, kind, {})
+            found[slug] = why_not(kind.needs(**values), teacher, student)
+            if not found[slug]:
+                try:
+                    kind(teacher, student, **values)
+                except PairError as error:
+                    found[slug] = error.reason.removeprefix(f"{slug}: ")
     return found
+
+
+def serving_methods(teacher: Teacher | None, student: Detector) -> list[str]:
+    """Slugs of the methods that, with default hyper-parameters, can be used with a pair; see ``reasons_against``."""
+    return [slug for slug, reason in reasons_against(teacher, student).items() if not reason]

@@ -31,7 +31,7 @@ class PairError(DetdistillError):
             others: slugs of methods that can be used with the pair.
         """
         super().__init__(reason + (f"; methods that could serve this pair: {', '.join(others)}" if others else ""))
-        self.reason = reason
+        self.reason, self.others = reason, tuple(others)
 
 
 @dataclass(frozen=True)
