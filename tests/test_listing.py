@@ -20,6 +20,7 @@ from detdistill.compare import Gain, Pair, summarize
 from detdistill.data.inspect import inspect_data
 from detdistill.data.records import Defect
 from detdistill.detectors import probe
+from detdistill.detectors.adapters import adapter_names
 from detdistill.detectors.probe import CHECKS
 from detdistill.detectors.probed import STAGES, Probed
 from detdistill.evaluation.scores import METRICS, Scores
@@ -97,6 +98,15 @@ FOUND = [
 def probed(monkeypatch, tmp_path):
     monkeypatch.setattr(probe, "probe_all", lambda follow=None, export=None: FOUND)
     monkeypatch.setenv("DETDISTILL_CACHE", str(tmp_path))
+    monkeypatch.setattr("detdistill.detectors.probed.SHIPPED", tmp_path / "nothing")
+
+
+def test_a_new_machine_sees_what_comes_with_the_package(document, monkeypatch, tmp_path):
+    monkeypatch.setenv("DETDISTILL_CACHE", str(tmp_path))
+    shown = document("detectors")
+    assert sorted(detector["name"] for detector in shown["detectors"]) == sorted(adapter_names())
+    assert shown["probed"].startswith("with torch ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_detectors(see, probed):

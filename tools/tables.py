@@ -1,6 +1,6 @@
-"""Generate the tables of README.md and docs/ from the code and its docstrings.
+"""Generate the tables of README.md and docs/ from the code and its docstrings, and the list of detectors of the package.
 
-    uv run python tools/tables.py                          write README.md and docs/
+    uv run python tools/tables.py                          write README.md, docs/ and probed.json
     uv run python tools/tables.py docs/methods/pkd.md      write one page; quick if its tables need no detectors
     uv run python tools/tables.py --check                  list files that are out of date; exit code 1 if there are any
 
@@ -20,16 +20,18 @@ import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from detdistill.detectors.adapters import adapter, adapter_names
-from detdistill.detectors.contract import Detector, Teacher
+from detdistill.detectors.contract import CAPABILITIES, Detector, Teacher
 from detdistill.detectors.options import ModelOptions, option_types
 from detdistill.detectors.probe import CHECKS, probe_all, tiny_detector
-from detdistill.detectors.probed import Probed
+from detdistill.detectors.probed import SHIPPED, Probed, Survey
 from detdistill.export.probe import probe_export
+from detdistill.files import json_by_entry
 from detdistill.methods.shared.catalogue import method_slugs
 from detdistill.methods.shared.compose import build_method, parse_methods
 from detdistill.methods.shared.needs import PairError
@@ -63,6 +65,10 @@ def main() -> None:
             if not given.check:
                 page.with_name(page.name + ".tmp").write_text(new, encoding="utf-8")
                 os.replace(page.with_name(page.name + ".tmp"), page)
+    if not given.pages and (text := survey()) != SHIPPED.read_text(encoding="utf-8"):
+        wrong.append(f"{SHIPPED.relative_to(ROOT)} {'is out of date' if given.check else 'written'}")
+        if not given.check:
+            SHIPPED.write_text(text, encoding="utf-8")
     missing = [f"{METHOD_PAGES / slug}.md" for slug in method_slugs() if not (METHOD_PAGES / f"{slug}.md").exists()]
     wrong += [f"{Path(page).relative_to(ROOT)} is missing: copy that of another method and change its text" for page in missing]
     print(*wrong, sep="\n" if wrong else "")
@@ -84,6 +90,14 @@ def example() -> str:
 def probed() -> Sequence[Probed]:
     """The results of running every detector."""
     return probe_all(export=probe_export)
+
+
+def survey() -> str:
+    """The results for the file that is shipped with the package."""
+    names = ("torch", "torchvision", "transformers", "timm", "ultralytics", "libreyolo", "onnx")
+    when = "with " + ", ".join(f"{name} {version(name)}" for name in names)
+    found = Survey(tuple(probed()), tuple(CAPABILITIES.values()), CHECKS, when)
+    return json_by_entry(dataclasses.asdict(found))
 
 
 def pairs_table() -> str:

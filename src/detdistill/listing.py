@@ -107,17 +107,17 @@ def show_methods(found: MethodList) -> None:
 
 
 def list_detectors(probe: bool = False) -> Survey:
-    """List all detectors with their capabilities, found by running and exporting each on a tiny backbone (about a minute).
+    """List all detectors with their capabilities, as they come with the package or were found here.
 
-    What is found is kept in the user's cache folder, and taken from there as long as the installed versions are the same.
+    What is found here is kept in the user's cache folder, and taken from there as long as the installed versions are the same.
 
     Args:
-        probe: run the detectors even if a result is kept.
+        probe: run and export all detectors on tiny backbones, with the installed versions; this takes minutes.
     """
-    from detdistill.detectors.probed import kept_survey
+    from detdistill.detectors.probed import kept_survey, shipped_survey
 
-    if not probe and (kept := kept_survey()) is not None:
-        return kept
+    if not probe and (known := kept_survey() or shipped_survey()) is not None:
+        return known
     from detdistill.progress import Progress
 
     with Progress() as progress:
@@ -135,7 +135,8 @@ def show_detectors(found: Survey) -> None:
     printing.line(console)
     printing.paragraph(
         console,
-        f"Tried on a tiny model of each ({found.when}; `detectors --probe true` tries again): {', '.join(found.capabilities)}.",
+        f"Tried on a tiny model of each ({found.when}; `detectors --probe true` tries here, in minutes): "
+        f"{', '.join(found.capabilities)}.",
     )
     printing.paragraph(console, "Write `detector:backbone[,key=value ...]`, e.g. `fcos:resnet18,width=0.5,neck=64,levels=3-5`.")
 

@@ -64,7 +64,9 @@ def methods(chosen: Namespace) -> None:
 
 
 def detectors_flags(parser: Parser) -> None:
-    parser.add_argument("--probe", type=bool, default=False, help="try the detectors again, even if the result is kept")
+    parser.add_argument(
+        "--probe", type=bool, default=False, help="try all detectors with the installed versions; this takes minutes"
+    )
     json_flag(parser)
 
 

@@ -1,12 +1,15 @@
-"""What probing the detectors found, kept in the user's cache folder: reading it again imports neither torch nor an adapter.
+"""The abilities of all detectors as probing found them: shipped with the package, or kept in the user's cache folder.
 
-Probing builds every adapter's tiny model and takes about a minute, so it is done once for each set of installed versions.
+Probing builds and exports every adapter's tiny model, which takes minutes. Reading what was found imports neither torch nor an
+adapter. ``tools/tables.py`` writes the shipped results and checks them against the code.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from detdistill.kept import keep, read_kept, software
@@ -15,6 +18,8 @@ STAGES = "all stages"
 """Name of the check that every detector must pass: features, predict, assign, loss, backward, detect, positives."""
 KEPT = "detectors"
 """Name of the kept file."""
+SHIPPED = Path(__file__).with_name("probed.json")
+"""The results with the versions that the package is tested with."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +67,27 @@ class Survey:
     checks: tuple[str, ...]
     """Names of all checks, in the order of the tables' columns."""
     when: str
-    """Date and time of probing."""
+    """Date and time of probing, or the versions with which the shipped results were found."""
 
 
 def kept_survey() -> Survey | None:
     """The survey that was kept, or None if there is none for exactly the installed versions and the files of this package."""
-    kept: Any = read_kept(KEPT, software())
+    return _survey(read_kept(KEPT, software()))
+
+
+def shipped_survey() -> Survey | None:
+    """The survey that comes with the package, or None if it cannot be read."""
     try:
-        detectors = tuple(Probed(**probed) for probed in kept["detectors"])
-        return Survey(detectors, tuple(kept["capabilities"]), tuple(kept["checks"]), kept["when"])
-    except (TypeError, KeyError):  # nothing is kept, or something that this version would not have written
+        return _survey(json.loads(SHIPPED.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _survey(content: Any) -> Survey | None:
+    try:
+        detectors = tuple(Probed(**probed) for probed in content["detectors"])
+        return Survey(detectors, tuple(content["capabilities"]), tuple(content["checks"]), content["when"])
+    except (TypeError, KeyError):  # nothing, or something that this version would not have written
         return None
 
 
