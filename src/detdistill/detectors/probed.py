@@ -1,4 +1,4 @@
-"""What probing the detectors found, kept in the user's cache folder: reading it again imports neither torch nor an adapter.
+"""Results of probing the detectors, kept in the user's cache folder; reading them imports neither torch nor an adapter.
 
 Probing builds every adapter's tiny model and takes about a minute, so it is done once for each set of installed versions.
 """
