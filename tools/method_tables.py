@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,15 +237,43 @@ def _buildings(slug: str, teacher_channels: int) -> Iterator[tuple[Method[Any], 
     from tests.tiny import TinyDense, TinyQueries, TinyRegions
 
     kinds = (TinyDense, TinyRegions, TinyQueries)
+    pairs = list(itertools.product(kinds if needs_of(slug).teacher is not None else (None,), kinds))
+    if pairs[0][0] is not None:  # for methods that refuse all of these pairs
+        pairs += [(kind, kind) for kind in _further_kinds()]
     build: Any = method_class(slug)
-    for theirs in kinds if needs_of(slug).teacher is not None else (None,):
-        for mine in kinds:
-            teacher = None if theirs is None else Teacher(theirs(channels=(teacher_channels, teacher_channels), seed=1))
-            student = mine(seed=2)
-            try:
-                yield build(teacher, student), student
-            except PairError:
-                continue
+    for theirs, mine in pairs:
+        teacher = None if theirs is None else Teacher(theirs(channels=(teacher_channels, teacher_channels), seed=1))
+        student = mine(seed=2)
+        try:
+            yield build(teacher, student), student
+        except PairError:
+            continue
+
+
+@functools.cache
+def _further_kinds() -> tuple[Any, ...]:
+    """Tiny dense detectors with what few methods need: as many blocks as a real head (CrossKD), distributions of box sides (LD).
+
+    They are only built, never run, so bins in the spec are enough.
+    """
+    from tests.tiny import TinyDense, TinyHead
+
+    class DeepHead(TinyHead):
+        tower_depth = 4
+
+    class DeepDense(TinyDense):
+        tower_depth = DeepHead.tower_depth
+
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.head = DeepHead(self.spec.channels[0], len(self.spec.classes))
+
+    class BinnedDense(TinyDense):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.spec = replace(self.spec, box_bins=5)
+
+    return DeepDense, BinnedDense
 
 
 def _trained(method: Method[Any], student: Any) -> list[str]:

@@ -204,7 +204,7 @@ LICENCES = {"ultralytics": "AGPL-3.0"}
 
 
 def licence(origin: Origin | None, kind: str = "") -> str:
-    """What bears on the licence of the weights, which their author chooses; ``kind`` is the detector's family."""
+    """The facts that bear on the licence of the weights, which their author chooses; ``kind`` is the detector's family."""
     sources = ["- the code of detdistill, also the files that it copies into student folders, is under Apache-2.0;"]
     if kind in LICENCES:
         sources.append(f"- the network runs by the package {kind}, which is under {LICENCES[kind]};")

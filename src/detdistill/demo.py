@@ -11,6 +11,7 @@ from detdistill.settings import DistillSettings, TrainSettings
 
 if TYPE_CHECKING:
     from detdistill.api import Distilled
+    from detdistill.progress import Progress
 
 TEACHER = "fcos:resnet10t,channels=32-64-128-256,neck=64,levels=3-5,convs=2"
 STUDENT = "fcos:resnet10t,channels=16-32-64-128,stem=16,neck=64,levels=3-5,convs=2"
@@ -68,12 +69,7 @@ def demo(
     from detdistill.progress import Progress
     from detdistill.training.folder import new_folder
 
-    # Wrong settings are reported before anything is trained.
-    TrainSettings(epochs=teacher_epochs)
-    DistillSettings(epochs=epochs, seeds=tuple(seeds), method=method)
-    for name, count in (("train_images", train_images), ("val_images", val_images)):
-        if count < 1:
-            raise RunError(f"{name}: {count} is too small; it must be 1 or more")
+    _check(seeds, method, train_images, val_images, teacher_epochs, epochs)
     console = printing.stdout()
     folder = new_folder(out, "demo")
     data = f"digits:train={train_images},val={val_images},size=128,seed=0"
@@ -82,13 +78,10 @@ def demo(
         progress.say("loading torch, torchvision and lightning (some seconds) ...")
         from detdistill import api
         from detdistill.compare import show_gains
-        from detdistill.data.digits import digits_folder
         from detdistill.methods.shared.compose import parse_methods
 
         parse_methods(method)
-        bar = progress.bar("make the images", train_images + val_images)
-        digits_folder(train=train_images, val=val_images, size=128, seed=0, progress=bar.follow)
-        bar.update(bar.total)  # images of an earlier demo are not made again, and nothing was followed
+        _make_images(progress, train_images, val_images)
         progress.say("training the teacher, then the student with it and without it")
         teacher, common = folder / "teacher", settings()
         length = {"epochs": teacher_epochs, "evaluate_every": 2}
@@ -111,6 +104,32 @@ def demo(
         page = api.report([teacher, *result.runs], out=folder / "report.html")
         bar.update(1)
     show_gains(result.gains)
+    _show_next_steps(result, page, method, epochs, one_seed=len(seeds) == 1)
+    return result
+
+
+def _check(seeds: Sequence[int], method: str, train_images: int, val_images: int, teacher_epochs: int, epochs: int) -> None:
+    """Report wrong settings before anything is trained."""
+    TrainSettings(epochs=teacher_epochs)
+    DistillSettings(epochs=epochs, seeds=tuple(seeds), method=method)
+    for name, count in (("train_images", train_images), ("val_images", val_images)):
+        if count < 1:
+            raise RunError(f"{name}: {count} is too small; it must be 1 or more")
+
+
+def _make_images(progress: Progress, train: int, val: int) -> None:
+    from detdistill.data.digits import digits_folder
+
+    bar = progress.bar("make the images", train + val)
+    digits_folder(train=train, val=val, size=128, seed=0, progress=bar.follow)
+    bar.update(bar.total)  # images of an earlier demo are not made again, and nothing was followed
+
+
+def _show_next_steps(result: Distilled, page: Path, method: str, epochs: int, one_seed: bool) -> None:
+    """Print how far the gain can be trusted, where the results are, and the commands for the user's own data."""
+    from detdistill import printing
+
+    console = printing.stdout()
     printing.line(console)
     printing.paragraph(
         console,
@@ -121,10 +140,9 @@ def demo(
     printing.labelled(console, "report:", str(page))
     printing.labelled(console, "student (loads without detdistill):", str(result.runs[-1] / "student"))
     printing.line(console)
-    if len(seeds) == 1:
+    if one_seed:
         printing.labelled(console, "a verdict needs several seeds:", "detdistill demo --seeds 0,1,2")
     printing.line(console, "with your own data (a COCO, YOLO or VOC folder) and your own teacher:")
     printing.line(console, f"  detdistill train --role teacher --model {TEACHER.split(',')[0]} --data DATA --out teacher")
     printing.line(console, f"  detdistill distill --teacher teacher --student {STUDENT.split(',')[0]},width=0.5 \\")
     printing.line(console, f"      --data DATA --method {method} --baseline --seeds 0,1,2")
-    return result

@@ -99,7 +99,7 @@ class Found:
 
 
 def read_searched(over: Sequence[str], settings: DistillSettings) -> tuple[Searched, ...]:
-    """What is searched, from texts: ``lr``, ``lr=1e-4..1e-2``, ``distill_weight``, ``balance``, ``pkd.weight=1..20``.
+    """Read what is searched: ``lr``, ``lr=1e-4..1e-2``, ``distill_weight``, ``balance``, ``pkd.weight=1..20``.
 
     Args:
         over: the texts.
@@ -251,7 +251,7 @@ def show_found(found: Found) -> None:
 
 
 def what_it_shows(found: Found) -> str:
-    """What the search can and cannot say."""
+    """The conclusions that the search allows, and those that it does not."""
     seeds = f"{len(found.seeds)} seed{'s' if len(found.seeds) > 1 else ''}"
     equal = sum(one.alone is not None for one in found.tried)
     care = f"The student alone was trained {equal} time{'s' if equal > 1 else ''}" + (

@@ -1,4 +1,4 @@
-"""What users give as a model: names and paths, results of earlier calls, and detectors in memory."""
+"""Models as users give them: names, paths and URLs, results of earlier calls, and detectors in memory."""
 
 from __future__ import annotations
 

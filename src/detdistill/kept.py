@@ -54,7 +54,7 @@ def keep(name: str, key: str, content: Any) -> None:
 
 @functools.cache
 def software() -> str:
-    """What a computed result depends on besides its inputs: Python, the machine, this package's files and its requirements.
+    """The software that results depend on, as text: Python, the machine, this package's files and its requirements.
 
     The files count with their content, because an editable installation changes without a new version. A requirement that is
     not installed counts as that. All is read once in a process, as modules are.

@@ -66,7 +66,7 @@ def attempt() -> int:
 
 
 def launch() -> str | None:
-    """What torchrun calls the launch of this process, the same after a restart; None: torchrun has not started it.
+    """The name that torchrun gives to the launch of this process, also after a restart; None: torchrun has not started it.
 
     Without ``--rdzv-id`` all launches have the name "none".
     """

@@ -119,7 +119,7 @@ def baseline_at(seconds: float, curve: Sequence[tuple[float, float]]) -> float |
 
 
 def meaning(found: Sequence[Schedule]) -> str:
-    """What the gains at the shortest and at the longest schedule say together."""
+    """The meaning of the gains at the shortest and at the longest schedule together, in words."""
     first, last = found[0], found[-1]
     short, long = (f"{100 * one.gain.mean:+.1f} at {one.factor:g}x" for one in (first, last))
     if len(last.gain.pairs) < 2:

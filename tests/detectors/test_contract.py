@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from detdistill.detectors import contract
 from detdistill.detectors.contract import (
+    CAPABILITIES,
     DetectorSpec,
     HasBackboneFeatures,
     HasCopies,
@@ -54,6 +56,11 @@ def test_capabilities_are_recognised():
         "TinyRegions": [True, False, True, False, False],
         "TinyQueries": [True, False, False, True, False],
     }
+
+
+def test_every_capability_has_a_name_for_messages():
+    """``Needs`` may name any of them, and a refusal looks up its words."""
+    assert set(CAPABILITIES) == {value for name, value in vars(contract).items() if name.startswith("Has")}
 
 
 @pytest.mark.parametrize("detector_class", FAMILIES)

@@ -16,7 +16,7 @@ from tests.tiny import TinyDense, TinyQueries, TinyRegions
 BACKBONE, TOWERS, REGIONS, QUERIES, COPIES = CHECKS[1:]
 
 
-def test_the_checks_are_the_stages_and_all_capabilities_of_the_contract():
+def test_the_checks_are_the_stages_and_the_capabilities_that_most_methods_build_on():
     assert CHECKS == ("all stages", "backbone features", "towers", "regions", "queries", "copies of neck and head")
 
 

@@ -189,6 +189,7 @@ def test_modified_adapter_serves_different_channels_and_mixes_levels():
         {"reduction": "dist", "always_adapt": True, "warm_iters": 100},
         {"variant": "normalized", "mean_over_levels": True},
         {"variant": "modified", "attention_layers": 1},
+        {"hint_share": 1.0},
     ],
 )
 def test_contract(settings):

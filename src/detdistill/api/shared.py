@@ -1,4 +1,4 @@
-"""What several functions of the package share: settings, data, image sizes, devices."""
+"""Steps that several functions of the package share: settings, data, image sizes, devices."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Readable(Protocol):
 
 
 class KnowledgeSource(Protocol):
-    """What a run learns from in place of a teacher in its own process: a cache, or a served teacher."""
+    """Source of a teacher's knowledge for a run that has no teacher in its own process: a cache, or a served teacher."""
 
     @property
     def about(self) -> About:

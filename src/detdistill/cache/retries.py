@@ -180,7 +180,7 @@ def no_bucket(error: BaseException) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says, in one line and without passwords."""
+    """The reason of an error, in one line and without passwords."""
     code, status = code_of(error), status_of(error)
     if code == "NoSuchBucket":
         return "there is no such bucket"
@@ -203,7 +203,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def advice_for(error: BaseException) -> str:
-    """What to do about an error, as the rest of a sentence."""
+    """The remedy for an error, as the rest of a sentence."""
     code, status = code_of(error), status_of(error)
     if code == "NoSuchBucket":
         return "make the bucket, or correct the URL"

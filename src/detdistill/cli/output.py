@@ -1,4 +1,4 @@
-"""What commands print: lines, notes, errors, and results as text or JSON."""
+"""Output of commands: lines, notes, errors, and results as text or JSON."""
 
 from __future__ import annotations
 

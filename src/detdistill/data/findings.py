@@ -1,4 +1,4 @@
-"""What is odd about data though no record is wrong: classes, names and pictures that make training fail silently."""
+"""Oddities of data in which no record is wrong: classes, names and pictures that make training fail silently."""
 
 from __future__ import annotations
 

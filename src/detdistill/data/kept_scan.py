@@ -1,4 +1,4 @@
-"""What was read of a data set, kept in the user's cache folder for the next start.
+"""The records that were read of a data set, kept in the user's cache folder for the next start.
 
 Before it is used, every file below the data's folders is listed anew: if a name, a size, a time of change or a version of the
 software differs from what was listed when the data were read, the data are read again. Nothing is kept of data that refer to
@@ -33,7 +33,7 @@ FIELDS = ("boxes_xyxy", "labels", "crowd", "areas")
 
 
 def read_scan(path: Path) -> tuple[Sets, list[str]] | None:
-    """What was kept for a path, if all files are as they were then; None: nothing is kept, or something is different."""
+    """The result that was kept for a path, if all files are as they were; None: nothing is kept, or something is different."""
     try:
         with np.load(_file(path), allow_pickle=False) as kept:
             about = json.loads(kept["about"].tobytes())

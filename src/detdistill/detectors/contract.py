@@ -443,7 +443,10 @@ CAPABILITIES: dict[type, str] = {
     HasTowers: "towers (a dense head that can be resumed)",
     HasRegions: "regions (a region head on given boxes)",
     HasQueries: "queries (a decoder that accepts other queries)",
+    HasMapsBeforeEncoder: "maps before the encoder",
     HasCopies: "copies of neck and head",
+    HasBoxDistributions: "distributions of box sides",
+    HasSchedule: "a schedule of its losses",
 }
 """The capability protocols and their names in messages."""
 

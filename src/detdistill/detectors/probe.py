@@ -32,7 +32,9 @@ from detdistill.structures import Batch, Features, Prediction, QuerySeed, Region
 
 GENERIC = "resnet10t,channels=8-16-32-64,stem=8,neck=32"
 """Model string after ``NAME:`` of the tiny model, for adapters without a ``TINY`` of their own."""
-CHECKS = (STAGES, *(words.partition(" (")[0] for words in CAPABILITIES.values()))
+PROBED = (HasBackboneFeatures, HasTowers, HasRegions, HasQueries, HasCopies)
+"""Capabilities that are probed: those that most methods build on. Tests of the few detectors with further ones cover these."""
+CHECKS = (STAGES, *(CAPABILITIES[protocol].partition(" (")[0] for protocol in PROBED))
 """Names of all checks, in the order of the tables' columns."""
 
 
@@ -85,7 +87,8 @@ def probe_all(follow: Callable[[int, int], None] | None = None, export: Callable
 
 def survey(follow: Callable[[int, int], None] | None = None, export: Callable[[Detector], str] | None = None) -> Survey:
     """Probe all adapters, and keep what was found for ``kept_survey``; arguments as in ``probe_all``."""
-    found = Survey(tuple(probe_all(follow, export)), tuple(CAPABILITIES.values()), CHECKS, time.strftime("%Y-%m-%d %H:%M"))
+    capabilities = tuple(CAPABILITIES[protocol] for protocol in PROBED)
+    found = Survey(tuple(probe_all(follow, export)), capabilities, CHECKS, time.strftime("%Y-%m-%d %H:%M"))
     keep_survey(found)
     return found
 
@@ -123,8 +126,8 @@ def probe_detector(detector: Detector) -> Probed:
     batch = probe_batch(len(detector.spec.classes))
     results, reasons = {}, dict[str, str]()
     asked: list[tuple[str, bool, Callable[[Any, Batch], None]]] = [(STAGES, True, _stages)]
-    for protocol, words in CAPABILITIES.items():
-        asked.append((words.partition(" (")[0], isinstance(detector, protocol), probes[protocol]))
+    for check, protocol in zip(CHECKS[1:], PROBED, strict=True):
+        asked.append((check, isinstance(detector, protocol), probes[protocol]))
     with torch.random.fork_rng(devices=[]):
         for check, claimed, run in asked:
             torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What the checks look at: a planned run, its data and teacher, and the few batches and trials that several checks share."""
+"""The case that the checks examine: a planned run, its data and teacher, and the few batches and trials that they share."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def _row(title: str, course: Course) -> tuple[str, ...]:
 
 
 def probe(case: Case) -> Iterator[Finding]:
-    """What a few steps side by side show, and what not."""
+    """Report the losses of a few steps side by side, and that so few steps show no winner."""
     alone, distilled = case.probe.alone, case.probe.distilled
     images = len(case.batches[0])
     case.numbers["probe"] = {"alone": list(alone.own), "distilled": list(distilled.own), "images_per_step": images}

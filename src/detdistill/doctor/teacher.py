@@ -108,7 +108,7 @@ def _scored(case: Case, val: DetectionSet, views: ViewSettings, title: str) -> t
 
 
 def class_order(val: DetectionSet, results: Sequence[dict[str, Any]]) -> str:
-    """What the teacher calls the objects that it finds, if it finds them by another order of its classes; else empty.
+    """The names that the teacher gives to objects, if the order of its classes is not that of the data; else empty.
 
     Args:
         val: images with K classes.

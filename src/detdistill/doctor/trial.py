@@ -44,7 +44,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Course:
-    """What a student did in a few steps."""
+    """Course of a student's training over a few steps."""
 
     own: tuple[float, ...]
     """The student's own loss before each step."""

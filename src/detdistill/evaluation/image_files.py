@@ -33,7 +33,7 @@ class FoundFiles:
     """Number of files by lower-case suffix (``.txt``), most frequent first; ``no suffix`` and ``hidden`` are keys too."""
 
     def __str__(self) -> str:
-        """What was left out, in one line; empty if nothing was."""
+        """The files that were left out, in one line; empty if there are none."""
         if not self.left_out:
             return ""
         counts = ", ".join(f"{count} {kind}" for kind, count in self.left_out.items())

@@ -1,4 +1,4 @@
-"""What an exported file says about itself: the images it takes, its classes, and how to choose detections."""
+"""The description in an exported file: the images it takes, its classes, and the choice of detections."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ NOTES = "export.json"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to export, and how."""
+    """Settings of an export."""
 
     out: Path
     format: str = "onnx"
@@ -308,7 +308,7 @@ def _metrics(
 
 
 def entry_of(about: About, stages: Sequence[Stage], val: DetectionSet | None) -> dict[str, Any]:
-    """What ``export.json`` says of a file: its description, the images of the proof, all stages, and whether it passed."""
+    """The entry of a file in ``export.json``: its description, the images of the proof, all stages, and whether it passed."""
     return {
         "about": json.loads(about.to_text()),
         "data": None if val is None else {"val_fingerprint": val.fingerprint, "val_images": len(val.records)},

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detdistill.functional.precision import full_precision
+
 Size = tuple[int, int]
 
 
@@ -45,7 +47,7 @@ def crop_boxes(images: Tensor, boxes_xyxy: Tensor, image: Tensor, size: int, siz
     sizes = sizes_hw or [(images.shape[-2], images.shape[-1])] * len(images)
     middles = (torch.arange(size, device=boxes_xyxy.device, dtype=boxes_xyxy.dtype) + 0.5) / size
     crops = [boxes_xyxy.new_zeros(0, images.shape[1], size, size)]
-    with torch.autocast(images.device.type, enabled=False):
+    with full_precision(images.device):
         for index, (boxes, (height, width)) in enumerate(zip(torch.split(boxes_xyxy[order], counts), sizes, strict=True)):
             if len(boxes):
                 corner, side = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2])[:, None]

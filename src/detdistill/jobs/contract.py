@@ -1,4 +1,4 @@
-"""What runs (a job), what starts it (a runner), and what is known of it afterwards."""
+"""Interfaces of a command that is run (a job), of its state after the start, and of the runner that starts it."""
 
 from __future__ import annotations
 

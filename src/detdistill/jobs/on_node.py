@@ -1,4 +1,4 @@
-"""What a task of a cluster does on its node: check that it is the same world there, run the command, say how it ended."""
+"""A cluster's task on its node: it checks that the world there is the same, runs the command, and tells how it ended."""
 
 from __future__ import annotations
 

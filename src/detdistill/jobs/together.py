@@ -16,7 +16,7 @@ LOOK = 0.25
 
 
 class Watch(Protocol):
-    """What follows a job."""
+    """Observer of a job, which shows its progress and takes its result."""
 
     def look(self) -> None:
         """Show how far it is. It is asked for once more when the job has ended.

@@ -117,7 +117,7 @@ def _mass(mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FRSTaught(Taught):
-    """What the teacher gives: less than its whole prediction, so a cache is smaller."""
+    """Features, masks and class logits of the teacher: less than its whole prediction, so a cache is smaller."""
 
     features: Features
     richness: tuple[Tensor, ...]

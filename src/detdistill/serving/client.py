@@ -127,7 +127,7 @@ class ServedTeacher:
 
     @property
     def description(self) -> Description:
-        """What is taught."""
+        """The server's description of what it teaches."""
         assert self._description is not None
         return self._description
 

@@ -61,7 +61,7 @@ def token_from_environment() -> str | None:
 
 @dataclass(frozen=True)
 class Description:
-    """What a server teaches."""
+    """Description of what a server teaches."""
 
     about: About
     """Teacher and knowledge as a cache describes them. ``data_fingerprint`` and ``views`` bind students only if ``recorded``."""

@@ -114,7 +114,7 @@ class TeacherServer:
             self.stop()
 
     def in_words(self) -> str:
-        """What was done so far."""
+        """The work done so far: images, passes, and records that were read, in words."""
         read = "" if self.recorder is None else f", {self.read_records} read from {self.recorder.cache.folder.url}"
         return f"{self.passes.images} images taught in {self.passes.passes} passes{read}"
 

@@ -57,7 +57,7 @@ class Taught(PerImage):
     """Base of what ``Method.teach`` returns for a batch: ``Observation``, or a dataclass of the method's own."""
 
     def in_view_of(self, batch: Batch) -> Taught:
-        """What was taught about ``batch.large``, as if about ``batch`` itself. Lengths that are parts of the image stay."""
+        """Convert what was taught about ``batch.large`` to the view of ``batch``. Lengths that are parts of the image stay."""
         return self
 
 

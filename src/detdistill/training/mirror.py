@@ -348,7 +348,7 @@ def _withdraw(mirror: Mirror) -> None:
 
 
 def sender(mirror: Mirror | None, say: Callable[[str], object]) -> Callable[[], None] | None:
-    """What a run calls after each checkpoint. A store that cannot be reached stops no training; the next call tries again."""
+    """Make the function that a run calls after each checkpoint. A store that fails stops no training; the next call retries."""
     if mirror is None:
         return None
 

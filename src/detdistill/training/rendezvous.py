@@ -66,7 +66,7 @@ def launcher() -> ClusterEnvironment | None:
 
 
 def unreachable(error: dist.DistNetworkError | dist.DistStoreError) -> RunError:
-    """What to do if the processes cannot find each other."""
+    """The error of processes that cannot find each other, with its remedy."""
     address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "?")
     if "EADDRINUSE" in str(error) or "already in use" in str(error):
         return RunError(f"port {port} of {address} is in use; set the environment variable MASTER_PORT to a free port")

@@ -125,7 +125,7 @@ def blocks(detector: Detector) -> list[nn.Module]:
 
 
 def by_parts(module: StageModule) -> str:
-    """What to do if a detector uses the weights of a block that was not gathered."""
+    """The message about a detector that uses the weights of a block that was not gathered, with its remedy."""
     teachers = () if module.method is None else module.method.teachers()
     names = " or ".join([module.student.spec.name, *(teacher.spec.name for teacher in teachers)])
     return f"strategy fsdp: {names} uses weights of a block without calling the block; use --strategy ddp"

@@ -94,7 +94,7 @@ class Unlabelled:
         return cls(method.looks(), data.classes, labelled, settings.unlabelled, settings.unlabelled_score)
 
     def in_words(self) -> str:
-        """What is done, for the user."""
+        """The treatment of the boxes that teachers add, in words for the user."""
         what = "are labels, which count as much as their score" if self.mode == "label" else "are ignored"
         return f"those with a score of {self.least:g} or more {what}"
 

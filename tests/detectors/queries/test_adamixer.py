@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from detdistill.detectors.build import build_detector
-from detdistill.detectors.contract import CAPABILITIES, HasBackboneFeatures, HasCopies, HasQueries
+from detdistill.detectors.contract import CAPABILITIES, HasBackboneFeatures, HasCopies, HasMapsBeforeEncoder, HasQueries
 from detdistill.detectors.inherit import inherit_head
 from detdistill.detectors.student_files.models.adamixer import Stage, position_embedding, sample, to_corners, to_cxcywh, to_xyzr
 from detdistill.errors import ModelError
@@ -327,7 +327,7 @@ def test_mixed_precision_keeps_boxes_in_float32(detector):
 
 def test_capabilities(detector):
     mine = {protocol for protocol in CAPABILITIES if isinstance(detector, protocol)}
-    assert mine == {HasBackboneFeatures, HasQueries, HasCopies}
+    assert mine == {HasBackboneFeatures, HasQueries, HasMapsBeforeEncoder, HasCopies}
     assert detector.spec.family == "queries"
     assert detector.spec.strides == (4, 8, 16, 32)
     assert detector.spec.channels == (32, 32, 32, 32)

@@ -206,9 +206,10 @@ class D3ETR(Method[D3ETRTaught]):
         shown = {"self_attention": queries.self_attention, "cross_attention": queries.cross_attention}
         for kind, there in shown.items():
             if getattr(self.weights, kind) and not there:
+                reason = queries.no_attention.partition("; ")[0]  # a detector's refusal may end in a remedy of its own
                 raise PairError(
-                    f"{self.slug}: the {side} {name} shows no {kind} maps of its features: {queries.no_attention}; "
-                    f"set {kind}_weight=0"
+                    f"{self.slug}: the {side} {name} shows no {kind} maps of its features: {reason}; take a DETR that shows "
+                    f"them, or set {kind}_weight=0"
                 )
 
     def _check_shape(self, mine: QuerySpec, theirs: QuerySpec) -> None:

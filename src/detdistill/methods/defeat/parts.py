@@ -1,4 +1,4 @@
-"""What DeFeat is taught, and the regions that a teacher of two stages would be trained on.
+"""The ``Taught`` of DeFeat, and the regions that a teacher of two stages would be trained on.
 
 Shape letters: B images, R regions of an image, K classes.
 """

@@ -73,7 +73,7 @@ class Tokens(nn.Module):
 
 
 class Decoded(NamedTuple):
-    """What one decoder layer yields."""
+    """Results of one decoder layer."""
 
     outputs: Tensor
     """[B, N, 5] logits of the auxiliary task."""

@@ -1,4 +1,4 @@
-"""What LD's teacher knows: predictions of all cells, or one prediction for each ground-truth box."""
+"""The ``Taught`` of LD: predictions of all cells, or one prediction for each ground-truth box."""
 
 from __future__ import annotations
 

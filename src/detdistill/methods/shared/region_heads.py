@@ -1,4 +1,4 @@
-"""What methods need beside ``functional.region_heads`` to train a region head on the features of a one-stage student.
+"""Parts beside ``functional.region_heads`` with which methods train a region head on the features of a one-stage student.
 
 The region head is an assistant, or a teacher that is trained with the student. It is a part of the method and never exported.
 

@@ -1,4 +1,4 @@
-"""What a checkpoint becomes: the description of one of our detectors, and how its tensors are named there."""
+"""Plan for loading a checkpoint: the description of the detector that it becomes, and the names of its tensors there."""
 
 from __future__ import annotations
 

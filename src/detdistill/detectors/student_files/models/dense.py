@@ -1,4 +1,4 @@
-"""What dense one-stage models share: towers, square anchors, and inference.
+"""Parts that dense one-stage models share: towers, square anchors, and inference.
 
 Shape letters: B images, L levels, P predictions of an image (level by level, then row by row), K classes.
 """

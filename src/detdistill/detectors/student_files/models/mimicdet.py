@@ -81,7 +81,7 @@ class RegressionHead(Branch):
 
 
 class Looked(NamedTuple):
-    """What the head finds before its output layers, for each level."""
+    """Results of the head before its output layers, for each level."""
 
     objectness: list[Tensor]
     """[B, 1, H, W] logits."""

@@ -1,4 +1,4 @@
-"""What the YOLO networks of all packages share: grey padding, cells, objects of positives, detections, names of outputs."""
+"""Parts that the YOLO networks of all packages share: grey padding, cells, objects of positives, detections, output names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What detectors with one and with two branches share: features, points and boxes, losses, detections, copies, export.
+"""Base of detectors with one and with two branches: features, points and boxes, losses, detections, copies, export.
 
 Shape letters: B images, P predictions of an image, K classes, R numbers for each side of a box (bins; 1 without bins).
 """
@@ -80,7 +80,7 @@ class UltralyticsOptions(ModelOptions):
 
 
 class Network(Detector):
-    """What detectors with one and with two branches share."""
+    """Base of the detectors with one and with two branches."""
 
     library = "ultralytics"
     columns: Tensor

@@ -1,4 +1,4 @@
-"""What YOLOX and YOLO9 of libreyolo share: features, detections, positives, copies, export.
+"""Base of YOLOX and YOLO9 of libreyolo: features, detections, positives, copies, export.
 
 Shape letters: B images, P predictions of an image, K classes, C outputs of the network for classes.
 """
@@ -61,7 +61,7 @@ class LibreYOLOOptions(ModelOptions):
 
 
 class LibreNetwork(Detector):
-    """What both kinds of network share. The prediction is one box for each cell."""
+    """Base of both kinds of network. The prediction is one box for each cell."""
 
     library = "libreyolo"
     columns: Tensor

@@ -41,7 +41,7 @@ TRAINING_ONLY = ("aux.", "aux_head.")
 
 @dataclass(frozen=True)
 class Saved:
-    """What a .pt file holds."""
+    """Content of a .pt file."""
 
     description: dict[str, Any]
     """``family`` and ``size``, and for YOLO9 ``class_width``; see ``build_network``."""

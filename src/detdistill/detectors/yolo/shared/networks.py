@@ -44,7 +44,7 @@ ACTIVATION = re.compile(r"(torch\.)?nn\.\w+\((\w+=)?[\w.]*\)")
 
 @dataclass(frozen=True)
 class Saved:
-    """What a .pt file holds."""
+    """Content of a .pt file."""
 
     description: dict[str, Any]
     """The content of the .yaml that the network was built from."""
