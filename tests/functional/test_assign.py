@@ -84,3 +84,5 @@ def test_points_by_hand():
     assert point_assign(xy, strides, boxes(near, near)).tolist() == [-1, 0, -1, -1, -1]  # the first one on ties
     assert point_assign(xy, strides, boxes(near), count=9).tolist() == [0, 0, 0, -1, -1]  # a level has only so many
     assert point_assign(xy, strides, boxes()).tolist() == [-1] * 5
+    assert point_assign(xy[:1], strides[:1], boxes(near)).tolist() == [0]  # a single point
+    assert point_assign(xy[:0], strides[:0], boxes(near)).tolist() == []

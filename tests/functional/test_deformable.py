@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from detdistill.functional.deformable import (
+    LEAST_ROW,
     Cells,
     DeformableAttention,
     DeformableEncoder,
     DeformableEncoderLayer,
+    by_cells,
     deformable_attention,
     num_heads,
     places_of_cells,
@@ -50,6 +52,12 @@ def test_sampling_equals_transformers(library, width):
     inputs = (value, locations, weights)
     for mine, other in zip(torch.autograd.grad(ours, inputs, change), torch.autograd.grad(theirs, inputs, change), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+def test_cells_are_weighed_on_a_cpu_only_and_in_wide_heads():
+    assert by_cells(torch.zeros(1, 2, 1, LEAST_ROW))
+    assert not by_cells(torch.zeros(1, 2, 1, LEAST_ROW - 1))
+    assert not by_cells(torch.zeros(1, 2, 1, LEAST_ROW, device="meta"))  # scipy's sparse products need a CPU
 
 
 def test_places_without_a_number_give_none():

@@ -61,6 +61,8 @@ def test_canonical_levels_by_hand():
     thin = torch.tensor([[0.0, 0.0, 1000.0, 12.544], [0.0, 5.0, 1000.0, 3.0], [0.0, float("nan"), 1.0, 1.0]])
     assert canonical_levels(thin, STRIDES).tolist() == [1, 0, 0]  # sqrt(1000 * 12.544) = 112; no area; not a number
     assert canonical_levels(boxes[:0], STRIDES).tolist() == []
+    almost = squares(224 * (1 - 0.5e-8), 224 * (1 - 1.5e-8))  # detectron2 adds 1e-8 to the ratio of the sides
+    assert canonical_levels(almost, STRIDES).tolist() == [2, 1]
 
 
 BOXES = (
@@ -452,7 +454,7 @@ def test_images_without_ground_truth_or_without_boxes():
     sampled = sample_regions(
         [boxes, nothing, nothing, boxes],
         [given(boxes), given(nothing), given(nothing), given(boxes, 3)],
-        [target([]), target([]), target([[0, 0, 5, 5]]), target([[0, 0, 90, 90]], crowd=(0,))],
+        [target([]), target([]), target([[0, 0, 0.5, 5]]), target([[0, 0, 90, 90]], crowd=(0,))],  # also thin boxes count
         count=4,
     )
     assert [matched.tolist() for matched in sampled.matched] == [[-1] * 4, [], [0], [-1] * 4]

@@ -199,5 +199,5 @@ def _log_sum(joint: np.ndarray) -> np.ndarray:
     is_largest = joint == largest
     count = is_largest.sum(axis=1, keepdims=True, dtype=joint.dtype)
     rest = np.exp(np.where(is_largest, -np.inf, joint) - largest).sum(axis=1, keepdims=True)
-    total: np.ndarray = np.log1p(rest / count) + np.log(count) + largest
+    total: np.ndarray = np.log1p(rest) + np.log(count) + largest  # of two equal terms the rest is 0, so it needs no division
     return total
