@@ -49,6 +49,12 @@ def test_two_equally_likely_costs_are_decided_as_scikit_learn_does():
         assert np.flatnonzero(cheap_side(row.numpy())).tolist() == by_sklearn(row)
 
 
+@pytest.mark.parametrize(("costs", "cheap"), [([0, 3, 5, 6], [0]), ([0, 1, 2, 2, 3, 3, 3.5, 4], [0, 1])])
+def test_a_cost_halfway_between_the_least_and_the_largest_belongs_half_to_each_at_first(costs, cheap):
+    row = torch.tensor(costs, dtype=torch.float64)
+    assert np.flatnonzero(cheap_side(row.numpy())).tolist() == by_sklearn(row) == cheap
+
+
 def test_costs_without_a_mixture():
     for row in ([1.0], [], [1.0, 2.0, math.inf], [1.0, math.nan]):
         assert not cheap_side(np.array(row)).any()
