@@ -102,6 +102,7 @@ HARMLESS: dict[str, dict[str, str]] = {
         "rows = max(2, ROWS_CHUNK.get(student.device.type, LARGE_CHUNK) // max(1, classes))": _CHUNK,
         "rows = max(1, ROWS_CHUNK.get(student.device.type, LARGE_CHUNK) // max(2, classes))": _CHUNK,
     },
+    "methods/shared/catalogue.py": {"@dataclass(frozen=False)": _FROZEN},
     "methods/shared/contract.py": {
         "if len(groups) != 1 and groups[0][1] is batch:": _WHOLE,
         "if len(groups) == 2 and groups[0][1] is batch:": _WHOLE,

@@ -68,8 +68,20 @@ def test_a_new_head_reads_seven_by_seven_cells_and_predicts_little():
     assert head.classification[1].in_features == 3 * 7 * 7
     assert float(head.logits.weight.std()) == pytest.approx(0.01, rel=0.1)
     assert float(head.deltas.weight.std()) == pytest.approx(0.001, rel=0.1)
+    assert head.deltas.weight.shape == (4 * 40, 64)  # one branch, so each class has its own
     assert not head.logits.bias.any()
     assert not head.deltas.bias.any()
+
+
+def test_two_samples_are_taken_along_each_side_of_a_bin():
+    """Along 32 pixels they lie at 8 and 24: the first between the columns of 0 and 8, the second between two of 0."""
+    head = RegionHead(1, 1, width=1, size=1)
+    for layer in (head.classification[1], head.classification[3]):
+        torch.nn.init.ones_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    features = Features((torch.tensor([0.0, 8.0, 0.0, 0.0]).expand(1, 1, 4, 4),), (8,))
+    hidden = head.predict(features, [torch.tensor([[0.0, 0.0, 32.0, 32.0]])]).class_hidden
+    assert hidden.tolist() == [[(4.0 + 0.0) / 2]]
 
 
 def test_boxes_are_pooled_one_level_below_their_own():
