@@ -91,7 +91,13 @@ HARMLESS: dict[str, dict[str, str]] = {
     "functional/masks.py": {
         "start, count = span[:, axis, None], (span[:, axis - 2, None] - span[:, axis, None])": _FROM_THE_END,
         "start, end = boxes[:, axis, None], boxes[:, axis - 2, None]": _FROM_THE_END,
+        "found = found.float() if found.dtype.itemsize <= 4 else found": _FLOAT32,
+        "found = found.float() if found.dtype.itemsize < 5 else found": _FLOAT32,
+        "fixed = fixed.float() if fixed.dtype.itemsize <= 4 else fixed": _FLOAT32,
+        "fixed = fixed.float() if fixed.dtype.itemsize < 5 else fixed": _FLOAT32,
     },
+    "functional/relations.py": {"if pool >= 1:": "pooling by one cell changes nothing"},
+    "functional/sparse_focal.py": {"for part, wanted, by, out in zip(*parts, strict=False):": _LENGTHS},
     "functional/paa.py": {"if abs(bound - before) <= TOLERANCE:": "the difference of two means is never just the tolerance"},
     "functional/precision.py": {
         "return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize <= 4 else tensor": _FLOAT32,
@@ -103,6 +109,9 @@ HARMLESS: dict[str, dict[str, str]] = {
         "rows = max(1, ROWS_CHUNK.get(student.device.type, LARGE_CHUNK) // max(2, classes))": _CHUNK,
     },
     "methods/shared/catalogue.py": {"@dataclass(frozen=False)": _FROZEN},
+    "methods/shared/compose.py": {
+        "for (kind, values), name in zip(parse_methods(text), named_teachers(text), strict=False):": _LENGTHS,
+    },
     "methods/shared/contract.py": {
         "if len(groups) != 1 and groups[0][1] is batch:": _WHOLE,
         "if len(groups) == 2 and groups[0][1] is batch:": _WHOLE,

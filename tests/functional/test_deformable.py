@@ -117,10 +117,10 @@ def test_layer_equals_transformers(library):
 def test_initial_offsets_equal_transformers(library):
     transformers = pytest.importorskip("transformers")
     configuration = transformers.DeformableDetrConfig(
-        d_model=16, num_feature_levels=3, encoder_attention_heads=4, encoder_n_points=2, encoder_layers=1
+        d_model=16, num_feature_levels=3, encoder_attention_heads=8, encoder_n_points=2, encoder_layers=1
     )
     theirs = library.DeformableDetrEncoder(configuration).layers[0].self_attn
-    ours = DeformableAttention(16, levels=3, heads=4, points=2)
+    ours = DeformableAttention(16, levels=3, heads=8, points=2)
     torch.testing.assert_close(ours.sampling_offsets.bias, theirs.sampling_offsets.bias, rtol=0, atol=1e-6)
     assert not ours.sampling_offsets.weight.any()
 
