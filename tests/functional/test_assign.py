@@ -37,6 +37,11 @@ def test_iou_by_hand():
     )
 
 
+def test_the_union_of_tiny_boxes_is_at_least_a_millionth_of_a_pixel():
+    tiny = boxes((0, 0, 1e-3, 1e-3), (0, 0, 1e-3, 0.5e-3))
+    assert_golden(pairwise_iou(tiny, tiny), torch.tensor([[1.0, 0.5], [0.5, 0.5]], dtype=torch.float64))
+
+
 def test_ties():
     twins = boxes((0, 0, 10, 10), (0, 0, 10, 10))
     assert max_iou_assign(twins, twins, 0.5, 0.4, low_quality=False).tolist() == [0, 0]  # the first ground truth
@@ -84,3 +89,5 @@ def test_points_by_hand():
     assert point_assign(xy, strides, boxes(near, near)).tolist() == [-1, 0, -1, -1, -1]  # the first one on ties
     assert point_assign(xy, strides, boxes(near), count=9).tolist() == [0, 0, 0, -1, -1]  # a level has only so many
     assert point_assign(xy, strides, boxes()).tolist() == [-1] * 5
+    assert point_assign(xy[:1], strides[:1], boxes(near)).tolist() == [0]  # a single point
+    assert point_assign(xy[:0], strides[:0], boxes(near)).tolist() == []

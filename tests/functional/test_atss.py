@@ -3,7 +3,7 @@ import torch
 
 from detdistill.detectors.student_files.models.dense import square_anchors
 from detdistill.functional.assign import pairwise_iou
-from detdistill.functional.atss import atss_assign
+from detdistill.functional.atss import atss_assign, atss_thresholds
 from detdistill.functional.boxes import centerness_target
 from tests.golden import Golden, assert_golden
 
@@ -65,6 +65,27 @@ def test_an_anchor_of_two_boxes_goes_to_the_nearer_fit():
     assert torch.equal(iou, same)
     twins, _ = atss_assign(anchors, levels, boxes[[0, 0]])
     assert set(twins.tolist()) == {-1, 0}
+
+
+SQUARES = torch.tensor([[-4.0, -4.0, 4.0, 4.0], [28.0, -4.0, 36.0, 4.0], [60.0, -4.0, 68.0, 4.0], [92.0, -4.0, 100.0, 4.0]])
+LEVEL = torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("end", [False, True])
+def test_the_centre_of_a_positive_lies_inside_by_more_than_a_hundredth(end, axis):
+    """Of four anchors only the first overlaps the box, by about a half; its centre is at 0."""
+    for depth, expected in ((0.005, -1), (0.015, 0), (-3.0, -1)):
+        box = torch.tensor([-4.0, -4.0, 4.0, 4.0])
+        box[axis], box[axis + 2] = (-8.0, depth) if end else (-depth, 8.0)
+        assert atss_assign(SQUARES, LEVEL, box[None])[0].tolist() == [expected, -1, -1, -1]
+
+
+def test_the_threshold_by_hand():
+    """The two nearest anchors of a box are the third, half of which it covers, and the fourth; their IoUs are 0.5 and 0."""
+    box = torch.tensor([[64.0, -4.0, 68.0, 4.0]])
+    threshold = atss_thresholds(SQUARES, LEVEL, box, candidates=2)
+    torch.testing.assert_close(threshold, torch.tensor([0.25 + 0.5 / 2**0.5]))
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -9,12 +9,14 @@ import torch.multiprocessing as mp
 
 from detdistill.functional.counting import (
     EPSILON,
+    divisor_over_ranks,
     gather_over_ranks,
     label_weights,
     mean_over_ranks,
     number_objects,
     number_of_positives,
     positives_per_level,
+    share_over_ranks,
     sum_over_ranks,
 )
 from detdistill.structures import Assignment
@@ -66,6 +68,8 @@ def test_alone_nothing_changes_and_nothing_has_a_graph():
     for found in (sum_over_ranks(value), mean_over_ranks(value), gather_over_ranks(value)):
         assert found.tolist() == [3.0, 4.0]
         assert not found.requires_grad
+    assert share_over_ranks(value) == 1.0
+    assert [divisor_over_ranks(count, value) for count in (0, 1, 5)] == [1, 1, 5]
     changed = sum_over_ranks(value)
     changed += 1
     assert value.tolist() == [3.0, 4.0]
@@ -83,6 +87,10 @@ def _one_of_three(rank: int, store: str, out: str) -> None:
         "count": sum_over_ranks(torch.tensor(rank)),
         "positives": number_of_positives(Assignment(MATCHED[rank : rank + 1]), value),
         "gathered": gather_over_ranks(rows),
+        "no divisor": divisor_over_ranks(0, value),
+        "divisor": divisor_over_ranks(2 * rank, value),
+        "share": share_over_ranks(torch.tensor(2.0 * rank, requires_grad=True)),
+        "share of few": share_over_ranks(torch.tensor(0.125 * rank), least=0.25),
     }
     torch.save(found, Path(out, f"{rank}.pt"))
     dist.destroy_process_group()
@@ -100,4 +108,9 @@ def test_three_processes(tmp_path):
         assert found["count"].tolist() == 3
         # three images in one process: 5 / 3 of them, on average
         assert found["positives"].item() == pytest.approx(5 / 3 + EPSILON, rel=1e-6)
+        assert found["no divisor"].item() == pytest.approx(1 / 3)  # gradients are averaged: as one process that divides by 1
+        assert found["divisor"].item() == 2  # of the counts 0, 2, 4
+        assert found["share"].item() == max(2 * rank, 1) / 2
+        assert not found["share"].requires_grad
+        assert found["share of few"].item() == pytest.approx(0.25 / (0.375 / 3))
         assert found["gathered"].tolist() == (second + first if rank == 2 else first + second)

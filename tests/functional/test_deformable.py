@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from detdistill.functional.deformable import (
+    LEAST_ROW,
     Cells,
     DeformableAttention,
     DeformableEncoder,
     DeformableEncoderLayer,
+    by_cells,
     deformable_attention,
     num_heads,
     places_of_cells,
@@ -50,6 +52,12 @@ def test_sampling_equals_transformers(library, width):
     inputs = (value, locations, weights)
     for mine, other in zip(torch.autograd.grad(ours, inputs, change), torch.autograd.grad(theirs, inputs, change), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+def test_cells_are_weighed_on_a_cpu_only_and_in_wide_heads():
+    assert by_cells(torch.zeros(1, 2, 1, LEAST_ROW))
+    assert not by_cells(torch.zeros(1, 2, 1, LEAST_ROW - 1))
+    assert not by_cells(torch.zeros(1, 2, 1, LEAST_ROW, device="meta"))  # scipy's sparse products need a CPU
 
 
 def test_places_without_a_number_give_none():
@@ -109,10 +117,10 @@ def test_layer_equals_transformers(library):
 def test_initial_offsets_equal_transformers(library):
     transformers = pytest.importorskip("transformers")
     configuration = transformers.DeformableDetrConfig(
-        d_model=16, num_feature_levels=3, encoder_attention_heads=4, encoder_n_points=2, encoder_layers=1
+        d_model=16, num_feature_levels=3, encoder_attention_heads=8, encoder_n_points=2, encoder_layers=1
     )
     theirs = library.DeformableDetrEncoder(configuration).layers[0].self_attn
-    ours = DeformableAttention(16, levels=3, heads=4, points=2)
+    ours = DeformableAttention(16, levels=3, heads=8, points=2)
     torch.testing.assert_close(ours.sampling_offsets.bias, theirs.sampling_offsets.bias, rtol=0, atol=1e-6)
     assert not ours.sampling_offsets.weight.any()
 

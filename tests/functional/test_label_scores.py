@@ -7,8 +7,8 @@ import torch
 
 from detdistill.detectors.contract import PREDICTION
 from detdistill.detectors.probe import tiny_detector
-from detdistill.functional.label_scores import detection_loss, weighted_by_score
-from detdistill.structures import Assignment
+from detdistill.functional.label_scores import detection_loss, scores_of, weighted_by_score
+from detdistill.structures import Assignment, Target
 from tests.detectors.checks import batch_for
 
 FAMILIES = {
@@ -62,3 +62,10 @@ def test_scores_multiply_the_weights_of_each_family():
     given = Assignment(matched.masked_fill(~usable, -1), torch.full(matched.shape, 2.0))
     weights = weighted_by_score(given, found, batch).weights
     assert torch.equal(weights, torch.where(given.matched >= 0, 1.0, 2.0))
+
+
+def test_boxes_without_scores_count_fully_beside_images_that_have_some():
+    box, label, crowd = torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([0]), torch.tensor([False])
+    targets = Target(box, label, crowd), Target(box, label, crowd, scores=torch.tensor([0.25]))
+    matched = torch.tensor([[0, -1], [-2, 0]])
+    assert scores_of(matched, torch.tensor([[0, 0], [1, 1]]), targets).tolist() == [[1.0, 1.0], [1.0, 0.25]]

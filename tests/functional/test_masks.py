@@ -193,8 +193,8 @@ def test_score_mask_by_hand():
     mask = score_mask(dense_of_maps([logits], anchors=2), 0)
     torch.testing.assert_close(mask, torch.tensor([[[2.0, 3.0]]]).sigmoid())
     assert not mask.requires_grad
-    background = dense_of_maps([torch.tensor([0.1, 0.2, 0.7, 0.25, 0.25, 0.5]).log().view(1, 6, 1, 1)], anchors=2, softmax=True)
-    torch.testing.assert_close(score_mask(background, 0), torch.tensor([[[0.25]]]))
+    background = dense_of_maps([torch.tensor([0.1, 0.4, 0.5, 0.25, 0.25, 0.5]).log().view(1, 6, 1, 1)], anchors=2, softmax=True)
+    torch.testing.assert_close(score_mask(background, 0), torch.tensor([[[0.4]]]))
     assert score_mask(dense_of_maps([logits.detach().half()], anchors=2), 0).dtype == torch.float32
 
 

@@ -49,6 +49,20 @@ def test_two_equally_likely_costs_are_decided_as_scikit_learn_does():
         assert np.flatnonzero(cheap_side(row.numpy())).tolist() == by_sklearn(row)
 
 
+@pytest.mark.parametrize(
+    ("costs", "cheap"),
+    [
+        ([0, 3, 5, 6], [0]),  # a cost halfway between the least and the largest, which belongs half to each at first
+        ([0, 1, 2, 2, 3, 3, 3.5, 4], [0, 1]),
+        ([0, 0.3, 0.4, 1], [0, 1]),  # one more step of the fit would change the side of a cost
+        ([0, 0.5, 2.5, 3, 3, 3.5], [0]),
+    ],
+)
+def test_the_fit_begins_and_ends_as_scikit_learns(costs, cheap):
+    row = torch.tensor(costs, dtype=torch.float64)
+    assert np.flatnonzero(cheap_side(row.numpy())).tolist() == by_sklearn(row) == cheap
+
+
 def test_costs_without_a_mixture():
     for row in ([1.0], [], [1.0, 2.0, math.inf], [1.0, math.nan]):
         assert not cheap_side(np.array(row)).any()
@@ -119,12 +133,12 @@ def test_the_positives_of_a_box_are_few_and_candidates():
 def test_costs_beside_the_candidates_do_not_count_and_images_are_independent():
     prediction, targets = dense(2, seed=3), [target(BOXES, [0, 1, 2]), target(BOXES[:2], [2, 2])]
     valid = torch.ones(2, 36, dtype=torch.bool)
-    whole = paa_assign(prediction, valid, targets).matched
+    whole = paa_assign(prediction, valid, targets, 9).matched
     candidates = paa_candidates(prediction.priors_xyxy, valid, targets)
     prediction.logits[candidates < 0] += 50.0
-    assert torch.equal(paa_assign(prediction, valid, targets).matched, whole)
+    assert torch.equal(paa_assign(prediction, valid, targets, 9).matched, whole)
     for image, alone in enumerate(prediction.split(2)):
-        assert torch.equal(paa_assign(alone, valid[:1], [targets[image]]).matched[0], whole[image])
+        assert torch.equal(paa_assign(alone, valid[:1], [targets[image]], 9).matched[0], whole[image])
 
 
 def test_costs_by_hand():
@@ -142,8 +156,8 @@ def test_costs_by_hand():
 
 def test_costs_that_are_not_numbers_leave_a_box_without_positives():
     costs, candidates = torch.tensor([0.1, 0.2, 3.0, torch.nan, 0.1, 3.0]), torch.tensor([[0, 0, 0, 1, 1, 1]])
-    matched = paa_select(costs, candidates, torch.zeros(6, dtype=torch.int64))
+    matched = paa_select(costs, candidates, torch.zeros(6, dtype=torch.int64), most=9)
     assert matched[0, 0] == 0
     assert not (matched == 1).any()
-    one = paa_select(costs[:1], torch.tensor([[0, -1, -2]]), torch.zeros(3, dtype=torch.int64))
+    one = paa_select(costs[:1], torch.tensor([[0, -1, -2]]), torch.zeros(3, dtype=torch.int64), most=9)
     assert one.tolist() == [[-1, -1, -2]]

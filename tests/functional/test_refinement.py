@@ -53,3 +53,11 @@ def test_no_box_and_a_box_without_area():
     assert (refinement_assign(centers, levels, torch.zeros(0, 4), 32.0) == -1).all()
     point = torch.tensor([[40.0, 40.0, 40.0, 40.0]])
     assert int((refinement_assign(centers, levels, point, 32.0) == 0).sum()) == 1
+
+
+def test_a_centre_on_the_border_of_the_central_area_is_inside():
+    """A quarter of a box of 64 pixels, from 16 to 48; 56 is beyond."""
+    centers = torch.tensor([[16.0, 16.0], [48.0, 32.0], [32.0, 56.0], [32.0, 8.0]])
+    levels = torch.zeros(4, dtype=torch.int64)
+    matched = refinement_assign(centers, levels, torch.tensor([[0.0, 0.0, 64.0, 64.0]]), 64.0, share=0.5)
+    assert matched.tolist() == [0, 0, -1, -1]

@@ -1,5 +1,6 @@
 """The region head that is trained beside a one-stage head: layers, loss, levels."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -23,12 +24,13 @@ def test_the_loss_by_hand(classes):
     batch = tiny_batch(2)
     target = replace(batch.targets[1], boxes_xyxy=torch.tensor([[10.0, 10.0, 30.0, 30.0]]), labels=torch.tensor([1]))
     batch = batch.with_targets([batch.targets[0], replace(target, crowd=torch.tensor([False]))])
-    boxes = [torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([[10.0, 10.0, 30.0, 20.0], [0.0, 0.0, 9.0, 9.0]])]
+    boxes = [torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([[6.0, 10.0, 14.0, 20.0], [0.0, 0.0, 9.0, 9.0]])]
     regions = sampled(batch, boxes, [torch.tensor([-1]), torch.tensor([0, -1])])
     logits, deltas = torch.randn(3, 3), torch.zeros(3, classes, 4)
     loss = region_loss(RegionOutput(logits, deltas, logits, logits), regions, batch)
     entropy = F.cross_entropy(logits, torch.tensor([2, 1, 2]))
-    distance = (10 * 0.5 + 5 * torch.tensor(2.0).log()) / 3  # half a height down, twice as high
+    # 10 of 8 pixels to the right, 5 of 10 down, 2.5 times as wide, twice as high
+    distance = (10 * 1.25 + 10 * 0.5 + 5 * math.log(2.5) + 5 * math.log(2)) / 3
     torch.testing.assert_close(loss, entropy + distance)
 
 
@@ -57,6 +59,29 @@ def test_shapes_and_branches(branches):
     assert (output.class_hidden >= 0).all()
     alone = Features(tuple(level[1:] for level in features.maps), features.strides)
     torch.testing.assert_close(head.predict(alone, boxes[1:]).logits, output.logits[2:])
+
+
+def test_a_new_head_reads_seven_by_seven_cells_and_predicts_little():
+    """Its outputs are drawn as in Faster R-CNN: deviations 0.01 of the classes and 0.001 of the deltas, no biases."""
+    torch.manual_seed(0)
+    head = RegionHead(3, 40, width=64)
+    assert head.classification[1].in_features == 3 * 7 * 7
+    assert float(head.logits.weight.std()) == pytest.approx(0.01, rel=0.1)
+    assert float(head.deltas.weight.std()) == pytest.approx(0.001, rel=0.1)
+    assert head.deltas.weight.shape == (4 * 40, 64)  # one branch, so each class has its own
+    assert not head.logits.bias.any()
+    assert not head.deltas.bias.any()
+
+
+def test_two_samples_are_taken_along_each_side_of_a_bin():
+    """Along 32 pixels they lie at 8 and 24: the first between the columns of 0 and 8, the second between two of 0."""
+    head = RegionHead(1, 1, width=1, size=1)
+    for layer in (head.classification[1], head.classification[3]):
+        torch.nn.init.ones_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    features = Features((torch.tensor([0.0, 8.0, 0.0, 0.0]).expand(1, 1, 4, 4),), (8,))
+    hidden = head.predict(features, [torch.tensor([[0.0, 0.0, 32.0, 32.0]])]).class_hidden
+    assert hidden.tolist() == [[(4.0 + 0.0) / 2]]
 
 
 def test_boxes_are_pooled_one_level_below_their_own():

@@ -61,6 +61,8 @@ def test_canonical_levels_by_hand():
     thin = torch.tensor([[0.0, 0.0, 1000.0, 12.544], [0.0, 5.0, 1000.0, 3.0], [0.0, float("nan"), 1.0, 1.0]])
     assert canonical_levels(thin, STRIDES).tolist() == [1, 0, 0]  # sqrt(1000 * 12.544) = 112; no area; not a number
     assert canonical_levels(boxes[:0], STRIDES).tolist() == []
+    almost = squares(224 * (1 - 0.5e-8), 224 * (1 - 1.5e-8))  # detectron2 adds 1e-8 to the ratio of the sides
+    assert canonical_levels(almost, STRIDES).tolist() == [2, 1]
 
 
 BOXES = (
@@ -83,6 +85,14 @@ def test_levels_are_canonical_by_default():
     pooled = pool_boxes(places(), (squares(40, 120), squares(130)), 2)
     assert pooled[:, 2].mean(dim=(1, 2)).tolist() == pytest.approx([0, 1, 1])
     assert pooled[:, 3].mean(dim=(1, 2)).tolist() == pytest.approx([0, 0, 1])
+
+
+def test_every_cell_below_a_bin_is_a_sample_by_default():
+    """Along 32 pixels they lie in the middles of the four columns; a single sample would lie between the second and third."""
+    features = Features((torch.tensor([1.0, 0.0, 0.0, 7.0]).expand(1, 1, 4, 4),), (8,))
+    boxes = [torch.tensor([[0.0, 0.0, 32.0, 32.0]])]
+    for pooled in (pool_boxes(features, boxes, 1), *pool_boxes_on_all_levels(features, boxes, 1)):
+        assert pooled.tolist() == [[[[2.0]]]]
 
 
 def test_without_alignment_a_box_is_seen_half_a_cell_later():
@@ -320,6 +330,21 @@ def rows_of(found, image=0):
     return found.origins[image].cell[:, 0].tolist()
 
 
+def test_limits_by_default():
+    """2500 squares side by side, and pairs that overlap by 0.75, 0.625 and 0.4375."""
+    corners, size = torch.cartesian_prod(torch.arange(50.0), torch.arange(50.0)), torch.tensor([[64, 64]])
+    many = by_hand(torch.cat([corners, corners + 1], dim=1).tolist(), torch.linspace(3, -9, 2500).tolist())
+    pairs = [[20.0 * i, 0, 20 * i + 8, height] for i, least in enumerate((6, 5, 3.5)) for height in (8, least)]
+    near = by_hand(pairs, [6.0, 5, 4, 3, 2, 1])
+    for function, before, after, kept in (
+        (propose, 2000, 1000, [0, 2, 3, 4, 5]),
+        (propose_by_class, 1000, 100, [0, 2, 4, 5]),
+    ):
+        assert rows_of(function(many, size, after=5000)) == list(range(before))
+        assert rows_of(function(many, size)) == list(range(after))
+        assert rows_of(function(near, size)) == kept
+
+
 def test_levels_apart_or_as_one():
     equal = [[0.0, 0.0, 8.0, 8.0]] * 4
     dense = by_hand(equal, [0.1, 0.4, 0.3, 0.2], [0, 0, 1, 1])
@@ -452,7 +477,7 @@ def test_images_without_ground_truth_or_without_boxes():
     sampled = sample_regions(
         [boxes, nothing, nothing, boxes],
         [given(boxes), given(nothing), given(nothing), given(boxes, 3)],
-        [target([]), target([]), target([[0, 0, 5, 5]]), target([[0, 0, 90, 90]], crowd=(0,))],
+        [target([]), target([]), target([[0, 0, 0.5, 5]]), target([[0, 0, 90, 90]], crowd=(0,))],  # also thin boxes count
         count=4,
     )
     assert [matched.tolist() for matched in sampled.matched] == [[-1] * 4, [], [0], [-1] * 4]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from detdistill.functional.similarity import mean_cosine
+from detdistill.functional.similarity import cosine_distance, mean_cosine
 
 
 def test_direction_counts_and_scale_does_not():
@@ -28,3 +28,31 @@ def test_pyramids_of_unequal_length_are_refused():
     one = torch.ones(1, 1, 2, 2)
     with pytest.raises(ValueError, match="shorter"):
         mean_cosine([one, one], [one])
+
+
+def test_distance_of_rows_by_hand():
+    """Cosines 0.6, -1 and, for a row of zeros, 0."""
+    first = torch.tensor([[3.0, 4.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
+    second = torch.tensor([[5.0, 0.0, 0.0], [0.0, -7.0, 0.0], [1.0, 0.0, 0.0]])
+    for one, other in ((first, second), (second, first)):
+        assert float(cosine_distance(one, other)) == pytest.approx((0.4 + 2 + 1) / 3)
+
+
+def test_distance_of_no_rows_is_zero_and_connected():
+    rows = torch.zeros(0, 4, requires_grad=True)
+    cosine_distance(rows, rows).backward()
+    assert float(cosine_distance(rows, rows).detach()) == 0
+    assert rows.grad.shape == (0, 4)
+
+
+def test_gradients_of_the_distance_agree_with_finite_differences_and_rows_of_zeros_have_none():
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(3, 4, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    assert torch.autograd.gradcheck(cosine_distance, rows)
+    zero = torch.zeros(1, 4, requires_grad=True)
+    cosine_distance(zero, torch.ones(1, 4)).backward()
+    assert not zero.grad.any()
+    zero.grad, other = None, torch.ones(1, 4, requires_grad=True)
+    cosine_distance(other, zero).backward()
+    assert not zero.grad.any()
+    assert not other.grad.any()

@@ -27,7 +27,7 @@ def norms() -> dict[str, nn.Module]:
         "rows": nn.BatchNorm1d(3),
         "maps": nn.BatchNorm2d(3, momentum=None),
         "activated": BatchNormAct2d(3, act_layer=nn.SiLU),
-        "plain": nn.BatchNorm2d(3, affine=False),
+        "plain": nn.BatchNorm2d(3, affine=False, eps=0.5),
         "untracked": nn.BatchNorm2d(3, track_running_stats=False),
     }
     generator = torch.Generator().manual_seed(0)

@@ -4,17 +4,18 @@ import torch
 from detdistill.functional.weighted_rows import weighted_rows
 
 
-def example(index_type):
+def example(index_type, count=4):
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(7, 3, generator=generator, dtype=torch.float64).requires_grad_()
-    index = torch.randint(7, (5, 4), generator=generator).to(index_type)
-    weights = torch.randn(5, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    index = torch.randint(7, (5, count), generator=generator).to(index_type)
+    weights = torch.randn(5, count, generator=generator, dtype=torch.float64).requires_grad_()
     return table, index, weights
 
 
+@pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("index_type", [torch.int32, torch.int64])
-def test_sums_and_their_gradients(index_type):
-    table, index, weights = example(index_type)
+def test_sums_and_their_gradients(index_type, count):
+    table, index, weights = example(index_type, count)
     expected = (table[index.long()] * weights[..., None]).sum(dim=1)
     found = weighted_rows(table, index, weights)
     torch.testing.assert_close(found, expected)

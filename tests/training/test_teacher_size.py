@@ -12,7 +12,7 @@ from detdistill.data.transforms import ViewSettings
 from detdistill.data.views import batches_of, sights
 from detdistill.detectors.contract import Teacher
 from detdistill.errors import DetdistillError
-from detdistill.methods.shared.compose import build_method, check_teacher_size
+from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.contract import teach_by_canvas
 from detdistill.structures import Clock
 from tests.tiny import TinyDense, TinyQueries
@@ -109,30 +109,6 @@ def test_the_size_belongs_to_a_caches_identity():
     assert views_lacking(views_of(VIEWS), views_of(VIEWS)) == []
     assert views_lacking(views_of(VIEWS), views_of(small)) == ["teacher_size=none (the cache has 128)"]
     assert views_lacking(views_of(small), views_of(VIEWS)) == ["teacher_size=128 (the cache has none)"]
-
-
-@pytest.mark.parametrize(
-    ("method", "reason"),
-    [
-        ("lad", "lad: it compares predictions cell by cell"),
-        ("pkd+bckd", "bckd: it compares predictions cell by cell"),
-        ("d3etr", "d3etr: it compares the inside of the teacher's head, cell by cell"),
-        ("kd_detr", "kd_detr: it runs the teacher on the student's images when it learns"),
-        ("ld,match=objects", "ld: it compares boxes in pixels"),
-        ("fgfi", "fgfi: what it stores of the teacher is in cells or pixels"),
-    ],
-)
-def test_methods_that_need_one_size_say_why(method, reason):
-    with pytest.raises(DetdistillError) as error:
-        check_teacher_size(method)
-    assert str(error.value) == f"teacher_size: {reason}, so teacher and student must see images of one size"
-
-
-def test_methods_on_maps_and_queries_allow_it():
-    for method in ("pkd", "fgd", "cwd", "vfm+matched", "kd_detr,general_points=0", "mgd+labelenc"):
-        check_teacher_size(method)
-    with pytest.raises(DetdistillError, match="teacher_size: labelenc has no teacher"):
-        check_teacher_size("labelenc")
 
 
 @pytest.mark.parametrize(

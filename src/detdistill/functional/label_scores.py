@@ -56,7 +56,7 @@ def weighted_by_score(assignment: Assignment, prediction: Prediction, batch: Bat
         image = prediction.origin.image
     else:
         rows = torch.arange(len(batch), device=matched.device)[:, None]
-        image = rows.expand(matched.shape[-2:]).expand(matched.shape)
+        image = rows.expand(matched.shape)
     scores = scores_of(matched, image, batch.targets)
     return replace(assignment, weights=scores if assignment.weights is None else assignment.weights * scores)
 

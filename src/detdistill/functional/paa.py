@@ -31,7 +31,7 @@ TOLERANCE, ITERATIONS, LEAST_VARIANCE = 1e-3, 100, 1e-6
 
 
 @torch.no_grad()
-def paa_assign(prediction: Dense, valid: Tensor, targets: Sequence[Target], most: int = 9) -> Assignment:
+def paa_assign(prediction: Dense, valid: Tensor, targets: Sequence[Target], most: int) -> Assignment:
     """Assign predictions by their costs: ``paa_candidates``, ``paa_costs`` and ``paa_select``, one after the other.
 
     Args:
@@ -93,7 +93,7 @@ def paa_costs(prediction: Dense, candidates: Tensor, targets: Sequence[Target]) 
 
 
 @torch.no_grad()
-def paa_select(costs: Tensor, candidates: Tensor, levels: Tensor, most: int = 9) -> Tensor:
+def paa_select(costs: Tensor, candidates: Tensor, levels: Tensor, most: int) -> Tensor:
     """Separate the positives of each box from its other candidates by their costs.
 
     On each level a box keeps its ``most`` cheapest candidates. A mixture of two Gaussians is fitted to the costs of all levels
@@ -111,7 +111,7 @@ def paa_select(costs: Tensor, candidates: Tensor, levels: Tensor, most: int = 9)
 
     Example:
         >>> costs, candidates = torch.tensor([0.2, 3.0, 0.1, 2.9, 0.3, 3.1]), torch.zeros(1, 6, dtype=torch.int64)
-        >>> paa_select(costs, candidates, levels=torch.zeros(6, dtype=torch.int64)).tolist()
+        >>> paa_select(costs, candidates, levels=torch.zeros(6, dtype=torch.int64), most=9).tolist()
         [[0, -1, 0, -1, -1, -1]]
     """
     matched = candidates.clamp(max=NEGATIVE)
@@ -199,5 +199,5 @@ def _log_sum(joint: np.ndarray) -> np.ndarray:
     is_largest = joint == largest
     count = is_largest.sum(axis=1, keepdims=True, dtype=joint.dtype)
     rest = np.exp(np.where(is_largest, -np.inf, joint) - largest).sum(axis=1, keepdims=True)
-    total: np.ndarray = np.log1p(rest / count) + np.log(count) + largest
+    total: np.ndarray = np.log1p(rest) + np.log(count) + largest  # of two equal terms the rest is 0, so it needs no division
     return total

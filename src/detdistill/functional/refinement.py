@@ -22,7 +22,7 @@ def refinement_assign(centers_xy: Tensor, levels: Tensor, ground_truth_xyxy: Ten
         levels: [P] level of each anchor, from 0.
         ground_truth_xyxy: [G, 4]; if G is 0, all anchors are negative.
         unit: pixels.
-        share: side of the central area as a fraction of the box's side.
+        share: side of the central area, to which its border belongs, as a fraction of the box's side.
 
     Returns:
         [P] int64: index of the ground truth, -1 negative.

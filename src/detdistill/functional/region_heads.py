@@ -46,7 +46,7 @@ class RegionHead(nn.Module):
     convolutions, one fully connected layer and class-agnostic deltas.
     """
 
-    def __init__(self, channels: int, classes: int, width: int = 1024, branches: int = 1, size: int = 7) -> None:
+    def __init__(self, channels: int, classes: int, width: int, branches: int = 1, size: int = 7) -> None:
         """Build the layers; the outputs are initialised from normal distributions as in Faster R-CNN.
 
         Args:

@@ -161,13 +161,13 @@ def test_paired_maps_come_level_by_level_in_the_teachers_channels_and_size():
 
 
 def two_cells(sides, anchors):
-    """Square anchors of the given sides, centred on two cells of stride 8."""
+    """Square anchors of the given sides, centred on two cells of stride 8 in the second row."""
     count = len(sides) * 2
     column, anchor = torch.arange(2).repeat_interleave(len(sides)), torch.tensor(anchors).repeat(2)
-    center = torch.stack([column * 8.0, torch.zeros(count)], dim=1)
+    center = torch.stack([column * 8.0, torch.full((count,), 8.0)], dim=1)
     half = torch.tensor(sides).repeat(2)[:, None] / 2
     priors = torch.cat([center - half, center + half], dim=1)[None]
-    cells = torch.stack([torch.zeros_like(column), column], dim=1)
+    cells = torch.stack([torch.ones_like(column), column], dim=1)
     return Dense(torch.zeros(1, count, 1), priors, priors, priors, torch.zeros_like(column), cells, anchor)
 
 
@@ -190,3 +190,4 @@ def test_one_convolution_adapter_for_each_width():
     maps = adapters([torch.ones(1, 4, 2, 2), torch.ones(1, 6, 1, 1), torch.ones(1, 4, 1, 1)])
     assert [tuple(level.shape) for level in maps] == [(1, 4, 2, 2), (1, 6, 1, 1), (1, 4, 1, 1)]
     assert list(adapters) == ["4", "6"]
+    assert len(list(adapters.parameters())) == 2 * 3 * 2  # weights and biases of three convolutions each

@@ -4,7 +4,7 @@ import pytest
 
 import detdistill
 from detdistill.detectors.contract import Teacher
-from detdistill.methods.shared.compose import build_method, method_class, method_slugs, parse_methods
+from detdistill.methods.shared.compose import build_method, check_teacher_size, method_class, method_slugs, parse_methods
 from detdistill.methods.shared.contract import Composition
 from detdistill.methods.shared.hyper_parameters import MethodError, hyper_parameters
 from detdistill.methods.shared.needs import PairError
@@ -113,3 +113,27 @@ def test_all_recipes_name_methods_that_parse():
     for path in recipes:
         method = yaml.safe_load(path.read_text())["method"]
         assert parse_methods(method)[0][0].slug == path.stem.split("-")[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("lad", "lad: it compares predictions cell by cell"),
+        ("pkd+bckd", "bckd: it compares predictions cell by cell"),
+        ("d3etr", "d3etr: it compares the inside of the teacher's head, cell by cell"),
+        ("kd_detr", "kd_detr: it runs the teacher on the student's images when it learns"),
+        ("ld,match=objects", "ld: it compares boxes in pixels"),
+        ("fgfi", "fgfi: what it stores of the teacher is in cells or pixels"),
+    ],
+)
+def test_methods_that_need_images_of_one_size_say_why(method, reason):
+    with pytest.raises(MethodError) as error:
+        check_teacher_size(method)
+    assert str(error.value) == f"teacher_size: {reason}, so teacher and student must see images of one size"
+
+
+def test_methods_on_maps_and_queries_allow_a_teacher_of_another_size():
+    for method in ("pkd", "fgd", "cwd", "vfm+matched", "kd_detr,general_points=0", "mgd+labelenc"):
+        check_teacher_size(method)
+    with pytest.raises(MethodError, match="teacher_size: labelenc has no teacher"):
+        check_teacher_size("labelenc")

@@ -193,6 +193,14 @@ def test_the_state_dict_holds_the_adapters_and_no_teacher():
     assert not method.teacher.detector.training
 
 
+def test_a_method_is_that_of_a_paper_unless_it_says_otherwise():
+    class Ours(Mimic):
+        published = False
+
+    assert Mimic.published
+    assert not Ours.published
+
+
 def test_learn_must_be_defined():
     class Empty(Method):
         slug, title, bibtex = "empty", "", ""

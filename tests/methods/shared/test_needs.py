@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.detectors.build import build_detector
@@ -8,9 +9,10 @@ from detdistill.detectors.contract import HasBackboneFeatures, HasCopies, HasQue
 from detdistill.detectors.probe import tiny_name
 from detdistill.methods.pkd import PKD
 from detdistill.methods.shared.compose import build_method, method_slugs, serving_methods
+from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.needs import Needs, PairError, check_pair, why_not
-from detdistill.structures import Look
-from tests.tiny import TinyDense, TinyQueries, TinyRegions
+from detdistill.structures import Clock, Look, Losses
+from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
 
 TOWERS = "towers (a dense head that can be resumed)"
 QUERIES = "queries (a decoder that accepts other queries)"
@@ -200,6 +202,48 @@ def test_a_cache_is_enough_unless_something_of_the_teachers_runs_while_learning(
     assert Needs(teacher_capabilities=(HasTowers, HasQueries)).why_live() == (
         f"it runs the teacher's own {TOWERS}, {QUERIES} when it learns, which no cache holds"
     )
+
+
+@pytest.mark.parametrize(
+    ("needs", "reason"),
+    [
+        (Needs(), ""),
+        (Needs(teacher=None, same_cells=True), ""),
+        (Needs(same_cells=True), "it compares predictions cell by cell"),
+        (Needs(teacher=Look(towers=(1,))), "it compares the inside of the teacher's head, cell by cell"),
+        (Needs(teacher=Look(attention=True)), "it compares the inside of the teacher's head, cell by cell"),
+        (Needs(live_teacher="it draws"), "it runs the teacher on the student's images when it learns"),
+        (Needs(teacher=Look(prediction=True)), "it compares boxes in pixels"),
+        (Needs(teacher=Look(prediction=True), teacher_families=("queries",)), ""),  # boxes as fractions of the image
+    ],
+)
+def test_what_is_compared_decides_whether_the_teacher_may_see_images_of_another_size(needs, reason):
+    assert needs.why_one_size() == reason
+
+
+class Watching(Method):
+    """Keeps the assignment that ``learn`` is shown."""
+
+    slug, title, bibtex = "watching_toy", "a toy", ""
+
+    def learn(self, student, seen, taught, batch, clock):
+        self.assignment = seen.assignment
+        return Losses({})
+
+
+class Assigning(Watching):
+    @classmethod
+    def needs(cls, **settings):
+        return Needs(assignment=True)
+
+
+def test_the_students_assignment_is_shown_to_methods_that_need_it():
+    teacher, student, batch = Teacher(TinyDense(seed=1)), TinyDense(seed=2), tiny_batch()
+    plain, assigning = Watching(teacher, student), Assigning(teacher, student)
+    for method in (plain, assigning):
+        method.step(student, batch, method.teach(batch), Clock(0, 10))
+    assert plain.assignment is None
+    assert torch.equal(assigning.assignment.matched, student.assign(student(batch).prediction, batch).matched)
 
 
 PAIRS = {

@@ -11,7 +11,7 @@ from detdistill.detectors.contract import Teacher
 from detdistill.errors import ModelError
 from detdistill.methods.shared.compose import build_method
 from detdistill.methods.shared.regions import has_area, label_regions, of_class, proposed_boxes, usable_boxes
-from detdistill.structures import IGNORED, Assignment, Clock
+from detdistill.structures import IGNORED, Assignment, Clock, Dense, Queries, QuerySeed
 from tests.methods.contract_checks import assert_same, without_boxes
 from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
 
@@ -52,6 +52,40 @@ def test_proposals_of_a_region_prediction_without_first_stage_leave_inserted_gro
     assert sum(map(len, alone)) <= int((prediction.origin.ground_truth < 0).sum())
     inserted = prediction.boxes_xyxy[prediction.origin.ground_truth >= 0]
     assert not any(bool((box == torch.cat(alone)).all(dim=1).any()) for box in inserted)
+
+
+def test_queries_propose_the_boxes_of_the_last_layer_best_first():
+    """Fractions of the valid image, which of the second one is 48 pixels high."""
+    earlier = torch.tensor([0.75, 0.75, 0.25, 0.25]).expand(3, 4)
+    last = torch.tensor([[0.5, 0.25, 1.0, 0.25], [0.25, 0.5, 0.25, 0.5], [0.5, 0.5, 0.5, 0.25]])
+    boxes = torch.stack([earlier, last])[:, None].expand(-1, 2, -1, -1)
+    logits = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [9.0, 9.0]], [[0.0, 4.0], [3.0, 0.0], [2.0, 2.0]]])
+    seed = QuerySeed(torch.zeros(2, 3, 1), None, None)
+    queries = Queries(logits[:, None].expand(-1, 2, -1, -1), boxes, torch.zeros(2, 2, 3, 1), seed)
+    first, second = proposed_boxes(queries, tiny_batch(2), 2)
+    assert first.tolist() == [[0, 8, 64, 24], [8, 16, 24, 48]]
+    assert second.tolist() == [[0, 6, 64, 18], [8, 12, 24, 36]]
+    # With a background, which is the last class, the first query is no object.
+    first, _ = proposed_boxes(replace(queries, softmax=True), tiny_batch(2), 2)
+    assert first.tolist() == [[8, 16, 24, 48], [16, 24, 48, 40]]
+
+
+def dense_of(boxes):
+    """A prediction of one level and one class, best first."""
+    boxes, level = boxes[None], torch.zeros(len(boxes), dtype=torch.int64)
+    return Dense(
+        torch.linspace(3, -3, len(level))[None, :, None], boxes, boxes, boxes, level, level[:, None].expand(-1, 2), level
+    )
+
+
+def test_dense_proposals_are_suppressed_and_limited_as_in_faster_rcnn():
+    """Beyond an IoU of 0.7 the worse box is dropped; of a level the best 2000 boxes stay."""
+    near = torch.tensor([[0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 8.0, 6.0], [20.0, 20.0, 28.0, 28.0], [20.0, 20.0, 28.0, 25.0]])
+    (kept,) = proposed_boxes(dense_of(near), tiny_batch(1), 5000)
+    assert torch.equal(kept, near[[0, 2, 3]])  # IoU 0.75 and 0.625
+    corners = torch.cartesian_prod(torch.arange(50.0), torch.arange(50.0))
+    (kept,) = proposed_boxes(dense_of(torch.cat([corners, corners + 1], dim=1)), tiny_batch(1), 5000)
+    assert torch.equal(kept[:, :2], corners[:2000])
 
 
 def test_boxes_without_area_or_finite_numbers_are_dropped():

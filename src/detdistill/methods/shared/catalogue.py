@@ -23,7 +23,7 @@ class Entry:
     title: str
     """Title of the paper, with venue and year; of a method without a paper, what it is."""
     bibtex: str
-    published: bool = True
+    published: bool
     """The method is that of a paper; False: it is this library's own."""
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detdistill.functional.regions import SampledRegions, propose, sample_regions
-from detdistill.methods.shared.regions import BEFORE_NMS, NMS_IOU
+from detdistill.methods.shared.regions import BEFORE_NMS
 from detdistill.structures import Batch, Dense
 
 
@@ -21,10 +21,10 @@ def regions_of_dense(
     batch: Batch,
     *,
     before: int = BEFORE_NMS,
-    nms: float = NMS_IOU,
-    after: int = 1000,
-    count: int = 512,
-    positive_fraction: float = 0.25,
+    nms: float,
+    after: int,
+    count: int,
+    positive_fraction: float,
     iou: float = 0.5,
 ) -> SampledRegions:
     """Regions for the training of a region head from a one-stage detector's prediction, which takes the part of a first stage.

@@ -1,4 +1,4 @@
-"""``pkd@a+fkd@b`` and ``pkd@a>pkd@b``: several teachers for one student."""
+"""``pkd@a+fkd@b``: several teachers for one student."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ import pytest
 import torch
 
 from detdistill.detectors.contract import PREDICTION, Teacher
-from detdistill.methods.shared.catalogue import named_teachers, split_methods, split_turns
 from detdistill.methods.shared.compose import build_method, match_teachers
 from detdistill.methods.shared.contract import Composition
 from detdistill.methods.shared.hyper_parameters import MethodError
 from detdistill.methods.shared.needs import PairError
-from detdistill.methods.shared.progression import Progression
 from detdistill.structures import Clock
 from tests.tiny import TinyDense, TinyRegions, tiny_batch
 
 
 def teachers(*names: str) -> dict[str, Teacher]:
     return {name: Teacher(TinyDense(seed=number + 1)) for number, name in enumerate(names)}
-
-
-def test_the_grammar():
-    text = "pkd@a,weight=1e+1+fkd@b>cwd"
-    assert split_methods(text) == [["pkd", "weight=1e+1"], ["fkd"], ["cwd"]]
-    assert named_teachers(text) == ["a", "b", ""]
-    assert split_turns(text) == ["pkd@a,weight=1e+1+fkd@b", "cwd"]
 
 
 def test_each_method_learns_from_its_own_teacher():
@@ -80,19 +71,3 @@ def test_the_teacher_that_fails_a_check_is_named():
         PairError, match=r"^teacher b: bckd: it compares class scores, but the teacher does not know a; its classes: b"
     ):
         build_method("pkd@a+bckd@b", {"a": given["a"], "b": few}, TinyDense())
-
-
-def test_a_progression_shares_the_run_and_trains_one_method_at_a_time():
-    student, both = TinyDense(), teachers("small", "large")
-    method = build_method("pkd@small>fitnet@large+pkd@large", both, student)
-    assert isinstance(method, Progression)
-    first, second = method.stages(student)
-    assert [(stage.name, stage.share) for stage in (first, second)] == [("distill-1", 0.5), ("distill", 0.5)]
-    assert first.learns_from is method.methods[0]
-    assert first.learns_from.teachers() == (both["small"],)
-    assert second.learns_from is not None
-    assert second.learns_from.teachers() == (both["large"],)
-    trained = {id(module) for module in first.trains(Clock(0, 10))}
-    assert trained == {id(student), id(method.methods[0])}
-    assert method.teachers() == tuple(both.values())
-    assert set(method.looks()) == set(both.values())
