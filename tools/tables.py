@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 
 from detdistill.detectors.adapters import adapter, adapter_names
-from detdistill.detectors.contract import CAPABILITIES, Detector, Teacher
+from detdistill.detectors.contract import Detector, Teacher
 from detdistill.detectors.options import ModelOptions, option_types
-from detdistill.detectors.probe import CHECKS, probe_all, tiny_detector
-from detdistill.detectors.probed import SHIPPED, Probed, Survey
+from detdistill.detectors.probe import CHECKS, probe_all, survey_of, tiny_detector
+from detdistill.detectors.probed import SHIPPED, Probed
 from detdistill.export.probe import probe_export
 from detdistill.files import json_by_entry
 from detdistill.methods.shared.catalogue import method_slugs
@@ -96,8 +96,7 @@ def survey() -> str:
     """The results for the file that is shipped with the package."""
     names = ("torch", "torchvision", "transformers", "timm", "ultralytics", "libreyolo", "onnx")
     when = "with " + ", ".join(f"{name} {version(name)}" for name in names)
-    found = Survey(tuple(probed()), tuple(CAPABILITIES.values()), CHECKS, when)
-    return json_by_entry(dataclasses.asdict(found))
+    return json_by_entry(dataclasses.asdict(survey_of(probed(), when)))
 
 
 def pairs_table() -> str:

@@ -87,10 +87,14 @@ def probe_all(follow: Callable[[int, int], None] | None = None, export: Callable
 
 def survey(follow: Callable[[int, int], None] | None = None, export: Callable[[Detector], str] | None = None) -> Survey:
     """Probe all adapters, and keep what was found for ``kept_survey``; arguments as in ``probe_all``."""
-    capabilities = tuple(CAPABILITIES[protocol] for protocol in PROBED)
-    found = Survey(tuple(probe_all(follow, export)), capabilities, CHECKS, time.strftime("%Y-%m-%d %H:%M"))
+    found = survey_of(probe_all(follow, export), time.strftime("%Y-%m-%d %H:%M"))
     keep_survey(found)
     return found
+
+
+def survey_of(detectors: Sequence[Probed], when: str) -> Survey:
+    """Put the results of ``probe_all`` together."""
+    return Survey(tuple(detectors), tuple(CAPABILITIES[protocol] for protocol in PROBED), CHECKS, when)
 
 
 def probe_adapter(name: str, export: Callable[[Detector], str] | None = None) -> Probed:
