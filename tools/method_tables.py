@@ -268,12 +268,12 @@ def _further_kinds() -> tuple[Any, ...]:
             super().__init__(**settings)
             self.head = DeepHead(self.spec.channels[0], len(self.spec.classes))
 
-    class BinnedDense(TinyDense):
-        def __init__(self, **settings: Any) -> None:
-            super().__init__(**settings)
-            self.spec = replace(self.spec, box_bins=5)
+    def binned_dense(**settings: Any) -> TinyDense:
+        detector = TinyDense(**settings)
+        detector.spec = replace(detector.spec, box_bins=5)
+        return detector
 
-    return DeepDense, BinnedDense
+    return DeepDense, binned_dense
 
 
 def _trained(method: Method[Any], student: Any) -> list[str]:
