@@ -71,6 +71,9 @@ _FLOAT32 = "float() returns a float32 tensor as it is"
 _WHOLE = "the short way for a batch on one canvas gives what the long way gives"
 HARMLESS: dict[str, dict[str, str]] = {
     "functional/attention.py": {"LARGE_CHUNK = 2**27": _CHUNK},
+    "functional/atss.py": {
+        "inside = torch.cat([from_start, to_end], dim=-1).amin(dim=-1) >= 0.01": "no centre is just a hundredth inside",
+    },
     "functional/dense_maps.py": {"renamed = torch.full_like(theirs, -2)": "any number that is no level serves as well"},
     "functional/distributions.py": {
         "length = torch.where(onto_units.abs() <= least_unit, sign * least_unit, onto_units)": _EQUAL,

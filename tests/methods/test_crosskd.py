@@ -146,7 +146,7 @@ class ReleasedHead(Detector):
         for target in batch.targets:
             boxes, anchors = target.boxes_xyxy, self.layout[0]
             if self.kind in ("gfl", "atss"):
-                rows.append(atss_assign(anchors, self.layout[1], boxes)[0])
+                rows.append(atss_assign(anchors, self.layout[1], boxes, 9)[0])
             elif self.kind == "retinanet":
                 rows.append(max_iou_assign(anchors, boxes, positive=0.5, negative=0.4))
             else:

@@ -205,8 +205,8 @@ def test_more_steps_of_the_same_scale_are_exact():
 def test_threshold_is_that_of_the_assignment():
     anchors = torch.tensor([[x - 12.0, y - 12.0, x + 12.0, y + 12.0] for y in range(0, 64, 8) for x in range(0, 64, 8)])
     levels, box = torch.zeros(len(anchors), dtype=torch.int64), torch.tensor([[10.0, 10.0, 40.0, 38.0]])
-    matched, overlaps = atss_assign(anchors, levels, box)
-    assert bool((overlaps[matched >= 0] >= atss_thresholds(anchors, levels, box)).all())
+    matched, overlaps = atss_assign(anchors, levels, box, 9)
+    assert bool((overlaps[matched >= 0] >= atss_thresholds(anchors, levels, box, 9)).all())
 
 
 # ---------------------------------------------------------------------------------------------------------- the method

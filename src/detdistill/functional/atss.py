@@ -16,7 +16,7 @@ from detdistill.structures import NEGATIVE
 
 
 @torch.no_grad()
-def atss_assign(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Tensor, candidates: int = 9) -> tuple[Tensor, Tensor]:
+def atss_assign(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
     """Match the anchors of one image to its ground truth.
 
     The candidates of a ground truth are the ``candidates`` anchors of each level whose centres are nearest to its centre. Of
@@ -37,7 +37,7 @@ def atss_assign(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Tensor,
 
     Example:
         >>> anchors = torch.tensor([[-8.0, -8.0, 8.0, 8.0], [0.0, -8.0, 16.0, 8.0], [8.0, -8.0, 24.0, 8.0]])
-        >>> atss_assign(anchors, torch.zeros(3, dtype=torch.int64), torch.tensor([[2.0, -8.0, 16.0, 8.0]]))[0].tolist()
+        >>> atss_assign(anchors, torch.zeros(3, dtype=torch.int64), torch.tensor([[2.0, -8.0, 16.0, 8.0]]), 9)[0].tolist()
         [-1, 0, -1]
     """
     matched = torch.full((len(anchors_xyxy),), NEGATIVE, dtype=torch.int64, device=anchors_xyxy.device)
@@ -58,7 +58,7 @@ def atss_assign(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Tensor,
 
 
 @torch.no_grad()
-def atss_thresholds(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Tensor, candidates: int = 9) -> Tensor:
+def atss_thresholds(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Tensor, candidates: int) -> Tensor:
     """Smallest IoU of a positive anchor for each ground truth: mean + standard deviation of the candidates' IoUs.
 
     Args:
@@ -72,7 +72,7 @@ def atss_thresholds(anchors_xyxy: Tensor, levels: Tensor, ground_truth_xyxy: Ten
 
     Example:
         >>> anchors = torch.tensor([[0.0, 0.0, 8.0, 8.0], [8.0, 0.0, 16.0, 8.0]])
-        >>> atss_thresholds(anchors, torch.zeros(2, dtype=torch.int64), anchors[:1])
+        >>> atss_thresholds(anchors, torch.zeros(2, dtype=torch.int64), anchors[:1], candidates=9)
         tensor([1.2071])
     """
     centers = (anchors_xyxy[:, :2] + anchors_xyxy[:, 2:]) / 2
