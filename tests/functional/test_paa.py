@@ -116,8 +116,9 @@ def test_a_box_without_overlap_has_its_best_prior_or_none():
     matched = paa_candidates(prediction.priors_xyxy, valid, [target([thin, outside, [5, 5, 5, 9]], [0, 1, 2])])[0]
     assert 0 < int((matched == 0).sum()) < 10
     assert set(matched.tolist()) == {NEGATIVE, 0}
-    cut = target([[-20.0, -20.0, 4.0, 4.0]], [0])  # its IoU with the first square is 144 / (576 + 256 - 144)
-    assert paa_candidates(prediction.priors_xyxy, valid, [cut])[0, 0] == 0
+    # The first box begins outside the image; its IoU with the first square is 144 / (576 + 256 - 144). The second is a square.
+    two = target([[-20.0, -20.0, 4.0, 4.0], [32.0, 0.0, 48.0, 16.0]], [0, 0])
+    assert paa_candidates(prediction.priors_xyxy, valid, [two])[0, [0, 11]].tolist() == [0, 1]
 
 
 def test_the_positives_of_a_box_are_few_and_candidates():
