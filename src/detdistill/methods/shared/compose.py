@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from detdistill.methods.shared.catalogue import (
 )
 from detdistill.methods.shared.contract import Composition, Method
 from detdistill.methods.shared.hyper_parameters import MethodError, checked_settings, read_setting
-from detdistill.methods.shared.needs import PairError, why_not
+from detdistill.methods.shared.needs import PairError, others_serving, why_not
 from detdistill.methods.shared.progression import Progression
 
 
@@ -138,7 +139,7 @@ def _together(text: str, teachers: Mapping[str, Teacher | None], student: Detect
         try:
             methods.append(build(teacher, student, **values))
         except PairError as error:
-            others = error.others or [slug for slug in serving_methods(teacher, student) if slug != found.slug]
+            others = error.others or partial(others_serving, found.slug, teacher, student)
             raise PairError(f"teacher {name}: {error.reason}" if name else error.reason, others) from error
         names.append(f"{found.slug}@{name}" if name else found.slug)
     return methods[0] if len(methods) == 1 else Composition(methods, student, names)

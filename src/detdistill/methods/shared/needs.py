@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from detdistill.detectors.contract import (
     CAPABILITIES,
@@ -23,15 +24,24 @@ from detdistill.structures import Look
 class PairError(DetdistillError):
     """A method cannot be used with this teacher and student; the message gives the reason and methods that can be used."""
 
-    def __init__(self, reason: str, others: Sequence[str] = ()) -> None:
+    def __init__(self, reason: str, others: Callable[[], Sequence[str]] | None = None) -> None:
         """Compose the message.
 
         Args:
             reason: the reason, in one line.
-            others: slugs of methods that can be used with the pair.
+            others: finds slugs of methods that can be used with the pair; called when the message is read, for it takes a second.
         """
-        super().__init__(reason + (f"; methods that could serve this pair: {', '.join(others)}" if others else ""))
-        self.reason, self.others = reason, tuple(others)
+        super().__init__(reason)
+        self.reason, self.others = reason, others
+
+    def __str__(self) -> str:
+        """The reason, and the methods that can be used."""
+        found = () if self.others is None else self.others()
+        return self.reason + (f"; methods that could serve this pair: {', '.join(found)}" if found else "")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process the message is complete."""
+        return type(self), (str(self),)
 
 
 @dataclass(frozen=True)
@@ -96,9 +106,14 @@ def check_pair(slug: str, needs: Needs, teacher: Teacher | None, student: Detect
     reason = why_not(needs, teacher, student)
     if not reason:
         return
+    raise PairError(f"{slug}: {reason}", partial(others_serving, slug, teacher, student))
+
+
+def others_serving(slug: str, teacher: Teacher | None, student: Detector) -> list[str]:
+    """Slugs of the other methods that can be used with a pair."""
     from detdistill.methods.shared.compose import serving_methods  # late: it looks into all files of methods
 
-    raise PairError(f"{slug}: {reason}", [other for other in serving_methods(teacher, student) if other != slug])
+    return [other for other in serving_methods(teacher, student) if other != slug]
 
 
 def why_not(needs: Needs, teacher: Teacher | None, student: Detector) -> str:
