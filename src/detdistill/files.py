@@ -39,7 +39,7 @@ def json_by_entry(document: Mapping[str, Any]) -> str:
     """
     parts = []
     for key, value in document.items():
-        rows = ",\n ".join(map(json.dumps, value)) if isinstance(value, list) else ""
+        rows = ",\n ".join(map(json.dumps, value)) if isinstance(value, list | tuple) else ""
         parts.append(f"{json.dumps(key)}: " + (f"[\n {rows}\n]" if rows else json.dumps(value)))
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
