@@ -1,4 +1,4 @@
-"""RoIAlign's backward pass on a CPU, torchvision's and this library's, in turns: processor time of one thread, largest difference.
+"""RoIAlign's backward pass on a CPU, torchvision's and this library's in turns: processor time of one thread, largest difference.
 
 uv run python benchmarks/region_pooling.py
 """
