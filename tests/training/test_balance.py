@@ -96,6 +96,17 @@ def test_members_have_equal_parts_and_those_without_a_gradient_have_none():
     assert lone.factors == pytest.approx({"pkd": 0.25, "lad": 1.0, "others": 1.0})
 
 
+def test_a_norm_that_falls_a_thousandfold_in_the_first_steps_is_followed():
+    held = Balance(0.5, ["odkd"])
+    for norm in (4000.0, 4.0, 4.0, 4.0):
+        held.update(1.0, {"odkd": norm})
+    assert 4 * held.factors["odkd"] == pytest.approx(1000 ** (-1 / 4)), "the mean of all four, as near as in calmer runs"
+    held = Balance(0.5, ["odkd"])
+    for norm in (1.0, 1e9):
+        held.update(1.0, {"odkd": norm})
+    assert held.factors["odkd"] == pytest.approx(1 / 64), "not further at once"
+
+
 def test_the_factor_is_the_mean_of_the_first_measurements_then_slow_and_never_leaps():
     held = Balance(0.5, ["pkd"])
     for norm in (1.0, 4.0, 2.0):  # wanted: 1, 1/4, 1/2

@@ -32,7 +32,10 @@ FIRST_STEPS = (0, 1, 4, 16)
 PULL = 0.25
 """Part of the way (of the factor's logarithm) to the wanted factor after one measurement; the first measurements are averaged."""
 LARGEST_MOVE = 4.0
-"""Largest change of a factor, up or down, after one measurement but the first: one odd batch must not undo the rest."""
+"""Largest change of a factor, up or down, after one of the later measurements: one odd batch must not undo the rest."""
+EARLY_MOVE = 64.0
+"""Largest change after one of the first measurements but the very first. The norm of a term can fall a thousandfold within the first
+steps (ODKD's boxes under FCOS), and a factor that followed by ``LARGEST_MOVE`` would need the whole run."""
 SMALLEST_NORM = 1e-12
 """Norms below this fraction of that of the own loss count as no gradient."""
 OTHERS = "others"
@@ -140,7 +143,8 @@ class Balance:
             wanted = self.share / len(live) / (1 - self.share) * own / norm
             move = math.log(wanted / self.factors[name]) * max(PULL, 1 / (self.counts[name] + 1))
             if self.counts[name]:
-                move = min(max(move, -math.log(LARGEST_MOVE)), math.log(LARGEST_MOVE))
+                most = math.log(EARLY_MOVE if self.counts[name] < len(FIRST_STEPS) else LARGEST_MOVE)
+                move = min(max(move, -most), most)
             self.factors[name] *= math.exp(move)
             self.counts[name] += 1
             self.trace |= {f"balance/{name}/share": share, f"balance/{name}/factor": self.factors[name]}
