@@ -34,7 +34,7 @@ PULL = 0.25
 LARGEST_MOVE = 4.0
 """Largest change of a factor, up or down, after one of the later measurements: one odd batch must not undo the rest."""
 EARLY_MOVE = 64.0
-"""Largest change after one of the first measurements but the very first. The norm of a term can fall a thousandfold within the first
+"""Largest change after one of the first measurements but the very first. The norm of a term can fall a thousandfold in the first
 steps (ODKD's boxes under FCOS), and a factor that followed by ``LARGEST_MOVE`` would need the whole run."""
 SMALLEST_NORM = 1e-12
 """Norms below this fraction of that of the own loss count as no gradient."""
