@@ -305,6 +305,13 @@ def test_a_method_named_twice_is_refused():
         Composition([PKD(teacher, student), PKD(teacher, student)], student)
 
 
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c"]])
+def test_each_method_of_a_composition_needs_a_name(names):
+    student = TinyDense()
+    with pytest.raises(ValueError, match="zip"):
+        Composition([Doubled(None, student), PKD(Teacher(student), student)], student, names)
+
+
 # ------------------------------------------------------------------------------------------------------------- relabel
 
 

@@ -28,6 +28,11 @@ def with_bins(detector):
     return detector
 
 
+def of_maps(detector):
+    detector.spec = dataclasses.replace(detector.spec, family="features")
+    return detector
+
+
 def absent(detector):
     teacher = Teacher(detector)
     return AbsentTeacher(detector.spec, teacher.fingerprint)
@@ -91,6 +96,15 @@ def refusal(needs, teacher, student):
             TinyDense(),
             "it looks at the towers of the student tinydense:patches after 3 blocks, but they have 2; choose a smaller depth, or "
             "build the detector with more blocks",
+        ),
+        *(
+            (
+                needs,
+                Teacher(of_maps(TinyDense())),
+                TinyDense(),
+                "it learns from predictions, but the teacher tinydense:patches outputs feature maps only; take a method on maps",
+            )
+            for needs in (Needs(teacher=Look(prediction=True)), Needs(same_classes=True))
         ),
         (
             Needs(box_distributions=True),
@@ -178,6 +192,7 @@ def test_pairs_that_have_what_is_needed_pass():
     check_pair("m", capabilities, Teacher(TinyRegions()), TinyDense())
     check_pair("m", Needs(same_classes=True), Teacher(TinyDense(classes=("a", "b", "c"))), TinyDense(classes=("c", "a")))
     check_pair("m", Needs(), Teacher(TinyDense()), TinyDense(classes=("x",)))
+    check_pair("m", Needs(), Teacher(of_maps(TinyDense())), TinyDense())
     check_pair("m", Needs(outputs="same"), Teacher(TinyRegions()), TinyRegions())
     check_pair("m", Needs(teacher=Look(attention=True), student=Look(towers=(0,))), Teacher(TinyQueries()), TinyDense())
     # A teacher may have more levels, in another order of strides.

@@ -243,16 +243,15 @@ class Composition(Method[TaughtTogether]):
             raise PairError(f"method {'+'.join(slugs)}: each method may be named once")
         self._supervisor = _only_one(methods, lambda method: type(method).supervise is not Method.supervise, "own loss")
         self._relabeler = _only_one(methods, lambda method: method._relabels(), "targets")
-        self.parts = nn.ModuleDict(dict(zip(slugs, methods, strict=True)))
+        named = dict(zip(slugs, methods, strict=True))
+        self.parts = nn.ModuleDict(named)
         student_look = Look()
         for method in methods:
             student_look |= method.requirements.student
         self._teacher_looks = looks_of(methods)
         assignment = any(method.requirements.assignment for method in methods)
         self.requirements = replace(self.requirements, student=student_look, assignment=assignment)
-        self.trains_alone = tuple(
-            f"{slug}/{name}" for slug, method in zip(slugs, methods, strict=True) for name in method.trains_alone
-        )
+        self.trains_alone = tuple(f"{slug}/{name}" for slug, method in named.items() for name in method.trains_alone)
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
