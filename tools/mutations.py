@@ -68,7 +68,6 @@ _LENGTHS = "the lists are made together, so their lengths are equal"
 _SLACK = "the slack keeps the two numbers apart"
 _FROM_THE_END = "column -2 or -1 of the four is column 2 or 3"
 _FLOAT32 = "float() returns a float32 tensor as it is"
-_WHOLE = "the short way for a batch on one canvas gives what the long way gives"
 HARMLESS: dict[str, dict[str, str]] = {
     "functional/attention.py": {"LARGE_CHUNK = 2**27": _CHUNK},
     "functional/atss.py": {
@@ -115,10 +114,7 @@ HARMLESS: dict[str, dict[str, str]] = {
     "methods/shared/compose.py": {
         "for (kind, values), name in zip(parse_methods(text), named_teachers(text), strict=False):": _LENGTHS,
     },
-    "methods/shared/contract.py": {
-        "if len(groups) != 1 and groups[0][1] is batch:": _WHOLE,
-        "if len(groups) == 2 and groups[0][1] is batch:": _WHOLE,
-    },
+    "methods/shared/contract.py": {"pieces += zip(chosen, taught.split(len(part)), strict=False)": _LENGTHS},
     "methods/shared/hyper_parameters.py": {"@dataclass(frozen=False)": _FROZEN},
     "methods/shared/needs.py": {"@dataclass(frozen=False)": _FROZEN},
 }

@@ -8,7 +8,7 @@ from detdistill.cache.storage import CacheError
 from detdistill.detectors.contract import Teacher
 from detdistill.functional.precision import full_precision
 from detdistill.methods.pkd import PKD
-from detdistill.methods.shared.contract import Composition, Method, Stage, TeacherFree, part_of
+from detdistill.methods.shared.contract import Composition, Method, Stage, TeacherFree, part_of, teach_by_canvas
 from detdistill.methods.shared.hyper_parameters import MethodError
 from detdistill.methods.shared.needs import Needs, PairError
 from detdistill.structures import WHOLE_TOWER, Assignment, Clock, Look, Losses, Observation, Taught, TaughtTogether, map_tensors
@@ -185,6 +185,22 @@ def test_a_teacher_free_method_looks_at_no_teacher():
     assert Counting.runs == 0
 
 
+def test_a_method_looks_at_its_teacher_only_if_its_hyper_parameters_need_one():
+    class Optional(Soft):
+        def __init__(self, teacher, student, *, taught: bool = True):
+            super().__init__(teacher, student)
+
+        @classmethod
+        def needs(cls, *, taught):
+            return super().needs() if taught else Needs(teacher=None)
+
+    teacher, student = Teacher(TinyDense(seed=1)), TinyDense(seed=2)
+    assert Optional(teacher, student).looks() == {teacher: Look(prediction=True)}
+    alone = Optional(teacher, student, taught=False)
+    assert alone.looks() == {}
+    assert alone.teach(tiny_batch(1)) is None
+
+
 def test_the_state_dict_holds_the_adapters_and_no_teacher():
     method = Mimic(Teacher(TinyDense(seed=1)), TinyDense(seed=2))
     assert sorted(method.state_dict()) == ["adapter.bias", "adapter.weight"]
@@ -208,6 +224,19 @@ def test_learn_must_be_defined():
     student, batch = TinyDense(), tiny_batch(1)
     with pytest.raises(TypeError, match=r"Empty must define learn"):
         Empty(Teacher(TinyDense()), student).step(student, batch, None, CLOCK)
+
+
+def test_the_teacher_sees_images_of_other_canvases_apart_and_its_result_keeps_their_order():
+    teacher, batch = Teacher(Counting(seed=1)), tiny_batch(3)  # the second image is 48 pixels high
+    method = Mimic(teacher, TinyDense(seed=2))
+    Counting.runs = 0
+    whole = teach_by_canvas(method, batch)
+    assert Counting.runs == 1
+    apart = teach_by_canvas(method, replace(batch, canvases_hw=((64, 64), (48, 64), (64, 64))))
+    assert Counting.runs == 1 + 2
+    for mine, together in zip(apart.features.maps, whole.features.maps, strict=True):
+        rows = mine.shape[2] * 48 // 64
+        torch.testing.assert_close(mine[:, :, :rows], together[:, :, :rows])
 
 
 # -------------------------------------------------------------------------------------------------------- composition

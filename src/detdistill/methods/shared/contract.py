@@ -378,7 +378,7 @@ def teach_by_canvas(method: Method[Any], batch: Batch) -> Taught | None:
     itself give the same losses. With ``letterbox`` all padded sizes are equal, and the batch is used as it is.
     """
     groups = batch.by_canvas()
-    if len(groups) == 1 and groups[0][1] is batch:
+    if groups[0][1] is batch:
         return teach_in_view(method, batch)
     pieces: list[tuple[int, Taught]] = []
     for chosen, part in groups:
