@@ -44,6 +44,17 @@ def test_a_region_that_covers_one_cell_gives_its_gradient_to_it():
     assert float(maps.grad.sum()) == 1
 
 
+def test_the_gradient_is_the_same_piece_by_piece(monkeypatch):
+    gradients = []
+    for largest in (2**22, 1):
+        monkeypatch.setattr("detdistill.functional.region_pooling.LARGEST_PIECE", largest)
+        maps = torch.rand(2, 3, 9, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        pool_rois(maps, regions(20, torch.float64), 7, 0.125, 0, True).square().sum().backward()
+        assert maps.grad is not None
+        gradients.append(maps.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-13)
+
+
 def test_no_regions_leave_a_gradient_of_zero():
     maps = torch.rand(1, 2, 3, 3, requires_grad=True)
     pooled = pool_rois(maps, torch.zeros(0, 5), 7, 0.125, 2, True)

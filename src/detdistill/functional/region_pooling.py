@@ -37,6 +37,10 @@ def pool_rois(maps: Tensor, rois: Tensor, size: int, scale: float, sampling_rati
     return pooled
 
 
+LARGEST_PIECE = 2**22
+"""Weights that are held at a time in the backward pass; a box over a whole fine map has tens of thousands."""
+
+
 class _Pooled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, maps: Tensor, rois: Tensor, size: int, scale: float, sampling_ratio: int, aligned: bool) -> Tensor:
@@ -52,7 +56,12 @@ class _Pooled(torch.autograd.Function):
         size, scale, sampling_ratio, aligned = ctx.settings
         images, channels, height, width = ctx.shape
         found = grad.new_zeros(images * height * width, channels)
-        for mine, samples in _by_samples(rois, size, scale, sampling_ratio, aligned):
+        pieces = (
+            (piece, samples)
+            for mine, samples in _by_samples(rois, size, scale, sampling_ratio, aligned)
+            for piece in torch.split(mine, max(1, LARGEST_PIECE // (4 * samples[0] * samples[1] * size * size)))
+        )
+        for mine, samples in pieces:
             weights, index = _cells(rois[mine], samples, (height, width), size, scale, aligned)
             starts = torch.arange(0, index.numel() + 1, index.shape[1], dtype=index.dtype)
             shape = (len(index), len(found))

@@ -233,8 +233,9 @@ class LD(Method[LDCells | LDObjects]):
                 if self.valuable_cls_weight:
                     terms["ld_valuable_cls"] = self.valuable_cls_weight * self._class_loss(there)
                 monitors["valuable"] = len(weights) / len(batch)
-            # With objects there are no cells to imitate, and the constructor has refused ``imitation_weight``.
-            if self.imitation_weight and isinstance(taught, LDCells) and partners is not None:
+            if self.imitation_weight:
+                assert isinstance(taught, LDCells)  # the constructor refuses imitation of objects
+                assert partners is not None
                 terms["ld_imitation"] = self.imitation_weight * self._imitation(seen, taught, assignment, partners, batch)
             return Losses(terms, {name: torch.tensor(value, device=batch.images.device) for name, value in monitors.items()})
 

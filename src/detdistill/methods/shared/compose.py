@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from detdistill.detectors.contract import Detector, Teacher
+from detdistill.errors import DetdistillError
 from detdistill.methods.shared.catalogue import (
     METHODS,
     check_slug,
@@ -159,8 +160,8 @@ def reasons_against(teacher: Teacher | None, student: Detector) -> dict[str, str
             if not found[slug]:
                 try:
                     kind(teacher, student, **values)
-                except PairError as error:
-                    found[slug] = error.reason.removeprefix(f"{slug}: ")
+                except DetdistillError as error:  # this looks for advice and must not fail itself
+                    found[slug] = (error.reason if isinstance(error, PairError) else str(error)).removeprefix(f"{slug}: ")
     return found
 
 
