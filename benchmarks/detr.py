@@ -3,6 +3,7 @@
     uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr.json
     uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr_matched.json --parts matched
     uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr_yolo.json --parts yolo
+    uv run python benchmarks/detr.py --work runs/detr --out benchmarks/results/detr_yolo26.json --parts yolo26
 
 Three detectors with queries, each under a larger detector of the same family (the paper's table 3). Two of them also with several
 seeds, under the other methods for DETRs, and with fewer layers than their teachers (table 4), with DETRDistill's parts alone and
@@ -51,6 +52,7 @@ KINDS = {
     "yolo_under_rt_detr": Kind(
         f"rt_detr:{LARGE},encoder=2,decoder=3,{RT_DETR}", "ultralytics:yolo11n,width=0.125", 1e-3, 1500, 500, 10.0
     ),
+    "yolo26": Kind("ultralytics:yolo26n", "ultralytics:yolo26n,width=0.125", 1e-3, 1200, 400, 10.0),
     "rt_detr_under_yolo": Kind("ultralytics:yolo11n", f"rt_detr:{SMALL},encoder=2,decoder=3,{RT_DETR}", 1e-3, 1500, 500),
 }
 FAMILIES = ("rt_detr", "deformable_detr", "adamixer")
@@ -76,15 +78,18 @@ INSTABILITY = 64
 
 @dataclass(frozen=True)
 class Way:
-    """A method string and the factor on its losses."""
+    """A method string, the factor on its losses or their share, and the teacher if it is not the larger detector."""
 
     method: str
     dis: float = 1.0
+    teacher: str = ""
+    balance: float = 0.0
 
     @property
     def words(self) -> tuple[object, ...]:
         """The flags of the command line."""
-        return ("--method", self.method, *(("--dis", self.dis) if self.dis != 1 else ()))
+        factor = ("--dis", self.dis) if self.dis != 1 else ("--balance", self.balance) if self.balance else ()
+        return ("--method", self.method, *factor)
 
 
 WAYS = {
@@ -130,13 +135,22 @@ CHOICES = {
     "logits, every layer from the last (7)": Way(f"{only('logits').method},progressive=false"),
     "all as in the paper": Way("detrdistill,split=true,mask=paper"),
 }
-OTHERS = {"matched": Way("matched"), "pkd": Way("pkd"), "unikd": Way("unikd,queries=30,extractor_lr=2e-3")}
-MORE = {
-    "matched": {"rt_detr": ("matched", "pkd"), "d_fine": ("matched", "pkd")},
-    "yolo": {"yolo_under_rt_detr": ("pkd", "unikd"), "rt_detr_under_yolo": ("pkd", "unikd")},
+OTHERS = {
+    "matched": Way("matched"),
+    "matched, own average": Way("matched", teacher="self:ema"),
+    "pkd": Way("pkd"),
+    "pkd, balance 0.3": Way("pkd", balance=0.3),
+    "unikd": Way("unikd,queries=30,extractor_lr=2e-3"),
 }
-"""Further parts, each with its detectors and their methods of ``OTHERS``, with all seeds: this library's method for queries, and
-DETRs and YOLO as each other's teachers."""
+MATCHED = ("matched", "matched, own average", "pkd")
+MORE: dict[str, dict[str, tuple[str, ...]]] = {
+    "matched": {"rt_detr": MATCHED, "d_fine": MATCHED},
+    "yolo": {"yolo_under_rt_detr": ("pkd", "unikd"), "rt_detr_under_yolo": ("pkd", "unikd")},
+    "yolo26": {"yolo26": ("pkd", "pkd, balance 0.3")},
+}
+"""Further parts, each with its detectors and their methods of ``OTHERS``, with all seeds: this library's method for queries, also
+with the student's own moving average as a control; DETRs and YOLO as each other's teachers; YOLO under YOLO, by the published
+weight and by a share."""
 PARTS = ("families", "queries", "seeds", "depths", "components", "choices", *MORE)
 
 
@@ -190,8 +204,8 @@ def learn(work: Path, kind: str, ways: dict[str, Way], seed: int, depth: str = "
     found = [Task.of(out, "train", "--model", model, "--role", "baseline", *common)]
     for name, way in ways.items():
         out = student_run(work, kind, name, seed, depth)
-        words = ("--teacher", teacher, "--student", model, *way.words, "--score_teacher", "false")
-        found.append(Task.of(out, "distill", *words, *common, after=[teacher]))
+        words = ("--teacher", way.teacher or teacher, "--student", model, *way.words, "--score_teacher", "false")
+        found.append(Task.of(out, "distill", *words, *common, after=[] if way.teacher else [teacher]))
     return found
 
 

@@ -91,14 +91,13 @@ def ld(folder: Path) -> Case:
         return level.permute(0, 2, 3, 1).reshape(-1, numbers)
 
     def ours() -> Tensor:
-        def chosen(levels: list[Tensor], masks: list[Tensor], numbers: int) -> Tensor:
-            return torch.cat([rows(level, numbers)[index] for level, index in zip(levels, masks, strict=True)])
+        def chosen(levels: list[Tensor], masks: list[Tensor]) -> Tensor:
+            return torch.cat([level[index] for level, index in zip(levels, masks, strict=True)])
 
         positive, close = ([mask.nonzero()[:, 0] for mask in masks] for masks in (main, valuable))
-        classes = [chosen(part, positive, CLASSES) for part in (scores, fixed)]
-        here, near = (
-            [chosen(part, masks, 4 * BINS).unflatten(1, (4, BINS)) for part in (sides, other)] for masks in (positive, close)
-        )
+        classes = [chosen([rows(level, CLASSES) for level in part], positive) for part in (scores, fixed)]
+        borders = [[rows(level, 4 * BINS) for level in part] for part in (sides, other)]
+        here, near = ([chosen(part, masks).unflatten(1, (4, BINS)) for part in borders] for masks in (positive, close))
         best = classes[0].detach().amax(dim=1).sigmoid()
         share = torch.cat([torch.full((int(mask.sum()),), 1 / max(1, int(mask.sum()))) for mask in main])
         return (
