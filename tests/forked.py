@@ -89,7 +89,7 @@ def _begin(environment: Mapping[str, str] | None) -> None:
     for logger in list(logging.root.manager.loggerDict.values()):
         for handler in getattr(logger, "handlers", ()):
             if type(handler) is logging.StreamHandler:
-                handler.setStream(sys.stderr)
+                handler.stream = sys.stderr  # setStream would flush the old one, which a captured test has closed
     multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
     gc.enable()
 

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from detdistill import api
-from detdistill.card import Card, Origin, is_own, quoted, replaced
+from detdistill.card import Card, Origin, is_own, licence, quoted, replaced, training
 from detdistill.compare import Pair as P
 from detdistill.compare import over_seeds, summarize
 from detdistill.detectors.build import build_detector
@@ -79,6 +79,18 @@ def test_what_a_card_says(saved):
     assert "shu2021cwd" in text
     assert "home" not in text + (saved / "student.json").read_text()
     assert '    0 "a"\n    1 "b"\n' in text
+
+
+def test_a_card_says_what_else_shaped_the_weights():
+    """A copied head is not what the model string says, and it is a use of the teacher's weights, not of its outputs only."""
+    start = {"from": "runs/first", "fingerprint": "f"}
+    origin = origin_of(SUMMARY | {"inherit": True}, CONFIG | {"distill_weight": 0.03, "balance": 0.3})
+    text = training(origin)
+    assert "- method: `pkd+cwd,temperature=2`, --distill_weight 0.03, --balance 0.3\n" in text
+    copied = "neck and head copied from the teacher, as far as names and shapes agree (--inherit)"
+    assert f"- first weights: as the model string says, without --init; {copied}\n" in text
+    assert "- so has the teacher, `runs/teacher`, whose neck and head were copied: look" in licence(origin)
+    assert f"- first weights: `runs/first`; {copied}\n" in training(origin_of(SUMMARY | {"inherit": True, "init": start}, CONFIG))
 
 
 def test_results_of_several_seeds_are_added(saved, tmp_path):

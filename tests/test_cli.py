@@ -1,3 +1,4 @@
+import io
 import json
 import shlex
 import subprocess
@@ -10,9 +11,11 @@ import yaml
 
 import detdistill
 from detdistill import cli
-from detdistill.cli.arguments import plain
+from detdistill.cli import starting
+from detdistill.cli.arguments import Parser, plain
 from detdistill.detectors import probe
 from detdistill.errors import DetdistillWarning
+from tests.test_compare import make_pairs
 
 RECIPES = sorted((Path(detdistill.__file__).parent / "recipes").glob("*.yaml"))
 DISTILL = "distill --teacher t --student s "
@@ -80,6 +83,14 @@ def test_help_of_distill_explains_each_setting(capsys):
     assert "factor on all distillation losses together" in text
 
 
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_flag_is_explained(verb):
+    parser = Parser(prog=verb)
+    cli.VERBS[verb][0](parser)
+    unexplained = [action.dest for action in parser._actions if not action.help]
+    assert unexplained == []
+
+
 def test_version(capsys):
     cli.main(["--version"])
     assert capsys.readouterr().out == f"detdistill {detdistill.__version__}\n"
@@ -107,6 +118,59 @@ def test_parsing_and_comparing_import_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out == "[]\n"
+
+
+def test_comparing_runs_imports_no_torch(tmp_path):
+    """It reads a few files: seconds of imports would be most of its time."""
+    make_pairs(tmp_path, (0.02, 0.03))
+    code = (
+        f"import sys\nfrom detdistill import cli\ncli.main(['compare', {str(tmp_path)!r}])\n"
+        "print([name for name in ('torch', 'timm', 'scipy.stats') if name in sys.modules])\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "2      20.0       22.5  +2.5" in out
+    assert out.endswith("\n[]\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("eval --model runs/typo", "'runs/typo' is no folder, no file and no model string"),
+        ("bench --model runs/typo", "'runs/typo' is no folder, no file and no model string"),
+        ("distill --teacher runs/typo --student fcos:resnet18", "'runs/typo' is no folder, no file and no model string"),
+        ("predict --model fcos:resnet18 --images imagse --out drawn", "imagse: there is no such file or folder"),
+    ],
+)
+def test_a_mistyped_path_is_told_before_torch_is_loaded(line, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    verb = line.split()[0]
+    monkeypatch.setitem(cli.VERBS, verb, (cli.VERBS[verb][0], lambda chosen: pytest.fail("it began"), ""))
+    with pytest.raises(SystemExit) as end:
+        cli.main(line.split())
+    assert end.value.code == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("elsewhere", ["--cache knowledge", "--served http://host:1", "--on ray"])
+def test_a_teacher_may_be_elsewhere(elsewhere, monkeypatch):
+    begun = []
+    monkeypatch.setitem(cli.VERBS, "distill", (cli.VERBS["distill"][0], begun.append, ""))
+    cli.main(["distill", "--teacher", "runs/elsewhere", "--student", "fcos:resnet18", *elsewhere.split()])
+    assert len(begun) == 1
+
+
+def test_a_terminal_is_told_that_torch_is_loaded(monkeypatch):
+    """Its import takes seconds, and much longer on a busy machine; the line is gone afterwards."""
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(starting.importlib, "import_module", lambda name: None)
+    for name in ("torch", "torchvision"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    starting.load_torch("compare")
+    assert terminal.getvalue() == ""
+    starting.load_torch("eval")
+    assert terminal.getvalue() == "loading PyTorch ...\r\x1b[K"
 
 
 # ------------------------------------------------------------------------------------------------ what people may type

@@ -119,3 +119,15 @@ def test_numbers_and_times_of_a_bar_stay_whole_on_a_narrow_terminal():
     lines = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).splitlines() if line.strip()]
     assert all(len(line.rstrip()) <= 80 for line in lines)
     assert re.search(r"^baseline, seed 0 \S+ +301/750 +\d:\d\d:\d\d \S+ AP 12\.3  classif.*…$", lines[-1].rstrip()), lines[-1]
+
+
+def test_a_title_too_long_for_its_bar_is_cut_instead_of_its_numbers():
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    with Progress(console) as progress:
+        progress.bar("score the teacher", 128).update(128)
+        progress.bar("distil (unikd,extractor_epochs=1,queries=20)", 104000).update(52000, "AP 0.0")
+        progress.rich.refresh()
+    lines = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).splitlines() if line.strip()]
+    assert re.search(r"^score the teacher +\S+ +128/128 +\d:\d\d:\d\d \d:\d\d:\d\d *$", lines[-2]), lines[-2]
+    assert re.search(r"^distil \(unikd,\S+… \S+ +52000/104000 \d:\d\d:\d\d -:--:-- A…$", lines[-1].rstrip()), lines[-1]
+    assert all(len(line.rstrip()) <= 80 for line in lines)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from detdistill.errors import RunError, nearest
-from detdistill.settings import DistillSettings, TrainSettings, as_plain
+from detdistill.settings import BUDGET, CacheSettings, DistillSettings, TrainSettings, as_plain, names_where
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,12 @@ def test_plain_settings_come_back_from_yaml_unchanged():
 def test_nearest_names_the_closest_or_nothing():
     assert nearest("pdk", ["pkd", "fgd"]) == " (did you mean 'pkd'?)"
     assert nearest("zzz", ["pkd", "fgd"]) == ""
+
+
+def test_the_budget_is_what_the_settings_say_of_themselves():
+    """How long, by which optimizer, in which precision, on which images and views: not chance, files, logs, or the teacher."""
+    assert set(names_where(TrainSettings, "views")) < set(BUDGET)
+    assert {"epochs", "steps", "batch", "lr", "precision", "ema", "sync_bn", "held_out"} < set(BUDGET)
+    assert not {"seed", "device", "init", "log_every", "patience", "out", "channels_last", "strategy"} & set(BUDGET)
+    for kind in (DistillSettings, CacheSettings):  # their own settings belong to the teaching
+        assert names_where(kind, "budget") == BUDGET

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from detdistill.detectors.contract import (
+    DenseCoding,
     Detector,
     DetectorSpec,
     Parts,
@@ -101,9 +102,9 @@ class TinyDetector(Detector):
 
     def build(self, kind: str, classes: Sequence[str], channels: Sequence[int], strides: Sequence[int]) -> None:
         below = Pyramid((self.backbone_channels,) * len(strides), tuple(strides))
-        anchors = () if kind == "queries" else (1,) * len(strides)
+        dense = {} if kind == "queries" else {"anchors": (1,) * len(strides), "coding": DenseCoding()}
         self.spec = DetectorSpec(
-            f"tiny{kind}:patches", kind, tuple(classes), tuple(channels), tuple(strides), backbone=below, anchors=anchors
+            f"tiny{kind}:patches", kind, tuple(classes), tuple(channels), tuple(strides), backbone=below, **dense
         )
         self.backbone = nn.ModuleList(nn.Conv2d(3, self.backbone_channels, stride, stride) for stride in strides)
         self.levels = TinyNeck(self.backbone_channels, channels)

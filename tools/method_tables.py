@@ -99,7 +99,8 @@ def requirements_table(slug: str) -> str:
         ("student", _side(needs.student, needs.student_families, needs.student_capabilities, needs.box_distributions)),
     ]
     if needs.teacher is not None:
-        cells = "compared: both sides have the same strides, with as many anchors" if needs.same_cells else "not compared"
+        anchors = "with the same anchors" if needs.same_anchors else "with as many anchors"
+        cells = f"compared: both sides have the same strides, {anchors}" if needs.same_cells else "not compared"
         rows += [("class scores", _classes(needs)), ("single cells", cells)]
     rows.append(("cache", _cache(slug, needs)))
     if built.found:

@@ -192,11 +192,24 @@ def training(origin: Origin | None) -> str:
         size = f", {run['teacher_parameters'] / 1e6:.2f} M parameters" if run.get("teacher_parameters") else ""
         model = f" ({quoted(run['teacher_model'])}{size}{score})" if run.get("teacher_model") else f"{size}{score}"
         lines.append(f"- teacher: {quoted(run['teacher'])}{model}")
-    lines.append(f"- method: {quoted(run['method']) if run.get('method') else 'none, trained on the ground truth alone'}")
+    lines.append(f"- method: {_method(run)}")
     start = run.get("init")
-    lines.append(f"- first weights: {quoted(start.get('from')) if start else 'as the model string says, without --init'}")
+    first = quoted(start.get("from")) if start else "as the model string says, without --init"
+    copied = "; neck and head copied from the teacher, as far as names and shapes agree (--inherit)" if run.get("inherit") else ""
+    lines.append(f"- first weights: {first}{copied}")
     lines.append(f"- length: {run['steps']} steps, {run['images_seen']} images seen; the last weights, not the best")
     return "\n".join(lines)
+
+
+def _method(run: Mapping[str, Any]) -> str:
+    """The method of a run, with what changed its weight beside its own settings."""
+    if not run.get("method"):
+        return "none, trained on the ground truth alone"
+    config = run.get("config") or {}
+    weight, share = config.get("distill_weight", 1), config.get("balance")
+    times = f", --distill_weight {weight:g}" if weight != 1 else ""
+    held = f", --balance {share:g}" if share is not None else ""
+    return f"{quoted(run['method'])}{times}{held}"
 
 
 LICENCES = {"ultralytics": "AGPL-3.0"}
@@ -215,9 +228,9 @@ def licence(origin: Origin | None, kind: str = "") -> str:
             "- pretrained weights that the student started from, if its model string names any, have a licence of their own;"
         )
     if origin is not None and origin.run.get("teacher"):
-        sources.append(
-            f"- so has the teacher, {quoted(origin.run['teacher'])}: look whether it allows models trained on its outputs;"
-        )
+        copied = ", whose neck and head were copied" if origin.run.get("inherit") else ""
+        allowed = "look whether it allows models trained on its outputs"
+        sources.append(f"- so has the teacher, {quoted(origin.run['teacher'])}{copied}: {allowed};")
     name = quoted(origin.run["data"].get("path") or "unknown") if origin is not None else "which are not known here"
     sources.append(f"- so have the training data, {name}: some forbid commercial use of what is trained on them.")
     head = "Not stated yet. The author of these weights writes `license:` into the first block of this file. What bears on it:"

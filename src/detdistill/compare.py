@@ -222,12 +222,15 @@ def _checked(baseline: dict[str, Any], one: dict[str, Any], metric: str, allow_u
 
 def read_all(folders: Sequence[Path | str], measured: Mapping[Path, Measured]) -> list[dict[str, Any]]:
     """Read runs (see ``expand`` and ``read_run``) and exported files (see ``read_file_run``); each gets a ``form``."""
-    from detdistill.export.as_run import read_file_run
-    from detdistill.export.runtimes import is_file
+    from detdistill.export.formats import is_file
 
     files = [path for path in dict.fromkeys(map(Path, folders)) if is_file(path)]
     runs = [{**read_run(folder), "form": TORCH} for folder in expand([one for one in folders if Path(one) not in files])]
-    return [*runs, *(read_file_run(path, measured.get(path)) for path in files)]
+    if files:  # else comparing needs no torch, whose import takes seconds
+        from detdistill.export.as_run import read_file_run
+
+        runs += [read_file_run(path, measured.get(path)) for path in files]
+    return runs
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -235,9 +238,9 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | No
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None, None
-    from scipy.stats import t
+    from scipy.special import stdtrit  # the quantile of scipy.stats.t, whose import takes a second
 
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 

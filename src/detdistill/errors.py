@@ -18,6 +18,11 @@ class ModelError(DetdistillError):
     """A detector cannot be built or loaded."""
 
 
+def no_model(name: str) -> ModelError:
+    """The error of a name that is neither a path nor a model string."""
+    return ModelError(f"{name!r} is no folder, no file and no model string (detector:backbone, e.g. fcos:resnet18)")
+
+
 class ClassCountError(ModelError):
     """A detector with weights has a different number of classes than required."""
 
@@ -61,5 +66,20 @@ def name_list(names: Sequence[str], differing: Collection[str] = (), most: int =
 
 
 def counted(number: int, noun: str, several: str = "") -> str:
-    """``no defects``, ``1 defect``, ``2 defects``; ``several`` is the plural if it is not the noun with an s."""
-    return f"{number or 'no'} {noun if number == 1 else several or noun + 's'}"
+    """``no defects``, ``1 defect``, ``2 boxes``; ``several`` is the plural if it is not the noun with an s or es.
+
+    >>> counted(1, "box"), counted(2, "box"), counted(0, "image"), counted(3, "class")
+    ('1 box', '2 boxes', 'no images', '3 classes')
+    """
+    ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{number or 'no'} {noun if number == 1 else several or noun + ending}"
+
+
+def subject(number: int, noun: str, verb: str) -> str:
+    """The beginning of a sentence about a number of things; ``verb`` is in the plural.
+
+    >>> subject(1, "image", "have"), subject(2, "box", "are"), subject(1, "annotation", "lie")
+    ('1 image has', '2 boxes are', '1 annotation lies')
+    """
+    one = {"have": "has", "are": "is", "mix": "mixes"}.get(verb, f"{verb}s")
+    return f"{counted(number, noun)} {one if number == 1 else verb}"

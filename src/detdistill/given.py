@@ -201,7 +201,7 @@ def open_detector(
     """
     from detdistill.detectors.load import check_class_count, load_detector
     from detdistill.export.file_detector import load_file
-    from detdistill.export.runtimes import is_file
+    from detdistill.export.formats import is_file
 
     found = name_or_detector(model)
     if not isinstance(found, str):

@@ -18,6 +18,8 @@ QUIET = 8.0
 
 ROOMY = 120
 """Columns of a terminal from which on the bars have their full width."""
+NUMBERS = 46
+"""Columns beside a title that a short bar, its numbers and its times need."""
 
 
 def _one_line_column() -> TextColumn:
@@ -57,10 +59,11 @@ class Progress:
 
         self.console = console or Console(stderr=True, quiet=quiet)
         self.live = self.console.is_terminal and not quiet
-        # Where a line is too narrow, the text at its end gives way, then the bar; numbers and times stay whole.
+        # Where a line is too narrow, the text at its end gives way, then a long title; numbers and times stay whole.
         whole = Column(no_wrap=True)
+        title = Column(no_wrap=True, overflow="ellipsis", max_width=max(16, self.console.width - NUMBERS))
         columns = (
-            TextColumn("[bold]{task.description}", table_column=whole),
+            TextColumn("[bold]{task.description}", table_column=title),
             BarColumn(bar_width=12 if self.console.width < ROOMY else 24, table_column=whole),
             MofNCompleteColumn(table_column=whole),
             TimeElapsedColumn(table_column=whole),

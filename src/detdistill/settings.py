@@ -26,10 +26,18 @@ class Effect:
     """It affects how images are resized and augmented."""
     cache: bool = True
     """`detdistill cache` has this setting."""
+    budget: bool = False
+    """It belongs to the budget of a training: a comparison is fair only between runs with the same value."""
+
+    def of_budget(self) -> Effect:
+        """The same effect of a setting that belongs to the budget."""
+        return dataclasses.replace(self, budget=True)
 
 
 LEARNING = Effect()
-VIEWS = Effect(views=True)
+OPTIMIZATION = Effect(budget=True)
+"""Effect of the optimizer's settings, of the length in steps and of the precision."""
+VIEWS = Effect(views=True, budget=True)
 CHANCE = Effect(stage=False)
 """Effect of random seeds and of the machine: results of earlier stages are reused with other values. Also the effect of
 ``epochs``, because a stage's own length is compared instead."""
@@ -39,14 +47,6 @@ NOTHING = Effect(run=False, stage=False)
 """No effect on weights or measured numbers."""
 NOTHING_FOR_CACHES = Effect(run=False, stage=False, cache=False)
 """No effect on weights or measured numbers, and no setting of `detdistill cache`."""
-
-
-BUDGET = (
-    "epochs", "steps", "batch", "accumulate", "optimizer", "lr", "backbone_lr_factor", "weight_decay", "schedule", "warmup_steps",
-    "clip", "ema", "precision", "devices", "nodes", "sync_bn", "size", "resize", "max_size", "flip", "colour", "hue",
-    "scale_jitter", "scales", "mosaic", "held_out",
-)  # fmt: skip
-"""Settings that must agree for a comparison to be fair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,27 +104,27 @@ class TrainSettings:
         report: write ``report.html`` at the end.
     """
 
-    epochs: Annotated[Count, CHANCE] = 12
-    steps: Count | None = None
+    epochs: Annotated[Count, CHANCE.of_budget()] = 12
+    steps: Annotated[Count | None, OPTIMIZATION] = None
     seed: Annotated[Index, CHANCE] = 0
     init: Annotated[str | None, RUN_ONLY] = None
-    batch: Count = 16
-    accumulate: Count = 1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Positive = 1e-3
-    backbone_lr_factor: Weight = 1.0
-    weight_decay: Weight = 0.01
-    schedule: Literal["one_cycle", "cosine", "step", "constant"] = "one_cycle"
-    warmup_steps: Index = 0
-    clip: Weight = 5.0
-    ema: Annotated[float, Limits(0, 1, below=True), RUN_ONLY] = 0.0
-    precision: Literal["32", "bf16", "16"] = "32"
+    batch: Annotated[Count, OPTIMIZATION] = 16
+    accumulate: Annotated[Count, OPTIMIZATION] = 1
+    optimizer: Annotated[Literal["adamw", "sgd"], OPTIMIZATION] = "adamw"
+    lr: Annotated[Positive, OPTIMIZATION] = 1e-3
+    backbone_lr_factor: Annotated[Weight, OPTIMIZATION] = 1.0
+    weight_decay: Annotated[Weight, OPTIMIZATION] = 0.01
+    schedule: Annotated[Literal["one_cycle", "cosine", "step", "constant"], OPTIMIZATION] = "one_cycle"
+    warmup_steps: Annotated[Index, OPTIMIZATION] = 0
+    clip: Annotated[Weight, OPTIMIZATION] = 5.0
+    ema: Annotated[float, Limits(0, 1, below=True), RUN_ONLY.of_budget()] = 0.0
+    precision: Annotated[Literal["32", "bf16", "16"], OPTIMIZATION] = "32"
     channels_last: bool = False
     device: Annotated[Literal["auto", "cpu", "cuda"], CHANCE] = "auto"
-    devices: Annotated[Count, CHANCE] = 1
-    nodes: Annotated[Count, CHANCE] = 1
+    devices: Annotated[Count, CHANCE.of_budget()] = 1
+    nodes: Annotated[Count, CHANCE.of_budget()] = 1
     strategy: Annotated[Literal["ddp", "fsdp"], RUN_ONLY] = "ddp"
-    sync_bn: Annotated[bool, RUN_ONLY] = False
+    sync_bn: Annotated[bool, RUN_ONLY.of_budget()] = False
     threads: Annotated[Index, CHANCE] = 0
     workers: Annotated[Index, CHANCE] = 0
     in_memory: Annotated[bool, RUN_ONLY] = False
@@ -147,7 +147,7 @@ class TrainSettings:
     track: Annotated[tuple[Literal["wandb", "mlflow"], ...], RUN_ONLY] = ()
     strict: Annotated[bool, CHANCE] = False
     rescan: Annotated[bool, NOTHING] = False
-    held_out: Annotated[Share | None, RUN_ONLY] = None
+    held_out: Annotated[Share | None, RUN_ONLY.of_budget()] = None
     out: Annotated[Path | None, NOTHING_FOR_CACHES] = None
     resume: Annotated[bool, NOTHING_FOR_CACHES] = False
     allow_changes: Annotated[bool, NOTHING_FOR_CACHES] = False
@@ -329,6 +329,10 @@ def names_where(kind: type[TrainSettings], decides: str, yes: bool = True) -> tu
         ('size', 'resize', 'max_size')
     """
     return tuple(name for name, effect in effects(kind).items() if getattr(effect, decides) == yes)
+
+
+BUDGET = names_where(TrainSettings, "budget")
+"""Settings that must agree for a comparison to be fair."""
 
 
 RENAMED = {"dis": "distill_weight"}

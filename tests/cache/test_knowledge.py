@@ -16,7 +16,8 @@ from detdistill.methods.shared.compose import build_method, method_class, method
 from detdistill.methods.shared.contract import teach_by_canvas
 from detdistill.methods.shared.needs import Needs, PairError
 from detdistill.structures import WHOLE_TOWER, Dense, Look, Observation, TaughtTogether
-from tests.methods.contract_checks import MIDDLE, assert_same, one_by_one
+from tests.methods.contract_checks import MIDDLE, assert_same
+from tests.methods.offline_checks import one_by_one
 from tests.tiny import TinyDense, tiny_batch
 
 VIEWS = views_of(ViewSettings(size=64))

@@ -360,7 +360,7 @@ def test_flags_count_by_their_meaning(tmp_path, key, value, crowd):
     data = changed(tmp_path, lambda content: content["annotations"][0].update({key: value}))
     assert data.train.records[0].crowd.tolist() == [crowd, False]
     assert data.defects == ()
-    notes = [f"train: 1 boxes are marked '{key}': like crowds, they are neither trained on nor counted as mistakes"]
+    notes = [f"train: 1 box is marked '{key}': like crowds, neither trained on nor counted as mistakes"]
     assert list(data.notes) == (notes if crowd and key != "iscrowd" else [])
 
 
@@ -385,7 +385,7 @@ def test_a_segmentation_gives_the_box_that_is_missing(tmp_path):
 
     data = changed(tmp_path, change)
     assert boxes(data.train) == {"a": ([[4, 5, 25, 20], [2, 4, 4, 6]], [1, 0]), "b": ([], []), "c": ([], [])}
-    assert data.notes == ("train: 2 annotations have no bbox: the tight box of their segmentation is used",)
+    assert data.notes == ("train: 2 annotations have no bbox: the tight box of the segmentation is used",)
     assert [(defect.kind, defect.record, defect.skipped) for defect in data.defects] == [
         ("malformed record", "annotation 3 of image 2", "box")
     ]

@@ -1,5 +1,6 @@
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -156,6 +157,16 @@ def test_other_forms_are_named(tmp_path, name, content, form):
     (tmp_path / name).write_text(content)
     write_image(tmp_path / "images" / "a.png", 64, 64)
     with pytest.raises(DataError, match=re.escape(f"{name} is {form}")):
+        load_data(tmp_path)
+
+
+def test_the_way_from_labelme_is_told_and_is_that_of_the_page(tmp_path):
+    """Without the flags, images without objects are left out, and classes may have other numbers in the next conversion."""
+    (tmp_path / "a.json").write_text('{"version": "5", "shapes": [], "imagePath": "a.png"}')
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    flags = "--output_dir yolo --include_background --deterministic_labels`"
+    assert flags.strip("`").replace("yolo ", "yolo/ ") in page
+    with pytest.raises(DataError, match=re.escape(f"`labelme2yolo --json_dir FOLDER {flags}, and pass yolo")):
         load_data(tmp_path)
 
 

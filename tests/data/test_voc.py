@@ -385,7 +385,7 @@ def test_equal_corners_are_one_pixel_wide(tmp_path):
     data = replace_a(tmp_path, annotation((5, 5, 5, 9)))
     assert boxes(data.train)["a"][0] == [[4, 4, 5, 9]]
     assert data.defects == ()
-    assert data.notes == ("1 boxes have xmin equal to xmax, or ymin to ymax: they are one pixel wide or high",)
+    assert data.notes == ("1 box has xmin equal to xmax, or ymin to ymax: one pixel wide or high",)
 
 
 def test_a_label_map_gives_the_order_and_the_unused(tmp_path):
@@ -416,7 +416,7 @@ def test_an_object_with_two_readings_is_a_defect(tmp_path, change):
 def test_images_without_annotation_are_counted(tmp_path):
     make_voc(tmp_path, {"train": [*TRAIN, *VAL]}, lists=False)
     write_image(tmp_path / "JPEGImages" / "e.jpg", 20, 20)
-    assert "1 images have no annotation and are not used, e.g. JPEGImages/e.jpg" in load_data(tmp_path).notes
+    assert "1 image has no annotation: not used, e.g. JPEGImages/e.jpg" in load_data(tmp_path).notes
 
 
 def test_two_images_of_one_name_need_the_file_name(tmp_path):

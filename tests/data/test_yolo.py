@@ -277,7 +277,7 @@ def test_files_that_mix_boxes_and_polygons_are_noted(tmp_path):
     make_yolo(tmp_path)
     rows(tmp_path, f"0 0.25 0.5 0.5 0.25 0.75 0.75\n0 0.1 0.1 0.9 0.1 0.9 0.9 0.1 0.9\n{BOX}")
     assert load_data(tmp_path, strict=True).notes == (
-        "1 label files mix boxes and polygons: all are read here, but Ultralytics leaves out such files",
+        "1 label file mixes boxes and polygons: all are read here, but Ultralytics leaves out such files",
     )
 
 
@@ -441,6 +441,23 @@ def test_an_empty_val_folder_or_list_is_a_note(tmp_path, entry):
         load_data(tmp_path)
 
 
+def test_labels_that_were_exported_without_their_images_say_what_to_do(tmp_path):
+    """Label Studio and CVAT write them so: ``labels`` is full, ``images`` is empty or not there."""
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "labels" / f"{name}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "notes.json").write_text('{"categories": [{"id": 0, "name": "ant"}]}')
+    todo = "it is empty, but labels has 2 label files: export the data with their images, or copy the images into images"
+    with pytest.raises(DataError) as error:
+        load_data(tmp_path)
+    assert str(error.value) == f"{tmp_path}/notes.json: train: no images in 'images'; {todo}"
+    report = inspect_data(tmp_path)
+    ((_, defect),) = report.defects
+    assert (defect.record, defect.message) == ("train", f"no images in 'images'; {todo}")
+    assert report.splits[0].skipped_images == 0
+
+
 def test_inspect_lists_what_there_is_beside_a_missing_split(tmp_path):
     report = inspect_data(make_yolo(tmp_path, "train: images/train\nval: nowhere\n" + NAMES))
     assert [(split.name, split.images) for split in report.splits] == [("train", 3), ("val", 0)]
@@ -531,7 +548,7 @@ def test_images_outside_the_folder_are_noted(tmp_path):
     (tmp_path / "data" / "images" / "val").rename(tmp_path / "other")
     (tmp_path / "data" / "labels" / "val" / "d.txt").rename(tmp_path / "other" / "d.txt")
     assert load_data(tmp_path / "data", strict=True).notes == (
-        f"val: 1 images lie outside the data's folder, e.g. {tmp_path}/other/d.jpg",
+        f"val: 1 image lies outside the data's folder, e.g. {tmp_path}/other/d.jpg",
     )
 
 

@@ -90,7 +90,7 @@ def check_neck(detector: Detector, batch: Batch) -> bool:
 
 @torch.no_grad()
 def check_spec(detector: Detector, batch: Batch) -> bool:
-    """Channels and strides of backbone and neck, and the anchors of a cell, are those that the spec names."""
+    """Channels and strides of backbone and neck, anchors of a cell and form of dense predictions are those of the spec."""
     detector.eval()
     spec, features = detector.spec, detector.features(batch)
     assert (features.channels, features.strides) == (spec.channels, spec.strides)
@@ -103,7 +103,7 @@ def check_spec(detector: Detector, batch: Batch) -> bool:
     prediction = detector.predict(features, batch)
     first = prediction.first if isinstance(prediction, Regions) else prediction
     if not isinstance(first, Dense):
-        assert spec.anchors == ()
+        assert (spec.anchors, spec.coding) == ((), None)
         return True
     assert len(spec.anchors) == len(features.maps)
     for level, (count, maps) in enumerate(zip(spec.anchors, features.maps, strict=True)):
@@ -112,10 +112,13 @@ def check_spec(detector: Detector, batch: Batch) -> bool:
         places = torch.stack([*first.cells[mine].unbind(dim=1), first.anchors[mine]], dim=1)
         expected = torch.cartesian_prod(torch.arange(height), torch.arange(width), torch.arange(count)).view(-1, 3)
         assert sorted(places.tolist()) == expected.tolist(), f"level {level} has {count} anchors of each cell"
-    if spec.box_bins and isinstance(prediction, Dense):
-        assert prediction.deltas.shape[-1] == 4 * spec.box_bins
-    elif isinstance(prediction, Dense):
-        assert prediction.deltas.shape[-1] <= 4 or "reppoints" in spec.name
+    assert spec.coding is not None
+    assert first.deltas.shape[-1] == spec.box_numbers
+    assert (first.quality is not None) == spec.coding.quality
+    for level, anchors in enumerate(spec.coding.anchors_wh):
+        sides = first.priors_xyxy[0, first.levels == level, 2:] - first.priors_xyxy[0, first.levels == level, :2]
+        expected = torch.tensor(anchors)[first.anchors[first.levels == level]]
+        torch.testing.assert_close(sides, expected, rtol=1e-4, atol=1e-3, msg=lambda text, level=level: f"level {level}: {text}")
     return True
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from detdistill.detectors import contract
 from detdistill.detectors.contract import (
     CAPABILITIES,
+    DenseCoding,
     DetectorSpec,
     HasBackboneFeatures,
     HasCopies,
@@ -549,18 +550,19 @@ def test_what_was_seen_is_kept_when_the_head_is_looked_at():
 @pytest.mark.parametrize("detector_class", FAMILIES)
 def test_a_spec_comes_back_from_json(detector_class):
     detector = detector_class()
-    spec = replace(detector.spec, queries=query_spec(detector) if detector_class is TinyQueries else None)
+    coding = DenseCoding(points=9, quality=True, anchors_wh=(((8.0, 4.0), (4.0, 8.0)), ((16.0, 8.0), (8.0, 16.0))))
+    spec = replace(detector.spec, queries=query_spec(detector) if detector_class is TinyQueries else None, coding=coding)
     plain = json.loads(json.dumps(asdict(spec)))
     assert DetectorSpec.from_plain(plain) == spec
     # A cache of the first version does not know the fields that came later.
-    old = {name: value for name, value in plain.items() if name not in ("backbone", "anchors", "box_bins", "queries")}
-    assert DetectorSpec.from_plain(old) == replace(spec, backbone=None, anchors=(), box_bins=0, queries=None)
+    old = {name: value for name, value in plain.items() if name not in ("backbone", "anchors", "box_bins", "coding", "queries")}
+    assert DetectorSpec.from_plain(old) == replace(spec, backbone=None, anchors=(), box_bins=0, coding=None, queries=None)
 
 
 def test_the_fingerprint_is_of_what_the_first_version_knew():
     """Fields that follow from the weights do not change it, so caches made before they existed still fit."""
     plain, told = TinyDense(seed=1), TinyDense(seed=1)
-    told.spec = replace(told.spec, backbone=None, anchors=(), box_bins=3, queries=None)
+    told.spec = replace(told.spec, backbone=None, anchors=(), box_bins=3, coding=DenseCoding(points=9), queries=None)
     assert Teacher(told).fingerprint == Teacher(plain).fingerprint
     told = TinyDense(seed=1)
     told.spec = replace(told.spec, mean=(0.0, 0.0, 0.0))

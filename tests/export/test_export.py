@@ -29,6 +29,7 @@ from detdistill.progress import Progress
 from detdistill.report.page import build_report
 from detdistill.settings import TrainSettings
 from detdistill.training.plan import view_settings
+from tests.data.forms import make_yolo
 from tests.test_compare import make_run
 
 pytest.importorskip("onnxruntime")
@@ -151,6 +152,21 @@ def test_bad_input(student, tmp_path, settings, expected):
     with Progress(quiet=True) as progress, pytest.raises((RunError, ModelError), match=expected):
         api.export(str(student), out, size=64, progress=progress, **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_defects_of_both_splits_are_told_once(tmp_path):
+    """Training images are read for int8, too; two lines about one data set looked like a repetition."""
+    root = make_yolo(tmp_path / "data")
+    for split in ("train", "val"):
+        (next((root / "labels" / split).glob("*.txt"))).write_text("0 0.5 0.5 0 0\n")
+    student = save_student(build_detector(MODEL, ("ant", "bee", "cat")), tmp_path / "student")
+    said = []
+    with Progress(quiet=True) as progress:
+        progress.say = lambda text, style="": said.append(str(text))
+        api.export(str(student), tmp_path / "model.onnx", str(root), int8=True, size=64, progress=progress)
+    assert [line for line in said if "data inspect" in line] == [
+        f"2 defects in {root}: 2 empty box; see `detdistill data inspect {root}`"
+    ]
 
 
 def test_what_exists_is_kept(student, tmp_path):

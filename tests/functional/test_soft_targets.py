@@ -10,8 +10,10 @@ from detdistill.functional.soft_targets import (
     binary_kl_divergence,
     focal_kl_divergence,
     kl_divergence,
+    largest_score_gap,
     mean_kl_divergence,
     soft_binary_cross_entropy,
+    soft_binary_rows,
     soft_cross_entropy,
 )
 
@@ -23,6 +25,7 @@ LOSSES = {
     "focal_kl_divergence": focal_kl_divergence,
     "soft_binary_cross_entropy": lambda student, teacher: soft_binary_cross_entropy(student, teacher.sigmoid()),
     "gap_weighted": lambda student, teacher: soft_binary_cross_entropy(student, teacher.sigmoid(), 1.0),
+    "soft_binary_rows": lambda student, teacher: soft_binary_rows(student, teacher, 1.0),
 }
 
 
@@ -241,3 +244,41 @@ def test_a_divergence_does_not_depend_on_how_many_rows_are_taken_at_a_time(monke
         assert torch.equal(one, whole)
     p, q = ((side / 2).softmax(dim) for side in (teacher, student))
     torch.testing.assert_close(found[0][0], 4 * (p * (p.log() - q.log())).sum(dim))
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 1.5, 2.0])
+def test_sums_over_classes_equal_the_single_cross_entropies_and_their_gradient(power, monkeypatch):
+    monkeypatch.setattr("detdistill.functional.soft_targets.ROWS_CHUNK", {"cpu": 12})  # four rows at a time
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(3, 5, 3, dtype=torch.float64)).requires_grad_()
+    teacher, by = 4 * torch.randn(3, 5, 3, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    (soft_binary_cross_entropy(logits, teacher.sigmoid(), power).sum(-1) * by).sum().backward()
+    wanted, logits.grad = logits.grad, None
+    rows = soft_binary_rows(logits, teacher, power)
+    (rows * by).sum().backward()
+    assert torch.allclose(rows, soft_binary_cross_entropy(logits, teacher.sigmoid(), power).sum(-1), rtol=1e-12)
+    assert torch.allclose(logits.grad, wanted, rtol=1e-12, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda given: soft_binary_rows(given, teacher, power), (logits,))
+
+
+def test_rows_of_equal_scores_have_no_loss_and_no_gradient():
+    logits = torch.tensor([[0.5, -80.0, 90.0]], requires_grad=True)
+    rows = soft_binary_rows(logits, logits.detach(), 1.0)
+    rows.sum().backward()
+    assert rows.tolist() == [0.0]
+    assert logits.grad.tolist() == [[0.0, 0.0, 0.0]]
+    assert soft_binary_rows(torch.zeros(0, 3), torch.zeros(0, 3)).shape == (0,)
+
+
+def test_largest_gap_of_the_scores_of_a_row(monkeypatch):
+    monkeypatch.setattr("detdistill.functional.soft_targets.ROWS_CHUNK", {"cpu": 3})
+    mine = torch.tensor([[[0.0, 99.0], [-99.0, 0.0], [99.0, 1.0]]], requires_grad=True)
+    gaps = largest_score_gap(mine, torch.tensor([[[0.0, 0.0], [99.0, 0.0], [99.0, 1.0]]]))
+    assert gaps.tolist() == [[0.5, 1.0, 0.0]]
+    assert not gaps.requires_grad
+
+
+def test_blocks_hold_whole_rows_and_about_as_many_numbers_as_wanted(monkeypatch):
+    monkeypatch.setattr(soft_targets, "ROWS_CHUNK", {"cpu": 13})
+    assert list(soft_targets._blocks(torch.zeros(6, 4))) == [slice(0, 3), slice(3, 6)]
+    assert list(soft_targets._blocks(torch.zeros(2, 40))) == [slice(0, 1), slice(1, 2)]

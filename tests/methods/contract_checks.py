@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from detdistill.cache.absent_teacher import AbsentTeacher
-from detdistill.cache.encoding import decode, encode
-from detdistill.detectors.contract import PREDICTION, Detector, HasQueries, Teacher
-from detdistill.methods.fitnet import FitNet
-from detdistill.methods.pkd import PKD
-from detdistill.methods.shared.contract import Composition, Method, Source, Stage, part_of, teach_by_canvas
+from detdistill.detectors.contract import PREDICTION, Detector
+from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.hyper_parameters import checked_settings
 from detdistill.methods.shared.needs import PairError
 from detdistill.structures import Batch, Clock, Losses, Observation, Target, Taught
+from tests.methods.offline_checks import check_earlier_stages_and_caches
+from tests.methods.tiny_pairs import MIDDLE, _Pair, assert_same, run_stage, stage_losses, tensors
 from tests.tiny import TinyDense, TinyQueries, TinyRegions, tiny_batch
-
-MIDDLE = Clock(step=5, total=10, epoch=1)
-"""Past every warm-up's zero."""
 
 
 def check_method(method_class: type[Method], **hyperparameters: Any) -> list[str]:
@@ -56,34 +49,6 @@ def check_method(method_class: type[Method], **hyperparameters: Any) -> list[str
     return checked
 
 
-@dataclasses.dataclass
-class _Pair:
-    method_class: type[Method]
-    hyperparameters: Mapping[str, Any]
-    teacher_class: type[Detector] | None
-    student_class: type[Detector]
-    channels: int
-    teacher: Teacher | None = None
-    student: Detector | None = None
-
-    def build(self, seed: int = 2, composed: bool = False) -> Method:
-        """A new student and method on the same teacher, the same for equal seeds; ``composed``: beside another method."""
-        with torch.random.fork_rng(devices=[]):
-            if self.teacher is None and self.teacher_class is not None:
-                self.teacher = Teacher(self.teacher_class(channels=(self.channels, self.channels), seed=1))
-            self.student = self.student_class(seed=seed)
-            torch.manual_seed(seed)
-            method = self.method_class(self.teacher, self.student, **self.hyperparameters)
-            if not composed:
-                return method
-            other = FitNet if self.method_class is PKD else PKD
-            return Composition([method, other(self.teacher or Teacher(TinyDense(seed=1)), self.student)], self.student)
-
-    def forget(self) -> None:
-        if self.teacher is not None:
-            self.teacher.forget()
-
-
 def _check_pair(pair: _Pair) -> None:
     check_teach_is_independent_of_student(pair)
     check_gradients(pair)
@@ -94,33 +59,7 @@ def _check_pair(pair: _Pair) -> None:
     check_one_image(pair)
     check_split_and_stack(pair)
     check_distill_weight(pair)
-    for composed in (False, True):
-        check_offline(pair, composed)
-
-
-def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a nested structure with their paths."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from tensors(item, f"{path}[{key!r}]")
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            yield from tensors(item, f"{path}[{index}]")
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for f in dataclasses.fields(value):
-            yield from tensors(getattr(value, f.name), f"{path}.{f.name}")
-
-
-def assert_same(first: Any, second: Any, message: str, rtol: float = 0.0, atol: float = 0.0) -> None:
-    """Every tensor of two nested structures is equal."""
-    mine, theirs = dict(tensors(first)), dict(tensors(second))
-    assert mine.keys() == theirs.keys(), message
-    for path, tensor in mine.items():
-        torch.testing.assert_close(
-            tensor, theirs[path], rtol=rtol, atol=atol, equal_nan=True, msg=lambda text, path=path: f"{message}{path}: {text}"
-        )
+    check_earlier_stages_and_caches(pair)
 
 
 def observe(method: Method, student: Detector, batch: Batch) -> Observation:
@@ -190,27 +129,6 @@ def check_gradients(pair: _Pair) -> None:
         assert not any(module.training for module in detector.modules()), "the teacher left eval mode"
         assert all(p.grad is None and not p.requires_grad for p in detector.parameters()), "a gradient reached the teacher"
         assert_same(detector.state_dict(), teacher_state, "training changed the teacher: ")
-
-
-def run_stage(stage: Stage, student: Detector, method: Method, batch: Batch, clock: Clock = MIDDLE) -> Losses:
-    """One step and its gradients, with only that trainable which the stage says (and which was so before)."""
-    before = {p: p.requires_grad for p in (*student.parameters(), *method.parameters())}
-    open_to: list[nn.Module] = list(stage.trains(clock))
-    chosen = {p for module in open_to for p in module.parameters()}
-    for parameter, required in before.items():
-        parameter.requires_grad_(required and parameter in chosen)
-        parameter.grad = None
-    losses = stage_losses(stage, batch, clock)
-    losses.total().backward()
-    for parameter, required in before.items():
-        parameter.requires_grad_(required)
-    return losses
-
-
-def stage_losses(stage: Stage, batch: Batch, clock: Clock = MIDDLE) -> Losses:
-    """One step of a stage on what its method is taught online."""
-    taught = None if stage.learns_from is None else teach_by_canvas(stage.learns_from, batch)
-    return stage.step(batch, taught, clock)
 
 
 def check_state_dict(pair: _Pair) -> None:
@@ -337,64 +255,3 @@ def check_split_and_stack(pair: _Pair) -> None:
     method.load_state_dict(state)
     actual = learn(method, pair.student, batch, again).terms
     assert_same(actual, expected, "split and stacked knowledge gives another loss: ", rtol=1e-6, atol=1e-7)
-
-
-def check_offline(pair: _Pair, composed: bool = False) -> None:
-    """Learning from records of single images gives the online losses, without the teacher, with images of unequal size.
-
-    In every stage that such a run trains; once with all images on one canvas, once with a canvas for each size.
-    The teacher stays only where the method uses its modules.
-    """
-    whole = tiny_batch(3)
-    apart = dataclasses.replace(whole, canvases_hw=tuple(view.size_hw for view in whole.views))
-    for batch in (whole, apart):
-        pair.forget()
-        online = pair.build(composed=composed)
-        if online.teach(batch) is None:
-            return
-        pair.forget()
-        expected = _all_steps(online, pair.student, batch, teach_by_canvas)
-        records = {}
-        for image in range(len(batch)):
-            pair.forget()
-            alone = next(part for chosen, part in one_by_one(batch) if chosen == image)
-            (piece,) = online.teach(alone).split(1)
-            record = encode(piece, "float32")
-            records[batch.ids[image], batch.views[image].key] = record
-        teacher = pair.teacher
-        settings = checked_settings(pair.method_class.slug, pair.method_class, pair.hyperparameters)
-        if teacher is not None and not pair.method_class.needs(**settings).why_live():
-            queries = teacher.queries if isinstance(teacher.detector, HasQueries) else None
-            pair.teacher = AbsentTeacher(dataclasses.replace(teacher.spec, queries=queries), teacher.fingerprint)
-        offline = pair.build(composed=composed)
-        pair.teacher = teacher
-        offline.load_state_dict(online.state_dict())  # what earlier stages trained comes with the cache
-
-        def source(method: Method, asked: Batch, records=records, root=offline) -> Taught:
-            found = [records[key] for key in zip(asked.ids, (view.key for view in asked.views), strict=True)]
-            pieces = [decode(record.layout, bytearray(record.data)) for record in found]
-            return part_of(type(pieces[0]).stack(pieces), root, method)
-
-        actual = _all_steps(offline, pair.student, batch, source)
-        assert_same(actual, expected, "learning from records gives another loss: ", rtol=1e-6, atol=1e-6)
-
-
-def one_by_one(batch: Batch) -> Iterator[tuple[int, Batch]]:
-    """Each image in a batch of its own, on its canvas."""
-    canvases = batch.canvases_hw or (batch.padding_hw,) * len(batch)
-    for image in range(len(batch)):
-        yield image, batch._on_canvas([image], canvases[image])
-
-
-def _all_steps(method: Method, student: Detector, batch: Batch, source: Source) -> dict[str, Tensor]:
-    """Losses of all stages that a run from a cache trains; the results of others come with the cache."""
-    found: dict[str, Tensor] = {}
-    for stage in method.stages(student):
-        if stage.depends_on:
-            continue
-        torch.manual_seed(7)
-        with torch.no_grad():
-            taught = None if stage.learns_from is None else source(stage.learns_from, batch)
-            terms = stage.step(batch, taught, MIDDLE).terms
-            found |= {f"{stage.name}/{name}": term for name, term in terms.items()}
-    return found

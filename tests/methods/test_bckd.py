@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Teacher
 from detdistill.functional.counting import number_of_positives
@@ -270,15 +271,40 @@ def test_detectors_of_different_coding_teach_each_other():
     assert all(bool(torch.isfinite(p.grad).all()) for p in student.parameters() if p.grad is not None)
 
 
-def test_other_anchors_are_refused():
+def test_other_anchors_are_refused_before_the_first_image(monkeypatch):
     batch = unequal_batch()
     student = build_detector(f"retinanet:{SMALL}", CLASSES)
     teacher = build_detector(f"retinanet:{SMALL},anchors=2", CLASSES)
-    with pytest.raises(PairError, match=r"bckd: .*anchor 0 of level 0 has 46x22 pixels in the student and 22x12 in the teacher"):
-        learned(student, teacher, batch)
+    shown = (
+        r"anchor 0 of stride 8 has 46x22 pixels in the student retinanet:\S+ and 22x12 in the teacher retinanet:\S+,anchors=2;"
+    )
+    for detector in (student, teacher):
+        monkeypatch.setattr(detector, "observe_features", lambda *_: pytest.fail("an image was shown"))
+    for side in (Teacher(teacher), AbsentTeacher(teacher.spec, "fingerprint")):
+        with pytest.raises(PairError, match=f"bckd: it compares predictions of equal anchors, but {shown}"):
+            BCKD(side, student)
+    monkeypatch.undo()
     assert learned(student.eval(), copy.deepcopy(student), batch)["bckd_cls"].item() == pytest.approx(0, abs=1e-6)
     with pytest.raises(PairError, match=r"bckd: .*\(9, 9, 9\) anchors"):
         BCKD(Teacher(build_detector(f"atss:{SMALL}", CLASSES)), student)
+
+
+def test_anchors_that_no_description_states_are_refused_by_the_first_batch():
+    """A cache of an earlier version, or a detector from elsewhere."""
+    student, teacher = (build_detector(f"retinanet:{SMALL}{more}", CLASSES) for more in ("", ",anchors=2"))
+    teacher.spec = replace(teacher.spec, coding=None)
+    with pytest.raises(PairError, match=r"bckd: .*anchor 0 of level 0 has 46x22 pixels in the student and 22x12 in the teacher"):
+        learned(student, teacher, unequal_batch())
+
+
+def test_anchors_of_levels_that_are_left_out_may_differ():
+    student, teacher = (build_detector(f"retinanet:{SMALL}", CLASSES) for _ in range(2))
+    (*fine, coarse) = teacher.spec.coding.anchors_wh
+    other = replace(teacher.spec.coding, anchors_wh=(*fine, coarse[::-1]))
+    teacher.spec = replace(teacher.spec, coding=other)
+    assert len(BCKD(Teacher(teacher), student, levels=[0, 1]).pairs) == 2
+    with pytest.raises(PairError, match="anchor 0 of stride 32 has"):
+        BCKD(Teacher(teacher), student, levels=[0, -1])
 
 
 @pytest.mark.parametrize(

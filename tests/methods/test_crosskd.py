@@ -466,12 +466,29 @@ def test_pairs_that_do_not_fit_are_refused(teacher, student, settings, message):
         CrossKD(Teacher(teacher()), student(), **settings)
 
 
-def test_other_anchors_and_missing_centerness_are_refused():
+def test_other_anchors_and_missing_centerness_are_refused_before_the_first_image():
     student, teacher = (build_detector(f"retinanet:{SMALL}{more}", CLASSES) for more in ("", ",anchors=2"))
+    with pytest.raises(PairError, match=r"crosskd: .*anchor 0 of stride 8 has 46x22 pixels in the student"):
+        CrossKD(Teacher(teacher), student, depth=1)
+    with pytest.raises(PairError, match="the teacher tinydense:patches predicts no centerness; set crosskd,centerness_weight=0"):
+        CrossKD(Teacher(TinyDense(seed=1)), TinyDense(seed=2), depth=1, centerness_weight=1.0)
+    CrossKD(
+        Teacher(build_detector(f"fcos:{SMALL}", CLASSES)),
+        build_detector(f"fcos:{SMALL}", CLASSES),
+        centerness_weight=1.0,
+        depth=1,
+    )
+
+
+def test_what_no_description_states_is_refused_by_the_first_batch():
+    student, teacher = (build_detector(f"retinanet:{SMALL}{more}", CLASSES) for more in ("", ",anchors=2"))
+    silent = TinyDense(seed=1)
+    for detector in (teacher, silent):
+        detector.spec = replace(detector.spec, coding=None)
     with pytest.raises(PairError, match=r"crosskd: .*anchor 0 of level 0 has 46x22 pixels"):
         learned(student, teacher, unequal_batch(), depth=1)
     with pytest.raises(PairError, match="predicts no centerness; set crosskd,centerness_weight=0"):
-        learned(TinyDense(seed=1), TinyDense(seed=2), tiny_batch(), depth=1, centerness_weight=1.0)
+        learned(silent, TinyDense(seed=2), tiny_batch(), depth=1, centerness_weight=1.0)
 
 
 NOTHING = {"cls_weight": 0, "box_weight": 0, "centerness_weight": 0}

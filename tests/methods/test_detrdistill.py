@@ -848,6 +848,6 @@ def test_running_statistics_are_updated_once():
 
 
 def test_a_detector_that_does_not_show_the_maps_is_refused():
-    with pytest.raises(PairError, match=r"tap=neck compares the maps before the encoder, but the student .* set tap=encoder"):
+    with pytest.raises(PairError, match=r"the student .* lacks maps before the encoder; set tap=encoder"):
         build(tap="neck")
     assert build(tap="neck", feature_weight=0.0).requirements.student.backbone is False

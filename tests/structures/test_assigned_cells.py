@@ -5,7 +5,8 @@ import torch
 
 from detdistill.cache.encoding import STORES, decode, encode
 from detdistill.structures import IGNORED, NEGATIVE, AssignedCells, Assignment, Batch, Dense
-from tests.methods.contract_checks import assert_same, one_by_one, without_boxes
+from tests.methods.contract_checks import assert_same, without_boxes
+from tests.methods.offline_checks import one_by_one
 from tests.tiny import TinyDense, tiny_batch
 
 STRIDES = (8, 16)

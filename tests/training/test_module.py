@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from detdistill.data.discover import load_data
@@ -193,7 +196,9 @@ def test_a_run_trains_on_the_targets_that_its_method_chooses(teacher: Path, tmp_
 
 
 def test_inherit_copies_the_head(teacher: Path, tmp_path: Path, modules):
-    result = small.distill(teacher, tmp_path / "run", inherit=True)
+    shown = Console(file=io.StringIO(), width=200)
+    result = small.distill(teacher, tmp_path / "run", console=shown, inherit=True)
+    assert re.search(r"^\d+ tensors of neck and head inherited from the teacher", shown.file.getvalue(), flags=re.MULTILINE)
     theirs = student_of(teacher)
     parts = modules[0].student.parts()
     names = parts.names(modules[0].student, (*parts.neck, *parts.head))

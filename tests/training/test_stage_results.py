@@ -154,3 +154,14 @@ def test_a_folder_that_takes_nothing_is_said_and_the_run_goes_on(teacher, tmp_pa
     (tmp_path / "file").write_text("in the way")
     said = distill(teacher, tmp_path / "first", tmp_path / "file" / "stages", steps=2)
     assert [line for line in said if "its result cannot be stored" in line]
+
+
+def test_the_bar_of_an_earlier_stage_has_its_name(toy, teacher, tmp_path):
+    """Else two bars of one run have the same title."""
+    titles = []
+    with Progress(quiet=True) as progress:
+        bar = progress.bar
+        progress.bar = lambda title, total: titles.append(title) or bar(title, total)
+        wanted = {**small.SETTINGS, "score_teacher": False, "stages": tmp_path / "stages", "report": False}
+        api.distill(str(teacher), small.MODEL, small.DATA, "pkd", out=tmp_path / "run", progress=progress, **wanted)
+    assert titles[:2] == ["distil (pkd): lesson", "distil (pkd)"]

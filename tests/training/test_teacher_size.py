@@ -10,12 +10,12 @@ from detdistill.data.discover import load_data
 from detdistill.data.loader import DetectionLoader
 from detdistill.data.transforms import ViewSettings
 from detdistill.data.views import batches_of, sights
-from detdistill.detectors.contract import Teacher
+from detdistill.detectors.contract import PREDICTION, Teacher
 from detdistill.errors import DetdistillError
-from detdistill.methods.shared.compose import build_method
+from detdistill.methods.shared.compose import build_method, check_teacher_size
 from detdistill.methods.shared.contract import teach_by_canvas
 from detdistill.structures import Clock
-from tests.tiny import TinyDense, TinyQueries
+from tests.tiny import TinyDense, TinyQueries, TinyRegions
 
 VIEWS = ViewSettings(size=64, teacher_size=128)
 
@@ -82,6 +82,55 @@ def test_maps_of_the_larger_view_teach_on_the_students_cells(digits):
         torch.testing.assert_close(level, torch.nn.functional.avg_pool2d(own, 2))
     losses = method.step(student, batch, taught, Clock(0, 1))
     assert bool(torch.isfinite(losses.total()))
+
+
+SERVED = {
+    TinyDense: [
+        *("bckd", "defeat,head=cells", "fgfi", "frs", "gid,box_distance=giou", "glamd", "pgd", "rm_pfi", "tbd", "unikd"),
+        "fgfi+unikd+bckd",
+    ],
+    TinyRegions: ["frs", "fgfi", "unikd", "gid,box_distance=giou"],
+    TinyQueries: ["detrdistill", "unikd", "matched+pkd"],
+}
+
+
+@pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind, texts in SERVED.items() for text in texts])
+def test_methods_on_maps_and_predictions_learn_from_the_larger_view(digits, kind, text):
+    check_teacher_size(text)
+    batch = batches(digits, dataclasses.replace(VIEWS, teacher_size=96))[0]
+    teacher, student = kind(classes=digits.classes, seed=1), kind(classes=digits.classes, seed=2)
+    method = build_method(text, Teacher(teacher), student)
+    for stage in method.stages(student)[:-1]:
+        stage.step(batch, None, Clock(0, 1)).total().backward()
+    losses = method.step(student, batch, teach_by_canvas(method, batch), Clock(5, 10))
+    losses.total().backward()
+    assert bool(torch.isfinite(losses.total()))
+    assert losses.terms.keys() - student.loss(student.observe(batch).prediction, batch).terms.keys()
+
+
+def test_extractors_read_the_larger_maps_themselves(digits):
+    batch = batches(digits, VIEWS)[0]
+    teacher, student = Teacher(TinyDense(classes=digits.classes, seed=1)), TinyDense(classes=digits.classes, seed=2)
+    method = build_method("unikd,queries=4", teacher, student)
+    taught, alone = teach_by_canvas(method, batch), method.teach(batch.large)
+    assert torch.equal(taught.content, alone.content)
+    assert torch.equal(taught.boxes_cxcywh01, alone.boxes_cxcywh01)
+
+
+def test_predictions_of_the_larger_view_have_the_students_cells_and_pixels(digits):
+    """At twice the size, the centre of the student's cell (r, c) is the corner of the cell (2 r + 1, 2 c + 1)."""
+    batch = batches(digits, VIEWS)[0]
+    teacher = TinyDense(classes=digits.classes, seed=1)
+    own = teacher.observe(batch.large, PREDICTION).prediction
+    seen = Teacher(teacher).observe(batch, PREDICTION).prediction
+    mine = teacher.observe(batch, PREDICTION).prediction
+    assert torch.equal(seen.cells, mine.cells)
+    assert torch.equal(seen.levels, mine.levels)
+    torch.testing.assert_close(seen.priors_xyxy, mine.priors_xyxy)
+    for index, (level, cell) in enumerate(zip(mine.levels.tolist(), mine.cells.tolist(), strict=True)):
+        there = (own.levels == level) & (own.cells == torch.tensor([2 * side + 1 for side in cell])).all(dim=1)
+        torch.testing.assert_close(seen.logits[:, index], own.logits[:, there][:, 0])
+        torch.testing.assert_close(seen.boxes_xyxy[:, index], own.boxes_xyxy[:, there][:, 0] / 2)
 
 
 def test_queries_of_the_larger_view_teach_unchanged(digits):

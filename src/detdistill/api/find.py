@@ -58,13 +58,7 @@ def find(
     Raises:
         DetdistillError: one line that says what is wrong and what to do.
     """
-    if trials < 2:
-        raise RunError(f"trials: {trials} must be 2 or more")
-    if at_once < 1:
-        raise RunError(f"at_once: {at_once} must be 1 or more")
-    wanted = settings_of(
-        DistillSettings, {"method": method, **settings, "held_out": settings.get("held_out") or 0.2, "baseline": False}
-    )
+    wanted = _checked(method, settings, trials, at_once)
     from detdistill.find import Found, as_settings, in_words, new_study, read_searched
     from detdistill.progress import Progress
     from detdistill.training.folder import new_folder
@@ -95,6 +89,20 @@ def find(
             result = Found(folder, method, tuple(tried), wanted.held_out or 0.0, seeds, best, at_once)
             _write(result)
     return result
+
+
+def _checked(method: str, settings: dict[str, Any], trials: int, at_once: int) -> DistillSettings:
+    """The settings of all trials, with images held out.
+
+    Raises:
+        RunError: a number or a setting is not allowed.
+    """
+    if trials < 2:
+        raise RunError(f"trials: {trials} must be 2 or more")
+    if at_once < 1:
+        raise RunError(f"at_once: {at_once} must be 1 or more")
+    held_out = settings.get("held_out") or 0.2
+    return settings_of(DistillSettings, {"method": method, **settings, "held_out": held_out, "baseline": False})
 
 
 def _place(folder: Path, settings: DistillSettings) -> dict[str, Any]:

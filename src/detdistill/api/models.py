@@ -20,7 +20,7 @@ from detdistill.settings import TrainSettings
 
 if TYPE_CHECKING:
     from detdistill.api.shared import Model
-    from detdistill.data.records import SplitName
+    from detdistill.data.records import DetectionSet, SplitName
     from detdistill.data.transforms import ViewSettings
     from detdistill.detectors.contract import Detector
     from detdistill.evaluation import Scores
@@ -305,10 +305,9 @@ def export(
     Raises:
         DetdistillError: one line that says what is wrong and what to do.
     """
-    from detdistill.data.discover import load_split
     from detdistill.detectors.load import load_detector
+    from detdistill.export.formats import is_file
     from detdistill.export.run import Wanted, check_wanted, export_detector
-    from detdistill.export.runtimes import is_file
     from detdistill.given import name_or_detector
     from detdistill.progress import Progress
     from detdistill.training.origin import known_origin
@@ -324,10 +323,7 @@ def export(
     given = {name: value for name, value in settings.items() if value is not None}
     with progress or Progress() as shown:
         chosen = image_settings(model, given, shown)
-        sets = {}
-        for split in ("val", *(("train",) if int8 else ())) if data is not None else ():
-            sets[split], notes = load_split(str(data), cast("SplitName", split), strict=chosen.strict)
-            tell(str(data), notes, sets[split].defects, shown)
+        sets = {} if data is None else _splits(str(data), ("val", "train") if int8 else ("val",), chosen.strict, shown)
         classes = _classes_for(model, sets["val"].classes if sets else None)
         detector = load_detector(model, classes) if isinstance(model, str) else model
         origin = known_origin(model) if isinstance(model, str) else None
@@ -335,6 +331,18 @@ def export(
         if isinstance(model, str):
             _note_in_run(model, made, shown)
         return made
+
+
+def _splits(data: str, names: Sequence[SplitName], strict: bool, progress: Progress) -> dict[SplitName, DetectionSet]:
+    """The named parts of a data set; the defects of all are said in one line."""
+    from detdistill.data.discover import load_split
+
+    found, notes = {}, dict[str, None]()
+    for name in names:
+        found[name], more = load_split(data, name, strict=strict)
+        notes |= dict.fromkeys(more)
+    tell(data, list(notes), [defect for one in found.values() for defect in one.defects], progress)
+    return found
 
 
 def _note_in_run(model: str, made: Exported, progress: Progress) -> None:

@@ -58,7 +58,7 @@ def _measured(runs: Sequence[Path | str], data: str) -> dict[Path, Measured]:
     from detdistill.api.models import evaluate
     from detdistill.data.discover import load_split
     from detdistill.export.as_run import Measured
-    from detdistill.export.runtimes import is_file
+    from detdistill.export.formats import is_file
 
     files = [path for path in dict.fromkeys(map(Path, runs)) if is_file(path)]
     if not files:

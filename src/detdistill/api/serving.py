@@ -59,21 +59,11 @@ def teach(
             distill(None, "fcos:resnet18", "coco/data.yaml", "pkd", served=server.url, colour=0.3)
     """
     wanted = settings_of(TeachSettings, {"method": method, **settings})
-    from detdistill.methods.shared.compose import check_teacher_size, parse_methods
-    from detdistill.methods.shared.contract import Method
     from detdistill.progress import Progress
     from detdistill.training.from_cache import why_live_teacher
     from detdistill.training.machine import check_machine
 
-    for kind, values in parse_methods(wanted.method):
-        if kind.needs(**values).teacher is None and kind.teach is Method.teach:
-            raise RunError(f"teach: {kind.slug} learns from no teacher; leave it out here, students may add it")
-    if wanted.teacher_size is not None:
-        check_teacher_size(wanted.method)
-    if not (student is None or isinstance(student, str)):
-        raise RunError(f"student: a served teacher needs a model string here, not a {type(student).__name__}")
-    if wanted.devices * wanted.nodes > 1:
-        raise RunError("devices: a served teacher is one process; start one for each device, each with a --listen of its own")
+    _check(wanted, student)
     check_machine(wanted)
     teacher_name, source = one_teacher(teacher, wanted.method, "teach")
     if teacher_name is None or source is None:
@@ -95,6 +85,27 @@ def teach(
         except BaseException:
             listener.server_close()
             raise
+
+
+def _check(settings: TeachSettings, student: object) -> None:
+    """Check that one process can teach the methods.
+
+    Raises:
+        RunError: a method has no teacher, the student is no model string, or there are several devices.
+        MethodError: ``teacher_size`` with a method that compares what depends on the size of the images.
+    """
+    from detdistill.methods.shared.compose import check_teacher_size, parse_methods
+    from detdistill.methods.shared.contract import Method
+
+    for kind, values in parse_methods(settings.method):
+        if kind.needs(**values).teacher is None and kind.teach is Method.teach:
+            raise RunError(f"teach: {kind.slug} learns from no teacher; leave it out here, students may add it")
+    if settings.teacher_size is not None:
+        check_teacher_size(settings.method)
+    if not (student is None or isinstance(student, str)):
+        raise RunError(f"student: a served teacher needs a model string here, not a {type(student).__name__}")
+    if settings.devices * settings.nodes > 1:
+        raise RunError("devices: a served teacher is one process; start one for each device, each with a --listen of its own")
 
 
 def _loaded(source: Any, data: Any, settings: TeachSettings) -> Any:

@@ -127,7 +127,8 @@ def known_image_settings(
         given: settings of the caller, which hold instead.
     """
     from detdistill.detectors.load import trained_resizing
-    from detdistill.export.runtimes import is_file, open_file
+    from detdistill.export.formats import is_file
+    from detdistill.export.runtimes import open_file
     from detdistill.structures import Resizing
 
     if not isinstance(model, str):

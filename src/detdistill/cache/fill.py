@@ -68,7 +68,7 @@ class Lecture:
         said: list[list[Taught]] = []
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
             if isinstance(self.method, Composition):
-                self.method.look_at_teachers(moved if moved.large is None else moved.large)
+                self.method.look_at_teachers(moved)
             for part in self.asked:
                 taught = teach_in_view(part, moved)
                 if taught is None:

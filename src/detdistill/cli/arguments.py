@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -159,6 +159,12 @@ def recipe_path(name: str) -> Path:
     if name not in names:
         raise DetdistillError(f"no recipe {name!r}{nearest(name, names)}; recipes: {', '.join(names)}")
     return folder / f"{name}.yaml"
+
+
+def device_flag(parser: Parser, default: str = "auto") -> None:
+    """Add ``--device`` to a command that runs a detector."""
+    devices = Literal["auto", "cpu", "cuda"]
+    parser.add_argument("--device", type=devices, default=default, help="where the detector runs; auto: cuda if there is a GPU")
 
 
 def json_flag(parser: Parser, more: str = "") -> None:

@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from detdistill.cli import lists, models, runs
 from detdistill.cli.arguments import Parser, json_flag, normalized
 from detdistill.cli.output import fail, notes_on, say
+from detdistill.cli.starting import check_paths, load_torch
 from detdistill.errors import DetdistillError, nearest
 from detdistill.processes import end_with_parent
 
@@ -110,7 +111,10 @@ def _run(given: list[str]) -> None:
     parser = Parser(prog=f"detdistill {names[verb]}", description=summary, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     describe(parser)
-    act(parser.parse_args(normalized(parser, rest)))
+    chosen = parser.parse_args(normalized(parser, rest))
+    check_paths(chosen)
+    load_torch(verb)
+    act(chosen)
 
 
 def overview() -> str:

@@ -8,24 +8,33 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import Namespace
 
-from detdistill.cli.arguments import Parser, json_flag, plain
+from detdistill.cli.arguments import Parser, device_flag, json_flag, plain
 from detdistill.cli.output import FRACTIONS, say, show
 
 if TYPE_CHECKING:
     pass
 
 
+def _view_flags(parser: Parser, whose: str) -> None:
+    forms = Literal["letterbox", "stretch", "short_side"] | None
+    parser.add_argument("--size", type=int | None, default=None, help=f"side of the images in pixels; none: {whose}")
+    parser.add_argument("--resize", type=forms, default=None, help="how images are brought to this size; none: as in training")
+    parser.add_argument("--max_size", type=int | None, default=None, help="largest long side in pixels for resize=short_side")
+
+
+def _strict_flag(parser: Parser) -> None:
+    parser.add_argument("--strict", type=bool, default=False, help="refuse data with defects instead of skipping them")
+
+
 def eval_flags(parser: Parser) -> None:
     parser.add_argument("--model", type=str, required=True, help="run or student folder, torchvision:NAME,weights=..., .onnx")
     parser.add_argument("--data", type=str, default="digits", help="COCO, YOLO, VOC or Roboflow data, or digits")
-    parser.add_argument("--split", type=Literal["val", "test", "train"], default="val")
+    parser.add_argument("--split", type=Literal["val", "test", "train"], default="val", help="which images of the data")
     parser.add_argument("--batch", type=int, default=8, help="images per batch")
-    parser.add_argument("--size", type=int | None, default=None, help="side of the images in pixels; none: the run's size")
-    parser.add_argument("--resize", type=Literal["letterbox", "stretch", "short_side"] | None, default=None)
-    parser.add_argument("--max_size", type=int | None, default=None)
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--strict", type=bool, default=False)
+    _view_flags(parser, "the run's size")
+    device_flag(parser)
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images; 0: none besides")
+    _strict_flag(parser)
     parser.add_argument("--out", type=Path | None, default=None, help="also write the numbers to this JSON file")
     json_flag(parser, FRACTIONS)
 
@@ -48,18 +57,17 @@ def predict_flags(parser: Parser) -> None:
     parser.add_argument("--score", type=float, default=0.3, help="boxes below this score are neither drawn nor written")
     parser.add_argument("--size", type=int | None, default=None, help="side of the images in pixels; none: the run's size")
     parser.add_argument("--batch", type=int | None, default=None, help="images per batch; none: 8 on a GPU, 1 on a CPU")
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
+    device_flag(parser)
 
 
 def predict(chosen: Namespace) -> None:
     from detdistill import api
+    from detdistill.errors import counted
 
     found = api.predict(**plain(chosen))
-    images = f"{found.images} image{'s' if found.images != 1 else ''}"
-    say(f"{images} with {found.boxes} boxes and detections.json are in {found.folder}")
+    say(f"{counted(found.images, 'image')} with {counted(found.boxes, 'box')} and detections.json are in {found.folder}")
     if found.unreadable:
-        count = len(found.unreadable)
-        sys.stderr.write(f"detdistill: {count} image{'s' if count > 1 else ''} could not be read (named above)\n")
+        sys.stderr.write(f"detdistill: {counted(len(found.unreadable), 'image')} could not be read (named above)\n")
         sys.exit(1)
 
 
@@ -74,7 +82,7 @@ def label_flags(parser: Parser) -> None:
     parser.add_argument("--size", type=int | None, default=None, help="side of the images in pixels; none: that of the training")
     parser.add_argument("--nms", type=float, default=0.7, help="largest IoU of two boxes of a class, for models told by text")
     parser.add_argument("--review", type=int, default=200, help="number of images on the page review.html")
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
+    device_flag(parser)
 
 
 def label(chosen: Namespace) -> None:
@@ -86,7 +94,7 @@ def label(chosen: Namespace) -> None:
     found = api.label(**values)
     for name, count in found.boxes.items():
         say(f"{count:>8}  {name}")
-    say(f"{counted(sum(found.boxes.values()), 'box', 'boxes')} on {counted(found.images, 'image')}")
+    say(f"{counted(sum(found.boxes.values()), 'box')} on {counted(found.images, 'image')}")
     say(f"data set {found.folder}; look through it: {found.folder / 'review.html'}")
     if found.unreadable:
         sys.exit(1)
@@ -98,9 +106,7 @@ def student_flags(parser: Parser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--data", type=str | None, default=None, help="the run's data, if an unfinished run's data have moved")
-    parser.add_argument("--size", type=int | None, default=None, help="image size to be noted; none: that of the training")
-    parser.add_argument("--resize", type=Literal["letterbox", "stretch", "short_side"] | None, default=None)
-    parser.add_argument("--max_size", type=int | None, default=None)
+    _view_flags(parser, "that of the training")
     parser.add_argument("--pt", type=bool, default=False, help="also write best.pt for ultralytics.YOLO or libreyolo.LibreYOLO")
 
 
@@ -110,17 +116,11 @@ def student(chosen: Namespace) -> None:
     say(f"student folder {api.export_student(**plain(chosen))}")
 
 
-def _view_flags(parser: Parser, whose: str) -> None:
-    parser.add_argument("--size", type=int | None, default=None, help=f"side of the images in pixels; none: {whose}")
-    parser.add_argument("--resize", type=Literal["letterbox", "stretch", "short_side"] | None, default=None)
-    parser.add_argument("--max_size", type=int | None, default=None)
-
-
 def export_flags(parser: Parser) -> None:
     parser.add_argument("--model", type=str, required=True, help="run folder, student folder, or torchvision:NAME,weights=...")
     parser.add_argument("--out", type=Path, required=True, help="file: .onnx, .xml (openvino), .torchscript or .pt2")
     parser.add_argument("--data", type=str | None, default=None, help="images for the proof and for int8; none: noise, no AP")
-    parser.add_argument("--format", type=Literal["onnx", "openvino", "torchscript", "pt2"], default="onnx")
+    parser.add_argument("--format", type=Literal["onnx", "openvino", "torchscript", "pt2"], default="onnx", help="of the file")
     parser.add_argument("--int8", type=bool, default=False, help="also write the int8 form, calibrated on training images")
     parser.add_argument("--nms", type=bool, default=False, help="NMS inside the file: dense heads, one image at a time")
     parser.add_argument(
@@ -132,7 +132,7 @@ def export_flags(parser: Parser) -> None:
     parser.add_argument("--overwrite", type=bool, default=False, help="replace files that exist")
     parser.add_argument("--allow_loss", type=bool, default=False, help="exit with 0 although a file lost AP")
     _view_flags(parser, "the run's size")
-    parser.add_argument("--strict", type=bool, default=False)
+    _strict_flag(parser)
 
 
 def export(chosen: Namespace) -> None:
@@ -163,9 +163,9 @@ def bench_flags(parser: Parser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images at a time")
     parser.add_argument("--rounds", type=int, default=30, help="how often each model runs; the median counts")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch and of the other runtimes")
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="cpu")
+    device_flag(parser, "cpu")
     _view_flags(parser, "that of the first model")
-    parser.add_argument("--strict", type=bool, default=False)
+    _strict_flag(parser)
     json_flag(parser)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import Namespace
 
-from detdistill.cli.arguments import Parser, json_flag, plain
+from detdistill.cli.arguments import Parser, device_flag, json_flag, plain
 from detdistill.cli.output import FRACTIONS, say, show
 from detdistill.processes import is_main_process
 from detdistill.settings import CacheSettings, DistillSettings, TeachSettings, TrainSettings, names_where
@@ -26,9 +26,9 @@ def demo_flags(parser: Parser) -> None:
         help="seeds of the students; a proof of the gain needs several, e.g. 0,1,2 or 0-2",
     )
     parser.add_argument("--method", type=str, default="pkd", help="one method, or several: fgd+pkd")
-    parser.add_argument("--train_images", type=int, default=2000)
-    parser.add_argument("--val_images", type=int, default=400)
-    parser.add_argument("--teacher_epochs", type=int, default=5)
+    parser.add_argument("--train_images", type=int, default=2000, help="number of images drawn for training")
+    parser.add_argument("--val_images", type=int, default=400, help="number of images drawn for validation")
+    parser.add_argument("--teacher_epochs", type=int, default=5, help="epochs of the teacher")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of the students")
 
 
@@ -174,7 +174,7 @@ def verify_flags(parser: Parser) -> None:
         "--data", type=str | None, default=None, help="the training data, if it was moved since the cache was made"
     )
     parser.add_argument("--records", type=int, default=20, help="number of records that are compared")
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
+    device_flag(parser)
 
 
 def verify(chosen: Namespace) -> None:

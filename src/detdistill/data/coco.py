@@ -34,7 +34,7 @@ from detdistill.data.records import (
     relative,
     split_of,
 )
-from detdistill.errors import DataError
+from detdistill.errors import DataError, subject
 
 Sets = dict[SplitName, DetectionSet]
 
@@ -233,9 +233,9 @@ class _Reading:
 
     def notes(self) -> Iterable[str]:
         for key, count in self.ignored.items():
-            yield f"{count} boxes are marked '{key}': like crowds, they are neither trained on nor counted as mistakes"
+            yield f"{subject(count, 'box', 'are')} marked '{key}': like crowds, neither trained on nor counted as mistakes"
         if self.outlined:
-            yield f"{self.outlined} annotations have no bbox: the tight box of their segmentation is used"
+            yield f"{subject(self.outlined, 'annotation', 'have')} no bbox: the tight box of the segmentation is used"
         listed_ids = {whole(key) for key in self.labels}
         count = len(listed_ids)
         if listed_ids == set(range(1, count + 1)) and 0 in self.used and count not in self.used:
@@ -244,7 +244,7 @@ class _Reading:
                 f"id {count} listed and never used; most boxes have a wrong class until 1 is added to every category_id"
             )
         if self.scored:
-            yield f"{self.scored} boxes have a score below 1: each counts as much as its score in the training"
+            yield f"{subject(self.scored, 'box', 'have')} a score below 1: each counts as much as its score in the training"
 
 
 def _raw_images(content: dict[str, Any], file: Path, root: Path, reading: _Reading, split: SplitName) -> list[RawImage]:

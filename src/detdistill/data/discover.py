@@ -29,7 +29,7 @@ from detdistill.data.records import (
 from detdistill.data.voc import find_voc, read_voc
 from detdistill.data.yolo import find_yolo, read_yolo
 from detdistill.data.yolo_names import find_names
-from detdistill.errors import DataError, RunError, counted, nearest
+from detdistill.errors import DataError, RunError, counted, nearest, subject
 
 FORMS = (
     "COCO JSON (annotations/*.json, a subfolder's *.json, or the file itself), YOLO labels with a data.yaml or classes.txt, "
@@ -158,7 +158,7 @@ def _check_usable(data: DetectionSet) -> None:
         if defect.kind == BROKEN_FILE:
             raise DataError(f"{data.root / defect.file}: {defect.message}; fix the file or remove it and its image")
         if defect.kind == MISSING_SPLIT:
-            raise DataError(f"{data.root / defect.file}: {defect.message}")
+            raise DataError(f"{data.root / defect.file}: {defect.record}: {defect.message}")
     if not data.records:
         count = sum(defect.skipped == "image" for defect in data.defects)
         first = next(iter(data.defects), None)
@@ -191,7 +191,8 @@ def read_sets(path: str | Path, *, rescan: bool = False) -> tuple[dict[SplitName
     sets, notes = _read(folder)
     for name, data in sets.items():
         if away := outside([record.path for record in data.records], data.root):
-            notes.append(f"{name}: {len(away)} images lie outside the data's folder, e.g. {os.path.realpath(away[0])}")
+            images = subject(len(away), "image", "lie")
+            notes.append(f"{name}: {images} outside the data's folder, e.g. {os.path.realpath(away[0])}")
     keep_scan(folder, began, sets, notes)
     return sets, notes
 
@@ -241,7 +242,8 @@ def _complete(folder: str | Path, sets: dict[SplitName, DetectionSet], notes: li
         notes.append(f"no val split: {share}, chosen by the hash of their names, are used as val")
     both = {record.path for record in train.records} & {record.path for record in val.records}
     if both:
-        notes.append(f"{len(both)} images are in both train and val, so scores on val do not show performance on new images")
+        images = subject(len(both), "image", "are")
+        notes.append(f"{images} in both train and val, so scores on val do not show performance on new images")
     return DataSplits(train, val, test, tuple(notes))
 
 

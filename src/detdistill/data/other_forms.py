@@ -21,7 +21,11 @@ SIGNS: tuple[tuple[str, str, str], ...] = (
     ("a table of boxes (CSV)", ".csv", r"(?i)xmin\W+.*ymin\W+"),
 )
 """Name of a form, suffix of its files, and what their beginning looks like."""
-WAYS = {"labelme JSON": "convert it with labelme2yolo", "Label Studio JSON": "export the project as YOLO or COCO with images"}
+WAYS = {
+    "labelme JSON": "convert it, e.g. `pip install labelme2yolo` and `labelme2yolo --json_dir FOLDER --output_dir yolo "
+    "--include_background --deterministic_labels`, and pass yolo",
+    "Label Studio JSON": "export the project as YOLO or COCO with images",
+}
 """What to do with a form that has a way of its own."""
 
 

@@ -10,6 +10,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from detdistill.errors import subject
+
 Item = TypeVar("Item")
 
 FAULTS = (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -95,7 +97,7 @@ def low_range(paths: Sequence[Path]) -> str:
     if high - low >= NARROW:
         return ""
     return (
-        f"{len(paths)} images have greys of more than 8 bits with values from {min(own):g} to {max(own):g}: a detector gets "
-        f"{high - low + 1} of 256 levels, because 16-bit greys are divided by 256 and floats are cut to 0..255; stretch all "
-        "images alike to the full range"
+        f"{subject(len(paths), 'image', 'have')} greys of more than 8 bits with values from {min(own):g} to {max(own):g}: a "
+        f"detector gets {high - low + 1} of 256 levels, because 16-bit greys are divided by 256 and floats are cut to 0..255; "
+        "stretch all images alike to the full range"
     )

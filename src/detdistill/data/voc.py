@@ -32,7 +32,7 @@ from detdistill.data.records import (
     relative,
 )
 from detdistill.data.voc_files import ImageFinder, annotation_folder, find_files, parse_xml, read_lines
-from detdistill.errors import DataError
+from detdistill.errors import DataError, subject
 
 CLASS_FILES = ("classes.txt", "labels.txt", "class_names.txt", "ImageSets/Main/classes.txt", "labelmap.txt")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -105,7 +105,7 @@ def read_voc(root: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
         ]
         sets[name] = assemble(name, "voc", root, classes, images, defects[name])
     if not files.lists and (unused := find_image.unused()):
-        notes.append(f"{len(unused)} images have no annotation and are not used, e.g. {relative(unused[0], root)}")
+        notes.append(f"{subject(len(unused), 'image', 'have')} no annotation: not used, e.g. {relative(unused[0], root)}")
     return sets, notes
 
 
@@ -182,7 +182,7 @@ def _counts_from(root: Path, annotations: Iterable[_Annotation], notes: list[str
         return 0
     thin = sum((corner[0] == corner[2]) != (corner[1] == corner[3]) for corner in corners)
     if thin:
-        notes.append(f"{thin} boxes have xmin equal to xmax, or ymin to ymax: they are one pixel wide or high")
+        notes.append(f"{subject(thin, 'box', 'have')} xmin equal to xmax, or ymin to ymax: one pixel wide or high")
     return 1
 
 

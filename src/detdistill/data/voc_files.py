@@ -14,7 +14,7 @@ from pathlib import Path
 
 from detdistill.data.paths import folders_below, plain_name
 from detdistill.data.records import IMAGE_SUFFIXES, SPLIT_WORDS, Defect, SplitName, listed, relative, split_of
-from detdistill.errors import DataError
+from detdistill.errors import DataError, subject
 
 LIST_FOLDERS = ("ImageSets/Main", "ImageSets")
 ANNOTATIONS = ("annotations", "annotation")
@@ -221,7 +221,8 @@ def find_files(root: Path, folder: Path, notes: list[str]) -> Files:
             notes.append("there are no lists in ImageSets/Main: all images are one split")
         return Files(folder, {"train": loose})
     if loose:
-        notes.append(f"{len(loose)} annotations lie outside the folders of the splits and are not used, e.g. {loose[0].name}")
+        lost = subject(len(loose), "annotation", "lie")
+        notes.append(f"{lost} outside the folders of the splits: not used, e.g. {loose[0].name}")
     return Files(folder, by_split)
 
 

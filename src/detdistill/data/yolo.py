@@ -34,7 +34,7 @@ from detdistill.data.text import read_text, read_yaml
 from detdistill.data.yolo_labels import Labels, label_path, spellings
 from detdistill.data.yolo_names import read_names, split_folders
 from detdistill.data.yolo_rows import TASKS, Row, RowForm, Task, form_of, parse_rows
-from detdistill.errors import DataError, nearest
+from detdistill.errors import DataError, counted, nearest, subject
 
 KEYS: dict[SplitName, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 YAML = (".yaml", ".yml")
@@ -114,11 +114,12 @@ def read_yolo(file: Path) -> tuple[dict[SplitName, DetectionSet], list[str]]:
         )
     mixed = sum(len({len(row.values) == 4 for row in image if row.values}) == 2 for s in rows.values() for image in s.values())
     if mixed and form.polygon:
-        notes.append(f"{mixed} label files mix boxes and polygons: all are read here, but Ultralytics leaves out such files")
+        files = subject(mixed, "label file", "mix")
+        notes.append(f"{files} boxes and polygons: all are read here, but Ultralytics leaves out such files")
     sets: dict[SplitName, DetectionSet] = {}
     for name in KEYS:
         if name in missing:
-            defect = Defect(MISSING_SPLIT, file.name, name, missing[name], "image")
+            defect = Defect(MISSING_SPLIT, file.name, name, missing[name], "nothing")
             sets[name] = assemble(name, "yolo", root, classes, [], [defect])
         if name not in paths:
             continue
@@ -232,13 +233,13 @@ def _paths_by_split(
         each, problem = _images_of(file, name, entry, bases)
         unlabelled = sum(labels.of(path) is None for path in each)
         if problem and not (name == "test" or (name == "val" and problem.empty)):
-            missing[name] = f"{name}: {problem.text}"
+            missing[name] = problem.text
         elif problem:
             notes.append(f"{file.name}: {name}: {problem.text}: there is no {name} split")
         elif unlabelled == len(each) and name == "test":
             notes.append(f"none of the {len(each)} test images has a label file: there is no test split")
         elif unlabelled == len(each):
-            missing[name] = f"{name}: no image has a label file; looked for files such as {label_path(each[0])}"
+            missing[name] = f"no image has a label file; looked for files such as {label_path(each[0])}"
         else:
             paths[name] = each
         if name in paths and unlabelled:
@@ -277,8 +278,21 @@ def _images_of(file: Path, split: SplitName, entry: Any, bases: list[Path]) -> t
             empty &= not lines
     if found:
         return sorted(found), None
+    parts = entry if isinstance(entry, list) else [entry]
     looked = "it is empty" if empty else f"looked for {listed(sorted(IMAGE_SUFFIXES))}"
-    return [], _Problem(f"no images in {reprlib.repr(entry)}; {looked}", empty)
+    without = _labels_without_images([_resolve(part, bases) for part in parts])
+    return [], _Problem(f"no images in {listed(map(reprlib.repr, parts), 4)}; {looked}{without}", empty)
+
+
+def _labels_without_images(places: Iterable[Path | list[Path]]) -> str:
+    """What to do about folders without images beside which there are label files, as an export of labels alone writes them."""
+    folders = {place: label_path(place / "image.jpg").parent for place in places if isinstance(place, Path) and place.is_dir()}
+    for place, labels in folders.items():
+        count = len(list(labels.glob("*.txt"))) if labels != place and labels.is_dir() else 0
+        if count:
+            beside = f"{labels.name} has {counted(count, 'label file')}"
+            return f", but {beside}: export the data with their images, or copy the images into {place.name}"
+    return ""
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from detdistill.errors import DataError
+from detdistill.errors import DataError, subject
 
 Task = Literal["detect", "segment", "pose", "obb"]
 TASKS: tuple[Task, ...] = ("detect", "segment", "pose", "obb")
@@ -136,8 +136,9 @@ def _told(task: Task, long: list[list[float]]) -> tuple[RowForm, str]:
         return POLYGONS, ""
     if task == "obb":
         return RowForm("oriented boxes", polygon=True, lengths=frozenset({8})), ""
-    note = f"{len(long)} rows have more than four values after the class: only the first four, the box, are used" if long else ""
-    return RowForm("boxes with other values"), note
+    rows = subject(len(long), "row", "have")
+    note = f"{rows} more than four values after the class: only the first four, the box, are used"
+    return RowForm("boxes with other values"), note if long else ""
 
 
 def _used(form: RowForm) -> str:

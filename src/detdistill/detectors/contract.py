@@ -68,6 +68,25 @@ class Pyramid:
 
 
 @dataclass(frozen=True)
+class DenseCoding:
+    """Form of the dense predictions of a detector, or of the first stage of a two-stage one: boxes, quality, anchors."""
+
+    points: int = 0
+    """Points that encode a box, two numbers each (RepPoints 9); 0: a box is encoded by its four sides."""
+    quality: bool = False
+    """Predictions have a ``quality``: centerness, predicted IoU or objectness."""
+    anchors_wh: tuple[tuple[tuple[float, float], ...], ...] = ()
+    """Width and height in pixels of each anchor of a cell, for each level, in the order of ``Dense.anchors``. Empty: cells have
+    one anchor or point, or the sides depend on the size of the images (SSD)."""
+
+    @staticmethod
+    def from_plain(content: Mapping[str, Any]) -> DenseCoding:
+        """The inverse of ``dataclasses.asdict``, also after JSON."""
+        levels = tuple(tuple((width, height) for width, height in level) for level in content["anchors_wh"])
+        return DenseCoding(**{**content, "anchors_wh": levels})
+
+
+@dataclass(frozen=True)
 class DetectorSpec:
     """Fixed properties of a detector: name, classes, outputs, image normalisation."""
 
@@ -95,8 +114,17 @@ class DetectorSpec:
     """Dense predictions of one cell, for each level (of the first stage in two-stage detectors); empty: no dense predictions."""
     box_bins: int = 0
     """Bins of the distribution predicted for each side of a box (GFL 17, D-FINE 33); 0: each side is a single number."""
+    coding: DenseCoding | None = None
+    """Form of the dense predictions; None: there are none, or it is not known (caches of earlier versions)."""
     queries: QuerySpec | None = None
     """Format of the decoder's queries, as a cache stores it (from ``Teacher.queries``); None: not determined."""
+
+    @property
+    def box_numbers(self) -> int | None:
+        """Numbers that encode the box of a dense prediction (the width of ``Dense.deltas``); None: not known."""
+        if self.coding is None:
+            return None
+        return 2 * self.coding.points or 4 * max(self.box_bins, 1)
 
     @staticmethod
     def from_plain(content: Mapping[str, Any]) -> DetectorSpec:
@@ -104,12 +132,14 @@ class DetectorSpec:
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
         if values.get("backbone") is not None:
             values["backbone"] = Pyramid(**{name: tuple(value) for name, value in content["backbone"].items()})
+        if values.get("coding") is not None:
+            values["coding"] = DenseCoding.from_plain(content["coding"])
         if values.get("queries") is not None:
             values["queries"] = QuerySpec.from_plain(content["queries"])
         return DetectorSpec(**values)
 
 
-_NOT_IDENTITY = ("backbone", "anchors", "box_bins", "queries")
+_NOT_IDENTITY = ("backbone", "anchors", "box_bins", "coding", "queries")
 """Fields left out of a teacher's fingerprint: they follow from the weights and the other fields."""
 
 
@@ -590,11 +620,16 @@ class Teacher:
     def observe(self, batch: Batch, look: Look = FEATURES) -> Observation:
         """Run the teacher and return the parts that ``look`` selects. Calls with the same images share one forward pass.
 
+        A batch with ``large`` shows the teacher the larger images; the result is in the view of the batch
+        (``Observation.in_view_of``).
+
         The pass is fully shared if the first call selects all parts: a composition passes the union of its methods' looks.
 
         Raises:
             ModelError: ``look`` selects a part that the detector cannot return.
         """
+        if batch.large is not None:
+            return self.observe(batch.large, look).in_view_of(batch)
         seen = self._seen[1] if self._seen is not None and self._seen[0] is batch.images else None
         with nullcontext(batch) if self._folded is None else self._folded.running(batch) as fast:
             if seen is None or (look.backbone and seen.backbone_features is None):

@@ -17,7 +17,7 @@ from detdistill.detectors.adapters import adapter, adapter_names, read_model, wr
 from detdistill.detectors.build import build_detector
 from detdistill.detectors.contract import Detector
 from detdistill.detectors.student_files.load_student import build as build_model
-from detdistill.errors import ClassCountError, ModelError
+from detdistill.errors import ClassCountError, ModelError, no_model
 from detdistill.files import FOLDER_CHECKSUMS, checksum_file, damage, folder_damage
 from detdistill.structures import Resizing
 
@@ -47,7 +47,7 @@ def load_detector(name: str | Path, classes: Sequence[str] | None = None) -> Det
         raise ModelError(f"{path}: no student in it (student/student.json is missing){hint}")
     text = str(name)
     if ":" not in text:
-        raise ModelError(f"{text!r} is no folder, no file and no model string (detector:backbone, e.g. fcos:resnet18)")
+        raise no_model(text)
     model, options = read_model(text)
     loader = getattr(adapter(model.detector), "load", None)
     if loader is not None:

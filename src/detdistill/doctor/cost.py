@@ -183,7 +183,7 @@ def _table(found: Cost) -> Table:
         ("all runs", in_seconds(found.all_online_seconds), in_seconds(found.all_cached_seconds) if cached else "-"),
         ("disk of a run", in_bytes(found.run_bytes), in_bytes(found.run_bytes) if cached else "-"),
         ("disk of the cache", "-", in_bytes(found.cache_bytes) if cached else "-"),
-        ("memory of a process", in_bytes(found.memory_bytes), ""),
+        ("memory, beside libraries", in_bytes(found.memory_bytes), ""),
     ]
     count = f"{found.distilled_runs} distilled, {found.baselines} baselines, {found.steps} steps each"
     return Table(f"Forecast ({count})", ("", "online", "from a cache"), tuple(rows))

@@ -37,7 +37,7 @@ def defects(case: Case) -> Iterator[Finding]:
     for note in case.splits.notes:
         yield Finding("warning", "data", note.rstrip("."), "", look)
     sizes = ", ".join(f"{data.name} {counted(len(data.records), 'image')}" for data in case.splits.sets)
-    yield fine("data", f"{sizes}, {counted(len(case.splits.classes), 'class', 'classes')}")
+    yield fine("data", f"{sizes}, {counted(len(case.splits.classes), 'class')}")
 
 
 def splits(case: Case) -> Iterator[Finding]:

@@ -43,7 +43,7 @@ class Labelled:
     def __repr__(self) -> str:
         """Numbers of images and boxes, and the folder."""
         broken = f", {counted(len(self.unreadable), 'image')} unreadable" if self.unreadable else ""
-        boxes = counted(sum(self.boxes.values()), "box", "boxes")
+        boxes = counted(sum(self.boxes.values()), "box")
         return f"Labelled({boxes} on {counted(self.images, 'image')}{broken}; {self.folder})"
 
 

@@ -101,7 +101,7 @@ class Predicted:
     def __repr__(self) -> str:
         """Numbers of images and boxes, and the folder."""
         broken = f", {counted(len(self.unreadable), 'image')} unreadable" if self.unreadable else ""
-        return f"Predicted({counted(self.boxes, 'box', 'boxes')} on {counted(self.images, 'image')}{broken}; {self.folder})"
+        return f"Predicted({counted(self.boxes, 'box')} on {counted(self.images, 'image')}{broken}; {self.folder})"
 
 
 def predict_image(detector: Detector, image: Tensor, settings: ViewSettings) -> tuple[Tensor, Tensor, Tensor]:

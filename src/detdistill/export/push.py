@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from detdistill.errors import RunError
+from detdistill.export.formats import SUFFIXES
 from detdistill.export.run import NOTES
-from detdistill.export.runtimes import SUFFIXES
 from detdistill.files import FOLDER_CHECKSUMS, folder_damage
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")

@@ -23,10 +23,10 @@ from detdistill.export.about import About
 from detdistill.export.bench import interleaved
 from detdistill.export.card import write_card
 from detdistill.export.file_detector import FileDetector
+from detdistill.export.formats import SUFFIXES
 from detdistill.export.graphs import Graph, graph_of
 from detdistill.export.int8 import quantise
 from detdistill.export.proof import Difference, Stage, judged, largest_difference
-from detdistill.export.runtimes import SUFFIXES
 from detdistill.export.selection import Rule, rule_of
 from detdistill.export.write import check_opset, write
 from detdistill.files import checksum, write_atomically

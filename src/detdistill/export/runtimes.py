@@ -14,9 +14,8 @@ import torch
 
 from detdistill.errors import ModelError, RunError
 from detdistill.export.about import KEY, About
+from detdistill.export.formats import SUFFIXES
 
-SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".torchscript": "torchscript", ".pt2": "pt2"}
-"""Format of a file by its suffix."""
 EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export", "openvino": "openvino", "nncf": "openvino"}
 
 Arrays = list[np.ndarray[Any, Any]]
@@ -43,12 +42,6 @@ def require(package: str) -> ModuleType:
             raise
         extra = EXTRAS[package.partition(".")[0]]
         raise RunError(f"the package {error.name} is missing: pip install 'detdistill[{extra}]'") from error
-
-
-def is_file(name: str | Path) -> bool:
-    """Whether a model's name is the path of an exported file."""
-    path = Path(name)
-    return path.suffix in SUFFIXES and path.is_file()
 
 
 def open_file(path: Path, device: str = "cpu", threads: int = 0) -> tuple[About, Runtime]:

@@ -13,7 +13,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detdistill.functional.boxes import paired_giou
@@ -79,6 +78,8 @@ def hungarian(cost: Tensor) -> Tensor:
     """
     matched = np.full((math.prod(cost.shape[:-2]), cost.shape[-2]), NEGATIVE, dtype=np.int64)
     if cost.numel():
+        from scipy.optimize import linear_sum_assignment  # late: SciPy takes half a second to load
+
         # All matrices in one copy, there and back: one wait for the device, not one for each.
         numbers = cost.detach().cpu().double().nan_to_num(LARGEST_COST, LARGEST_COST, -LARGEST_COST).numpy()
         for rows, one in zip(matched, numbers.reshape(-1, *cost.shape[-2:]), strict=True):

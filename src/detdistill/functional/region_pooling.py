@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
 from torchvision.ops import roi_align
+
+from detdistill.functional.scattered_rows import scattered_rows
 
 
 def pool_rois(maps: Tensor, rois: Tensor, size: int, scale: float, sampling_ratio: int, aligned: bool) -> Tensor:
@@ -63,11 +64,8 @@ class _Pooled(torch.autograd.Function):
         )
         for mine, samples in pieces:
             weights, index = _cells(rois[mine], samples, (height, width), size, scale, aligned)
-            starts = torch.arange(0, index.numel() + 1, index.shape[1], dtype=index.dtype)
-            shape = (len(index), len(found))
-            matrix = csr_array((weights.flatten().numpy(), index.flatten().numpy(), starts.numpy()), shape=shape)
             rows = grad[mine].permute(0, 2, 3, 1).reshape(-1, channels).contiguous()
-            found += torch.from_numpy(matrix.T @ rows.numpy())
+            found += scattered_rows(rows, index, weights, len(found))
         return found.view(images, height, width, channels).permute(0, 3, 1, 2), None, None, None, None, None
 
 

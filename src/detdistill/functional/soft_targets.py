@@ -8,6 +8,7 @@ Shape letters: K classes (or bins of a distribution), ``...`` any leading dimens
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS_CHUNK = {"cpu": 2**17}
-"""Numbers that a divergence compares at a time, by kind of device."""
+"""Numbers that are compared at a time, by kind of device."""
 LARGE_CHUNK = 2**26
 """The same for other devices."""
 
@@ -59,9 +60,7 @@ class _KLDivergence(torch.autograd.Function):
         shape, classes = mine.shape, mine.shape[-1]
         mine, theirs = mine.reshape(-1, classes), theirs.reshape(-1, classes)
         difference, total = torch.empty_like(mine), mine.new_empty(len(mine))
-        rows = max(1, ROWS_CHUNK.get(student.device.type, LARGE_CHUNK) // max(1, classes))
-        for start in range(0, len(mine), rows):
-            part = slice(start, start + rows)
+        for part in _blocks(mine):
             own, q, own_best = _softmax(mine[part], temperature)
             fixed, p, best = _softmax(theirs[part], temperature)
             ratio = own.sub_(fixed).add_(own_best - best)  # log q - log p
@@ -166,6 +165,84 @@ def soft_binary_cross_entropy(logits: Tensor, targets: Tensor, power: float = 0.
         return entropy
     gap = (fixed - logits.sigmoid()).abs()
     return (gap if power == 1 else gap**power) * entropy
+
+
+def soft_binary_rows(student_logits: Tensor, teacher_logits: Tensor, power: float = 0.0) -> Tensor:
+    """``soft_binary_cross_entropy`` with the teacher's sigmoids, summed over the classes of each row.
+
+    The values and the gradient are the same; they are computed for a few rows at a time, and one tensor is kept for the backward
+    pass, where autograd keeps five.
+
+    Args:
+        student_logits: [..., K]; gradient flows.
+        teacher_logits: [..., K], treated as constant.
+        power: 0, or at least 1.
+
+    Returns:
+        [...].
+
+    Example:
+        >>> soft_binary_rows(torch.zeros(2, 2), torch.tensor([[0.0, -99.0], [0.0, 0.0]]), power=1.0)
+        tensor([0.3466, 0.0000])
+    """
+    return cast(Tensor, _SoftBinaryRows.apply(student_logits, teacher_logits.detach(), power))
+
+
+class _SoftBinaryRows(torch.autograd.Function):
+    """Keeps the slope of each class for the backward pass.
+
+    With E the cross-entropy and g = s - t it is ``|g|^power * g + power * |g|^(power - 1) * sign(g) * s (1 - s) * E``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, power: float) -> Tensor:
+        mine, theirs = (side.reshape(-1, student.shape[-1]) for side in (student, teacher.expand_as(student)))
+        total = mine.new_empty(len(mine))
+        slope = torch.empty_like(mine) if ctx.needs_input_grad[0] else None
+        for part in _blocks(mine):
+            x, target = mine[part], theirs[part].sigmoid()
+            score = x.sigmoid()
+            gap = score - target
+            entropy = F.softplus(x).addcmul_(target, x, value=-1)
+            size = gap.abs() ** power  # 1 for a power of 0, also where the gap is 0
+            total[part] = (size * entropy).sum(-1)
+            if slope is not None:
+                out = torch.mul(size, gap, out=slope[part])
+                if power:
+                    by = gap.sign() if power == 1 else gap.sign().mul_(gap.abs() ** (power - 1)).mul_(power)
+                    out.addcmul_(by.mul_(entropy), score.addcmul_(score, score, value=-1))
+        ctx.save_for_backward(slope)
+        ctx.shape = student.shape
+        return total.view(student.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return (slope * grad.reshape(-1, 1)).view(ctx.shape), None, None
+
+
+def largest_score_gap(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """The largest ``|t - s|`` of the sigmoids of a row's classes, without gradient.
+
+    Args:
+        student_logits: [..., K], at least one class.
+        teacher_logits: [..., K].
+
+    Returns:
+        [...].
+    """
+    mine, theirs = (side.detach().reshape(-1, side.shape[-1]) for side in (student_logits, teacher_logits))
+    gaps = mine.new_empty(len(mine))
+    for part in _blocks(mine):
+        gaps[part] = mine[part].sigmoid().sub_(theirs[part].sigmoid()).abs_().amax(-1)
+    return gaps.view(student_logits.shape[:-1])
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    """Slices of rows [R, K] that hold about as many numbers as stay in a CPU's cache."""
+    size = max(1, ROWS_CHUNK.get(rows.device.type, LARGE_CHUNK) // max(1, rows.shape[-1]))
+    return (slice(start, start + size) for start in range(0, len(rows), size))
 
 
 def binary_kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

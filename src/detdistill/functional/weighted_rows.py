@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from scipy.sparse import csr_array
 from torch import Tensor
+
+from detdistill.functional.scattered_rows import scattered_rows
 
 
 def weighted_rows(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -45,13 +46,13 @@ class _WeightedRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         table, index, weights = ctx.saved_tensors
-        grad, shape = grad.contiguous(), (len(index), len(table))
-        starts = torch.arange(0, index.numel() + 1, index.shape[1], dtype=index.dtype, device=index.device)
+        grad = grad.contiguous()
         of_table = of_weights = None
         if ctx.needs_input_grad[0]:
-            matrix = csr_array((weights.flatten().numpy(), index.flatten().numpy(), starts.numpy()), shape=shape)
-            of_table = torch.from_numpy(matrix.T @ grad.numpy())
+            of_table = scattered_rows(grad, index, weights, len(table))
         if ctx.needs_input_grad[2]:
+            starts = torch.arange(0, index.numel() + 1, index.shape[1], dtype=index.dtype)
+            shape = (len(index), len(table))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
                 pattern = torch.sparse_csr_tensor(starts, index.flatten(), weights.flatten(), shape, check_invariants=False)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from detdistill.functional.classes import class_columns
 from detdistill.functional.counting import label_weights, number_of_positives, positives_per_level, sum_over_ranks
 from detdistill.functional.dense_maps import find_partners, only_parts
 from detdistill.functional.precision import full_precision
-from detdistill.functional.soft_targets import soft_binary_cross_entropy
+from detdistill.functional.soft_targets import largest_score_gap, soft_binary_rows
 from detdistill.methods.shared.align import check_same_anchors, pair_levels
 from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.hyper_parameters import check_some
@@ -81,8 +81,7 @@ def bckd_class_loss(
         >>> [round(float(bckd_class_loss(logits + shift, logits, torch.ones(1), 1.0)), 3) for shift in (0, 1)]
         [0.0, 0.189]
     """
-    losses = soft_binary_cross_entropy(student_logits, teacher_logits.detach().sigmoid(), beta).sum(dim=-1)
-    return (losses * weights).sum() / normalizer
+    return (soft_binary_rows(student_logits, teacher_logits, beta) * weights).sum() / normalizer
 
 
 def bckd_box_loss(
@@ -110,7 +109,7 @@ def bckd_box_loss(
     Returns:
         [] the loss; 0 where the class scores are equal, whatever the boxes.
     """
-    gap = (teacher_logits.detach().sigmoid() - student_logits.detach().sigmoid()).abs().amax(dim=-1)
+    gap = largest_score_gap(student_logits, teacher_logits)
     similarity = paired_giou if overlap == "giou" else paired_iou
     distance = 1 - similarity(student_boxes_xyxy, teacher_boxes_xyxy.detach())
     return (distance * (gap * weights)).sum() / normalizer
@@ -180,8 +179,9 @@ class BCKD(Method[BCKDTaught]):
         self.columns = class_columns(student.spec.classes, teacher.spec.classes, softmax=False)
 
     @classmethod
-    def needs(cls, **settings: object) -> Needs:
-        """Predictions of two dense detectors with the same cells, and sigmoid scores of the same classes."""
+    def needs(cls, **settings: Any) -> Needs:
+        """Predictions of two dense detectors with the same cells and anchors, and sigmoid scores of the same classes."""
+        levels = settings["levels"]
         return Needs(
             teacher=PREDICTION,
             teacher_families=("dense",),
@@ -189,6 +189,7 @@ class BCKD(Method[BCKDTaught]):
             same_classes=True,
             outputs="sigmoid",
             same_cells=True,
+            same_anchors=True if levels is None else tuple(levels),
         )
 
     @torch.no_grad()

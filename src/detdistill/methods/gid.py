@@ -9,7 +9,7 @@ M predictions that belong to an instance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, cast
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detdistill.detectors.contract import PREDICTION, Detector, Teacher
+from detdistill.detectors.contract import PREDICTION, Detector, DetectorSpec, Teacher
 from detdistill.functional.assign import pairwise_iou
 from detdistill.functional.boxes import giou_loss
 from detdistill.functional.classes import class_columns
@@ -284,18 +284,41 @@ class GID(Method[Observation]):
             PairError: the detectors are of different families, or their channels or box encodings differ and nothing adapts them.
         """
         super().__init__(teacher, student)
-        self.weights = {"feature": feature_weight, "relation": relation_weight, "class": class_weight, "box": box_weight}
-        check_some(self.slug, **{f"{name}_weight": weight for name, weight in self.weights.items()})
-        self._check_kinds(student, teacher, box_distance)
-        self.selection = {"score": score, "count": instances, "nms": nms, "candidates": candidates, "min_side": min_side}
-        self.keep, self.size, self.sampling_ratio = keep, size, sampling_ratio
-        self.feature_distance, self.relation_beta = feature_distance, relation_beta
-        self.response = {"class_distance": class_distance, "box_distance": box_distance, "box_beta": box_beta}
+        self._keep_settings(self.settings)
+        self._check_kinds(student.spec, teacher.spec)
         self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels)
+        self._check_channels(teacher.spec, adapter)
+        self.adapters: nn.Module = LevelAdapters(self.pairs, always=adapter == "conv", kernel=3, shared=True)
+        self.paired_maps = PairedMaps(self.pairs, self.adapters)
+        mine, theirs = student.spec, teacher.spec
+        self.names, self.strides = (mine.name, theirs.name), mine.strides
+        self.cells = [(pair.student, pair.teacher) for pair in pair_levels(self.slug, mine, theirs)]
+        self.columns = class_columns(mine.classes, theirs.classes, theirs.softmax) if mine.family == "dense" else [0]
+
+    def _keep_settings(self, given: Mapping[str, Any]) -> None:
+        """Keep the hyper-parameters that ``learn`` reads.
+
+        Raises:
+            MethodError: all weights are 0.
+        """
+        self.weights: dict[str, float] = {name: given[f"{name}_weight"] for name in ("feature", "relation", "class", "box")}
+        check_some(self.slug, **{f"{name}_weight": weight for name, weight in self.weights.items()})
+        chosen = {name: given[name] for name in ("score", "nms", "candidates", "min_side")}
+        self.selection: dict[str, Any] = {**chosen, "count": given["instances"]}
+        self.keep, self.size, self.sampling_ratio = given["keep"], given["size"], given["sampling_ratio"]
+        self.feature_distance, self.relation_beta = given["feature_distance"], given["relation_beta"]
+        self.response: dict[str, Any] = {name: given[name] for name in ("class_distance", "box_distance", "box_beta")}
+
+    def _check_channels(self, teacher: DetectorSpec, adapter: str) -> None:
+        """Check that the pooled features of all instances can be compared.
+
+        Raises:
+            PairError: their channels differ, and nothing adapts them.
+        """
         channels = tuple(pair.teacher_channels for pair in self.pairs)
-        if (feature_weight or relation_weight) and len(set(channels)) > 1:
+        if (self.weights["feature"] or self.weights["relation"]) and len(set(channels)) > 1:
             raise PairError(
-                f"{self.slug}: the levels of the teacher {teacher.spec.name} have {channels} channels, and instances of "
+                f"{self.slug}: the levels of the teacher {teacher.name} have {channels} channels, and instances of "
                 "different channels cannot be compared; take a teacher whose neck has equal channels, or set feature_weight=0 "
                 "and relation_weight=0"
             )
@@ -305,16 +328,14 @@ class GID(Method[Observation]):
                 f"{self.slug}: adapter=none needs equal channels, but the student has {wide[0].student_channels}, the teacher "
                 f"{wide[0].teacher_channels}; use adapter=conv"
             )
-        self.adapters: nn.Module = LevelAdapters(self.pairs, always=adapter == "conv", kernel=3, shared=True)
-        self.paired_maps = PairedMaps(self.pairs, self.adapters)
-        self.strides = student.spec.strides
-        everything = pair_levels(self.slug, student.spec, teacher.spec)
-        self.cells = [(pair.student, pair.teacher) for pair in everything]
-        dense, mine, theirs = student.spec.family == "dense", student.spec, teacher.spec
-        self.columns = class_columns(mine.classes, theirs.classes, theirs.softmax) if dense else [0]
 
-    def _check_kinds(self, student: Detector, teacher: Teacher, box_distance: str) -> None:
-        mine, theirs = student.spec, teacher.spec
+    def _check_kinds(self, mine: DetectorSpec, theirs: DetectorSpec) -> None:
+        """Check that predictions can be compared.
+
+        Raises:
+            PairError: the families differ, or the codings of boxes.
+        """
+        box_distance = self.response["box_distance"]
         if mine.family != theirs.family:
             raise PairError(
                 f"{self.slug}: the student {mine.name} predicts {mine.family}, the teacher {theirs.name} {theirs.family}; "
@@ -325,11 +346,21 @@ class GID(Method[Observation]):
                 f"{self.slug}: box_distance={box_distance} compares encoded boxes, but the student {mine.name} has "
                 f"{mine.box_bins} bins of a side, the teacher {theirs.name} {theirs.box_bins}; use box_distance=giou"
             )
+        compared = box_distance != "giou" and (self.weights["class"] or self.weights["box"])
+        own, other = mine.box_numbers, theirs.box_numbers
+        if compared and own is not None and other is not None and own != other:
+            raise PairError(self._other_numbers(mine.name, theirs.name, own, other))
+
+    def _other_numbers(self, student: str, teacher: str, own: int, other: int) -> str:
+        return (
+            f"{self.slug}: the student {student} encodes a box by {own} numbers, the teacher {teacher} by {other}; use "
+            f"box_distance=giou"
+        )
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
         """Two detectors of one family with the same cells, classes and kind of class scores."""
-        families = ("dense", "regions")
+        families, distance = ("dense", "regions"), settings["box_distance"]
         return Needs(
             teacher=PREDICTION,
             teacher_families=families,
@@ -337,6 +368,7 @@ class GID(Method[Observation]):
             same_classes=True,
             outputs="same",
             same_cells=True,
+            one_size="" if distance == "giou" else f"box_distance={distance} compares boxes as the heads encode them",
         )
 
     @torch.no_grad()
@@ -384,10 +416,9 @@ class GID(Method[Observation]):
     def _response_terms(self, student: Dense, logits: Tensor, regression: Tensor, belongs: Tensor) -> dict[str, Tensor]:
         own = student.boxes_xyxy if self.response["box_distance"] == "giou" else student.deltas
         if own.shape != regression.shape:
-            raise PairError(
-                f"{self.slug}: the student encodes a box by {own.shape[-1]} numbers, the teacher by {regression.shape[-1]}; use "
-                f"box_distance=giou"
-            )
+            # Refused before the first image, except where a description lacks the coding: a cache of an earlier version, or a
+            # detector from elsewhere. Then only its predictions show the number.
+            raise PairError(self._other_numbers(*self.names, own.shape[-1], regression.shape[-1]))
         losses = gid_response_loss(
             student.logits[belongs],
             logits[belongs],

@@ -10,7 +10,7 @@ Shape letters: B images, N regions of the whole batch, C channels, S side of a p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -183,11 +183,7 @@ class Mimic(Method[Observation]):
         self.teacher_levels = _pooled_levels(teacher.spec)
         mine = [student.spec.channels[level] for level in self.levels]
         theirs = self._channels(mine, [teacher.spec.channels[level] for level in self.teacher_levels], transform, student.spec)
-        self.deconvolutions = nn.ModuleList(
-            nn.ConvTranspose2d(width, width, deconvolution, stride=2, padding=deconvolution // 4)
-            for width in mine
-            if deconvolution
-        )
+        self.deconvolutions = _doubling(mine if deconvolution else (), deconvolution)
         self.transform = None if transform == "none" else RegionTransform(mine, theirs, transform == "per_level")
         predicts = two_stage and class_weight + box_weight > 0
         self.columns = class_columns(student.spec.classes, teacher.spec.classes, softmax=True) if predicts else []
@@ -339,6 +335,11 @@ class Mimic(Method[Observation]):
             share=self.mimic_share,
         )
         return (first, *last)
+
+
+def _doubling(widths: Iterable[int], kernel: int) -> nn.ModuleList:
+    """A transposed convolution for each map, which doubles its size and keeps its channels."""
+    return nn.ModuleList(nn.ConvTranspose2d(width, width, kernel, stride=2, padding=kernel // 4) for width in widths)
 
 
 def _pooled_levels(spec: DetectorSpec) -> list[int]:

@@ -134,13 +134,8 @@ class MimicDet(TeacherFree[None]):
         self.weights, self.region_weight = {"class": class_weight, "box": box_weight}, region_weight
         self.max_mimic, self.staggered, self.detach_teacher = max_mimic, staggered, detach_teacher
         self.depth = WHOLE_TOWER if tower_depth is None else tower_depth
-        self.sampling: dict[str, Any] = {
-            "count": regions_per_image,
-            "positive_fraction": positive_fraction,
-            "iou": positive_iou,
-            "after": max_proposals,
-            "nms": nms,
-        }
+        chosen = {"count": regions_per_image, "positive_fraction": positive_fraction, "iou": positive_iou}
+        self.sampling: dict[str, Any] = {**chosen, "after": max_proposals, "nms": nms}
         self.region_head = RegionHead(spec.channels[0], len(spec.classes), width, branches=2)
         channels = self._tower_channels(student)
         self.anchors = max(spec.anchors) if decouple_anchors else 1

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detdistill.detectors.contract import Detector, HasRegions, Teacher, dense_positives
+from detdistill.detectors.contract import Detector, DetectorSpec, HasRegions, Teacher, dense_positives
 from detdistill.functional.classes import class_columns
 from detdistill.functional.counting import divisor_over_ranks
 from detdistill.functional.dense_maps import find_partners
@@ -229,22 +229,29 @@ class ODKD(Method[ODKDTaught]):
         self.active = _active(self.settings)
         self.hint, self.hint_norm, self.hint_reduction = hint, hint_norm, hint_reduction
         mine, theirs = student.spec, teacher.spec
-        if self.active["rpn"] and mine.family != theirs.family:
-            raise PairError(
-                f"{self.slug}: the student {mine.name} predicts {mine.family}, the teacher {theirs.name} {theirs.family}; take "
-                f"two detectors of one kind, or set {self.slug},rpn_weight=0,rcn_weight=0"
-            )
-        self.columns: list[int] = []
-        if self.active["rcn"] or (self.active["rpn"] and mine.family == "dense"):
-            unknown = [name for name in mine.classes if name not in theirs.classes]
-            if unknown:
-                raise PairError(f"{self.slug}: it compares class scores, but the teacher does not know {', '.join(unknown)}")
-            self.columns = class_columns(mine.classes, theirs.classes, mine.softmax)
+        self.columns = self._columns(mine, theirs)
         self.levels = [
             (level, theirs.strides.index(stride)) for level, stride in enumerate(mine.strides) if stride in theirs.strides
         ]
         self.pairs = self._hint_pairs(teacher, student)
         self.adapters = LevelAdapters(self.pairs, always=True)
+
+    def _columns(self, mine: DetectorSpec, theirs: DetectorSpec) -> list[int]:
+        """The teacher's column of each class, if class scores are compared; else an empty list.
+
+        Raises:
+            PairError: the detectors are of different kinds, or the teacher lacks a class.
+        """
+        if self.active["rpn"] and mine.family != theirs.family:
+            raise PairError(
+                f"{self.slug}: the student {mine.name} predicts {mine.family}, the teacher {theirs.name} {theirs.family}; take "
+                f"two detectors of one kind, or set {self.slug},rpn_weight=0,rcn_weight=0"
+            )
+        if not (self.active["rcn"] or (self.active["rpn"] and mine.family == "dense")):
+            return []
+        if unknown := [name for name in mine.classes if name not in theirs.classes]:
+            raise PairError(f"{self.slug}: it compares class scores, but the teacher does not know {', '.join(unknown)}")
+        return class_columns(mine.classes, theirs.classes, mine.softmax)
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:

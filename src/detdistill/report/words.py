@@ -163,12 +163,13 @@ def _share_notes(group: Group, baselines: Sequence[Run]) -> list[str]:
     if mean < NEGLIGIBLE_SHARE:
         notes.append(
             f"Distillation did next to nothing: {names} made {100 * mean:.2g} % of the student's gradient. "
-            "Raise its weight (--distill_weight), or check that teacher and student see the same levels."
+            "Raise its weight (--distill_weight), hold its share (--balance 0.3), or check that teacher and student see the same "
+            "levels."
         )
     elif mean > DOMINANT_SHARE:
         notes.append(
             f"Distillation drowned the student's own loss: {names} made {100 * mean:.0f} % of its gradient. "
-            "Lower its weight (--distill_weight)."
+            "Lower its weight (--distill_weight), or hold its share (--balance 0.3)."
         )
     return notes
 

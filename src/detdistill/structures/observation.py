@@ -9,7 +9,7 @@ from torch import Tensor
 from detdistill.structures.base import ADDED, SHARED, PerImage
 from detdistill.structures.batch import Batch
 from detdistill.structures.features import Features
-from detdistill.structures.predictions import Prediction, Queries
+from detdistill.structures.predictions import Dense, Prediction, Queries, Regions
 from detdistill.structures.targets import Assignment
 
 WHOLE_TOWER = -1
@@ -56,10 +56,6 @@ class Tower(PerImage):
 class Taught(PerImage):
     """Base of what ``Method.teach`` returns for a batch: ``Observation``, or a dataclass of the method's own."""
 
-    def in_view_of(self, batch: Batch) -> Taught:
-        """Convert what was taught about ``batch.large`` to the view of ``batch``. Lengths that are parts of the image stay."""
-        return self
-
 
 @dataclass(frozen=True)
 class Observation(Taught):
@@ -74,13 +70,29 @@ class Observation(Taught):
     """The student's own assignment of its prediction, if a method of the run requests it (``Needs.assignment``)."""
 
     def in_view_of(self, batch: Batch) -> Observation:
-        """The maps on the cells of ``batch``; queries, whose boxes are parts of the image, stay."""
+        """Convert what was seen in ``batch.large`` to the view of ``batch``.
+
+        Maps are averaged over the cells of ``batch``; of dense predictions those at the centres of its cells are taken, and
+        boxes are in its pixels. Queries stay, because their boxes are parts of the image.
+        """
 
         def shrunk(features: Features) -> Features:
             return features.shrunk(batch.enlarged, batch.padding_hw, batch.sizes)
 
-        below = None if self.backbone_features is None else shrunk(self.backbone_features)
-        return replace(self, features=shrunk(self.features), backbone_features=below)
+        def tower(one: Tower) -> Tower:
+            classes, boxes = (shrunk(Features(side, one.strides)).maps for side in (one.classification, one.regression))
+            return Tower(classes, boxes, one.depth, one.strides)
+
+        prediction = self.prediction
+        if isinstance(prediction, (Dense, Regions)):
+            prediction = prediction.shrunk(batch.enlarged, batch.padding_hw, self.features.strides)
+        return replace(
+            self,
+            features=shrunk(self.features),
+            backbone_features=None if self.backbone_features is None else shrunk(self.backbone_features),
+            prediction=prediction,
+            towers=tuple(map(tower, self.towers)),
+        )
 
     def tower(self, depth: int = WHOLE_TOWER) -> Tower:
         """The tower of the given depth.
@@ -116,7 +128,3 @@ class TaughtTogether(Taught):
     """The results of ``teach`` of a composition's methods, in the order of the methods."""
 
     parts: tuple[Taught | None, ...]
-
-    def in_view_of(self, batch: Batch) -> TaughtTogether:
-        """Each part in the view of ``batch``."""
-        return TaughtTogether(tuple(None if part is None else part.in_view_of(batch) for part in self.parts))

@@ -62,6 +62,66 @@ class Dense(PerImage):
             return super().stack([_with_padding(piece) for piece in pieces] if _any_padding(pieces) else pieces)
         return super().stack(_on_common_cells(pieces))
 
+    def shrunk(self, factor: float, padding_hw: tuple[int, int], strides: Sequence[int]) -> Self:
+        """The prediction for images that are ``factor`` times larger, on the cells of the smaller images and in their pixels.
+
+        A cell of the result has the prediction of the larger images' cell at its centre, so scores and boxes stay together, and
+        the anchors of a cell of its own size. ``deltas`` are empty, because they belong to the larger images' anchors, and
+        ``own`` is dropped.
+
+        Args:
+            factor: size of the larger images divided by that of the smaller ones, 1 or more.
+            padding_hw: padded height and width of the smaller images.
+            strides: stride of each level.
+        """
+        at_centre, same_place = [], []
+        for level, stride in enumerate(strides):
+            here = torch.nonzero(self.levels == level).flatten()
+            if len(here):
+                rows, columns = (-(-side // stride) for side in padding_hw)
+                found = _at_centres(self.cells[here], self.anchors[here], (rows, columns), factor)
+                at_centre.append(here[found[0]])
+                same_place.append(here[found[1]])
+        centre, place = torch.cat(at_centre), torch.cat(same_place)
+        return replace(
+            self,
+            logits=self.logits[:, centre],
+            deltas=self.deltas[:, centre, :0],
+            boxes_xyxy=self.boxes_xyxy[:, centre] / factor,
+            priors_xyxy=self.priors_xyxy[:, place],
+            levels=self.levels[place],
+            cells=self.cells[place],
+            anchors=self.anchors[place],
+            quality=None if self.quality is None else self.quality[:, centre],
+            padding=None if self.padding is None else self.padding[:, centre],
+            own=None,
+        )
+
+
+def _at_centres(cells: Tensor, anchors: Tensor, shape_hw: tuple[int, int], factor: float) -> tuple[Tensor, Tensor]:
+    """Predictions of a level at the centres of ``factor`` times larger cells, and those with the place of these cells.
+
+    Args:
+        cells: [P, 2] row and column of each prediction.
+        anchors: [P] anchor of each prediction.
+        shape_hw: rows and columns of the larger cells.
+        factor: side of the larger cells.
+
+    Returns:
+        Two tensors [rows * columns * A] of indices along P, ordered by row, column and anchor.
+    """
+    size, several = cells.amax(dim=0) + 1, int(anchors.max()) + 1
+    number = cells.new_zeros(int(size[0]), int(size[1]), several)
+    number[cells[:, 0], cells[:, 1], anchors] = torch.arange(len(cells), device=cells.device)
+    found = []
+    for centred in (True, False):
+        place = [torch.arange(count, device=cells.device) for count in shape_hw]
+        if centred:
+            place = [((line + 0.5) * factor).long() for line in place]
+        row, column = (line.clamp(max=int(most) - 1) for line, most in zip(place, size, strict=True))
+        found.append(number[row[:, None], column].flatten())
+    return found[0], found[1]
+
 
 def _any_padding(pieces: Sequence[Dense]) -> bool:
     return any(piece.padding is not None for piece in pieces)
@@ -145,6 +205,10 @@ class Origin(Movable):
         nowhere = torch.full_like(image, -1)
         return Origin(image, nowhere, nowhere[:, None].repeat(1, 2), nowhere, nowhere)
 
+    def without_cells(self) -> Origin:
+        """The origin with level, cell and anchor unknown."""
+        return replace(self, **{name: torch.full_like(getattr(self, name), -1) for name in ("level", "cell", "anchor")})
+
     def __getitem__(self, index: Tensor) -> Origin:
         return map_tensors(self, lambda tensor: tensor[index])
 
@@ -185,6 +249,23 @@ class Regions(PerImage):
     def embedding(self) -> Tensor | None:
         """[R, D] the features that the predictor's output layers read."""
         return self.hidden[-1] if self.hidden else None
+
+    def shrunk(self, factor: float, padding_hw: tuple[int, int], strides: Sequence[int]) -> Regions:
+        """The prediction for images that are ``factor`` times larger, in the pixels of the smaller ones.
+
+        The arguments are those of ``Dense.shrunk``, by which the first stage is converted. Its assignment, the cells that
+        ``origin`` names, and ``own`` belong to the larger images and are dropped.
+        """
+        return replace(
+            self,
+            boxes_xyxy=self.boxes_xyxy / factor,
+            refined_xyxy=self.refined_xyxy / factor,
+            origin=self.origin.without_cells(),
+            first=None if self.first is None else self.first.shrunk(factor, padding_hw, strides),
+            first_assignment=None,
+            previous=None if self.previous is None else self.previous.shrunk(factor, padding_hw, strides),
+            own=None,
+        )
 
     def before_refinement(self) -> Regions:
         """The prediction whose boxes no stage has moved: the first stage of a cascade, else this prediction itself."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -38,7 +40,7 @@ class TrainingBar(Listener):
         self.ap = f"AP {points(scores.metrics['AP'])}"
         if trainer.is_global_zero:
             self.draw(trainer, module)
-            losses = " ".join(f"{name} {value:.3f}" for name, value in self.smooth.items())
+            losses = " ".join(f"{name} {value:.3f}" for name, value in together(self.smooth).items())
             ap, ap50 = points(scores.metrics["AP"]), points(scores.metrics["AP50"])
             self.bar.say(f"epoch {trainer.current_epoch + 1}  AP {ap:>5}  AP50 {ap50:>5}{'  best' if best else ''}  {losses}")
 
@@ -49,5 +51,24 @@ class TrainingBar(Listener):
             for name, term in module.last.terms.items():
                 value = float(term)
                 self.smooth[name] = 0.8 * self.smooth.get(name, value) + 0.2 * value
-        losses = " ".join(f"{name} {value:.2f}" for name, value in self.smooth.items())
+        losses = " ".join(f"{name} {value:.2f}" for name, value in together(self.smooth).items())
         self.bar.update(trainer.global_step, f"{self.ap} {losses}".strip())
+
+
+def together(terms: Mapping[str, float]) -> dict[str, float]:
+    """The loss terms as a line shows them: a DETR repeats its losses for each layer and group, and these are one sum.
+
+    ``metrics.csv`` and the report have every term.
+
+    >>> together({"loss_bbox": 2.0, "loss_bbox_aux_0": 2.5, "loss_bbox_dn_0": 1.0, "pkd": 3.0})
+    {'loss_bbox': 2.0, 'pkd': 3.0, 'auxiliary': 3.5}
+    """
+    shown: dict[str, float] = {}
+    auxiliary = 0.0
+    for name, value in terms.items():
+        own = re.fullmatch(r"(.+?)_(?:(?:aux_|dn_|enc_)?\d+|dn|enc)", name)
+        if own and own[1] in terms:
+            auxiliary += value
+        else:
+            shown[name] = value
+    return shown | ({"auxiliary": auxiliary} if len(shown) < len(terms) else {})

@@ -6,24 +6,25 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from detdistill.cache.encoding import Store
 from detdistill.cache.fill import Lecture, compare, fill, look
-from detdistill.cache.forecast import Forecast, forecast
+from detdistill.cache.forecast import Forecast, Probe, forecast
 from detdistill.cache.identity import views_of
 from detdistill.cache.knowledge import About, KnowledgeCache, found_about, write
 from detdistill.cache.storage import CacheError, Storage, storage
 from detdistill.data.records import DataSplits
 from detdistill.data.transforms import ViewSettings
-from detdistill.data.views import sights
+from detdistill.data.views import Sight, sights
 from detdistill.detectors.contract import Detector, Teacher
 from detdistill.jobs.contract import Job
 from detdistill.jobs.local import local_runner
 from detdistill.jobs.together import run_together
 from detdistill.jobs.where import LOCAL, runner_on
+from detdistill.methods.shared.contract import Stage
 from detdistill.processes import by_srun, local_rank, number_of_processes, stopped_by_signals
 from detdistill.progress import Bar, Progress
 from detdistill.settings import CacheSettings, as_plain, names_where
@@ -70,13 +71,7 @@ def make_cache(
     views_of(views)  # raises CacheError for an unlimited number of views, before anything else
     _check_launcher(settings)
     frozen = Teacher(teacher[1]).fold_norms()
-    seed_everything(settings.seed)
-    learner, method = learner_of(frozen, student, data[1].train.classes, settings.method)
-    session = stages_session(teacher[0], frozen, data, student, settings, learner, method)
-    stages = prepare(session, progress)
-    if device == "cuda" and _started_together():
-        device = f"cuda:{local_rank()}"
-    lecture = Lecture(settings.method, method, device, settings.precision)
+    learner, lecture, stages = _lecture((teacher[0], frozen), data, student, settings, device, progress)
     train, everything = data[1].train, sights(data[1].train, views)
     rank, world = _rank(settings.devices)
     before = found_about(folder) if rank == 0 else _wait(folder)
@@ -94,18 +89,14 @@ def make_cache(
     ahead = Forecast(0, {}, 0.0, None, {})
     if missing and rank == 0:
         probe = look(lecture, learner, train, views, missing, settings.batch, settings.probe)
-        ahead = forecast(probe, (sight.canvas_hw for sight in missing), folder.free_bytes(), world)
         if wanted == "auto":
             about = replace(about, store=probe.choose())
-        for line in ahead.lines(about.store):
-            progress.say(line)
-        ahead.check(about.store, folder.url)
+        ahead = _checked_forecast(probe, missing, folder, about.store, world, progress)
     if settings.dry_run:
         return folder.url, len(everything) - len(missing), not missing, about.store, ahead
     cache = cache or KnowledgeCache.create(url, about)
-    if rank == 0:
-        for stage in stages:
-            write(folder, cached_stage_file(stage), packed(stage))
+    for stage in stages if rank == 0 else ():
+        write(folder, cached_stage_file(stage), packed(stage))
     if missing:
         bar = progress.bar("cache", len(missing))
         names = {"teacher": teacher[0], "data": data[0], "student": student, "out": url}
@@ -119,6 +110,38 @@ def make_cache(
     left = len(cache.index.missing(sight.key for sight in everything))
     progress.say(f"{len(everything) - left} of {len(everything)} records in {folder.url}")
     return folder.url, len(everything) - left, not left, about.store, ahead
+
+
+def _lecture(
+    teacher: tuple[str, Teacher],
+    data: tuple[str, DataSplits],
+    student: str | None,
+    settings: CacheSettings,
+    device: str,
+    progress: Progress,
+) -> tuple[Detector, Lecture, tuple[Stage, ...]]:
+    """A student for the method, the method with its teacher on a device, and its earlier stages, loaded or trained."""
+    seed_everything(settings.seed)
+    learner, method = learner_of(teacher[1], student, data[1].train.classes, settings.method)
+    stages = prepare(stages_session(*teacher, data, student, settings, learner, method), progress)
+    if device == "cuda" and _started_together():
+        device = f"cuda:{local_rank()}"
+    return learner, Lecture(settings.method, method, device, settings.precision), stages
+
+
+def _checked_forecast(
+    probe: Probe, missing: Sequence[Sight], folder: Storage, store: Store, writers: int, progress: Progress
+) -> Forecast:
+    """The forecast for the missing records, which is also said.
+
+    Raises:
+        CacheError: there is no space for them.
+    """
+    ahead = forecast(probe, (sight.canvas_hw for sight in missing), folder.free_bytes(), writers)
+    for line in ahead.lines(store):
+        progress.say(line)
+    ahead.check(store, folder.url)
+    return ahead
 
 
 def _check_launcher(settings: CacheSettings) -> None:

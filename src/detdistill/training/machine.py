@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import torch
 
-from detdistill.errors import DetdistillWarning, RunError
+from detdistill.errors import DetdistillWarning, RunError, counted
 from detdistill.jobs.versions import versions as versions
 from detdistill.processes import by_srun, number_of_processes
 from detdistill.settings import TrainSettings
@@ -98,4 +98,4 @@ def hardware() -> str:
     """The GPUs, or the CPU with its number of threads, in one line."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {counted(torch.get_num_threads(), 'thread')}"

@@ -135,8 +135,7 @@ def _inherit(student: Detector, teachers: Given, progress: Progress | None) -> I
     if not inherited.copied:
         raise RunError(f"inherit: nothing of {teacher.spec.name} fits {student.spec.name}; leave out --inherit")
     if progress is not None:
-        counts = f"{len(inherited.copied)} tensors of the teacher's neck and head, skipped {len(inherited.skipped)}"
-        progress.say(f"inherited {counts}")
+        progress.say(str(inherited))
     return inherited
 
 

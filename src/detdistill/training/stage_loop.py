@@ -23,7 +23,7 @@ from detdistill.cache.storage import masked, storage
 from detdistill.data.loader import DetectionLoader
 from detdistill.data.records import DataSplits, DetectionSet
 from detdistill.detectors.contract import Detector
-from detdistill.errors import RunError, StoppedError
+from detdistill.errors import RunError, StoppedError, counted
 from detdistill.evaluation import Scores, evaluate
 from detdistill.evaluation.instability import first_images, index_vectors
 from detdistill.files import damage
@@ -188,7 +188,7 @@ class StageLoop:
         self.module.refresh()
         self.module.restore_random_state()  # needed if the checkpoint is from the last step: Lightning then trains nothing
         if self.evaluation.stopped:
-            why = f"no better AP in {settings.patience} evaluations"
+            why = f"no better AP in {counted(settings.patience, 'evaluation')}"
             self.progress.say(f"stopped early at step {trainer.global_step} of {total}: {why}", "yellow")
         if students:
             self.trained_steps += trainer.global_step
@@ -258,7 +258,9 @@ class StageLoop:
 
     def _callbacks(self, stage: Stage, settings: TrainSettings, total: int, evaluation: Evaluation) -> list[L.Callback]:
         """The callbacks of the stage; the checkpoint comes after the evaluation, so that it contains the scores."""
-        callbacks: list[L.Callback] = [TrainingBar(self.progress, self.plan.title or self.plan.role, total)]
+        title = self.plan.title or self.plan.role
+        title = title if stage.evaluates else f"{title}: {stage.name}"
+        callbacks: list[L.Callback] = [TrainingBar(self.progress, title, total)]
         if settings.devices * settings.nodes > 1:
             place = {"stage": stage.name, "steps": str(total), "checkpoint": f"{self.resume_stage} {self.resume_step}"}
             callbacks.append(Agreement({**self.facts, **place}))

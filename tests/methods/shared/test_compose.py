@@ -118,12 +118,12 @@ def test_all_recipes_name_methods_that_parse():
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        ("lad", "lad: it compares predictions cell by cell"),
-        ("pkd+bckd", "bckd: it compares predictions cell by cell"),
-        ("d3etr", "d3etr: it compares the inside of the teacher's head, cell by cell"),
+        ("lad", "lad: the teacher assigns labels to its own cells"),
+        ("pkd+gid", "gid: box_distance=l1 compares boxes as the heads encode them"),
+        ("d3etr", "d3etr: it compares the teacher's attention to cells"),
         ("kd_detr", "kd_detr: it runs the teacher on the student's images when it learns"),
-        ("ld,match=objects", "ld: it compares boxes in pixels"),
-        ("fgfi", "fgfi: what it stores of the teacher is in cells or pixels"),
+        ("ld,match=objects", "ld: it compares distributions over distances in pixels"),
+        ("defeat,head=regions,regions=teacher", "defeat: the teacher proposes regions on its own maps"),
     ],
 )
 def test_methods_that_need_images_of_one_size_say_why(method, reason):
@@ -132,8 +132,8 @@ def test_methods_that_need_images_of_one_size_say_why(method, reason):
     assert str(error.value) == f"teacher_size: {reason}, so teacher and student must see images of one size"
 
 
-def test_methods_on_maps_and_queries_allow_a_teacher_of_another_size():
-    for method in ("pkd", "fgd", "cwd", "vfm+matched", "kd_detr,general_points=0", "mgd+labelenc"):
+def test_methods_on_maps_predictions_and_queries_allow_a_teacher_of_another_size():
+    for method in ("pkd", "fgd", "bckd+fgfi", "vfm+matched", "kd_detr,general_points=0", "mgd+labelenc", "unikd"):
         check_teacher_size(method)
     with pytest.raises(MethodError, match="teacher_size: labelenc has no teacher"):
         check_teacher_size("labelenc")

@@ -579,6 +579,7 @@ def test_toy_methods_keep_the_contract():
     assert check_method(Doubled) == ["dense 8", "regions 8", "queries 8"]
     assert "regions 16 -> queries 8" in check_method(Staged)
     assert "queries 8 -> dense 8" in check_method(Hinting)
+    assert "regions 8 -> dense 8" in check_method(Prepared)
     assert check_method(Moved) == ["dense 8", "regions 8", "queries 8"]
 
 
@@ -696,6 +697,83 @@ class ImpatientAlone(Hinting):
         return Stage("own", step, lambda clock: (student,), None), *Method.stages(self, student)
 
 
+class Prepared(Mimic):
+    """Begins with an encoder, whose result is stored, and reads it while it learns."""
+
+    def __init__(self, teacher, student):
+        super().__init__(teacher, student)
+        self.encoder = nn.Linear(2, 3)
+
+    def fingerprint(self):
+        return "fingerprint"
+
+    def encoded(self, batch):
+        with full_precision("cpu"):
+            return self.encoder(batch.images.new_ones(1, 2)).square().mean()
+
+    def learn(self, student, seen, taught, batch, clock):
+        return Losses({**super().learn(student, seen, taught, batch, clock).terms, "encoded": self.encoded(batch)})
+
+    def stages(self, student):
+        def step(batch, taught, clock):
+            return Losses({"encode": self.encoded(batch)})
+
+        return Stage("encoder", step, lambda clock: (self.encoder,), None, depends_on=self.fingerprint()), *super().stages(
+            student
+        )
+
+
+class Beside(Prepared):
+    """Stores in a file not all that its earlier stage has learnt."""
+
+    def __init__(self, teacher, student):
+        super().__init__(teacher, student)
+        self.seen = []
+
+    def stages(self, student):
+        def step(batch, taught, clock):
+            self.seen.append(1.0)
+            return Losses({"encode": self.encoded(batch)})
+
+        first, *others = super().stages(student)
+        return replace(first, step=step), *others
+
+    def encoded(self, batch):
+        return super().encoded(batch) * (1 + sum(self.seen))
+
+
+class OfTheStudent(Prepared):
+    """Trains the student in a stage whose result is said to be reusable."""
+
+    def stages(self, student):
+        def step(batch, taught, clock):
+            return Losses({"encode": self.encoded(batch) + student(batch).features.maps[0].square().mean()})
+
+        first, *others = super().stages(student)
+        return replace(first, step=step, trains=lambda clock: (self.encoder, student)), *others
+
+
+class OfTheTeacher(Prepared):
+    """Names its result by what only the teacher itself shows."""
+
+    def fingerprint(self):
+        return f"{self.teacher.present}"
+
+
+class Sociable(Prepared):
+    """Learns otherwise in company: its earlier stage draws from the state that others left."""
+
+    drawn = 0
+
+    def stages(self, student):
+        def step(batch, taught, clock):
+            Sociable.drawn += 1
+            return Losses({"encode": self.encoded(batch) * Sociable.drawn})
+
+        first, *others = super().stages(student)
+        return replace(first, step=step), *others
+
+
 class Aloof(Mimic):
     """Looks at the teacher itself while it learns."""
 
@@ -736,6 +814,10 @@ class Unsplittable(Mimic):
     (Unmarked, r"stage hint: \{'maps'\}"),
     (Impatient, "only its description is in the cache"),
     (ImpatientAlone, "only its description is in the cache"),
+    (Beside, "learning from records gives another loss: .*encoded"),
+    (OfTheStudent, "stage encoder trains what is not in the method"),
+    (OfTheTeacher, "depends_on is another one without the teacher"),
+    (Sociable, "in a composition, batch 0, encoder/encode is"),
     (Aloof, "only its description is in the cache"),
     (Unsplittable, None),
 ])  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 
 from detdistill.cache.absent_teacher import AbsentTeacher
 from detdistill.detectors.build import build_detector
-from detdistill.detectors.contract import HasBackboneFeatures, HasCopies, HasQueries, HasRegions, HasTowers, Teacher
+from detdistill.detectors.contract import DenseCoding, HasBackboneFeatures, HasCopies, HasQueries, HasRegions, HasTowers, Teacher
 from detdistill.detectors.probe import tiny_name
 from detdistill.methods.pkd import PKD
 from detdistill.methods.shared.compose import build_method, method_slugs, serving_methods
@@ -78,6 +78,18 @@ def refusal(needs, teacher, student):
             f"the teacher tinydense:patches lacks regions (a region head on given boxes), {QUERIES}",
         ),
         # What is looked at must be shown.
+        (
+            Needs(teaching_capabilities=(HasQueries, HasRegions), advice={HasRegions: "use head=none"}),
+            Teacher(TinyDense()),
+            TinyDense(),
+            f"the teacher tinydense:patches lacks {QUERIES}, regions (a region head on given boxes); use head=none",
+        ),
+        (
+            Needs(student_capabilities=(HasQueries,), advice={HasRegions: "use head=none"}),
+            Teacher(TinyDense()),
+            TinyDense(),
+            f"the student tinydense:patches lacks {QUERIES}",
+        ),
         (
             Needs(student=Look(towers=(1,), attention=True), student_capabilities=(HasTowers,)),
             Teacher(TinyDense()),
@@ -200,6 +212,7 @@ def test_pairs_that_have_what_is_needed_pass():
     check_pair("m", Needs(teacher=None, student_families=("dense",)), None, TinyDense())
     # What a cache's teacher would have to show was looked at when the cache was filled.
     check_pair("m", Needs(teacher=Look(backbone=True, towers=(1,))), absent(TinyDense()), TinyDense())
+    check_pair("m", Needs(teaching_capabilities=(HasRegions,)), absent(TinyDense()), TinyDense())
 
 
 def test_equal_strides_with_other_anchors_are_not_the_same_cells():
@@ -208,6 +221,49 @@ def test_equal_strides_with_other_anchors_are_not_the_same_cells():
     assert "with (1, 3) anchors" in refusal(Needs(same_cells=True), Teacher(TinyDense()), three)
     assert "(8, 16) with (1, 3);" in refusal(Needs(same_cells=True), Teacher(three), TinyDense())
     check_pair("m", Needs(same_cells=True), Teacher(three), three)
+
+
+def with_anchors(*levels, **more):
+    """A detector with two anchors for each cell, whose sides are given for the strides 8 and 16."""
+    detector = TinyDense(**more)
+    anchors = tuple(len(level) for level in levels)
+    detector.spec = dataclasses.replace(detector.spec, anchors=anchors, coding=DenseCoding(anchors_wh=levels))
+    return detector
+
+
+FINE, COARSE = ((8.0, 4.0), (4.0, 8.0)), ((40.0, 20.0), (20.0, 40.0))
+
+
+def test_anchors_of_other_sides_are_named():
+    student, needs = with_anchors(FINE, COARSE), Needs(same_cells=True, same_anchors=True)
+    check_pair("m", needs, Teacher(with_anchors(FINE, COARSE)), student)
+    check_pair("m", needs, Teacher(with_anchors(COARSE, FINE, strides=(16, 8))), student)
+    other = Teacher(with_anchors(FINE, COARSE[::-1]))
+    assert refusal(needs, other, student) == (
+        "it compares predictions of equal anchors, but anchor 0 of stride 16 has 40x20 pixels in the student tinydense:patches "
+        "and 20x40 in the teacher tinydense:patches; build both with the same anchors"
+    )
+    check_pair("m", Needs(same_cells=True), other, student)
+    for levels in ((0,), (-2,)):
+        check_pair("m", Needs(same_cells=True, same_anchors=levels), other, student)
+    for levels in ((1,), (0, -1)):
+        assert "anchor 0 of stride 16" in refusal(Needs(same_cells=True, same_anchors=levels), other, student)
+
+
+@pytest.mark.parametrize(("width", "same"), [(40.059, True), (40.061, False), (39.941, True), (39.939, False)])
+def test_sides_of_anchors_may_differ_a_little(width, same):
+    """Half of 40 pixels may differ by a hundredth of a pixel and a thousandth."""
+    teacher = Teacher(with_anchors(FINE, ((width, 20.0), (20.0, 40.0))))
+    assert (why_not(Needs(same_anchors=True), teacher, with_anchors(FINE, COARSE)) == "") == same
+
+
+def test_anchors_that_are_not_stated_or_alone_in_their_cell_are_not_compared():
+    alone = [with_anchors(((side, side),), ((side, side),)) for side in (8.0, 16.0)]
+    check_pair("m", Needs(same_cells=True, same_anchors=True), Teacher(alone[0]), alone[1])
+    student, silent = with_anchors(FINE, COARSE), with_anchors(COARSE, FINE)
+    silent.spec = dataclasses.replace(silent.spec, coding=None)
+    for teacher, other in ((silent, student), (student, silent)):
+        check_pair("m", Needs(same_cells=True, same_anchors=True), Teacher(teacher), other)
 
 
 def test_a_cache_is_enough_unless_something_of_the_teachers_runs_while_learning():
@@ -224,12 +280,11 @@ def test_a_cache_is_enough_unless_something_of_the_teachers_runs_while_learning(
     [
         (Needs(), ""),
         (Needs(teacher=None, same_cells=True), ""),
-        (Needs(same_cells=True), "it compares predictions cell by cell"),
-        (Needs(teacher=Look(towers=(1,))), "it compares the inside of the teacher's head, cell by cell"),
-        (Needs(teacher=Look(attention=True)), "it compares the inside of the teacher's head, cell by cell"),
+        (Needs(teacher=Look(towers=(1,), prediction=True), same_cells=True), ""),
+        (Needs(teacher=Look(attention=True)), "it compares the teacher's attention to cells"),
         (Needs(live_teacher="it draws"), "it runs the teacher on the student's images when it learns"),
-        (Needs(teacher=Look(prediction=True)), "it compares boxes in pixels"),
-        (Needs(teacher=Look(prediction=True), teacher_families=("queries",)), ""),  # boxes as fractions of the image
+        (Needs(box_distributions=True), "it compares distributions over distances in pixels"),
+        (Needs(one_size="it draws"), "it draws"),
     ],
 )
 def test_what_is_compared_decides_whether_the_teacher_may_see_images_of_another_size(needs, reason):

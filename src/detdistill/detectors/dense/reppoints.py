@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detdistill.detectors.contract import DenseCoding
 from detdistill.detectors.dense.shared.heads import DenseOptions, OwnDenseDetector, supervision
 from detdistill.detectors.student_files.load_student import build as build_model
-from detdistill.detectors.student_files.models.reppoints import RepPoints
+from detdistill.detectors.student_files.models.reppoints import NUM_POINTS, RepPoints
 from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
 from detdistill.detectors.torchvision.dense_outputs import own_outputs
 from detdistill.detectors.torchvision.targets import trainable, whole_indices
@@ -102,6 +103,10 @@ class RepPointsDetector(OwnDenseDetector):
     least_iou = 1e-12
     """Least IoU at which the best prediction of a box becomes positive although its IoU is below ``positive_iou``. In the
     released code this is 0, so that a box without any overlap matches all cells with IoU 0."""
+
+    def dense_coding(self) -> DenseCoding:
+        """Return the nine points of a box."""
+        return DenseCoding(points=NUM_POINTS)
 
     # ----------------------------------------------------------------------------------------------------- assignments
 

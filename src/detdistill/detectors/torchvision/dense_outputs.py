@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import clip_boxes_to_image
 
 from detdistill.detectors.contract import Detector
@@ -49,6 +50,11 @@ def flat_outputs(maps: Sequence[Tensor], width: int) -> Tensor:
         cells = level.unflatten(1, (level.shape[1] // width, width)).permute(0, 3, 4, 1, 2)  # -1 fails in exports
         flat.append(cells.flatten(1, 3))
     return torch.cat(flat, dim=1)
+
+
+def anchors_wh(generator: AnchorGenerator) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """Width and height in pixels of the anchors of a cell, for each level (``DenseCoding.anchors_wh``)."""
+    return tuple(tuple((right - left, low - top) for left, top, right, low in level.tolist()) for level in generator.cell_anchors)
 
 
 def layout(shapes: Sequence[tuple[int, int]], anchors: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

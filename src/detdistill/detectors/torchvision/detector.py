@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from detdistill.detectors.contract import Detector, DetectorSpec, Family, Parts, Pyramid
+from detdistill.detectors.contract import DenseCoding, Detector, DetectorSpec, Family, Parts, Pyramid
 from detdistill.detectors.single_cells import accept_single_cells
 from detdistill.detectors.student_files import load_student
 from detdistill.detectors.torchvision.images import (
@@ -100,11 +100,16 @@ class TorchvisionDetector(Detector):
             fixed_size_hw=fixed_size_hw,
             backbone=below,
             anchors=self.anchors_per_cell(),
+            coding=self.dense_coding(),
         )
 
     def anchors_per_cell(self) -> tuple[int, ...]:
         """Number of dense predictions of one cell, for each level; empty: no dense predictions."""
         return ()
+
+    def dense_coding(self) -> DenseCoding | None:
+        """Form of the dense predictions; None: no dense predictions."""
+        return None
 
     def parts(self) -> Parts:
         """Group the modules: the backbone's body, its feature pyramid, the head."""
@@ -185,6 +190,7 @@ class TorchvisionDetector(Detector):
 USAGE = """```python
 import sys
 
+import torch
 from torchvision.io import ImageReadMode, decode_image
 
 sys.path.insert(0, "path/to/this/folder")
@@ -192,7 +198,8 @@ from load_student import load
 
 model = load("path/to/this/folder")                   # a torchvision detector in eval mode
 image = decode_image("image.jpg", ImageReadMode.RGB)  # [3, H, W] uint8; floats in 0..1 can be given too
-found = model([image])[0]                             # "boxes" [D, 4] x1 y1 x2 y2 in pixels of image, "scores", "labels"
+with torch.no_grad():
+    found = model([image])[0]                         # "boxes" [D, 4] x1 y1 x2 y2 in pixels of image, "scores", "labels"
 names = [model.classes[label] for label in found["labels"]]
 ```
 

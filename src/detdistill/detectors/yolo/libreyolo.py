@@ -143,7 +143,7 @@ class YOLOX(LibreNetwork):
     """
 
     std = (1 / 255, 1 / 255, 1 / 255)
-    single_label = by_level = True
+    single_label = by_level = has_quality = True
     l1 = False
     """Whether the box outputs have an L1 loss, too; see ``schedule``."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detdistill.functional.boxes import giou_loss, paired_iou
 from detdistill.functional.counting import EPSILON, mean_over_ranks
-from detdistill.functional.soft_targets import kl_divergence, soft_binary_cross_entropy
+from detdistill.functional.soft_targets import kl_divergence, soft_binary_rows
 
 
 class CrossKDMoments(NamedTuple):
@@ -89,8 +89,7 @@ def crosskd_class_loss(
     Returns:
         [] the loss.
     """
-    losses = soft_binary_cross_entropy(cross_logits, teacher_logits.detach().sigmoid(), beta).sum(dim=-1)
-    return (losses * weights).sum() / normalizer
+    return (soft_binary_rows(cross_logits, teacher_logits, beta) * weights).sum() / normalizer
 
 
 def crosskd_scores(teacher_logits: Tensor, weights: Tensor) -> Tensor:

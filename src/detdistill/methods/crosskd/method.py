@@ -163,7 +163,7 @@ class CrossKD(Method[CrossKDTaught]):
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
-        """Two dense detectors with towers, the same cells, and sigmoid scores of the same classes; the teacher itself."""
+        """Two dense detectors with towers, the same cells and anchors, sigmoid scores of the same classes; the teacher itself."""
         depth = settings["depth"]
         if depth is None:
             depth = _PROFILES[settings["profile"] or "gfl"].depth  # all profiles but fcos have the same
@@ -176,6 +176,7 @@ class CrossKD(Method[CrossKDTaught]):
             same_classes=True,
             outputs="sigmoid",
             same_cells=True,
+            same_anchors=True,
         )
 
     def _check_heads(self, mine: DetectorSpec, theirs: DetectorSpec) -> None:
@@ -190,11 +191,17 @@ class CrossKD(Method[CrossKDTaught]):
                 f"{mine.name} has strides {mine.strides}, the teacher {theirs.name} {theirs.strides}; build them with equal "
                 f"levels="
             )
+        wanted = self.weights["centerness"] and self.wants_centerness
+        if wanted and theirs.coding is not None and not theirs.coding.quality:
+            raise PairError(self._no_centerness())
         if self.weights["box"] and self.box_loss == "distribution" and not theirs.box_bins:
             raise PairError(
                 f"{self.slug}: the teacher {theirs.name} predicts each box side as one number, not as a distribution; set "
                 f"{self.slug},box_loss=giou, or another profile="
             )
+
+    def _no_centerness(self) -> str:
+        return f"{self.slug}: the teacher {self.teacher.spec.name} predicts no centerness; set {self.slug},centerness_weight=0"
 
     # --------------------------------------------------------------------------------------------------------- the teacher
 
@@ -224,7 +231,8 @@ class CrossKD(Method[CrossKDTaught]):
         """Compute the terms ``crosskd_cls``, ``crosskd_box`` and ``crosskd_centerness``; terms of weight 0 are left out.
 
         Raises:
-            PairError: several anchors that differ; ``centerness_weight`` for a teacher without centerness.
+            PairError: what the detectors' descriptions do not state: places of anchors (see ``check_same_anchors``), or that a
+                detector from elsewhere has no centerness.
         """
         mine, teacher = seen.prediction, self.teacher.detector
         assert isinstance(mine, Dense)
@@ -284,9 +292,8 @@ class CrossKD(Method[CrossKDTaught]):
             quality = partners.take(fixed.quality)[positive]
             found["centerness"] = crosskd_centerness_loss(cross.quality[positive], quality, divisor)
         elif self.weights["centerness"] and self.wants_centerness:
-            raise PairError(
-                f"{self.slug}: the teacher {self.teacher.spec.name} predicts no centerness; set {self.slug},centerness_weight=0"
-            )
+            # Refused before the first image where the description states it; of a detector from elsewhere only this shows it.
+            raise PairError(self._no_centerness())
         return {f"crosskd_{name}": self.weights[name] * term for name, term in found.items()}
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from detdistill.detectors.contract import Detector, HasQueries, Teacher
+from detdistill.detectors.contract import Detector, DetectorSpec, HasQueries, Teacher
 from detdistill.functional.classes import class_columns
 from detdistill.functional.precision import full_precision
 from detdistill.functional.query_seeds import (
@@ -150,8 +150,7 @@ class D3ETR(Method[D3ETRTaught]):
             PairError: softmax against sigmoid classes; decoders, maps or queries that cannot be compared.
         """
         super().__init__(teacher, student)
-        weights = (cls_weight, l1_weight, giou_weight, self_attention_weight, cross_attention_weight)
-        self.weights = D3ETRWeights(*weights)
+        self.weights = D3ETRWeights(cls_weight, l1_weight, giou_weight, self_attention_weight, cross_attention_weight)
         check_some(self.slug, **{f"{name}_weight": value for name, value in vars(self.weights).items()})
         self.matchings = [name for name in ("adaptive", "fixed") if matching in (name, "both")]
         if detection_weight and "fixed" not in self.matchings:
@@ -164,11 +163,7 @@ class D3ETR(Method[D3ETRTaught]):
         self.softmax, self.classes = mine.softmax, mine.classes
         self.columns = class_columns(mine.classes, theirs.classes, self.softmax)
         self.summed = cross_maps == "sum" or (cross_maps is None and max(len(theirs.strides), len(mine.strides)) > 1)
-        if cross_attention_weight and theirs.strides != mine.strides:
-            raise PairError(
-                f"{self.slug}: compares cross-attention on equal maps, but the strides are {theirs.strides} in teacher "
-                f"{theirs.name} and {mine.strides} in student {mine.name}; set cross_attention_weight=0"
-            )
+        self._check_strides(mine, theirs)
         assert isinstance(student, HasQueries)
         own, other = query_spec(student), teacher.queries
         self._check_maps("student", own, mine.name)
@@ -196,6 +191,18 @@ class D3ETR(Method[D3ETRTaught]):
     def attends(self) -> bool:
         """Attention maps are compared."""
         return self.weights.self_attention > 0 or self.weights.cross_attention > 0
+
+    def _check_strides(self, mine: DetectorSpec, theirs: DetectorSpec) -> None:
+        """Check that cross-attention is compared on equal maps.
+
+        Raises:
+            PairError: the strides differ.
+        """
+        if self.weights.cross_attention and theirs.strides != mine.strides:
+            raise PairError(
+                f"{self.slug}: compares cross-attention on equal maps, but the strides are {theirs.strides} in teacher "
+                f"{theirs.name} and {mine.strides} in student {mine.name}; set cross_attention_weight=0"
+            )
 
     def _check_maps(self, side: str, queries: QuerySpec, name: str) -> None:
         """Whether one decoder shows the maps that are compared.

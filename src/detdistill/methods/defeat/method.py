@@ -156,8 +156,6 @@ class DeFeat(Method[DeFeatTaught]):
         mine, theirs = student.spec, self.teacher.spec
         self.columns = class_columns(mine.classes, theirs.classes, mine.softmax)
         self.cell_levels = [(pair.student, pair.teacher) for pair in pair_levels(self.slug, mine, theirs)]
-        if self.head == "regions" and self.teacher.present and not isinstance(self.teacher.detector, HasRegions):
-            raise PairError(f"{self.slug}: the teacher {theirs.name} cannot predict on given regions; use head=none")
 
     def _make_adapters(self, student: Detector, backbone_levels: Sequence[int] | None) -> None:
         neck = self.pairs if "neck" in self.weights else ()
@@ -184,9 +182,12 @@ class DeFeat(Method[DeFeatTaught]):
             student_families=family,
             student_capabilities=() if dense else (HasRegions,),
             teacher_capabilities=live,
+            teaching_capabilities=() if dense else (HasRegions,),
+            advice={HasRegions: "use head=none"},
             same_classes=True,
             outputs="same",
             same_cells=dense,
+            one_size="" if dense else "the teacher proposes regions on its own maps",
         )
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ Boxes of queries are cxcywh in parts of the valid image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -146,36 +146,41 @@ class DETRDistill(Method[DETRDistillTaught]):
             PairError: softmax classes, or a term that this pair does not support; the message says what to change.
         """
         super().__init__(teacher, student)
-        self.tap = tap
-        self.feature_weight = {"released": 1.0, "paper": 20.0}[mask] if feature_weight is None else feature_weight
-        terms = {
-            "logits_weight": logits_weight,
-            "feature_weight": self.feature_weight,
-            "assignment_weight": assignment_weight,
-            "contrastive_weight": contrastive_weight,
-        }
-        self.weights, self.costs = LogitsWeights(cls_weight, l1_weight, giou_weight), LogitsWeights(cls_cost, l1_cost, giou_cost)
-        check_some(self.slug, **terms)
-        self.logits_weight, self.split, self.progressive = logits_weight, split, progressive
-        self.mask, self.max_per_img, self.mask_floor, self.gamma = mask, max_per_img, mask_floor, gamma
-        self.assignment_weight, self.assignment = assignment_weight, assignment
-        self.contrastive_weight, self.temperature = contrastive_weight, temperature
+        self._keep_settings(self.settings)
         self.columns = class_columns(student.spec.classes, teacher.spec.classes, softmax=False)
-        if self.feature_weight and tap == "neck":
-            self._check_projection("student", student)
-            if teacher.present:
-                self._check_projection("teacher", teacher.detector)
-        self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels) if self.feature_weight else ()
-        self.adapters = LevelAdapters(self.pairs)
-        self.paired_maps = PairedMaps(self.pairs, self.adapters, resize=True)
+        self._pair_maps(student.spec, teacher.spec, levels)
         widths = student.spec.channels[0], teacher.spec.channels[0]
         self.contrastive = ContrastiveHead(*widths, contrastive_width) if contrastive_weight else None
-        assert isinstance(student, HasQueries)
-        mine, theirs = query_spec(student), teacher.queries
-        self._check_width("teacher", teacher.spec, theirs, bool(self.feature_weight or contrastive_weight))
-        self._check_width("student", student.spec, mine, bool(contrastive_weight))
-        if assignment_weight:
-            self._check_formats(student.spec.name, mine.gives, theirs.gives)
+        self._check_queries(student, teacher)
+
+    def _keep_settings(self, given: Mapping[str, Any]) -> None:
+        """Keep the hyper-parameters that ``learn`` reads.
+
+        Raises:
+            MethodError: all weights are 0.
+        """
+        self.tap, self.mask = given["tap"], given["mask"]
+        of_mask = {"released": 1.0, "paper": 20.0}[self.mask]
+        self.feature_weight: float = of_mask if given["feature_weight"] is None else given["feature_weight"]
+        self.logits_weight, self.assignment_weight = given["logits_weight"], given["assignment_weight"]
+        self.contrastive_weight, self.temperature = given["contrastive_weight"], given["temperature"]
+        terms = ("logits_weight", "feature_weight", "assignment_weight", "contrastive_weight")
+        check_some(self.slug, **{name: getattr(self, name) for name in terms})
+        self.weights, self.costs = (
+            LogitsWeights(*(given[f"{part}_{kind}"] for part in LogitsWeights._fields)) for kind in ("weight", "cost")
+        )
+        self.split, self.progressive, self.assignment = given["split"], given["progressive"], given["assignment"]
+        self.max_per_img, self.mask_floor, self.gamma = given["max_per_img"], given["mask_floor"], given["gamma"]
+
+    def _pair_maps(self, student: DetectorSpec, teacher: DetectorSpec, levels: Sequence[int] | None) -> None:
+        """Pair the levels of the feature loss.
+
+        Raises:
+            PairError: as ``pair_levels``.
+        """
+        self.pairs = pair_levels(self.slug, student, teacher, levels) if self.feature_weight else ()
+        self.adapters = LevelAdapters(self.pairs)
+        self.paired_maps = PairedMaps(self.pairs, self.adapters, resize=True)
 
     # ------------------------------------------------------------------------------------------------------- the pair
 
@@ -183,27 +188,32 @@ class DETRDistill(Method[DETRDistillTaught]):
     def needs(cls, **settings: Any) -> Needs:
         """Two DETRs with sigmoid classes. The teacher's decoder is not run again, so a cache can replace the teacher."""
         below = settings["tap"] == "neck" and settings["feature_weight"] != 0
+        projection = (HasMapsBeforeEncoder,) if below else ()
         return Needs(
             teacher=Look(prediction=True, backbone=below),
             student=Look(backbone=below),
             teacher_families=("queries",),
             student_families=("queries",),
-            student_capabilities=(HasQueries,),
+            student_capabilities=(HasQueries, *projection),
+            teaching_capabilities=projection,
+            advice={HasMapsBeforeEncoder: "set tap=encoder"},
             same_classes=True,
             outputs="sigmoid",
+            one_size="tap=neck projects the teacher's maps anew" if below else "",
         )
 
-    def _check_projection(self, side: str, detector: Detector) -> None:
-        """Check that a detector shows the maps before its encoder.
+    def _check_queries(self, student: Detector, teacher: Teacher) -> None:
+        """Check widths and formats of the queries of both sides.
 
         Raises:
-            PairError: it does not.
+            PairError: a term that is used does not support them.
         """
-        if not isinstance(detector, HasMapsBeforeEncoder):
-            raise PairError(
-                f"{self.slug}: tap=neck compares the maps before the encoder, but the {side} {detector.spec.name} does not show "
-                f"them; set tap=encoder"
-            )
+        assert isinstance(student, HasQueries)
+        mine, theirs = query_spec(student), teacher.queries
+        self._check_width("teacher", teacher.spec, theirs, bool(self.feature_weight or self.contrastive_weight))
+        self._check_width("student", student.spec, mine, bool(self.contrastive_weight))
+        if self.assignment_weight:
+            self._check_formats(student.spec.name, mine.gives, theirs.gives)
 
     def _check_width(self, side: str, spec: DetectorSpec, queries: QuerySpec, wanted: bool) -> None:
         """Check that queries and features have the same width, if they are compared.

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from detdistill.detectors.contract import Detector, Teacher
+from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
 from detdistill.errors import name_list
 from detdistill.functional.classes import class_columns
 from detdistill.functional.counting import share_over_ranks
@@ -129,21 +129,30 @@ class DICOD(TeacherFree[DICODTaught]):
         self.form: Form = "softmax" if student.spec.softmax else sigmoid_form
         # Section 4.1: the classifier of SSDs learns by cross-entropy, the one that serves all others by focal loss too.
         self.joint = not (student.spec.softmax and student.spec.family == "dense")
-        classes = student.spec.classes
+        self._open_classifier(classifier, weights, pretrained, student.spec)
+        self.own_stage = weights is None and len(student.spec.classes) > 1 and cls_weight + feature_weight > 0
+        settings = (classifier, pretrained, size, jitter, classifier_epochs, classifier_lr, self.joint, student.spec.classes)
+        self._settings = repr(settings)
+
+    def _open_classifier(self, name: str, weights: str | None, pretrained: bool, student: DetectorSpec) -> None:
+        """Build or load the classifier, and check that it serves the student.
+
+        Raises:
+            ModelError: it cannot be built or loaded.
+            PairError: it does not know the student's classes, or there is one class only.
+        """
+        classes = student.classes
         if weights is None:
-            self.classifier = Classifier.build(classifier, classes, pretrained)
+            self.classifier = Classifier.build(name, classes, pretrained)
         else:
-            self.classifier = Classifier.load(weights, classifier)
+            self.classifier = Classifier.load(weights, name)
         self._check_classes(classes, weights, pretrained)
         self._check_layers()
-        self.own_stage = weights is None and len(classes) > 1 and cls_weight + feature_weight > 0
         known = self.classifier.classes
         places = class_columns(classes, known, softmax=False) if set(classes) <= set(known) else []
         self.register_buffer("places", torch.tensor(places, dtype=torch.int64), persistent=False)
-        scale = self.classifier.std / torch.tensor(student.spec.std)[:, None, None]
+        scale = self.classifier.std / torch.tensor(student.std)[:, None, None]
         self.register_buffer("pixel_scale", scale, persistent=False)
-        settings = (classifier, pretrained, size, jitter, classifier_epochs, classifier_lr, self.joint, classes)
-        self._settings = repr(settings)
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:

@@ -10,14 +10,14 @@ Shape letters: B images, N regions of the whole batch, C channels, D width of an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from detdistill.detectors.contract import Detector, HasRegions, Teacher
+from detdistill.detectors.contract import Detector, DetectorSpec, HasRegions, Teacher
 from detdistill.functional.classes import class_columns
 from detdistill.functional.counting import gather_over_ranks
 from detdistill.functional.precision import full_precision
@@ -141,25 +141,8 @@ class GDetKD(Method[Observation]):
             PairError: channels or embeddings of the pair do not fit.
         """
         super().__init__(teacher, student)
-        self.weights = _weights(self.settings)
-        check_some(self.slug, **{f"{name}_weight": weight for name, weight in self.weights.items()})
-        self._check_settings()
-        self.one_stage, self.one_stage_teacher = profile == "one_stage", teacher_profile == "one_stage"
-        self.temperature, self.box_reduction = temperature, box_reduction
-        self.size, self.pooling = size, {"sampling_ratio": sampling_ratio, "aligned": aligned}
-        self.gamma, self.ignore_iou, self.positive_in_denominator = gamma, ignore_iou, positive_in_denominator
-        self.num_rois, self.positive_fraction = num_rois, positive_fraction
-        self.levels = self._student_levels(student, levels)
-        pooled = [i for i, s in enumerate(teacher.spec.strides) if teacher.spec.family != "regions" or s <= COARSEST_POOLED]
-        self.teacher_levels = pooled or [0]
-        self.matching: LevelMatching | None = None
-        if sgfi_weight:
-            widths = self._channels(student, adapter == "shared")
-            self.matching = LevelMatching(*widths, adapter == "shared", embed_channels, embed_relu, tau_init)
-        self.projection: nn.Module | None = self._projection(student) if ckd_weight else None
-        self.bank = RowBank(queue_batches)
-        predicts = bool(self.weights["class"] or self.weights["box"])
-        self.columns = class_columns(student.spec.classes, teacher.spec.classes, softmax=True) if predicts else []
+        self._keep_settings(self.settings)
+        self._build(teacher.spec, student, self.settings)
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
@@ -186,6 +169,42 @@ class GDetKD(Method[Observation]):
         )
 
     # ---------------------------------------------------------------------------------------------------------- building
+
+    def _keep_settings(self, given: Mapping[str, Any]) -> None:
+        """Keep the hyper-parameters that ``learn`` reads.
+
+        Raises:
+            MethodError: all weights are 0, or a value means nothing to the profiles.
+        """
+        self.weights = _weights(given)
+        check_some(self.slug, **{f"{name}_weight": weight for name, weight in self.weights.items()})
+        self._check_settings()
+        self.one_stage, self.one_stage_teacher = (given[name] == "one_stage" for name in ("profile", "teacher_profile"))
+        self.temperature, self.box_reduction = given["temperature"], given["box_reduction"]
+        self.size, self.pooling = given["size"], {name: given[name] for name in ("sampling_ratio", "aligned")}
+        self.gamma, self.ignore_iou = given["gamma"], given["ignore_iou"]
+        self.positive_in_denominator = given["positive_in_denominator"]
+        self.num_rois, self.positive_fraction = given["num_rois"], given["positive_fraction"]
+
+    def _build(self, teacher: DetectorSpec, student: Detector, given: Mapping[str, Any]) -> None:
+        """Choose the levels, and build the level matching, the projection and the bank.
+
+        Raises:
+            MethodError: ``levels`` are not levels of the student.
+            PairError: channels or embeddings of the pair do not fit.
+        """
+        self.levels = self._student_levels(student, given["levels"])
+        pooled = [i for i, s in enumerate(teacher.strides) if teacher.family != "regions" or s <= COARSEST_POOLED]
+        self.teacher_levels = pooled or [0]
+        self.matching: LevelMatching | None = None
+        if given["sgfi_weight"]:
+            shared = given["adapter"] == "shared"
+            embedding = (given[name] for name in ("embed_channels", "embed_relu", "tau_init"))
+            self.matching = LevelMatching(*self._channels(student, shared), shared, *embedding)
+        self.projection: nn.Module | None = self._projection(student) if given["ckd_weight"] else None
+        self.bank = RowBank(given["queue_batches"])
+        predicts = bool(self.weights["class"] or self.weights["box"])
+        self.columns = class_columns(student.spec.classes, teacher.classes, softmax=True) if predicts else []
 
     def _check_settings(self) -> None:
         """Check that no hyper-parameter is set that the profiles give no meaning.
@@ -397,11 +416,11 @@ def _central_cells(boxes_xyxy: Tensor, image: Tensor, features: Features) -> Ori
     return Origin(image, levels, cells, torch.zeros_like(levels), torch.full_like(levels, -1))
 
 
-def _homogeneous(settings: dict[str, Any]) -> bool:
+def _homogeneous(settings: Mapping[str, Any]) -> bool:
     return bool(settings["profile"] == settings["teacher_profile"] == "two_stage")
 
 
-def _weights(settings: dict[str, Any]) -> dict[str, float]:
+def _weights(settings: Mapping[str, Any]) -> dict[str, float]:
     """The factor of each term: the given one, or for ``class`` and ``box`` that of the profiles."""
     own = 1.0 if _homogeneous(settings) else 0.0
     given = {name: settings[f"{name}_weight"] for name in ("sgfi", "ckd", "class", "box")}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detdistill.functional.boxes import paired_iou
-from detdistill.functional.soft_targets import soft_binary_cross_entropy
+from detdistill.functional.soft_targets import soft_binary_rows
 
 
 class GLAMDAttention(NamedTuple):
@@ -175,7 +175,7 @@ def glamd_class_loss(student_logits: Tensor, teacher_logits: Tensor, weights: Te
         >>> glamd_class_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.tensor([[0.5, 0.5]]))  # 3 log 2
         tensor(2.0794)
     """
-    return (soft_binary_cross_entropy(student_logits, teacher_logits.sigmoid()).sum(dim=-1) * weights).sum()
+    return (soft_binary_rows(student_logits, teacher_logits) * weights).sum()
 
 
 def glamd_box_loss(student_xyxy: Tensor, teacher_xyxy: Tensor, weights: Tensor) -> Tensor:

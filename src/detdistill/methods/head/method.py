@@ -169,36 +169,55 @@ class HEAD(Method[Observation | None]):
             PairError: the pair does not fit.
         """
         super().__init__(None if pair == "teacher_free" else teacher, student)
-        self.pair = pair
-        self.akd_weight, self.ckd_weight = _weights(self.settings)
-        check_some(self.slug, assistant_weight=assistant_weight, akd_weight=self.akd_weight, ckd_weight=self.ckd_weight)
-        self.assistant_weight, self.neck_weight, self.neck_gain = assistant_weight, neck_weight, neck_gain
-        self.depth = WHOLE_TOWER if tower_depth is None else tower_depth
-        self.warmup_iters = warmup_iters
-        self.assistant_warmup_iters = WARM_UP_OF_ASSISTANTS[pair] if assistant_warmup_iters is None else assistant_warmup_iters
-        self.ckd_until = (FIRST_DROP if pair == "teacher_free" else 1.0) if ckd_until is None else ckd_until
-        self.sampling: dict[str, Any] = {
-            "before": before_nms, "nms": nms, "after": max_proposals,
-            "count": regions_per_image, "positive_fraction": positive_fraction,
-        }  # fmt: skip
-        self.decoupled = pair == "teacher_free" if decouple_anchors is None else decouple_anchors
-        self.self_weights = {
-            "dense": dense_weight if assistants != "regions" else 0.0,
-            "regions": region_weight if assistants != "dense" else 0.0,
-        }
-        self.dense_assistant_weight = dense_assistant_weight
+        self._keep_settings(self.settings)
         self.tower_channels = self._tower_channels(student)
+        self._make_heads(student, assistants, width)
+        if neck_weight:
+            self._pair_necks(student.spec)
+
+    def _keep_settings(self, given: Mapping[str, Any]) -> None:
+        """Keep the hyper-parameters that ``learn`` reads; those without a value get that of the pair.
+
+        Raises:
+            MethodError: all weights are 0.
+        """
+        self.pair: Pair = given["pair"]
+        self.akd_weight, self.ckd_weight = _weights(given)
+        self.assistant_weight, self.neck_weight, self.neck_gain = (
+            given[name] for name in ("assistant_weight", "neck_weight", "neck_gain")
+        )
+        check_some(self.slug, assistant_weight=self.assistant_weight, akd_weight=self.akd_weight, ckd_weight=self.ckd_weight)
+        self.depth = WHOLE_TOWER if given["tower_depth"] is None else given["tower_depth"]
+        alone, self.warmup_iters = self.pair == "teacher_free", given["warmup_iters"]
+        warmup, until, decouple = (given[name] for name in ("assistant_warmup_iters", "ckd_until", "decouple_anchors"))
+        self.assistant_warmup_iters = WARM_UP_OF_ASSISTANTS[self.pair] if warmup is None else warmup
+        self.ckd_until = (FIRST_DROP if alone else 1.0) if until is None else until
+        self.decoupled = alone if decouple is None else decouple
+        self.sampling: dict[str, Any] = {
+            "before": given["before_nms"], "nms": given["nms"], "after": given["max_proposals"],
+            "count": given["regions_per_image"], "positive_fraction": given["positive_fraction"],
+        }  # fmt: skip
+        self.self_weights: dict[str, float] = {
+            "dense": given["dense_weight"] if given["assistants"] != "regions" else 0.0,
+            "regions": given["region_weight"] if given["assistants"] != "dense" else 0.0,
+        }
+        self.dense_assistant_weight = given["dense_assistant_weight"]
+
+    def _make_heads(self, student: Detector, assistants: Literal["both", "dense", "regions"], width: int) -> None:
+        """Make the assistants and the adapters of AKD and CKD.
+
+        Raises:
+            PairError: the pair does not fit.
+        """
         self.akd: nn.Module | None = None
         self.ckd: nn.Module | None = None
-        if pair == "teacher_free":
+        self.necks: PairedMaps | None = None
+        if self.pair == "teacher_free":
             self._make_assistants(student.spec, assistants, width)
-        elif pair == "dense_to_dense":
+        elif self.pair == "dense_to_dense":
             self._copy_dense_head(student)
         else:
             self._copy_region_head(student)
-        self.necks: PairedMaps | None = None
-        if neck_weight:
-            self._pair_necks(student.spec)
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:

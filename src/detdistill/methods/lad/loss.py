@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
 from detdistill.functional.assign import pairwise_iou
 from detdistill.functional.boxes import giou_loss, paired_iou
 from detdistill.functional.counting import EPSILON, mean_over_ranks, number_objects, number_of_ranks
 from detdistill.functional.soft_targets import focal_kl_divergence
+from detdistill.functional.sparse_focal import focal_rows
 from detdistill.structures import IGNORED, Target
 
 
@@ -65,9 +65,9 @@ def lad_label_terms(
     labels = torch.cat([target.labels[row] for target, row in zip(targets, rows, strict=True)])
     boxes = torch.cat([target.boxes_xyxy[row] for target, row in zip(targets, rows, strict=True)]).to(boxes_xyxy.dtype)
     number = mean_over_ranks(logits.new_tensor(len(image)))
-    wanted = torch.zeros_like(logits)
-    wanted[image, index, labels] = 1.0
-    focal = sigmoid_focal_loss(logits, wanted, reduction="none").sum(dim=-1).masked_fill(matched == IGNORED, 0.0)
+    wanted = torch.full_like(matched, -1)
+    wanted[image, index] = labels
+    focal = focal_rows(logits, wanted).masked_fill(matched == IGNORED, 0.0)
     predicted, count = boxes_xyxy[image, index], number.clamp(min=1 / number_of_ranks()) + EPSILON
     branch = None
     if quality is not None:

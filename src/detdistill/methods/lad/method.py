@@ -132,6 +132,7 @@ class LAD(Method[LADTaught]):
             same_classes=True,
             outputs="sigmoid" if sigmoid else "any",
             same_cells=True,
+            one_size="the teacher assigns labels to its own cells",
         )
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ Detection", TPAMI 2023.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -128,29 +129,30 @@ class LD(Method[LDCells | LDObjects]):
         """
         self._check_match(match, imitation_weight, teacher, student)
         super().__init__(teacher, student)
-        check_some(
-            self.slug,
-            box_weight=box_weight,
-            valuable_weight=valuable_weight,
-            cls_weight=cls_weight,
-            valuable_cls_weight=valuable_cls_weight,
-            imitation_weight=imitation_weight,
-        )
+        weights = ("box_weight", "valuable_weight", "cls_weight", "valuable_cls_weight", "imitation_weight")
+        check_some(self.slug, **{name: self.settings[name] for name in weights})
         self.match, self.quality, self.imitation, self.instances_of = match, cast(Quality, quality), imitation, instances_of
         self.box_weight, self.valuable_weight, self.cls_weight = box_weight, valuable_weight, cls_weight
         self.valuable_cls_weight = valuable_cls_weight
         self.imitation_weight, self.instances = imitation_weight, instances
         self.box_temperature, self.cls_temperature = box_temperature, cls_temperature
         self.gamma, self.candidates, self.exclude_positives = gamma, candidates, exclude_positives
-        mine = student.spec
-        self.columns = class_columns(mine.classes, teacher.spec.classes, softmax=False)
-        for name, given in (("cls_weight", cls_weight), ("valuable_cls_weight", valuable_cls_weight)):
-            if given and len(self.columns) == 1:
-                only = f"a softmax over one class ({mine.classes[0]}) is always 1, so the class term would be zero"
-                raise PairError(f"{self.slug}: {only}; set {self.slug},{name}=0")
-        self.num_levels = len(mine.strides)
-        self.pairs = pair_levels(self.slug, mine, teacher.spec) if match == "cells" else ()
+        self.columns = class_columns(student.spec.classes, teacher.spec.classes, softmax=False)
+        self._check_classes(student.spec.classes)
+        self.num_levels = len(student.spec.strides)
+        self.pairs = pair_levels(self.slug, student.spec, teacher.spec) if match == "cells" else ()
         self.adapters = LevelAdapters(self.pairs) if imitation_weight else None
+
+    def _check_classes(self, classes: Sequence[str]) -> None:
+        """Check that there are several classes, if their scores are compared.
+
+        Raises:
+            PairError: there is one class, whose softmax is always 1.
+        """
+        for name, given in (("cls_weight", self.cls_weight), ("valuable_cls_weight", self.valuable_cls_weight)):
+            if given and len(classes) == 1:
+                only = f"a softmax over one class ({classes[0]}) is always 1, so the class term would be zero"
+                raise PairError(f"{self.slug}: {only}; set {self.slug},{name}=0")
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from detdistill.detectors.contract import Detector, HasTowers, Teacher
+from detdistill.detectors.contract import Detector, Teacher
 from detdistill.errors import DetdistillError
 from detdistill.functional.classes import class_columns
 from detdistill.functional.dense_maps import at_cells, to_map
@@ -28,7 +28,7 @@ from detdistill.methods.pgd.loss import (
 from detdistill.methods.shared.align import LevelAdapters, LevelPair, pair_levels
 from detdistill.methods.shared.contract import Method
 from detdistill.methods.shared.hyper_parameters import MethodError, check_some
-from detdistill.methods.shared.needs import Needs, PairError
+from detdistill.methods.shared.needs import Needs
 from detdistill.structures import Batch, Clock, Dense, Features, Look, Losses, Observation, PerImage, Target, Taught, View
 from detdistill.values import Count, Fraction, Positive, Weight
 
@@ -159,7 +159,6 @@ class PGD(Method[PGDTaught]):
         self.level_weights, self.temperature, self.per_image, self.depth = level_weights, temperature, per_image, depth
         self.candidates, self.exponents, self.jitter = candidates, (class_exponent, box_exponent), jitter
         self.in_box_test = in_box_test
-        self._check_depth(teacher, student)
         self.pairs = pair_levels(self.slug, student.spec, teacher.spec, levels)
         self.class_adapters = LevelAdapters(self.pairs, shared=True)  # the levels of a head share their convolutions, too
         self.box_adapters = LevelAdapters(self.pairs, shared=True)
@@ -176,20 +175,6 @@ class PGD(Method[PGDTaught]):
             student_families=("dense",),
             same_classes=True,
         )
-
-    def _check_depth(self, teacher: Teacher, student: Detector) -> None:
-        """Check that the towers are deep enough.
-
-        Raises:
-            PairError: a tower has fewer than ``depth`` blocks.
-        """
-        for side, detector in (("teacher", teacher.detector if teacher.present else student), ("student", student)):
-            blocks = cast(HasTowers, detector).tower_depth
-            if blocks < self.depth:
-                raise PairError(
-                    f"{self.slug}: depth={self.depth}, but the head of the {side} {detector.spec.name} has {blocks} blocks "
-                    f"before its output layers; take a head with more (convs=4)"
-                )
 
     # ---------------------------------------------------------------------------------------------------------- teach
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detdistill.functional.boxes import giou_loss
 from detdistill.functional.counting import divisor_over_ranks, share_over_ranks
-from detdistill.functional.soft_targets import kl_divergence, soft_binary_cross_entropy
+from detdistill.functional.soft_targets import kl_divergence, soft_binary_rows
 
 
 def scalekd_feature_loss(student: Tensor, teacher: Tensor, padding: Tensor | None = None) -> Tensor:
@@ -72,7 +72,7 @@ def scalekd_class_loss(
     if softmax:
         found = kl_divergence(student_logits, fixed)
     else:
-        found = soft_binary_cross_entropy(student_logits, fixed.sigmoid()).sum(dim=-1)
+        found = soft_binary_rows(student_logits, fixed)
     if mask is not None:
         found = found.masked_fill(~mask, 0.0)
     return found.sum() / divisor

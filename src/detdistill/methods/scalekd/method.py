@@ -155,6 +155,7 @@ class ScaleKD(Method[ScaleKDTaught]):
             student=Look(backbone=deepest),
             student_families=family if assists else (),
             student_capabilities=(HasCopies,) if assists else (),
+            one_size="it shows the teacher images of a scale of its own (teacher_scale)",
         )
 
     # ---------------------------------------------------------------------------------------------------------- building

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from detdistill.detectors.contract import DetectorSpec
 from detdistill.functional.dense_maps import Partners
-from detdistill.methods.shared.needs import PairError
+from detdistill.methods.shared.needs import ANCHOR_ATOL, ANCHOR_RTOL, PairError
 from detdistill.structures import Dense, Features
 
 
@@ -74,8 +74,10 @@ def pair_levels(
 def check_same_anchors(slug: str, student: Dense, teacher: Dense, partners: Partners) -> None:
     """Check that each prediction and its partner belong to the same anchor, where cells have several anchors.
 
-    The number of anchors of a cell is known before the first image (``Needs.same_cells``), their sides only from a prediction.
-    With one anchor for each cell nothing is checked, because the partner is then the right one whatever the anchor's sides.
+    Numbers and sides of the anchors are compared before the first image (``Needs.same_anchors``). Only a prediction shows their
+    places, which depend on the size of the images, and the sides where a description does not state them: a cache of an earlier
+    version, or a detector from elsewhere. With one anchor for each cell nothing is checked, because the partner is then the
+    right one whatever the anchor's sides.
 
     Args:
         slug: the method's slug, for the message.
@@ -89,7 +91,7 @@ def check_same_anchors(slug: str, student: Dense, teacher: Dense, partners: Part
     if not bool((student.anchors > 0).any()):
         return
     mine, theirs = student.priors_xyxy.detach(), partners.take(teacher.priors_xyxy)
-    apart = partners.mask[..., None] & ~mine.isclose(theirs, rtol=1e-3, atol=0.01)
+    apart = partners.mask[..., None] & ~mine.isclose(theirs, rtol=ANCHOR_RTOL, atol=ANCHOR_ATOL)
     if bool(apart.any()):
         image, index, _ = (int(number) for number in torch.nonzero(apart)[0])
         sides = [(boxes[image, index, 2:] - boxes[image, index, :2]).tolist() for boxes in (mine, theirs)]

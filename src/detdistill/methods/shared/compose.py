@@ -65,12 +65,7 @@ def check_teacher_size(text: str) -> None:
     """
     parsed = parse_methods(text)
     for kind, values in parsed:
-        needs = kind.needs(**values)
-        reason = needs.why_one_size()
-        own = needs.teacher is not None and kind.teach is not Method.teach
-        if not reason and own and not kind.teaches_parts:
-            reason = "what it stores of the teacher is in cells or pixels"
-        if reason:
+        if reason := kind.needs(**values).why_one_size():
             raise MethodError(f"teacher_size: {kind.slug}: {reason}, so teacher and student must see images of one size")
     if all(kind.needs(**values).teacher is None for kind, values in parsed):
         raise MethodError(f"teacher_size: {text} has no teacher")

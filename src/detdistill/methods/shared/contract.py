@@ -71,8 +71,9 @@ class Method(nn.Module, Generic[T]):
     """Names of the hyper-parameters that change what ``teach`` returns; only these enter a cache's identity.
     None: all, if the class overrides ``teach``; those that change ``needs``, if it inherits ``teach``."""
     teaches_parts: ClassVar[bool] = False
-    """The class overrides ``teach``, and its result holds no maps and no pixels, only parts of the image: so the teacher may see
-    images of another size (``--teacher_size``). Where ``teach`` is inherited, the features and the prediction tell."""
+    """The class overrides ``teach``, and its result holds no cells and no pixels, only parts of the image: so with
+    ``--teacher_size`` it is given the larger images themselves. Other methods are given the student's, and ``Teacher.observe``
+    converts what the teacher saw in the larger ones."""
     trains_alone: tuple[str, ...] = ()
     """Names of terms that train only modules of the method; a run does not warn that they give the student no gradient."""
     settings: dict[str, Any]
@@ -271,12 +272,12 @@ class Composition(Method[TaughtTogether]):
     def look_at_teachers(self, batch: Batch) -> None:
         """Run each teacher once with everything that the methods request; their ``teach`` then reuses this pass."""
         for teacher, look in self._teacher_looks.items():
-            teacher.observe(batch, look)
+            teacher.observe(batch if batch.large is None else batch.large, look)
 
     def teach(self, batch: Batch) -> TaughtTogether:
         """The result of ``teach`` of each method, in order."""
         self.look_at_teachers(batch)
-        return TaughtTogether(tuple(method.teach(batch) for method in self.methods))
+        return TaughtTogether(tuple(teach_in_view(method, batch) for method in self.methods))
 
     def learn(self, student: Detector, seen: Observation, taught: TaughtTogether, batch: Batch, clock: Clock) -> Losses:
         """The losses of all methods; names begin with ``<slug>/`` or ``<slug>@<teacher>/``."""
@@ -366,9 +367,8 @@ def part_of(taught: Taught, root: Method[Any], member: Method[Any]) -> Taught | 
 
 
 def teach_in_view(method: Method[Any], batch: Batch) -> Taught | None:
-    """Run ``method.teach`` on the images that the teacher sees, and return the result in the view of ``batch``."""
-    taught = cast(Taught | None, method.teach(batch if batch.large is None else batch.large))
-    return taught if taught is None or batch.large is None else taught.in_view_of(batch)
+    """Run ``method.teach`` on a batch, or on ``batch.large`` if its result is the same in both views (``teaches_parts``)."""
+    return cast(Taught | None, method.teach(batch.large if method.teaches_parts and batch.large is not None else batch))
 
 
 def teach_by_canvas(method: Method[Any], batch: Batch) -> Taught | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +19,9 @@ from detdistill.detectors.contract import (
 )
 from detdistill.errors import DetdistillError, name_list
 from detdistill.structures import Look
+
+ANCHOR_RTOL, ANCHOR_ATOL = 1e-3, 0.01
+"""Coordinates of equal anchors may differ by this fraction, or by this number of pixels."""
 
 
 class PairError(DetdistillError):
@@ -60,6 +63,10 @@ class Needs:
     """Protocols that the student must have because ``learn`` calls its parts."""
     teacher_capabilities: tuple[type, ...] = ()
     """Protocols that the teacher must have because ``learn`` calls its parts; a cache cannot replace them."""
+    teaching_capabilities: tuple[type, ...] = ()
+    """Protocols that the teacher must have because ``teach`` calls its parts; a cache can replace them."""
+    advice: Mapping[type, str] = field(default_factory=dict)
+    """What to set if a side lacks a capability, by its protocol: ``{HasMapsBeforeEncoder: "set tap=encoder"}``."""
     live_teacher: str = ""
     """Reason why ``learn`` needs the teacher itself and a cache is not enough; empty: a cache is enough."""
     same_classes: bool = False
@@ -69,8 +76,13 @@ class Needs:
     same_cells: bool = False
     """For each level of the student the teacher must have a level with the same stride and the same number of anchors of a cell,
     because dense predictions are compared one by one."""
+    same_anchors: bool | tuple[int, ...] = False
+    """Besides ``same_cells``: where cells have several anchors, these must have equal sides in teacher and student, because each
+    prediction is compared with that of the same anchor. True: on all levels; else on these levels of the student."""
     box_distributions: bool = False
     """Both sides must predict box sides as distributions (``spec.box_bins`` above 0), because these are compared."""
+    one_size: str = ""
+    """Reason why teacher and student must see images of one size, beside those that the other fields give; empty: none."""
     assignment: bool = False
     """``learn`` reads the student's own assignment. A step then assigns once, for ``learn`` (``seen.assignment``) and for the
     student's own loss."""
@@ -83,18 +95,16 @@ class Needs:
         return f"it runs the teacher's own {names} when it learns, which no cache holds"
 
     def why_one_size(self) -> str:
-        """Reason why teacher and student must see images of one size; empty if only maps and queries are compared."""
+        """Reason why teacher and student must see images of one size; empty if the teacher's view can be converted."""
         if self.teacher is None:
             return ""
-        if self.same_cells:
-            return "it compares predictions cell by cell"
-        if self.teacher.towers or self.teacher.attention:
-            return "it compares the inside of the teacher's head, cell by cell"
+        if self.teacher.attention:
+            return "it compares the teacher's attention to cells"
         if self.why_live():
             return "it runs the teacher on the student's images when it learns"
-        if self.teacher.prediction and self.teacher_families != ("queries",):
-            return "it compares boxes in pixels"
-        return ""
+        if self.box_distributions:
+            return "it compares distributions over distances in pixels"
+        return self.one_size
 
 
 def check_pair(slug: str, needs: Needs, teacher: Teacher | None, student: Detector) -> None:
@@ -125,14 +135,14 @@ def _reasons(needs: Needs, teacher: Teacher | None, student: Detector) -> Iterat
     if needs.teacher is not None and teacher is None:
         yield "it needs a teacher; give one with --teacher"
     learning = (*needs.student_capabilities, *_capabilities(needs.student))
-    yield from _lacking("student", student, learning, needs.student_families)
+    yield from _lacking("student", student, learning, needs.student_families, needs.advice)
     yield from _too_deep("student", student, needs.student)
     if needs.teacher is None or teacher is None:
         return
     if not teacher.present and (why := needs.why_live()):
         yield f"{why}; give the teacher too (--teacher {teacher.spec.name})"
-    teaching = (*needs.teacher_capabilities, *_capabilities(needs.teacher)) if teacher.present else ()
-    yield from _lacking("teacher", teacher.detector, teaching, needs.teacher_families)
+    wanted = (*needs.teacher_capabilities, *needs.teaching_capabilities, *_capabilities(needs.teacher))
+    yield from _lacking("teacher", teacher.detector, wanted if teacher.present else (), needs.teacher_families, needs.advice)
     if teacher.present:
         yield from _too_deep("teacher", teacher.detector, needs.teacher)
     mine, theirs = student.spec, teacher.spec
@@ -152,6 +162,27 @@ def _reasons(needs: Needs, teacher: Teacher | None, student: Detector) -> Iterat
             f"anchors of a cell, the teacher {theirs.name} {theirs.strides} with {theirs.anchors}; take two detectors of one "
             f"kind and equal levels="
         )
+    elif needs.same_anchors:
+        levels = range(len(mine.strides)) if needs.same_anchors is True else needs.same_anchors or ()
+        yield from _anchor_reasons(mine, theirs, levels)
+
+
+def _anchor_reasons(mine: DetectorSpec, theirs: DetectorSpec, levels: Iterable[int]) -> Iterator[str]:
+    """The first anchor that differs. The only anchor of a cell never does: its partner is the right one whatever its sides."""
+    if max(mine.anchors, default=1) == 1 or mine.coding is None or theirs.coding is None:
+        return
+    own_levels = dict(zip(mine.strides, mine.coding.anchors_wh, strict=False))
+    other_levels = dict(zip(theirs.strides, theirs.coding.anchors_wh, strict=False))
+    for stride in [mine.strides[level] for level in levels if -len(mine.strides) <= level < len(mine.strides)]:
+        pairs = zip(own_levels.get(stride, ()), other_levels.get(stride, ()), strict=False)
+        for number, (own, other) in enumerate(pairs):
+            # Half sides are compared, as corners of an anchor around (0, 0).
+            if any(abs(a - b) / 2 > ANCHOR_ATOL + ANCHOR_RTOL * b / 2 for a, b in zip(own, other, strict=True)):
+                yield (
+                    f"it compares predictions of equal anchors, but anchor {number} of stride {stride} has "
+                    f"{own[0]:g}x{own[1]:g} pixels in the student {mine.name} and {other[0]:g}x{other[1]:g} in the teacher "
+                    f"{theirs.name}; build both with the same anchors"
+                )
 
 
 def _class_reasons(needs: Needs, mine: DetectorSpec, theirs: DetectorSpec) -> Iterator[str]:
@@ -175,15 +206,18 @@ def _class_reasons(needs: Needs, mine: DetectorSpec, theirs: DetectorSpec) -> It
             )
 
 
-def _lacking(side: str, detector: Detector, capabilities: tuple[type, ...], families: tuple[str, ...]) -> Iterator[str]:
+def _lacking(
+    side: str, detector: Detector, capabilities: tuple[type, ...], families: tuple[str, ...], advice: Mapping[type, str]
+) -> Iterator[str]:
     if families and detector.spec.family not in families:
         yield (
             f"the {side} {detector.spec.name} predicts {detector.spec.family}; it needs a {side} that predicts "
             f"{' or '.join(families)}"
         )
-    missing = [CAPABILITIES[kind] for kind in dict.fromkeys(capabilities) if not isinstance(detector, kind)]
+    missing = [kind for kind in dict.fromkeys(capabilities) if not isinstance(detector, kind)]
     if missing:
-        yield f"the {side} {detector.spec.name} lacks {', '.join(missing)}"
+        said = [", ".join(CAPABILITIES[kind] for kind in missing), *(advice[kind] for kind in missing if kind in advice)]
+        yield f"the {side} {detector.spec.name} lacks {'; '.join(said)}"
 
 
 def _too_deep(side: str, detector: Detector, look: Look) -> Iterator[str]:

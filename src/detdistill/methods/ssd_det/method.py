@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detdistill.detectors.contract import Detector, Teacher
+from detdistill.detectors.contract import Detector, DetectorSpec, Teacher
 from detdistill.functional.boxes import paired_iou
 from detdistill.functional.counting import share_over_ranks
 from detdistill.functional.precision import full_precision
@@ -102,30 +102,29 @@ class SSDDet(TeacherFree[None]):
             PairError: the student's levels differ in their channels, or it has no predictions.
         """
         super().__init__(teacher, student)
-        spec = student.spec
-        if len(set(spec.channels)) > 1:
-            raise PairError(
-                f"{self.slug}: the levels of the student {spec.name} have {spec.channels} channels, but boxes are pooled from "
-                f"all of them into one head; take a student whose levels have equal channels"
-            )
         self.detector_weight, self.rpn_box_weight, self.negatives = detector_weight, rpn_box_weight, negatives
+        self._check_channels(student.spec)
         # Two-stage detectors pool from P2 to P5; so do we, as far as the student has these levels.
-        self.levels = [index for index, stride in enumerate(spec.strides) if stride <= 32] or [0]
+        self.levels = [index for index, stride in enumerate(student.spec.strides) if stride <= 32] or [0]
+        weights = Weights(position_weight, mil_1_weight, position_weight, mil_2_weight, negative_weight, identity_weight)
         self.refiner = Refiner(
-            len(spec.classes),
-            spec.channels[0],
-            width=width,
-            pooled=pooled,
-            base=14.0 * spec.strides[0],  # 56 pixels at stride 4
-            ratios=ratios,
-            shift=shift,
-            valid_share=valid_share,
-            topk=topk,
-            negative_iou=negative_iou,
-            weights=Weights(position_weight, mil_1_weight, position_weight, mil_2_weight, negative_weight, identity_weight),
-            with_identity=with_identity,
-            resample=resample_stage2,
-        )
+            len(student.spec.classes), student.spec.channels[0], width=width, pooled=pooled,
+            base=14.0 * student.spec.strides[0],  # 56 pixels at stride 4
+            ratios=ratios, shift=shift, valid_share=valid_share, topk=topk, negative_iou=negative_iou, weights=weights,
+            with_identity=with_identity, resample=resample_stage2,
+        )  # fmt: skip
+
+    def _check_channels(self, student: DetectorSpec) -> None:
+        """Check that one head can read all levels.
+
+        Raises:
+            PairError: they differ in their channels.
+        """
+        if len(set(student.channels)) > 1:
+            raise PairError(
+                f"{self.slug}: the levels of the student {student.name} have {student.channels} channels, but boxes are pooled "
+                f"from all of them into one head; take a student whose levels have equal channels"
+            )
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:

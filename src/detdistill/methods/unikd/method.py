@@ -55,6 +55,7 @@ class UniKD(Method[UniKDTaught]):
         *("queries", "extractor_layers", "points", "alpha", "beta", "self_attention", "cls_norm"),
         *("extractor_epochs", "extractor_lr"),
     )
+    teaches_parts = True
 
     def __init__(
         self,
@@ -178,6 +179,7 @@ class UniKD(Method[UniKDTaught]):
 
     def pretrain(self, batch: Batch, taught: None, clock: Clock) -> Losses:
         """Detection losses of the extractors on the frozen teacher's features (Eq. 6)."""
+        batch = batch if batch.large is None else batch.large
         features = self.teacher.observe(batch).features
         with full_precision(batch.images.device):
             pyramid = self._pyramid(features, batch)

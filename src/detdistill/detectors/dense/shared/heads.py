@@ -16,12 +16,13 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from detdistill.detectors.contract import dense_positives
+from detdistill.detectors.contract import DenseCoding, dense_positives
 from detdistill.detectors.student_files.load_student import build as build_model
 from detdistill.detectors.student_files.models.dense import OneStage, valid_cells
 from detdistill.detectors.torchvision.backbones import image_statistics, load_pretrained, pyramid_description
 from detdistill.detectors.torchvision.dense_outputs import (
     OwnOutputs,
+    anchors_wh,
     layout,
     our_labels,
     own_outputs,
@@ -84,6 +85,13 @@ class DenseDetector(TorchvisionDetector):
     def anchors_per_cell(self) -> tuple[int, ...]:
         """Return the numbers of the model's anchor generator."""
         return tuple(self.model.anchor_generator.num_anchors_per_location())
+
+    def dense_coding(self) -> DenseCoding:
+        """Return whether the head has an output for a quality, and the anchors of the generator."""
+        return DenseCoding(quality=self._has_quality(), anchors_wh=anchors_wh(self.model.anchor_generator))
+
+    def _has_quality(self) -> bool:
+        return getattr(self.model.head.regression_head, "bbox_ctrness", None) is not None
 
     # ------------------------------------------------------------------------------------------------------- prediction
 
@@ -256,6 +264,10 @@ class OwnDenseDetector(DenseDetector):
     def anchors_per_cell(self) -> tuple[int, ...]:
         """Return 1 for each level."""
         return (1,) * len(self.model.strides)
+
+    def dense_coding(self) -> DenseCoding:
+        """Return whether the head has an output for a quality."""
+        return DenseCoding(quality=self._has_quality())
 
     def strides(self, levels: Tensor, like: Tensor) -> Tensor:
         """Return the stride [P] of each prediction's level, with dtype and device of ``like``."""

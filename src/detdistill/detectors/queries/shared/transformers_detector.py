@@ -551,7 +551,8 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
 model = AutoModelForObjectDetection.from_pretrained("path/to/this/folder").eval()
 image = decode_image("image.jpg", ImageReadMode.RGB)  # [3, H, W] uint8
-outputs = model(**processor(images=image, return_tensors="pt"))
+with torch.no_grad():
+    outputs = model(**processor(images=image, return_tensors="pt"))
 size = torch.tensor({size})
 found = processor.post_process_object_detection(outputs, threshold=0.3, target_sizes=size[None])[0]
 names = [model.config.id2label[int(label)] for label in found["labels"]]

@@ -19,7 +19,7 @@ from torchvision.models.detection.ssd import SSD, SSDFeatureExtractorVGG
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet, SSDLiteHead
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from detdistill.detectors.contract import Parts, Pyramid, dense_positives
+from detdistill.detectors.contract import DenseCoding, Parts, Pyramid, dense_positives
 from detdistill.detectors.student_files.load_student import TimmLevels
 from detdistill.detectors.torchvision.dense_outputs import flat_outputs, layout
 from detdistill.detectors.torchvision.detector import TorchvisionDetector
@@ -96,6 +96,10 @@ class SingleShotDetector(TorchvisionDetector):
     def anchors_per_cell(self) -> tuple[int, ...]:
         """Return the numbers of the model's generator of default boxes."""
         return tuple(self._boxes_per_cell())
+
+    def dense_coding(self) -> DenseCoding:
+        """Return boxes of four sides; those of the default boxes depend on the size of the images."""
+        return DenseCoding()
 
     def parts(self) -> Parts:
         """Group the modules: the backbone, the blocks of the added levels, the head."""

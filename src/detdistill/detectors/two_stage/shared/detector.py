@@ -23,11 +23,11 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 from torchvision.ops.poolers import initLevelMapper
 
-from detdistill.detectors.contract import Parts, dense_positives, region_positives
+from detdistill.detectors.contract import DenseCoding, Parts, dense_positives, region_positives
 from detdistill.detectors.student_files.models.cascade import ClassAgnosticPredictor
 from detdistill.detectors.student_files.models.exact import AlignedRoIAlign
 from detdistill.detectors.torchvision.backbones import image_statistics, pyramid_description
-from detdistill.detectors.torchvision.dense_outputs import layout
+from detdistill.detectors.torchvision.dense_outputs import anchors_wh, layout
 from detdistill.detectors.torchvision.detector import TorchvisionDetector
 from detdistill.detectors.torchvision.images import image_sizes
 from detdistill.detectors.torchvision.matching import match_anchors
@@ -126,6 +126,10 @@ class TwoStageDetector(TorchvisionDetector):
     def anchors_per_cell(self) -> tuple[int, ...]:
         """Return the anchors per cell of the first stage."""
         return tuple(self.model.rpn.anchor_generator.num_anchors_per_location())
+
+    def dense_coding(self) -> DenseCoding:
+        """Return the form of the first stage's predictions."""
+        return DenseCoding(anchors_wh=anchors_wh(self.model.rpn.anchor_generator))
 
     def parts(self) -> Parts:
         """Group the modules: the backbone's body, its feature pyramid, both stages."""

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from detdistill.detectors.contract import Detector, DetectorSpec, Parts, Pyramid, dense_positives
+from detdistill.detectors.contract import DenseCoding, Detector, DetectorSpec, Parts, Pyramid, dense_positives
 from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.single_cells import accept_single_cells
 from detdistill.detectors.torchvision.dense_outputs import layout
@@ -126,6 +126,7 @@ class Network(Detector):
             backbone=backbone,
             anchors=(1,) * len(features.strides),
             box_bins=self.head.reg_max if self.head.reg_max > 1 else 0,
+            coding=DenseCoding(),
         )
 
     @property

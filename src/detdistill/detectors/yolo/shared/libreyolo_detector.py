@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from detdistill.detectors.contract import Detector, DetectorSpec, Parts, Pyramid, dense_positives
+from detdistill.detectors.contract import DenseCoding, Detector, DetectorSpec, Parts, Pyramid, dense_positives
 from detdistill.detectors.options import ModelOptions
 from detdistill.detectors.single_cells import accept_single_cells
 from detdistill.detectors.torchvision.images import coarser_padding, image_sizes, with_padding
@@ -68,6 +68,8 @@ class LibreNetwork(Detector):
     """[K] index of the network's output for each class."""
     box_bins = 0
     """Bins of each side of a box; 0: sides are numbers."""
+    has_quality = False
+    """Whether predictions have an objectness."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     single_label: bool
@@ -111,6 +113,7 @@ class LibreNetwork(Detector):
             backbone=backbone,
             anchors=(1,) * len(features.strides),
             box_bins=self.box_bins,
+            coding=DenseCoding(quality=self.has_quality),
         )
 
     @property
