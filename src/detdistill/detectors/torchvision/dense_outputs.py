@@ -154,14 +154,16 @@ def find_origin(
         where: level [P], cell [P, 2] and anchor [P].
         threshold: score threshold of the postprocessing; predictions with all scores below it are no candidates.
     """
-    candidates = torch.nonzero(scores.amax(dim=1) >= threshold * (1 - 1e-4)).flatten()
-    boxes, scores = boxes_xyxy[candidates], scores[candidates]
+    # No final box comes from a prediction that scores less than the last of them, which leaves few candidates of thousands.
+    lowest = max(threshold, float(result["scores"].min())) if len(result["scores"]) else threshold
+    candidates = torch.nonzero(scores.amax(dim=1) >= lowest * (1 - 1e-4)).flatten()
+    boxes, by_class = boxes_xyxy[candidates], scores[candidates].T.contiguous()
     found = [candidates[:0]]
     rows = max(1, 4_000_000 // max(1, len(candidates)))  # at most 16 MB of distances at a time
     numbers = torch.arange(len(result["boxes"]), device=boxes.device)
     for part in numbers.split(rows) if len(numbers) else ():
         box, score, label = result["boxes"][part], result["scores"][part], result["labels"][part]
-        distance = torch.cdist(box, boxes, p=1).add_((scores[:, label].T - score[:, None]).abs_(), alpha=1000)
+        distance = torch.cdist(box, boxes, p=1).add_((by_class[label] - score[:, None]).abs_(), alpha=1000)
         found.append(candidates[distance.argmin(dim=1)])
     index = torch.cat(found)
     levels, cells, anchors = where
