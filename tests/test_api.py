@@ -185,6 +185,14 @@ def test_functions_take_what_functions_return_and_results_are_short(tmp_path, st
         api.evaluate(several, DIGITS)
     both = Distilled(tmp_path, (tmp_path / "baseline-seed0", tmp_path / "distilled-seed0"), tmp_path / "report.html")
     assert name_or_detector(both) == str(tmp_path / "distilled-seed0"), "the distilled one is meant"
+    assert api.report(result) == tmp_path / "run" / "report.html"
+    assert api.report([trained, result], out=str(tmp_path / "both.html")).read_text().count(MODEL) >= 2
+    for one in (result, [trained, result]):
+        with pytest.raises(DetdistillError, match=r"^nothing to compare: 0 baseline and 1 distilled runs in "):
+            api.compare(one)
+    for wrong, said in ((3, "a int is no run"), ([], "none is given")):
+        with pytest.raises(DetdistillError, match=f"^runs: {said}; give run folders, or results of train or distill"):
+            api.report(wrong)
     with pytest.raises(DetdistillError, match="teacher: a int is no model"):
         api.distill(3, MODEL, DIGITS)
     with pytest.raises(DetdistillError, match="student: a PosixPath cannot be trained"):

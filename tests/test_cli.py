@@ -244,6 +244,8 @@ def test_what_is_typed_wins_over_files_wherever_it_stands(parse, tmp_path):
         (DISTILL + "--batch-size 4", "detdistill distill: no flag or key 'batch_size' (did you mean 'batch'?)"),
         (DISTILL + "--imgsz 640", "detdistill distill: no flag or key 'imgsz' (did you mean 'size'?)"),
         (DISTILL + "--lr0 0.01", "detdistill distill: no flag or key 'lr0' (did you mean 'lr'?)"),
+        ("predict --conf 0.5", "detdistill predict: no flag or key 'conf' (did you mean 'score'?)"),
+        ("export --half true", "detdistill export: no flag or key 'half'; "),
         ("eval --weights x", "detdistill eval: no flag or key 'weights' (did you mean 'model'?)"),
         (
             DISTILL + "--device cuda:0",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detdistill.cache.storage import is_url, masked, url_of
-from detdistill.errors import DetdistillError, ModelError
+from detdistill.errors import DetdistillError, ModelError, RunError
 from detdistill.results import Distilled
 
 if TYPE_CHECKING:
@@ -52,6 +52,36 @@ def name_or_detector(model: Any, what: str = "model") -> str | Detector:
     raise ModelError(
         f"{what}: a {type(model).__name__} is no model; give a model string, a path, a result of train or distill, or a detector"
     )
+
+
+def run_folders(given: Any) -> list[str]:
+    """Paths of runs as users give them; of URLs the paths of local copies.
+
+    Args:
+        given: one or several of: a path or URL, the result of ``train``, or of ``distill`` (all its runs).
+
+    Raises:
+        RunError: anything else, or nothing.
+    """
+    folders: list[str] = []
+    for one in given if isinstance(given, list | tuple) else [given]:
+        if isinstance(one, str | Path):
+            folders.append(local_copy(one))
+        elif isinstance(one, Distilled):
+            folders += map(str, one.runs)
+        elif _is_run(one):
+            folders.append(str(one.folder))
+        else:
+            raise RunError(f"runs: a {type(one).__name__} is no run; give run folders, or results of train or distill")
+    if not folders:
+        raise RunError("runs: none is given; give run folders, or results of train or distill")
+    return folders
+
+
+def _is_run(value: Any) -> bool:
+    from detdistill.training.run import Run  # brings PyTorch, which runs given by their paths do not need
+
+    return isinstance(value, Run)
 
 
 def local_copy(name: str | Path) -> str:

@@ -358,8 +358,10 @@ def as_plain(settings: Any) -> dict[str, Any]:
 
 
 SYNONYMS = {
-    "amp": "precision", "batch_size": "batch", "bs": "batch", "checkpoint": "model", "cos_lr": "schedule", "epoch": "epochs",
-    "fliplr": "flip", "grad_clip": "clip", "hsv_h": "colour", "image_size": "size", "img": "size", "img_size": "size",
+    "amp": "precision", "batch_size": "batch", "bs": "batch", "checkpoint": "model", "conf": "score",
+    "conf_thres": "score", "cos_lr": "schedule", "epoch": "epochs",
+    "fliplr": "flip", "fp16": "precision",
+    "grad_clip": "clip", "half": "precision", "hsv_h": "colour", "image_size": "size", "img": "size", "img_size": "size",
     "imgsz": "size", "input_size": "size", "learning_rate": "lr", "loss_weight": "distill_weight", "lr0": "lr",
     "max_epochs": "epochs", "max_steps": "steps", "momentum": "optimizer", "name": "out", "num_epochs": "epochs",
     "num_workers": "workers", "output": "out", "output_dir": "out", "pretrained": "model", "project": "out",
@@ -374,4 +376,6 @@ def meant(name: str, known: Collection[str]) -> str:
     ours = SYNONYMS.get(name.replace("-", "_").lower())
     if ours == "model" and "init" in known:  # where a training may start from weights, these are meant
         ours = "init"
-    return f" (did you mean {ours!r}?)" if ours in known else nearest(name, known)
+    if ours in known:
+        return f" (did you mean {ours!r}?)"
+    return "" if ours else nearest(name, known)  # a word whose meaning is known, and is none of these, has no near miss

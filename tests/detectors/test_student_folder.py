@@ -23,6 +23,7 @@ from detdistill.structures import Resizing
 
 SHORT = "resnet10t,channels=16-32-64-128,stem=16"
 FCOS = f"fcos:{SHORT},neck=32,levels=3-5,convs=1,score=0.001"
+ALL_LEVELS = FCOS.replace("levels=3-5,", "")
 RCNN = f"faster_rcnn:{SHORT},neck=32,mlp=32,score=0.001"
 MASK = f"mask_rcnn:{SHORT},neck=32,mlp=32,score=0.001"
 RT_DETR = f"rt_detr:{SHORT},dim=32,heads=2,ffn=32,decoder=1,queries=10,score=0.001"
@@ -58,7 +59,12 @@ def same_rows(found, expected):
 
 @pytest.mark.parametrize(
     ("name", "resizing"),
-    [*((FCOS, resizing) for resizing in POLICIES), (RCNN, POLICIES[0]), ("ssd:vgg16,score=0.001", Resizing(300, "letterbox"))],
+    [
+        *((FCOS, resizing) for resizing in POLICIES),
+        (RCNN, POLICIES[0]),
+        *((name, Resizing(256, "letterbox")) for name in (ALL_LEVELS, ALL_LEVELS.replace("fcos", "retinanet"))),
+        ("ssd:vgg16,score=0.001", Resizing(300, "letterbox")),
+    ],
     ids=str,
 )
 def test_the_loaded_model_resizes_as_evaluation_does(name, resizing, tmp_path):

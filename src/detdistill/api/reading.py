@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    runs: Sequence[Path | str],
+    runs: RunLike | Sequence[RunLike],
     *,
     metric: str = "AP",
     allow_unequal: bool = False,
@@ -26,7 +26,8 @@ def compare(
     """Pair baselines and distilled runs by seed, and compute mean gain, 95 % interval and verdict.
 
     Args:
-        runs: run folders, folders that contain them (also at URLs), or exported files of runs (``model.onnx``).
+        runs: run folders, folders that contain them (also at URLs), results of ``train`` or ``distill``, or exported files of
+            runs (``model.onnx``); one or several.
         metric: one of the 12 COCO numbers.
         allow_unequal: compare runs whose budgets differ.
         data: evaluate exported files on the val split of these data; None: their scores are those in ``export.json`` beside them.
@@ -38,12 +39,12 @@ def compare(
     import json
 
     from detdistill.compare import compare_runs, gains_json
-    from detdistill.given import local_copy
+    from detdistill.given import run_folders
 
     local_only(out)
-    runs = [local_copy(run) for run in runs]
-    measured = None if data is None else _measured(runs, data)
-    gains = compare_runs(runs, metric=metric, allow_unequal=allow_unequal, measured=measured)
+    folders = run_folders(runs)
+    measured = None if data is None else _measured(folders, data)
+    gains = compare_runs(folders, metric=metric, allow_unequal=allow_unequal, measured=measured)
     if out is not None:
         write(out, json.dumps(gains_json(gains), indent=2) + "\n")
     return gains
@@ -67,12 +68,12 @@ def _measured(runs: Sequence[Path | str], data: str) -> dict[Path, Measured]:
     return {path: Measured(evaluate(str(path), data).metrics, images.fingerprint) for path in files}
 
 
-def report(runs: Sequence[Path | str], *, out: Path | None = None) -> Path:
+def report(runs: RunLike | Sequence[RunLike], *, out: Path | str | None = None) -> Path:
     """Write one self-contained HTML page about runs.
 
     Args:
-        runs: run folders, or folders that contain them; also at URLs.
-        out: path of the page; None: ``report.html`` in the first folder.
+        runs: run folders, folders that contain them (also at URLs), or results of ``train`` or ``distill``; one or several.
+        out: path of the page; None: ``report.html`` in the first folder, or in that of the first result.
 
     Returns:
         Path of the page.
@@ -81,13 +82,14 @@ def report(runs: Sequence[Path | str], *, out: Path | None = None) -> Path:
         RunError: the folders contain no finished run.
     """
     from detdistill.compare import expand
-    from detdistill.given import local_copy
+    from detdistill.given import run_folders
     from detdistill.report.page import build_report
 
-    page = out if out is not None else Path(runs[0]) / "report.html"
-    local_only(page, "the page is written to the local disk;")
-    runs = [local_copy(run) for run in runs]
-    return build_report(expand(runs), page)
+    first = runs[0] if isinstance(runs, list | tuple) and runs else runs
+    local_only(out if out is not None or not isinstance(first, str | Path) else first, "the page is written to the local disk;")
+    folders = run_folders(runs)
+    page = Path(out) if out is not None else Path(getattr(first, "folder", folders[0])) / "report.html"
+    return build_report(expand(folders), page)
 
 
 def inspect_data(data: str, *, strict: bool = False, deep: bool = False) -> DataReport:

@@ -433,12 +433,10 @@ class StridedLevels(ExtraFPNBlock):
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Add the levels, each from the one below."""
-        for index, name in enumerate(self.names):
-            if index == 0:
-                below = x[-1] if self.on_input else results[-1]
-            else:
-                below = F.relu(results[-1]) if self.relu else results[-1]
-            results.append(self.get_submodule(name)(below))
+        below = x[-1] if self.on_input else results[-1]
+        for level in self.children():  # a form that torch.jit.script understands
+            results.append(level(below))
+            below = F.relu(results[-1]) if self.relu else results[-1]
         return results, names + self.names
 
 

