@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from detdistill.compare import Gain
     from detdistill.data.inspect import DataReport
     from detdistill.export.as_run import Measured
+    from detdistill.results import Distilled
+    from detdistill.training.run import Run
+
+    RunLike = Path | str | Run | Distilled
 
 
 def compare(
