@@ -90,10 +90,11 @@ def report(runs: RunLike | Sequence[RunLike], *, out: Path | str | None = None) 
     from detdistill.report.page import build_report
 
     first = runs[0] if isinstance(runs, list | tuple) and runs else runs
-    local_only(out if out is not None or not isinstance(first, str | Path) else first, "the page is written to the local disk;")
+    if out is None and isinstance(first, str | Path):
+        out = Path(first) / "report.html"
+    local_only(out, "the page is written to the local disk;")
     folders = run_folders(runs)
-    page = Path(out) if out is not None else Path(getattr(first, "folder", folders[0])) / "report.html"
-    return build_report(expand(folders), page)
+    return build_report(expand(folders), Path(out if out is not None else Path(getattr(first, "folder", "")) / "report.html"))
 
 
 def inspect_data(data: str, *, strict: bool = False, deep: bool = False) -> DataReport:
